@@ -1,0 +1,75 @@
+"""edgekit: from training to an NVIDIA device at the edge.
+
+Every stage is a verb here, loaded on first use; the rooms behind them are nouns::
+
+    import edgekit
+    bundle = edgekit.train(data="digits", out="digits.edge")
+    small = edgekit.quantize(bundle, out="digits8.edge", calib="digits")
+
+On the device: ``from edgekit.runtime import Model``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .benchmarking import bench, compare
+    from .bundle import Bundle
+    from .compiler import build, estimate, import_onnx
+    from .deployment import install, pack, verify
+    from .errors import EdgekitError
+    from .evaluation import evaluate
+    from .explanation import explain
+    from .pruning import prune
+    from .quantization import quantize
+    from .reporting import report
+    from .training import train
+
+_HOMES = {
+    "Bundle": "bundle",
+    "EdgekitError": "errors",
+    "bench": "benchmarking",
+    "build": "compiler",
+    "compare": "benchmarking",
+    "estimate": "compiler",
+    "evaluate": "evaluation",
+    "explain": "explanation",
+    "import_onnx": "compiler",
+    "install": "deployment",
+    "pack": "deployment",
+    "prune": "pruning",
+    "quantize": "quantization",
+    "report": "reporting",
+    "train": "training",
+    "verify": "deployment",
+}
+
+__all__ = [
+    "Bundle",
+    "EdgekitError",
+    "__version__",
+    "bench",
+    "build",
+    "compare",
+    "estimate",
+    "evaluate",
+    "explain",
+    "import_onnx",
+    "install",
+    "pack",
+    "prune",
+    "quantize",
+    "report",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

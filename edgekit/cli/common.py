@@ -1,0 +1,148 @@
+"""What every command shares: ``--json``, the printing of answers, and the words for errors."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.errors import BudgetNotMet, EdgekitError
+
+__all__ = ["Answer", "answers", "bundle_argument", "fail", "out_option", "table"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command says: ``data`` for --json, ``text`` for people (made from ``data`` where empty)."""
+
+    data: Mapping[str, Any]
+    text: str = ""
+    exit_code: int = field(default=0)
+
+
+def answers(function: Callable[..., Answer]) -> Callable[..., int]:
+    """Add ``--json`` to a command whose body returns an `Answer`; print it; return the exit code."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> int:
+        answer = function(*args, **kwargs)
+        if as_json:
+            click.echo(json.dumps(answer.data, default=_plain, allow_nan=False))
+        else:
+            click.echo(answer.text or _lines(answer.data))
+        return answer.exit_code
+
+    return wrapper
+
+
+def bundle_argument(name: str = "bundle") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A positional bundle, shown as B."""
+    return click.argument(name, metavar="B", type=click.Path(path_type=Path))
+
+
+def out_option(what: str, metavar: str = "B") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--out``: always required, never overwritten."""
+    return click.option("--out", required=True, metavar=metavar, type=click.Path(path_type=Path), help=what)
+
+
+def table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:
+    """Rows as aligned text; numbers to the right, absent values as a dash."""
+    if not rows:
+        return ""
+    columns = columns or list(rows[0])
+    cells = [[_cell(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+    right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
+
+    def line(values: list[str]) -> str:
+        return "  ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)).rstrip()
+
+    return "\n".join([line(columns), line(["-" * w for w in widths]), *map(line, cells)])
+
+
+def fail(error: BaseException, as_json: bool) -> int:
+    """Print cause and cure on stderr (and as JSON on stdout if asked); return the exit code."""
+    result: Mapping[str, Any] = {}
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        message, hint, code = "interrupted", "run the same command again; finished work is kept", 1
+    elif isinstance(error, click.ClickException):
+        if not as_json:
+            error.show(sys.stderr)
+            return error.exit_code
+        message, hint, code = error.format_message(), "see --help", error.exit_code
+    elif isinstance(error, EdgekitError):
+        message, hint, code = error.message, error.hint, error.exit_code
+        result = error.result if isinstance(error, BudgetNotMet) else {}
+    elif isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        return 1
+    elif isinstance(error, OSError):
+        message, hint, code = _os_error(error)
+    elif isinstance(error, ModuleNotFoundError) and error.name:
+        message, hint, code = (
+            f"this needs the Python module '{error.name}', which is not installed",
+            "pip install 'edgekit[demo]'",
+            1,
+        )
+    else:
+        message, hint, code = f"{type(error).__name__}: {error}", "this is a defect of edgekit; EDGEKIT_DEBUG=1 shows where", 1
+    if os.environ.get("EDGEKIT_DEBUG"):
+        traceback.print_exception(error)
+    if as_json:
+        click.echo(json.dumps({**result, "error": message, "hint": hint}, default=_plain))
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    return code
+
+
+def _os_error(error: OSError) -> tuple[str, str, int]:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full{where}; nothing was left half written", "free some space and run the command again", 1
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission{where}: {error.strerror}", "choose another path, or change its permissions", 1
+    return f"{error.strerror or error}{where}", "check the path", 1
+
+
+def _plain(value: Any) -> Any:
+    """JSON for paths and numpy scalars and arrays."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _lines(data: Mapping[str, Any]) -> str:
+    """``key  value`` lines, nested mappings indented under their key."""
+    width = max((len(k) for k in data), default=0)
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            lines.append(key)
+            lines += [f"  {line}" for line in _lines(value).splitlines()]
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines.append(key)
+            lines += [f"  {line}" for line in table([dict(row) for row in value]).splitlines()]
+        else:
+            lines.append(f"{key.ljust(width)}  {_cell(value) if not isinstance(value, list) else ', '.join(map(str, value))}")
+    return "\n".join(lines)

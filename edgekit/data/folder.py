@@ -1,0 +1,83 @@
+"""``folder:PATH``: one folder a class (ImageFolder), or ``train/`` and ``val/`` (or ``test/``) of such folders."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from edgekit.bundle import ImagePreprocessing
+from edgekit.errors import DataError
+from edgekit.preprocess import read_image
+
+from .dataset import Dataset, Split, digest_of, stratified
+
+__all__ = ["IMAGE_SUFFIXES", "load"]
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+TEST_SHARE = 0.2
+SIZE = 96
+
+
+def load(path: str) -> Dataset:
+    """Raises `DataError` where the folder is missing or holds no classes with images."""
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}", "folder:PATH wants one folder a class: PATH/CLASS/*.jpg")
+    train_root = root / "train"
+    test_root = next((root / name for name in ("val", "test", "valid") if (root / name).is_dir()), None)
+    if train_root.is_dir() and test_root:
+        labels = _classes(train_root)
+        if extra := sorted(set(_classes(test_root)) - set(labels)):
+            raise DataError(f"{test_root} has the class {extra[0]!r}, which {train_root} lacks", "give both the same classes")
+        train, digests = _split(train_root, labels)
+        test, test_digests = _split(test_root, labels)
+        # A picture that is in both would be learnt by heart: it stays in test only.
+        train = train.take(i for i, digest in enumerate(digests) if digest not in set(test_digests))
+        every, digests = test, digests + test_digests
+    else:
+        labels = _classes(root)
+        every, digests = _split(root, labels)
+        inside, outside = stratified(every.targets, digests, TEST_SHARE)
+        train, test = every.take(inside), every.take(outside)
+    return Dataset(
+        spec=f"folder:{path}",
+        labels=labels,
+        digest=digest_of([*labels, *every.ids, *digests]),
+        train=train,
+        test=test,
+        all=every,
+        preprocessing=ImagePreprocessing(SIZE, SIZE, 3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), fit="crop"),
+        augmentation="photos",
+    )
+
+
+def _classes(root: Path) -> tuple[str, ...]:
+    found = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if len(found) < 2:
+        raise DataError(
+            f"{root} holds {len(found)} class folders, at least 2 are needed", "one folder a class: PATH/CLASS/*.jpg"
+        )
+    return found
+
+
+def _split(root: Path, labels: tuple[str, ...]) -> tuple[Split, list[str]]:
+    """Every image below ``root`` with its content's sha256. Raises `DataError` for a class without images."""
+    files: list[Path] = []
+    targets: list[int] = []
+    for target, label in enumerate(labels):
+        images = (
+            sorted(p for p in (root / label).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if (root / label).is_dir()
+            else []
+        )
+        if not images and root.name not in ("val", "test", "valid"):
+            raise DataError(
+                f"the class folder {root / label} holds no images", f"add images ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
+        files += images
+        targets += [target] * len(images)
+    ids = tuple(str(p.relative_to(root)) for p in files)
+    digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in files]
+    return Split(ids, np.array(targets, np.int64), lambda i: read_image(files[i])), digests

@@ -1,0 +1,104 @@
+"""Every error edgekit raises on purpose.
+
+    EdgekitError            exit 1   the base: what arrived, what was expected, and a hint that mends it
+    ├── UsageError          exit 2   the call itself is wrong: unknown name, option or value
+    │   └── OutputExists    exit 2   --out is there already; nothing is overwritten
+    ├── BundleError         exit 1   a bundle is missing, damaged, of a newer format, or lacks a file
+    │   └── GoldenError     exit 1   a graph no longer reproduces the golden outputs
+    ├── DataError           exit 1   a data set is missing, empty or too damaged to use
+    ├── GraphError          exit 1   an ONNX graph cannot be imported, quantized or compiled
+    ├── InputError          exit 1   a frame or tensor does not fit the model
+    ├── BackendError        exit 1   no backend can run the model here
+    ├── MissingExtra        exit 1   an optional dependency is not installed
+    ├── SignatureError      exit 1   a packed bundle is not signed by a trusted key
+    └── BudgetNotMet        exit 3   a stated budget or gate is not met; the best found is kept
+
+The command line prints ``error:`` and ``hint:`` and exits with ``exit_code``; a library caller catches
+``EdgekitError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+__all__ = [
+    "BackendError",
+    "BudgetNotMet",
+    "BundleError",
+    "DataError",
+    "EdgekitError",
+    "GoldenError",
+    "GraphError",
+    "InputError",
+    "MissingExtra",
+    "OutputExists",
+    "SignatureError",
+    "UsageError",
+]
+
+
+class EdgekitError(Exception):
+    """An error with a cause (``message``) and a cure (``hint``), each one line."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(EdgekitError):
+    exit_code = 2
+
+
+class OutputExists(UsageError):
+    def __init__(self, path: object) -> None:
+        super().__init__(f"{path} exists already and is not overwritten", "choose another --out, or remove it first")
+
+
+class BundleError(EdgekitError):
+    pass
+
+
+class GoldenError(BundleError):
+    pass
+
+
+class DataError(EdgekitError):
+    pass
+
+
+class GraphError(EdgekitError):
+    pass
+
+
+class InputError(EdgekitError):
+    pass
+
+
+class BackendError(EdgekitError):
+    pass
+
+
+class MissingExtra(EdgekitError):
+    """``raise MissingExtra("rtx", "tensorrt_rtx")`` where an optional import failed."""
+
+    def __init__(self, extra: str, module: str) -> None:
+        super().__init__(f"this needs the Python module '{module}', which is not installed", f"pip install 'edgekit[{extra}]'")
+        self.extra = extra
+
+
+class SignatureError(EdgekitError):
+    pass
+
+
+class BudgetNotMet(EdgekitError):
+    """``result`` holds what was reached, with the keys the command would have answered."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, hint: str = "", result: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, hint)
+        self.result = dict(result or {})

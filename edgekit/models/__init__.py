@@ -1,0 +1,1 @@
+"""Presets by name, in a plain dict."""

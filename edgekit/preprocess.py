@@ -1,0 +1,185 @@
+"""uint8 frame -> model input. Training and the device share this one function, so they see the same tensor.
+
+Pure numpy: an antialiased bilinear (triangle) resize as in Pillow's ``Image.BILINEAR``, written as two small banded
+matrix products that are built once for each frame size.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import ImagePreprocessing
+from .errors import DataError, InputError
+
+__all__ = ["MAX_PIXELS", "Frame", "Preprocessor", "canonical_frame", "read_image"]
+
+Frame = NDArray[Any]
+Float = NDArray[np.float32]
+MAX_PIXELS = 64_000_000
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
+_BAND = 16  # output rows per matrix product: each touches only the input rows under its triangle
+_CACHED_SIZES = 8
+
+
+def canonical_frame(frame: Frame) -> NDArray[np.uint8]:
+    """Any usual frame -> uint8 (H, W) or (H, W, 3).
+
+    Takes uint8 or uint16 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). 16 bits keep their upper byte;
+    alpha is dropped. Raises `InputError` for all else.
+    """
+    if not isinstance(frame, np.ndarray) or frame.ndim not in (2, 3) or (frame.ndim == 3 and frame.shape[2] not in (1, 3, 4)):
+        got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+        raise InputError(
+            f"a frame is uint8 of shape (H, W, 3), not {got}", "pass an RGB array, for example numpy.asarray(image)"
+        )
+    if frame.dtype == np.uint16:
+        frame = (frame >> 8).astype(np.uint8)
+    elif frame.dtype != np.uint8:
+        raise InputError(
+            f"a frame is uint8 (or uint16), not {frame.dtype}", "scale to 0..255 and convert: frame.astype('uint8')"
+        )
+    if frame.size == 0:
+        raise InputError(f"the frame is empty: shape {frame.shape}", "check the source")
+    if frame.ndim == 3:
+        return frame[:, :, 0] if frame.shape[2] == 1 else frame[:, :, :3]
+    return frame
+
+
+def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode an image file with Pillow into uint8 (H, W) or (H, W, 3), turned upright by its EXIF orientation.
+
+    Raises `DataError` where the file is no image, is truncated, or has more than ``max_pixels`` (checked before decoding).
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about bombs; max_pixels refuses them
+            with Image.open(path) as opened:
+                if opened.width * opened.height > max_pixels:
+                    raise DataError(
+                        f"{Path(path).name}: {opened.width} x {opened.height} exceeds {max_pixels} pixels", "scale it down"
+                    )
+                image = ImageOps.exif_transpose(opened)
+                if image.mode in ("I", "F"):
+                    array = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
+                elif image.mode in ("L", "I;16", "I;16B", "I;16L"):
+                    array = np.asarray(image)
+                    array = array.astype(np.uint16) if array.dtype.itemsize == 2 else array
+                else:
+                    array = np.asarray(image.convert("L" if image.mode in ("1", "LA") else "RGB"))
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001  decoders raise anything on hostile bytes
+        raise DataError(f"{Path(path).name} cannot be decoded as an image: {error}", "remove or replace the file") from None
+    return canonical_frame(array)
+
+
+def _triangle(size_in: int, size_out: int, start: float, stop: float) -> list[tuple[slice, slice, Float]]:
+    """Resize weights along one axis, from [start, stop) of the input to ``size_out``, as bands of a matrix.
+
+    Returns (output rows, input rows, weights (rows out, rows in)) triples.
+    """
+    scale = (stop - start) / size_out
+    radius = max(scale, 1.0)
+    centre = start + (np.arange(size_out) + 0.5) * scale
+    first = np.clip(np.floor(centre - radius + 0.5), 0, size_in - 1).astype(int)
+    last = np.clip(np.floor(centre + radius + 0.5), first + 1, size_in).astype(int)
+    bands = []
+    for begin in range(0, size_out, _BAND):
+        rows = slice(begin, min(begin + _BAND, size_out))
+        low, high = int(first[rows].min()), int(last[rows].max())
+        position = np.arange(low, high)
+        weight = np.maximum(0.0, 1.0 - np.abs((position[None, :] + 0.5 - centre[rows, None]) / radius))
+        weight[(position[None, :] < first[rows, None]) | (position[None, :] >= last[rows, None])] = 0.0
+        weight /= weight.sum(1, keepdims=True)
+        bands.append((rows, slice(low, high), np.ascontiguousarray(weight, np.float32)))
+    return bands
+
+
+class Preprocessor:
+    """Call with a frame, get float32 (1, C, H, W). Not thread-safe: it keeps the weights of recent frame sizes."""
+
+    def __init__(self, spec: ImagePreprocessing) -> None:
+        self.spec = spec
+        scale = [1.0 / (255.0 * s) for s in spec.std]
+        self._scale = np.array(scale, np.float32)
+        self._shift = np.array([-m / s for m, s in zip(spec.mean, spec.std, strict=True)], np.float32)
+        self._plans: OrderedDict[tuple[int, int], _Plan | None] = OrderedDict()
+
+    def __call__(self, frame: Frame) -> Float:
+        """uint8 frame, any size -> float32 (1, C, H, W). Raises `InputError` for what is no frame."""
+        frame = canonical_frame(frame)
+        spec = self.spec
+        out = np.empty((1, spec.channels, spec.height, spec.width), np.float32)
+        plan = self._plan(frame.shape[0], frame.shape[1])
+        if plan is not None:
+            frame = plan(_luma(frame) if spec.channels == 1 else frame)
+        elif spec.channels == 1:
+            frame = _luma(frame)
+        for channel in range(spec.channels):  # one plane at a time: no transposed copy of the frame
+            plane = frame if frame.ndim == 2 else frame[:, :, channel]
+            np.multiply(plane, self._scale[channel], out=out[0, channel], dtype=np.float32)
+            out[0, channel] += self._shift[channel]
+        return out
+
+    def _plan(self, height: int, width: int) -> _Plan | None:
+        key = (height, width)
+        if key not in self._plans:
+            same = key == (self.spec.height, self.spec.width)
+            self._plans[key] = None if same else _Plan(height, width, self.spec)
+            if len(self._plans) > _CACHED_SIZES:
+                self._plans.popitem(last=False)
+        return self._plans[key]
+
+
+def _luma(frame: NDArray[np.uint8]) -> NDArray[Any]:
+    """(H, W, 3) -> float32 (H, W); grey frames pass through."""
+    if frame.ndim == 2:
+        return frame
+    return (frame.reshape(-1, 3).astype(np.float32) @ _LUMA).reshape(frame.shape[:2])
+
+
+class _Plan:
+    """How one frame size becomes the model's size."""
+
+    def __init__(self, height: int, width: int, spec: ImagePreprocessing) -> None:
+        self.out_height, self.out_width = spec.height, spec.width
+        top, left, bottom, right = 0.0, 0.0, float(height), float(width)
+        box_height, box_width = spec.height, spec.width
+        if spec.fit == "crop":
+            scale = min(height / spec.height, width / spec.width)
+            top, left = (height - spec.height * scale) / 2, (width - spec.width * scale) / 2
+            bottom, right = height - top, width - left
+        elif spec.fit == "letterbox":
+            scale = max(height / spec.height, width / spec.width)
+            box_height, box_width = max(1, round(height / scale)), max(1, round(width / scale))
+        self.box = (box_height, box_width)
+        self.offset = ((spec.height - box_height) // 2, (spec.width - box_width) // 2)
+        self.rows = _triangle(height, box_height, top, bottom)
+        self.columns = _triangle(width, box_width, left, right)
+
+    def __call__(self, frame: NDArray[Any]) -> Float:
+        """uint8 or float32 (H, W[, 3]) -> float32 (out_height, out_width[, 3]) in 0..255."""
+        tail = frame.shape[2:]
+        box_height, box_width = self.box
+        flat = frame.reshape(frame.shape[0], -1)
+        tall = np.empty((box_height, flat.shape[1]), np.float32)
+        for out_rows, in_rows, weight in self.rows:
+            np.matmul(weight, flat[in_rows].astype(np.float32, copy=False), out=tall[out_rows])
+        tall = tall.reshape(box_height, frame.shape[1], *tail)
+        small = np.empty((box_height, box_width, *tail), np.float32)
+        for out_columns, in_columns, weight in self.columns:
+            small[:, out_columns] = weight @ tall[:, in_columns] if tail else tall[:, in_columns] @ weight.T
+        if self.offset == (0, 0) and (box_height, box_width) == (self.out_height, self.out_width):
+            return small
+        padded = np.zeros((self.out_height, self.out_width, *tail), np.float32)
+        padded[self.offset[0] : self.offset[0] + box_height, self.offset[1] : self.offset[1] + box_width] = small
+        return padded

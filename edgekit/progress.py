@@ -1,0 +1,27 @@
+"""Progress on long work: a bar on a terminal, one line elsewhere; always on stderr, so stdout stays the answer's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import click
+
+__all__ = ["say", "track"]
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], label: str, length: int | None = None) -> Iterator[T]:
+    """Yield ``items`` under a progress bar with the time left.
+
+    Off a terminal (CI, a pipe) only the label is printed, once.
+    """
+    with click.progressbar(items, length=length, label=label, file=sys.stderr, show_eta=True, show_pos=True) as bar:
+        yield from bar
+
+
+def say(message: str) -> None:
+    """One line for the person who waits."""
+    click.echo(message, err=True)

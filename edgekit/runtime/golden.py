@@ -1,0 +1,81 @@
+"""Golden outputs: a few real inputs with the float model's answers, held against every graph and every device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import GOLDEN, Bundle, Tolerance
+from edgekit.errors import BundleError, GoldenError
+
+from .backends import open_runner
+
+__all__ = ["GoldenResult", "check_golden", "compare_arrays", "load_golden", "save_golden"]
+
+
+class GoldenResult(NamedTuple):
+    """``relative``: max |error| / max |golden|, the worst output. ``snr_db``: the lowest output's, 200 for equal ones."""
+
+    relative: float
+    snr_db: float
+
+    def within(self, tolerance: Tolerance) -> bool:
+        return self.relative <= tolerance.limit if tolerance.kind == "relative" else self.snr_db >= tolerance.limit
+
+
+def compare_arrays(golden: NDArray[Any], found: NDArray[Any]) -> GoldenResult:
+    """Errors of ``found`` against ``golden`` of the same shape; a NaN or a wrong shape counts as infinitely far."""
+    if golden.shape != found.shape or not np.isfinite(found).all():
+        return GoldenResult(float("inf"), float("-inf"))
+    reference, error = golden.astype(np.float64), found.astype(np.float64) - golden
+    relative = float(np.abs(error).max(initial=0.0) / max(np.abs(reference).max(initial=0.0), 1e-12))
+    noise = float((error**2).sum())
+    snr = 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max((reference**2).sum(), 1e-30) / noise)))
+    return GoldenResult(relative, snr)
+
+
+def save_golden(inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> bytes:
+    """Bytes of ``golden.npz``: arrays named ``input/NAME`` and ``output/NAME``."""
+    import io
+
+    buffer = io.BytesIO()
+    arrays = {f"input/{k}": v for k, v in inputs.items()} | {f"output/{k}": v for k, v in outputs.items()}
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def load_golden(bundle: Bundle) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """(inputs, outputs) by tensor name; the first axis of all is the sample. Raises `BundleError` on a damaged file."""
+    path = bundle.file(GOLDEN)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, KeyError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", "make the bundle again") from None
+    inputs = {name.removeprefix("input/"): array for name, array in arrays.items() if name.startswith("input/")}
+    outputs = {name.removeprefix("output/"): array for name, array in arrays.items() if name.startswith("output/")}
+    return inputs, outputs
+
+
+def check_golden(bundle: Bundle, graph: str | None = None, backend: str = "onnxruntime") -> GoldenResult:
+    """Run a graph on the golden inputs. Raises `GoldenError` beyond the tolerance that the manifest states for it."""
+    graph = graph or bundle.graph
+    inputs, outputs = load_golden(bundle)
+    worst = GoldenResult(0.0, 200.0)
+    with open_runner(bundle, backend, graph) as runner:
+        found = runner.run(inputs)
+    for name, golden in outputs.items():
+        if name not in found:
+            raise GoldenError(f"{graph} has no output {name}", "make the bundle again")
+        result = compare_arrays(golden, found[name])
+        worst = GoldenResult(max(worst.relative, result.relative), min(worst.snr_db, result.snr_db))
+    tolerance = bundle.manifest.golden.get(graph)
+    if tolerance and not worst.within(tolerance):
+        found_text = f"{worst.relative:.2g} relative" if tolerance.kind == "relative" else f"{worst.snr_db:.1f} dB"
+        raise GoldenError(
+            f"{graph} on {backend} misses the golden outputs: {found_text}, allowed {tolerance.limit:g} ({tolerance.kind})",
+            "the file or the backend differs from what was tested; make the bundle again",
+        )
+    return worst

@@ -1,0 +1,118 @@
+"""`Model`: a bundle that answers. Frames in, predictions out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from time import perf_counter_ns
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle, TensorSpec
+from edgekit.errors import InputError
+from edgekit.preprocess import Frame, Preprocessor
+
+from .backends import Runner, open_runner
+
+__all__ = ["Model", "Prediction"]
+
+Precision = Literal["auto", "float", "int8"]
+_GRAPHS: dict[str, str | None] = {"auto": None, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}
+
+
+class Prediction(NamedTuple):
+    """One answer. ``scores`` is float32 (classes,), a softmax; ``latency_ms`` runs from frame to answer."""
+
+    label: str | None
+    score: float
+    scores: NDArray[np.float32]
+    text: str | None
+    latency_ms: float
+
+
+class Model:
+    """An open bundle. Make one with `Model.open`; use it as a context manager, from one thread."""
+
+    def __init__(self, bundle: Bundle, runner: Runner) -> None:
+        self.bundle = bundle
+        self.runner = runner
+        self.labels = bundle.manifest.labels
+        spec = bundle.manifest.preprocessing
+        self._preprocess = Preprocessor(spec) if spec else None
+        self._open = False
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], backend: str = "auto", *, precision: Precision = "auto", threads: int = 1
+    ) -> Model:
+        """Open a bundle for inference.
+
+        ``backend``: a name from `BACKENDS` or ``auto``. ``precision``: which graph of the bundle; ``auto`` takes int8
+        where the bundle was quantized. ``threads``: CPU cores for one inference, 0 for all.
+        Raises `BundleError` for a damaged bundle, `BackendError` where nothing can run it, `UsageError` for an unknown name.
+        """
+        bundle = Bundle.open(path, verify=False)
+        return cls(bundle, open_runner(bundle, backend, _GRAPHS[precision], threads))
+
+    def __enter__(self) -> Model:
+        self.runner.__enter__()
+        self._input = self.runner.inputs[0].name
+        self._output = self.runner.outputs[0].name
+        self._open = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        self._open = False
+        self.runner.__exit__(kind, value, traceback)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self.runner.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.runner.outputs
+
+    def preprocess(self, frame: Frame) -> NDArray[np.float32]:
+        """uint8 (H, W, 3) RGB or (H, W) grey, any size -> float32 (1, C, H, W), exactly as training saw it."""
+        if self._preprocess is None:
+            raise InputError(
+                f"{self.bundle.path} takes raw tensors: it has no preprocessing",
+                "use model.run({name: array}), or import it with labels",
+            )
+        return self._preprocess(frame)
+
+    def __call__(self, frame: Frame) -> Prediction:
+        """One frame -> one `Prediction`. Raises `InputError` where the frame does not fit the model."""
+        start = perf_counter_ns()
+        outputs = self.run({self._input if self._open else "": self.preprocess(frame)})
+        return self._decode(outputs[self._output][0], start, 1)
+
+    def predict_batch(self, frames: Sequence[Frame]) -> list[Prediction]:
+        """Frames of any sizes -> predictions in the same order; ``latency_ms`` is each one's share of the batch.
+
+        Runs as one batch where the model's first axis is dynamic, else frame by frame.
+        """
+        if not frames:
+            return []
+        if not self._open or not isinstance(self.inputs[0].shape[0], str):
+            return [self(frame) for frame in frames]
+        start = perf_counter_ns()
+        batch = np.concatenate([self.preprocess(frame) for frame in frames])
+        rows = self.run({self._input: batch})[self._output]
+        return [self._decode(row, start, len(frames)) for row in rows]
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Raw tensors by name, zero preprocessing. Raises `InputError` that names the input which does not fit."""
+        return self.runner.run(feeds)
+
+    def _decode(self, logits: NDArray[Any], start: int, share: int) -> Prediction:
+        """Logits (classes,) -> `Prediction`."""
+        scores = np.exp(logits - logits.max(), dtype=np.float32)
+        scores /= scores.sum()
+        best = int(scores.argmax())
+        label = self.labels[best] if best < len(self.labels) else str(best)
+        return Prediction(label, float(scores[best]), scores, None, (perf_counter_ns() - start) / 1e6 / share)

@@ -1,0 +1,111 @@
+"""The ONNX Runtime backend: the CPU of any machine, and the reference for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import Bundle, TensorSpec
+from edgekit.errors import BackendError, InputError, MissingExtra
+
+try:
+    import onnxruntime as ort
+except ImportError:
+    raise MissingExtra("runtime", "onnxruntime") from None
+
+__all__ = ["DTYPES", "OnnxRuntimeRunner", "session"]
+
+#: ONNX Runtime's type names -> numpy's.
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int16)": "int16",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(uint16)": "uint16",
+    "tensor(uint32)": "uint32",
+    "tensor(uint64)": "uint64",
+    "tensor(bool)": "bool",
+    "tensor(string)": "str",
+}
+
+
+def session(model: str | bytes, threads: int = 1) -> ort.InferenceSession:
+    """An `InferenceSession` on the CPU with edgekit's settings. Raises `BackendError` where the graph does not load."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
+        reason = str(error).splitlines()[0]
+        raise BackendError(
+            f"ONNX Runtime cannot load the graph: {reason}", "import it again: edgekit import MODEL.onnx --out B"
+        ) from None
+
+
+class OnnxRuntimeRunner:
+    """Runs one graph of a bundle with ONNX Runtime on ``threads`` cores (0: all)."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, graph: str, threads: int) -> None:
+        self.bundle, self.graph, self.threads = bundle, graph, threads
+        self.inputs: tuple[TensorSpec, ...] = ()
+        self.outputs: tuple[TensorSpec, ...] = ()
+        self._session: Any = None
+
+    def __enter__(self) -> OnnxRuntimeRunner:
+        self._session = session(str(self.bundle.file(self.graph)), self.threads)
+        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self._names = [spec.name for spec in self.outputs]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        self._session = None
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        if self._session is None:
+            raise BackendError("the model is not open", "use it inside: with Model.open(path) as model")
+        try:
+            return dict(zip(self._names, self._session.run(None, feeds), strict=True))
+        except Exception as error:  # noqa: BLE001  as above; the feeds are checked only once they failed
+            check_feeds(self.inputs, feeds)
+            raise BackendError(f"ONNX Runtime failed: {str(error).splitlines()[0]}", "check the input values") from None
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": self.name, "version": ort.__version__, "provider": "CPUExecutionProvider", "threads": self.threads}
+
+
+def _spec(value: Any) -> TensorSpec:
+    shape = tuple(axis if isinstance(axis, int) else str(axis) for axis in value.shape)
+    return TensorSpec(value.name, DTYPES.get(value.type, value.type), shape)
+
+
+def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, NDArray[Any]]) -> None:
+    """Raise `InputError` that names the first input which does not fit the model."""
+    expected = {spec.name: spec for spec in inputs}
+    if set(feeds) != set(expected):
+        raise InputError(f"inputs {sorted(feeds)} arrived, {sorted(expected)} were expected", "name every input of the model")
+    for name, spec in expected.items():
+        array = np.asarray(feeds[name])
+        shape = "x".join(map(str, spec.shape))
+        if str(array.dtype) != spec.dtype and spec.dtype != "str":
+            raise InputError(
+                f"input {name} is {array.dtype}, the model takes {spec.dtype} {shape}", f"convert: x.astype('{spec.dtype}')"
+            )
+        fits = array.ndim == len(spec.shape) and all(
+            isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits:
+            got = "x".join(map(str, array.shape))
+            raise InputError(f"input {name} has shape {got}, the model takes {spec.dtype} {shape}", "reshape it")

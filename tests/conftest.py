@@ -1,0 +1,175 @@
+"""Fixtures: small real graphs and bundles, made without torch, and the command line in-process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, Bundle, Manifest, TensorSpec, Tolerance, history_entry
+from edgekit.cli import main
+from edgekit.data import load
+from edgekit.runtime.golden import save_golden
+from edgekit.runtime.onnxruntime import session
+
+
+class Outcome(NamedTuple):
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        answer = json.loads(self.out)
+        assert isinstance(answer, dict)
+        return answer
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in-process: ``cli("bench", bundle, "--json")`` -> `Outcome`. Never a traceback."""
+
+    def run(*args: object) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in args])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return Outcome(int(caught.value.code or 0), out, err)
+
+    return run
+
+
+def make_onnx(nodes: list[Any], weights: dict[str, Any], x: list[Any], y: list[Any], opset: int = 17) -> bytes:
+    """A graph with one float32 input ``x`` and one output ``y``."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, y)],
+        [numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def tiny_graph() -> bytes:
+    """x (n, 3, 32, 32) -> Conv 16 - ReLU - Conv 16 - Add - GlobalAveragePool - Gemm 10 -> y (n, 10)."""
+    r = np.random.default_rng(0)
+    weights = {
+        "w1": r.normal(0, 0.2, (16, 3, 3, 3)),
+        "w2": r.normal(0, 0.1, (16, 16, 3, 3)),
+        "w3": r.normal(0, 0.3, (10, 16)),
+        "b": r.normal(0, 0.1, 10),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], name="conv1", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["r"], name="relu1"),
+        helper.make_node("Conv", ["r", "w2"], ["c"], name="conv2", pads=[1] * 4),
+        helper.make_node("Add", ["r", "c"], ["s"], name="add"),
+        helper.make_node("GlobalAveragePool", ["s"], ["g"], name="pool"),
+        helper.make_node("Flatten", ["g"], ["f"], name="flatten"),
+        helper.make_node("Gemm", ["f", "w3", "b"], ["y"], name="gemm", transB=1),
+    ]
+    return make_onnx(nodes, weights, ["n", 3, 32, 32], ["n", 10])
+
+
+def write_bundle(path: Path, graph: bytes, inputs: np.ndarray[Any, Any], **manifest: Any) -> Bundle:
+    """A bundle around a graph with ``x`` and ``y``; golden outputs by ONNX Runtime."""
+    run = session(graph)
+    golden = run.run(None, {"x": inputs})[0]
+    x_shape = tuple(run.get_inputs()[0].shape)
+    with Bundle.create(path) as draft:
+        draft.write(FLOAT_GRAPH, graph)
+        draft.write(GOLDEN, save_golden({"x": inputs}, {"y": golden}))
+        defaults: dict[str, Any] = {
+            "task": "tensor",
+            "golden": {FLOAT_GRAPH: Tolerance("relative", 1e-4)},
+            "history": (history_entry("import", {}, {}),),
+        }
+        draft.manifest = Manifest(
+            format=FORMAT,
+            name=path.stem,
+            inputs=(TensorSpec("x", "float32", x_shape),),
+            outputs=(TensorSpec("y", "float32", ("n", *golden.shape[1:])),),
+            **{**defaults, **manifest},
+        )
+    return Bundle.open(path)
+
+
+@pytest.fixture
+def tiny_onnx(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.onnx"
+    path.write_bytes(tiny_graph())
+    return path
+
+
+@pytest.fixture
+def tiny_bundle(tmp_path: Path) -> Bundle:
+    """An imported-like bundle: task ``tensor``, x (n, 3, 32, 32), y (n, 10)."""
+    inputs = np.random.default_rng(1).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    return write_bundle(tmp_path / "tiny.edge", tiny_graph(), inputs)
+
+
+@pytest.fixture
+def calibration_folder(tmp_path: Path) -> Path:
+    """16 .npz files for `tiny_bundle`."""
+    folder = tmp_path / "calib"
+    folder.mkdir()
+    for i in range(16):
+        np.savez(folder / f"{i:03d}.npz", x=np.random.default_rng(i).normal(size=(1, 3, 32, 32)).astype(np.float32))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_graph() -> bytes:
+    """A digit classifier fitted in closed form: two random convolutions, then ridge regression. About 95% right."""
+    r = np.random.default_rng(0)
+    weights = {"w1": r.normal(0, 0.2, (16, 1, 5, 5)), "b1": r.normal(0, 0.1, 16)}
+    weights |= {"w2": r.normal(0, 0.08, (48, 16, 3, 3)), "b2": r.normal(0, 0.1, 48)}
+    features = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], name="conv1", strides=[2, 2], pads=[2] * 4),
+        helper.make_node("Relu", ["c1"], ["r1"], name="relu1"),
+        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], name="conv2", strides=[2, 2], pads=[1] * 4),
+        helper.make_node("Relu", ["c2"], ["r2"], name="relu2"),
+        helper.make_node("Flatten", ["r2"], ["y"], name="flatten"),
+    ]
+    body = make_onnx(features, weights, ["n", 1, 28, 28], ["n", 48 * 49])
+    dataset = load("digits")
+    tensors = dataset.train.tensors(dataset.preprocessing)
+    f = session(body, 0).run(None, {"x": tensors.x})[0].astype(np.float64)
+    f = np.concatenate([f, np.ones((len(f), 1))], 1)
+    solution = np.linalg.solve(f.T @ f + 30 * np.eye(f.shape[1]), f.T @ (np.eye(10)[tensors.y] * 10 - 1))
+    features[-1] = helper.make_node("Flatten", ["r2"], ["f"], name="flatten")
+    nodes = [*features, helper.make_node("Gemm", ["f", "w3", "b3"], ["y"], name="gemm")]
+    weights |= {"w3": solution[:-1], "b3": solution[-1]}
+    return make_onnx(nodes, weights, ["n", 1, 28, 28], ["n", 10])
+
+
+@pytest.fixture
+def digits_bundle(tmp_path: Path, digits_graph: bytes) -> Bundle:
+    """A trained-like bundle: task ``image-classification``, ten labels, preprocessing, judged on the held-out digits."""
+    dataset = load("digits")
+    inputs = dataset.test.take(range(0, 1000, 125)).tensors(dataset.preprocessing).x
+    return write_bundle(
+        tmp_path / "digits.edge",
+        digits_graph,
+        inputs,
+        task="image-classification",
+        labels=dataset.labels,
+        preprocessing=dataset.preprocessing,
+        history=(history_entry("train", {"data": "digits", "data_digest": dataset.digest}, {"top1": 0.95}),),
+    )
