@@ -43,7 +43,11 @@ __all__ = [
     "TensorSpec",
     "Tolerance",
     "atomic_write",
+    "decode_manifest",
+    "is_safe_name",
+    "locked",
     "sha256_file",
+    "sync_path",
 ]
 
 FORMAT = 1
@@ -58,7 +62,7 @@ REPORT = "report.html"
 #: Files that say what the model is; everything else is derived from them.
 IDENTITY = (WEIGHTS, FLOAT_GRAPH, INT8_GRAPH, CALIBRATION, GOLDEN)
 MAX_MANIFEST_BYTES = 16 << 20
-_SAFE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?$")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,32 +155,53 @@ def sha256_file(path: Path) -> str:
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write beside ``path``, flush to disk, then replace: a reader sees the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _staged({path: data}) as names:
+        os.replace(names[path], path)
+    sync_path(path.parent)
+
+
+@contextlib.contextmanager
+def _staged(files: Mapping[Path, bytes]) -> Iterator[dict[Path, str]]:
+    """Contents on disk beside their final paths: all that can fail for lack of space, before anything changes.
+
+    Yields final path -> temporary name; what the block has not renamed is removed.
+    """
+    names: dict[Path, str] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, names[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(names[path], 0o644)
+        yield names
+    finally:
+        for name in names.values():
+            with contextlib.suppress(OSError):
+                os.unlink(name)
 
 
-def _decode_manifest(data: bytes, where: Path) -> Manifest:
+def is_safe_name(name: str) -> bool:
+    """Whether a bundle may hold a file of this name: ASCII, at most one folder deep, nothing hidden, no way out."""
+    return len(name) <= 255 and _SAFE_NAME.fullmatch(name) is not None
+
+
+def decode_manifest(data: bytes, where: str | os.PathLike[str]) -> Manifest:
+    """The manifest in ``data``; ``where`` names its bundle in errors. Raises `BundleError` for anything but a valid one."""
     try:
         found = msgspec.json.decode(data, type=_Format).format
         if found > FORMAT:
             raise BundleError(
                 f"{where} has bundle format {found}; this edgekit {__version__} reads up to {FORMAT}", "upgrade edgekit"
             )
+        if found < 1:
+            raise BundleError(f"{where} has bundle format {found}, which never was", "restore the bundle, or make it again")
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{where}: the manifest is not valid: {error}", "restore the bundle, or make it again") from None
-    bad = [name for name in manifest.files if not _SAFE_NAME.match(name)]
+    bad = [name for name in manifest.files if not is_safe_name(name)]
     if bad:
         raise BundleError(f"{where}: the manifest names an unsafe file {bad[0]!r}", "do not trust this bundle")
     return manifest
@@ -190,6 +215,8 @@ class Draft:
     manifest: Manifest | None = None
 
     def write(self, name: str, data: bytes) -> None:
+        if not is_safe_name(name):
+            raise ValueError(f"not a name for a bundle's file: {name!r}")
         file = self.path / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(data)
@@ -210,6 +237,8 @@ class Bundle:
         Raises `BundleError` where the bundle is missing, damaged or of a newer format.
         """
         folder = Path(path)
+        if folder.is_symlink():  # an install's `current`: followed once, so that a switch meanwhile cannot mix two bundles
+            folder = folder.resolve()
         manifest_file = folder / MANIFEST
         if not folder.is_dir() or not manifest_file.is_file():
             if folder.is_file() and folder.suffix == ".zip":
@@ -217,9 +246,7 @@ class Bundle:
             else:
                 hint = "make one with edgekit train or edgekit import"
             raise BundleError(f"there is no bundle at {folder}", hint)
-        if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{manifest_file} is larger than {MAX_MANIFEST_BYTES >> 20} MiB", "do not trust this bundle")
-        bundle = cls(folder, _decode_manifest(manifest_file.read_bytes(), folder))
+        bundle = cls(folder, _read_manifest(folder))
         if verify:
             for name in bundle.manifest.files:
                 bundle.file(name)
@@ -300,11 +327,14 @@ class Bundle:
                 raise RuntimeError("a draft needs a manifest")
             files = {str(p.relative_to(work).as_posix()): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
             files.pop(MANIFEST, None)
-            draft.write(MANIFEST, encode_manifest(msgspec.structs.replace(draft.manifest, files=files)))
-            _sync(work)
-            if target.exists():
+            draft.write(MANIFEST, _checked_encoding(msgspec.structs.replace(draft.manifest, files=files), target))
+            for path in work.rglob("*"):
+                sync_path(path)
+            sync_path(work)
+            if target.exists() or target.is_symlink():
                 raise OutputExists(target)
             os.rename(work, target)
+            sync_path(target.parent)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -312,22 +342,33 @@ class Bundle:
     def extend(self, files: Mapping[str, bytes], entry: History | None = None) -> Bundle:
         """Add or replace derived files, and a history entry; returns the bundle as it is now.
 
-        A replaced file leaves the manifest before it changes on disk and comes back after, so that a crash between
-        the steps costs the derived file, never the bundle.
+        All new contents are on disk before anything changes, so a full disk changes nothing. A replaced file leaves the
+        manifest before it changes on disk and comes back after, so that a crash between the steps costs the derived
+        file, never the bundle.
         """
-        if bad := [name for name in files if not _SAFE_NAME.match(name) or name in (*IDENTITY, MANIFEST)]:
+        if bad := [name for name in files if not is_safe_name(name) or name in (*IDENTITY, MANIFEST)]:
             raise ValueError(f"not a derived file: {bad[0]}")
-        with _locked(self.path):
-            manifest = _decode_manifest((self.path / MANIFEST).read_bytes(), self.path)
-            kept = {name: digest for name, digest in manifest.files.items() if name not in files}
-            if kept != manifest.files:
-                atomic_write(self.path / MANIFEST, encode_manifest(msgspec.structs.replace(manifest, files=kept)))
-            for name, data in files.items():
-                atomic_write(self.path / name, data)
-                kept[name] = hashlib.sha256(data).hexdigest()
+        with locked(self.path):
+            manifest = _read_manifest(self.path)
+            for name in files:
+                if (self.path / name).parent.is_symlink():
+                    raise BundleError(f"{(self.path / name).parent} is a symbolic link", "do not trust this bundle")
+            before = {name: digest for name, digest in manifest.files.items() if name not in files}
+            after = before | {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+            replaced = before.keys() != manifest.files.keys()
+            without = msgspec.structs.replace(manifest, files=before)
             history = (*manifest.history, entry) if entry else manifest.history
-            manifest = msgspec.structs.replace(manifest, files=dict(sorted(kept.items())), history=history)
-            atomic_write(self.path / MANIFEST, encode_manifest(manifest))
+            manifest = msgspec.structs.replace(manifest, files=dict(sorted(after.items())), history=history)
+            contents = {self.path / name: data for name, data in files.items()}
+            index = self.path / MANIFEST
+            with _staged({**contents, index: _checked_encoding(manifest, self.path)}) as names:
+                if replaced:
+                    atomic_write(index, encode_manifest(without))
+                for path in contents:
+                    os.replace(names[path], path)
+                    sync_path(path.parent)
+                os.replace(names[index], index)
+            sync_path(self.path)
         return Bundle(self.path, manifest)
 
 
@@ -341,9 +382,32 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if path.is_symlink():
+        raise BundleError(f"{path} is a symbolic link", "do not trust this bundle")
+    with path.open("rb") as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB", "do not trust this bundle")
+    return decode_manifest(data, folder)
+
+
+def _checked_encoding(manifest: Manifest, where: Path) -> bytes:
+    """`encode_manifest`, proved to be readable: a NaN or a file name that no reader takes fails here, not on the device."""
+    try:
+        data = encode_manifest(manifest)
+    except UnicodeEncodeError as error:  # a path of undecodable bytes in a history entry
+        raise BundleError(f"the manifest of {where} cannot be written: {error.reason}", "use names in UTF-8") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"the manifest of {where} would exceed {MAX_MANIFEST_BYTES >> 20} MiB", "record fewer figures")
+    decode_manifest(data, where)
+    return data
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time in a bundle, across processes."""
+def locked(folder: Path) -> Iterator[None]:
+    """One writer at a time in a folder, across processes."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -352,11 +416,10 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _sync(folder: Path) -> None:
-    """Flush every file of a folder to disk, so that the rename never outlives its contents."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def sync_path(path: Path) -> None:
+    """Flush a folder's entries (or a file's contents) to disk, so that a rename survives a power cut in the right order."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
