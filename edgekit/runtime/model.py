@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle, TensorSpec
-from edgekit.errors import InputError
+from edgekit.errors import InputError, UsageError
 from edgekit.preprocess import Frame, Preprocessor
 
 from .backends import Runner, open_runner
@@ -54,6 +54,8 @@ class Model:
         where the bundle was quantized. ``threads``: CPU cores for one inference, 0 for all.
         Raises `BundleError` for a damaged bundle, `BackendError` where nothing can run it, `UsageError` for an unknown name.
         """
+        if precision not in _GRAPHS:
+            raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(_GRAPHS)}")
         bundle = Bundle.open(path, verify=False)
         return cls(bundle, open_runner(bundle, backend, _GRAPHS[precision], threads))
 
