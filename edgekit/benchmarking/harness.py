@@ -1,0 +1,253 @@
+"""`bench`: latency and throughput of a bundle, with the protocol, the device and what makes the figure doubtful."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.errors import BackendError, BudgetNotMet, UsageError
+from edgekit.progress import say
+from edgekit.runtime import Model
+from edgekit.runtime.backends import Runner
+from edgekit.runtime.model import Precision
+
+from .device import Sensors, fingerprint, resident_mb
+from .gate import judge, load_earlier, parse_share
+from .inputs import Feeds, batchable, feeds_for, frame_for, golden_or_none
+from .scenarios import MIN_ITERATIONS, SCENARIOS, Call, Run, WarmUp, offline, server, single_stream, warm_up
+from .statistics import coefficient_of_variation, histogram, percentiles, thin
+
+__all__ = ["bench"]
+
+#: The medians of a run's twenty stretches may vary by this much (CV); beyond it the run was disturbed.
+MAX_DRIFT = 0.05
+_BATCHES = (1, 4, 16, 64)
+_MAX_BATCH_BYTES = 64 << 20
+_FILE = "bench/{}-{}-{}.json"
+
+
+def bench(
+    bundle: Bundle | str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    scenario: str = "single-stream",
+    precision: Precision = "auto",
+    threads: int = 1,
+    seconds: float = 2.0,
+    batch: int | None = None,
+    rate: float | None = None,
+    against: str | os.PathLike[str] | None = None,
+    fail_over: str | float | None = None,
+    force: bool = False,
+    save: bool = True,
+) -> dict[str, Any]:
+    """Measure a bundle, write the result into it as ``bench/BACKEND-PRECISION-SCENARIO.json``, and return it.
+
+    ``scenario``: ``single-stream``, ``offline`` (``batch`` fixes the batch; default: the fastest of 1, 4, 16, 64) or
+    ``server`` (``rate``: arrivals a second; default: 70% of what the model can serve). ``threads``: CPU cores, 0 for
+    all. ``seconds``: of the measurement proper, after a warm-up that lasts until the medians settle. ``against``: an
+    earlier result file or a benched bundle; ``fail_over``: ``"5%"`` raises `BudgetNotMet` where p50 grew by more, and
+    the 99% interval of the ratio lies above 1. ``force`` compares across devices and versions. ``save=False`` leaves
+    the bundle as it is.
+
+    The answer holds ``latency_ms`` (p50, p90, p95, p99, p999 from 10,000 samples on, min, mean, max), ``throughput``
+    (inferences/s), ``cv`` (all samples) and ``drift`` (CV of the medians of twenty stretches), ``histogram``,
+    ``cold_start_ms`` (open, hash check and first inference), ``memory``, ``end_to_end`` (`Model` called with a frame;
+    image models, single-stream), ``trustworthy`` with ``reasons``, ``device``, ``load``, ``protocol``, ``samples_ms``.
+    A failed gate never overwrites the file it was held against.
+
+    Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run it.
+    """
+    _check(scenario, precision, seconds, batch, rate)
+    limit = parse_share(fail_over)
+    if limit is not None and against is None:
+        raise UsageError("--fail-over needs a result to hold this one against", "add --against FILE")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    with _opened(opened, backend, precision, threads) as (model, costs):
+        graph = _graph(opened, precision)
+        name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
+        earlier = load_earlier(against, name) if against is not None else None
+        measured = _measure(model, scenario, seconds, batch, rate)
+    result = {
+        "model": opened.manifest.name,
+        "digest": opened.digest,
+        "graph": graph,
+        "precision": "int8" if graph == INT8_GRAPH else "float",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **measured,
+        **costs,
+    }
+    comparison = judge(earlier, result, limit, force=force) if earlier else None
+    failed = comparison is not None and comparison["passed"] is False
+    overwrites = against is not None and _same(opened.path / name, Path(against))
+    saved = save and not (failed and overwrites)
+    if saved:
+        config = {"backend": backend, "scenario": scenario, "precision": precision, "threads": threads}
+        config |= {"seconds": seconds, "batch": batch, "rate": rate}
+        figures = {key: result["latency_ms"][key] for key in ("p50", "p90", "p99")}
+        figures |= {key: result[key] for key in ("throughput", "graph", "backend", "trustworthy")}
+        opened.extend({name: msgspec.json.encode(result) + b"\n"}, opened.entry("bench", config, figures))
+    answer = {"bundle": str(opened.path), "file": str(opened.path / name) if saved else None, **result, "against": comparison}
+    if comparison and failed:
+        raise _gate_failed(comparison, answer)
+    return answer
+
+
+def _check(scenario: str, precision: str, seconds: float, batch: int | None, rate: float | None) -> None:
+    if scenario not in SCENARIOS:
+        raise UsageError(f"there is no scenario {scenario!r}", f"choose one of: {', '.join(SCENARIOS)}")
+    if precision not in get_args(Precision):
+        raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(get_args(Precision))}")
+    if not 0.01 <= seconds <= 3600:
+        raise UsageError(f"{seconds:g} seconds cannot be measured", "choose --seconds from 0.01 to 3600")
+    if batch is not None and (scenario != "offline" or batch < 1):
+        raise UsageError(f"--batch {batch} does not fit the {scenario} scenario", "use --scenario offline --batch N, N >= 1")
+    if rate is not None and (scenario != "server" or not 0 < rate < float("inf")):
+        raise UsageError(f"--rate {rate:g} does not fit the {scenario} scenario", "use --scenario server --rate N, N > 0")
+
+
+def _gate_failed(comparison: dict[str, Any], answer: dict[str, Any]) -> BudgetNotMet:
+    message = (
+        f"p50 is {comparison['new_p50_ms']:.4g} ms, {comparison['ratio'] - 1:.1%} over the earlier "
+        f"{comparison['old_p50_ms']:.4g} ms; allowed is {comparison['limit']:.1%} "
+        f"(99% interval of the ratio: {comparison['low']:.3f} to {comparison['high']:.3f})"
+    )
+    hint = "find the change that made it slower, or raise --fail-over"
+    if not comparison["both_trustworthy"]:
+        hint = f"measure again on an idle machine: {'; '.join(answer['reasons']) or 'the earlier run was disturbed'}"
+    return BudgetNotMet(message, hint, answer)
+
+
+def _same(file: Path, against: Path) -> bool:
+    """Whether ``against`` is this result file, or the bundle that holds it."""
+    return any(file.exists() and path.exists() and path.samefile(file) for path in (against, against / "bench" / file.name))
+
+
+def _graph(bundle: Bundle, precision: str) -> str:
+    return {"auto": bundle.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[precision]
+
+
+@contextlib.contextmanager
+def _opened(bundle: Bundle, backend: str, precision: Precision, threads: int) -> Iterator[tuple[Model, dict[str, Any]]]:
+    """The model, open, and what opening it cost: ``cold_start_ms`` (with hash check and first inference), ``memory``."""
+    before, start = resident_mb(), time.perf_counter()
+    with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
+        loaded = time.perf_counter()
+        feeds = feeds_for(model.inputs, golden_or_none(bundle), 1)
+        first = time.perf_counter()
+        model.runner.run(feeds)
+        cold_start = loaded - start + time.perf_counter() - first
+        after = resident_mb()
+        grown = after - before if before is not None and after is not None else None
+        yield model, {"cold_start_ms": cold_start * 1e3, "memory": {"rss_mb": after, "model_mb": grown}}
+
+
+def _measure(model: Model, scenario: str, seconds: float, batch: int | None, rate: float | None) -> dict[str, Any]:
+    """Warm up, run the scenario, and judge the run."""
+    runner, golden = model.runner, golden_or_none(model.bundle)
+    feeds = feeds_for(runner.inputs, golden, 1)
+    run_model = runner.run
+    say(f"warming up {model.bundle.manifest.name} on {runner.name}")
+    warm = warm_up(lambda: run_model(feeds))
+    before = Sensors()
+    if scenario == "offline":
+        run = offline(lambda n: _batch_call(runner, golden, n), _batches(runner, feeds, golden, batch), seconds)
+    elif scenario == "server":
+        run = server(lambda: run_model(feeds), seconds, rate)
+    else:
+        run = single_stream(lambda: run_model(feeds), seconds)
+    after = Sensors()
+    load = after.since(before)
+    cores = os.cpu_count() or 1
+    threads = int(runner.describe().get("threads", 1))
+    reasons = [*_doubts(run, warm), *load.reasons(cores, threads), *([after.slow_governor] if after.slow_governor else [])]
+    return {
+        "scenario": scenario,
+        "batch": 1,
+        **runner.describe(),
+        "latency_ms": percentiles(run.samples_ms),
+        "throughput": run.throughput,
+        "iterations": len(run.samples_ms),
+        "seconds": run.seconds,
+        "cv": coefficient_of_variation(run.samples_ms),
+        "drift": coefficient_of_variation(run.windows_ms),
+        "trustworthy": not reasons,
+        "reasons": reasons,
+        **run.extra,
+        "end_to_end": _end_to_end(model, golden, seconds) if scenario == "single-stream" else None,
+        "warm_up": warm._asdict(),
+        "load": {**load._asdict(), "average_1min": after.load_average},
+        "histogram": histogram(run.samples_ms),
+        "inputs": {name: [str(array.dtype), *array.shape] for name, array in feeds.items()},
+        "protocol": {
+            "clock": "perf_counter_ns around the backend's run",
+            "transfers": "inputs and outputs in host memory",
+            "percentile": "nearest rank",
+            "input": "golden" if golden else "noise",
+            "garbage_collector": "off",
+        },
+        "device": fingerprint(),
+        "samples_ms": [round(float(sample), 6) for sample in thin(run.samples_ms)],
+    }
+
+
+def _doubts(run: Run, warm: WarmUp) -> list[str]:
+    """What in the run itself makes its figures doubtful."""
+    reasons = []
+    drift = coefficient_of_variation(run.windows_ms)
+    if len(run.samples_ms) < MIN_ITERATIONS:
+        reasons.append(f"{len(run.samples_ms)} runs are too few, at least {MIN_ITERATIONS} are wanted: raise --seconds")
+    if drift > MAX_DRIFT:
+        reasons.append(f"the latency drifted: the medians of {len(run.windows_ms)} stretches vary by {drift:.1%} (CV)")
+    if not warm.steady:
+        reasons.append(f"the warm-up did not settle in {warm.seconds:.1f} s")
+    if run.extra.get("utilisation", 0) > 0.98:
+        reasons.append(f"{run.extra['rate']:.4g} arrivals a second are more than it can serve: the queue only grows")
+    return reasons
+
+
+def _batch_call(runner: Runner, golden: Feeds | None, batch: int) -> Call:
+    feeds = feeds_for(runner.inputs, golden, batch)
+    return lambda: runner.run(feeds)
+
+
+def _batches(runner: Runner, one: Feeds, golden: Feeds | None, asked: int | None) -> list[int]:
+    """The batches to try: those within the memory limit that the graph really takes.
+
+    Raises `UsageError` where the batch that was asked for is not among them.
+    """
+    if not batchable(runner.inputs):
+        if asked not in (None, 1):
+            raise UsageError(f"--batch {asked}: the graph's first axis is fixed", "import it again with --dynamic")
+        return [1]
+    size = sum(array.nbytes for array in one.values())
+    taken = []
+    for batch in [asked] if asked else _BATCHES:
+        if not asked and batch * size > _MAX_BATCH_BYTES:
+            continue
+        try:
+            _batch_call(runner, golden, batch)()
+        except BackendError as error:  # an axis that claims to be dynamic, before a reshape that is not
+            if asked:
+                raise UsageError(f"--batch {asked} does not run: {error.message}", "leave --batch out") from None
+            continue
+        taken.append(batch)
+    return taken or [1]
+
+
+def _end_to_end(model: Model, golden: Feeds | None, seconds: float) -> dict[str, Any] | None:
+    """``Model(frame)``, preprocessing and decoding included, for a frame of the model's own size; None without one."""
+    spec = model.bundle.manifest.preprocessing
+    if spec is None:
+        return None
+    frame = frame_for(spec, golden)
+    warm_up(lambda: model(frame), limit_s=0.5, least_s=0.1)
+    run = single_stream(lambda: model(frame), seconds / 4, "frame to answer")
+    return {"frame": list(frame.shape), "latency_ms": percentiles(run.samples_ms), "iterations": len(run.samples_ms)}

@@ -1,0 +1,72 @@
+"""What a model is fed while it is measured: its own golden inputs, which are real data, or seeded noise without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import GOLDEN, Bundle, ImagePreprocessing, TensorSpec
+from edgekit.errors import UsageError
+from edgekit.runtime.golden import load_golden
+
+__all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none"]
+
+Feeds = dict[str, NDArray[Any]]
+
+
+def golden_or_none(bundle: Bundle) -> Feeds | None:
+    """The golden inputs by name; None where the bundle has none (a packed one may not)."""
+    return load_golden(bundle)[0] if bundle.has(GOLDEN) else None
+
+
+def batchable(inputs: Sequence[TensorSpec]) -> bool:
+    """Whether every input's first axis is dynamic."""
+    return all(spec.shape and isinstance(spec.shape[0], str) for spec in inputs)
+
+
+def feeds_for(inputs: Sequence[TensorSpec], golden: Feeds | None, batch: int) -> Feeds:
+    """Input name -> array of the model's shape; a dynamic first axis gets ``batch``, golden samples repeat in turn.
+
+    Raises `UsageError` where a dynamic axis other than the first is left and no golden input says how long it is.
+    """
+    feeds = {}
+    for spec in inputs:
+        sample = golden.get(spec.name) if golden else None
+        if sample is None:
+            sample = _noise(spec)
+        if spec.shape:
+            first = batch if isinstance(spec.shape[0], str) else spec.shape[0]
+            sample = np.resize(sample, (first, *sample.shape[1:]))
+        feeds[spec.name] = np.ascontiguousarray(sample)
+    return feeds
+
+
+def _noise(spec: TensorSpec) -> NDArray[Any]:
+    """Normal noise for floats, zeros for all else (as indices they are always valid)."""
+    if any(isinstance(axis, str) for axis in spec.shape[1:]):
+        shape = "x".join(map(str, spec.shape))
+        raise UsageError(
+            f"input {spec.name} is {shape} and the bundle has no golden inputs to say how large",
+            "import it again with --shape, which stores golden inputs",
+        )
+    shape_of_one = tuple(axis if isinstance(axis, int) else 1 for axis in spec.shape)
+    if spec.dtype.startswith("float"):
+        return np.random.default_rng(0).normal(size=shape_of_one).astype(spec.dtype)
+    return np.zeros(shape_of_one, spec.dtype)
+
+
+def frame_for(spec: ImagePreprocessing, golden: Feeds | None) -> NDArray[np.uint8]:
+    """A frame of the model's own size: the first golden input with its normalisation undone, else seeded noise.
+
+    uint8 (height, width) for one channel, (height, width, 3) for three.
+    """
+    tensor = next(iter(golden.values())) if golden else None
+    if tensor is None or tensor.shape[1:] != (spec.channels, spec.height, spec.width):
+        frame = np.random.default_rng(0).integers(0, 256, (spec.height, spec.width, spec.channels), np.uint8)
+    else:
+        planes = tensor[0].transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)  # (H, W, C)
+        frame = np.clip(np.rint(planes * 255), 0, 255).astype(np.uint8)
+    return frame[:, :, 0] if spec.channels == 1 else frame

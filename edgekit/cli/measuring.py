@@ -1,0 +1,136 @@
+"""bench, compare, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import Answer, answers, bundle_argument, table
+
+__all__ = ["bench", "compare", "doctor"]
+
+
+@click.command("bench")
+@bundle_argument()
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Backend; auto takes the first that works.")
+@click.option(
+    "--scenario",
+    default="single-stream",
+    show_default=True,
+    metavar="NAME",
+    help="single-stream (one after the other), offline (throughput in batches), server (Poisson arrivals).",
+)
+@click.option("--precision", default="auto", show_default=True, metavar="NAME", help="auto, float or int8.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(0, 1024), help="CPU cores, 0 for all.")
+@click.option("--seconds", default=2.0, show_default=True, type=float, help="Length of the measurement after the warm-up.")
+@click.option("--batch", type=int, help="offline: the batch; default: the fastest of 1, 4, 16, 64.")
+@click.option("--rate", type=float, help="server: arrivals a second; default: 70% of what the model can serve.")
+@click.option("--against", metavar="FILE", type=click.Path(path_type=Path), help="An earlier result, or a benched bundle.")
+@click.option("--fail-over", metavar="SHARE", help="With --against: exit 3 if p50 grew by more, for example 5%.")
+@click.option("--force", is_flag=True, help="Compare with a result of another device or version all the same.")
+@click.option("--save/--no-save", default=True, show_default=True, help="Write the result into the bundle.")
+@answers
+def bench(bundle: Path, **options: Any) -> Answer:
+    """Measure latency or throughput of a bundle, and say whether the figure can be trusted.
+
+    The result is written into the bundle as bench/BACKEND-PRECISION-SCENARIO.json.
+
+    \b
+    Example:
+      edgekit bench digits.edge
+      edgekit bench digits.edge --scenario server --rate 200
+      edgekit bench digits.edge --against baseline.json --fail-over 5%
+    """
+    import edgekit
+
+    result = edgekit.bench(bundle, **options)
+    return Answer(result, _bench_text(result))
+
+
+@click.command("compare")
+@bundle_argument()
+@click.option("--backends", default="onnxruntime", show_default=True, metavar="NAMES", help="Backends, comma-separated.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(0, 1024), help="CPU cores, 0 for all.")
+@answers
+def compare(bundle: Path, backends: str, threads: int) -> Answer:
+    """Run the same inputs through every graph and backend and show each output's error against the golden outputs.
+
+    Exits 3 where an output misses the tolerance that the bundle states for its graph.
+
+    \b
+    Example:
+      edgekit compare digits8.edge --backends onnxruntime
+    """
+    import edgekit
+
+    result = edgekit.compare(bundle, backends=backends, threads=threads)
+    columns = [
+        "backend",
+        "graph",
+        "output",
+        "snr_db",
+        "relative",
+        "max_abs",
+        "cosine",
+        "agree",
+        "tolerance",
+        "within_tolerance",
+    ]
+    return Answer(result, table(result["outputs"], columns))
+
+
+@click.command("doctor")
+@answers
+def doctor() -> Answer:
+    """Show what works on this machine, what is missing, and the command that installs it.
+
+    \b
+    Example:
+      edgekit doctor
+    """
+    from edgekit.benchmarking import doctor as look_over
+
+    result = look_over()
+    lines = [f"edgekit {result['edgekit']}"]
+    width = max(len(check["check"]) for check in result["checks"])
+    for check in result["checks"]:
+        hint = f"  ({check['hint']})" if check["hint"] else ""
+        lines.append(f"  {'ok' if check['ok'] else '--'}  {check['check'].ljust(width)}  {check['found']}{hint}")
+    return Answer(result, "\n".join(lines))
+
+
+def _bench_text(result: dict[str, Any]) -> str:
+    latency = {key: value for key, value in result["latency_ms"].items() if key in ("p50", "p90", "p99", "p999", "mean")}
+    device = result["device"]
+    lines = [
+        f"{result['model']}  {result['graph']} on {result['backend']} {result['version']}, {result['threads']} thread(s)",
+        f"{result['scenario']}, batch {result['batch']}, {result['iterations']} runs in {result['seconds']:.1f} s "
+        f"on {device['cpu']}, {device['cores']} cores",
+        "latency ms   " + "  ".join(f"{key} {value:.4g}" for key, value in latency.items()),
+        f"throughput   {result['throughput']:.4g} inferences/s",
+        f"cold start   {result['cold_start_ms']:.4g} ms",
+    ]
+    if "queue" in result:
+        wait, queue = result["queue"]["wait_ms"], result["queue"]
+        lines.append(
+            f"queue        {result['rate']:.4g} arrivals/s, busy {result['utilisation']:.0%}, "
+            f"wait p50 {wait['p50']:.4g} p99 {wait['p99']:.4g} ms, longest {queue['longest']}"
+        )
+    if result["end_to_end"]:
+        whole = result["end_to_end"]
+        frame = "x".join(map(str, whole["frame"]))
+        lines.append(
+            f"with frame   p50 {whole['latency_ms']['p50']:.4g}  p99 {whole['latency_ms']['p99']:.4g} ms, "
+            f"{frame} uint8 to label"
+        )
+    if gate := result["against"]:
+        lines.append(
+            f"against      p50 {gate['old_p50_ms']:.4g} -> {gate['new_p50_ms']:.4g} ms, ratio {gate['ratio']:.3f} "
+            f"({gate['low']:.3f} to {gate['high']:.3f}): {gate['verdict']}"
+        )
+        lines += [f"             differs: {difference}" for difference in gate["differs"]]
+    lines.append("trustworthy  " + ("yes" if result["trustworthy"] else "no"))
+    lines += [f"             {reason}" for reason in result["reasons"]]
+    return "\n".join([*lines, *([f"written to   {result['file']}"] if result["file"] else [])])
