@@ -1,0 +1,54 @@
+"""Keys, and packs that differ, for the deployment room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, Bundle, Manifest, TensorSpec, Tolerance
+from edgekit.deployment import keygen, pack
+from edgekit.runtime.golden import save_golden
+
+
+class Keys(NamedTuple):
+    key: Path
+    pub: Path
+    key_id: str
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    made = keygen(tmp_path_factory.mktemp("keys"))
+    return Keys(Path(made["key"]), Path(made["pub"]), made["key_id"])
+
+
+@pytest.fixture
+def versions(tmp_path: Path, tiny_bundle: Bundle, keys: Keys) -> list[Path]:
+    """Three signed packs of the same graph under names v0, v1, v2, so that their digests differ (labels)."""
+    packs = []
+    for i in range(3):
+        with Bundle.create(tmp_path / f"v{i}.edge") as draft:
+            for name in (FLOAT_GRAPH, GOLDEN):
+                draft.write(name, tiny_bundle.file(name).read_bytes())
+            old = tiny_bundle.manifest
+            draft.manifest = Manifest(
+                FORMAT, f"v{i}", "tensor", old.inputs, old.outputs, labels=(f"v{i}",), golden=old.golden, history=old.history
+            )
+        packs.append(pack(tmp_path / f"v{i}.edge", out=tmp_path / f"v{i}.zip", key=keys.key))
+    return packs
+
+
+@pytest.fixture
+def liar(tmp_path: Path, tiny_bundle: Bundle, keys: Keys) -> Path:
+    """A well-signed pack whose graph does not give its golden outputs."""
+    x = np.zeros((1, 3, 32, 32), np.float32)
+    with Bundle.create(tmp_path / "liar.edge") as draft:
+        draft.write(FLOAT_GRAPH, tiny_bundle.file(FLOAT_GRAPH).read_bytes())
+        draft.write(GOLDEN, save_golden({"x": x}, {"y": np.full((1, 10), 7, np.float32)}))
+        spec = TensorSpec("x", "float32", ("n", 3, 32, 32))
+        golden = {FLOAT_GRAPH: Tolerance("relative", 1e-3)}
+        draft.manifest = Manifest(FORMAT, "liar", "tensor", (spec,), (spec,), golden=golden)
+    return pack(tmp_path / "liar.edge", out=tmp_path / "liar.zip", key=keys.key)
