@@ -1,0 +1,35 @@
+"""What runs on the device all day: frames in, events out, nothing lost and nothing invented.
+
+A `Scanner` takes frames from a source (`sources/`, one file a kind), reads them with a `Model`, a `CodeReader` or both,
+and hands one event a frame to its sinks (`sinks/`, one file a kind). `scan` opens all of it by name, as
+``edgekit scan`` does.
+
+Importing this room loads no decoder, code reader or network library; each is loaded by the file that needs it.
+"""
+
+from .codes import Code, CodeReader
+from .events import SCHEMA
+from .outbox import Outbox
+from .scanner import Scanner, Summary
+from .service import scan
+from .sinks import SINKS, Sink, open_sink
+from .sources import SOURCES, Captured, open_source
+from .stop import Stop, stop_on_signals
+
+__all__ = [
+    "SCHEMA",
+    "SINKS",
+    "SOURCES",
+    "Captured",
+    "Code",
+    "CodeReader",
+    "Outbox",
+    "Scanner",
+    "Sink",
+    "Stop",
+    "Summary",
+    "open_sink",
+    "open_source",
+    "scan",
+    "stop_on_signals",
+]

@@ -1,0 +1,66 @@
+"""SQLite as the scanner uses it: WAL, every commit synced, errors in words."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgekit.errors import DataError
+
+__all__ = ["connect", "sqlite_errors"]
+
+BUSY_S = 5.0
+
+
+def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
+    """Open or create a database whose tables are ``schema`` (statements), usable from any thread under a lock.
+
+    WAL with ``synchronous=FULL``: a commit that returned is on disk (https://sqlite.org/pragma.html#pragma_synchronous).
+    Raises `DataError` where the file is no such database, `OSError` where it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    with sqlite_errors(path):
+        connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            _prepare(connection, path, schema, version)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: int) -> None:
+    found = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    tables = int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+    if found != version and (found or tables):
+        raise DataError(
+            f"{path} is another kind of database (version {found}, {tables} tables; wanted version {version})",
+            "name a new file",
+        )
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    if not found:
+        connection.executescript(f"BEGIN IMMEDIATE; {schema}; PRAGMA user_version={version}; COMMIT;")
+
+
+@contextlib.contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into the ones that the command line has words for."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = str(error)
+        if "full" in text:
+            raise OSError(errno.ENOSPC, text, str(path)) from None
+        if "readonly" in text:
+            raise PermissionError(errno.EACCES, text, str(path)) from None
+        if "unable to open" in text or "disk I/O" in text:
+            raise OSError(errno.EIO, text, str(path)) from None
+        if "locked" in text:
+            raise DataError(f"{path} is in use by another process", "give each scan its own file") from None
+        raise DataError(f"{path} is no usable SQLite database: {text}", "name a new file, or restore it") from None

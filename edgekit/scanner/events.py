@@ -1,0 +1,37 @@
+"""The event: one JSON object a frame, versioned by ``schema``.
+
+| field | what |
+|---|---|
+| ``schema`` | 1 |
+| ``id`` | unique; the same event sent twice has the same id, so that a receiver can drop the second |
+| ``source``, ``seq`` | file, camera or URL, and the number of the frame in it, from 0 |
+| ``time`` | when the frame was captured: RFC 3339, UTC, milliseconds |
+| ``label``, ``score`` | the model's answer and its probability in 0..1; absent without a model |
+| ``text`` | what a text reader read; absent for classifiers |
+| ``codes`` | ``[{"text", "format", "gs1"}]``; an empty list says that none was found, absence that none was sought |
+| ``latency_ms`` | from the decoded frame to the finished event |
+| ``event``, ``reason`` | only on a frame without an answer: ``damaged`` (not decodable), ``unfit`` (the model does not take such a frame), ``failed`` (the model broke down), and why |
+"""  # noqa: E501  a table row is one line
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+
+__all__ = ["SCHEMA", "Event", "encode", "rfc3339"]
+
+SCHEMA = 1
+Event = dict[str, Any]
+_encoder = msgspec.json.Encoder()
+
+
+def encode(event: Event) -> bytes:
+    """An event as one line of UTF-8 JSON, without the line's end."""
+    return _encoder.encode(event)
+
+
+def rfc3339(seconds: float) -> str:
+    """Seconds since the epoch -> ``2026-01-31T12:00:00.000Z``."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,151 @@
+"""Store and forward: a sink over a network that may be down for hours.
+
+`ForwardSink.send` writes the event into the outbox and returns; a thread delivers in order through a `Transport`,
+retries with growing pauses, and removes what was acknowledged.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import Any, Protocol
+
+from edgekit.errors import EdgekitError
+from edgekit.progress import say
+from edgekit.scanner.events import Event, encode
+from edgekit.scanner.outbox import Outbox, Waiting
+
+from . import FLUSH_S
+
+__all__ = ["ForwardSink", "Refused", "Transport", "Undelivered"]
+
+BATCH = 32
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+
+
+class Undelivered(Exception):
+    """The sink could not be reached or did not acknowledge: try again."""
+
+
+class Refused(Exception):
+    """The sink will never take this event: set it aside."""
+
+
+class Transport(Protocol):
+    """Used from the delivery thread only."""
+
+    def deliver(self, event_id: str, event: bytes) -> None:
+        """Return once the other side has acknowledged. Raises `Undelivered` or `Refused`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ForwardSink:
+    """Durable when `send` returns; delivered at least once, in order, as long as the outbox file lives."""
+
+    def __init__(self, name: str, transport: Transport, outbox: Outbox) -> None:
+        self.name = name
+        self._transport, self._outbox = transport, outbox
+        self._sent = self._delivered = 0
+        self._failure: Exception | None = None
+        self._down = False
+        self._wake = threading.Event()  # there may be something to do
+        self._hurry = threading.Event()  # do not pause between attempts
+        self._closing = threading.Event()
+        if waiting := outbox.count(name):
+            say(f"{name}: {waiting} events of an earlier run wait in {outbox.path}")
+        self._thread = threading.Thread(target=self._run, name=f"deliver {name}", daemon=True)
+        self._thread.start()
+
+    def send(self, event: Event) -> None:
+        self._check()
+        self._outbox.append(self.name, event["id"], encode(event))
+        self._sent += 1
+        self._wake.set()
+
+    def flush(self, patience_s: float = FLUSH_S) -> None:
+        """Wait for deliveries; what is left after ``patience_s`` without one stays in the outbox, and is named."""
+        self._hurry.set()
+        self._wake.set()
+        progress, moved = time.monotonic(), self._delivered
+        while self._outbox.head(self.name, 1) and time.monotonic() - progress < patience_s:
+            self._check()
+            if self._delivered != moved:
+                progress, moved = time.monotonic(), self._delivered
+            time.sleep(0.01)
+        self._hurry.clear()
+        if waiting := self._outbox.count(self.name):
+            say(f"{self.name}: {waiting} events wait in {self._outbox.path}; the next scan with this --outbox sends them")
+
+    def status(self) -> dict[str, Any]:
+        counts = {"waiting": self._outbox.count(self.name), "refused": self._outbox.count(self.name, refused=True)}
+        return {"sink": self.name, "sent": self._sent, "delivered": self._delivered, **counts}
+
+    def close(self) -> None:
+        """Stop delivering. A delivery that hangs is left behind: its event is still in the outbox."""
+        self._closing.set()
+        self._wake.set()
+        self._hurry.set()
+        self._thread.join(0.3)
+
+    def _check(self) -> None:
+        if self._failure:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            self._deliver_all()
+        except (EdgekitError, OSError) as error:  # the outbox itself failed: the scan must know, `send` says it
+            if not self._closing.is_set():
+                self._failure = error
+        finally:
+            self._transport.close()
+
+    def _deliver_all(self) -> None:
+        pause = FIRST_PAUSE_S
+        while not self._closing.is_set():
+            self._wake.clear()
+            waiting = self._outbox.head(self.name, BATCH)
+            if not waiting:
+                self._wake.wait()
+                continue
+            problem = self._deliver(waiting)
+            if problem is None:
+                pause = FIRST_PAUSE_S
+                if self._down:
+                    self._down = False
+                    say(f"{self.name} is up again")
+                continue
+            if not self._down:
+                self._down = True
+                say(f"{self.name} is down: {problem}; events wait in {self._outbox.path}")
+            # Jitter keeps many devices from knocking at the same moment when a broker comes back.
+            self._hurry.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311
+            if self._hurry.is_set():
+                self._closing.wait(0.1)
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    def _deliver(self, waiting: list[Waiting]) -> str | None:
+        """Deliver in order; returns why it stopped early, or None."""
+        done: list[int] = []
+        try:
+            for entry in waiting:
+                if self._closing.is_set():
+                    break
+                try:
+                    self._transport.deliver(entry.id, entry.event)
+                except Refused as error:
+                    self._outbox.refuse(entry.position, str(error))
+                    say(f"{self.name} refuses event {entry.id}: {error}; it is kept in {self._outbox.path}")
+                    continue
+                done.append(entry.position)
+        except Undelivered as error:
+            return str(error)
+        finally:
+            if done:
+                self._outbox.delivered(done)
+                self._delivered += len(done)
+        return None

@@ -1,0 +1,74 @@
+"""``http://`` and ``https://``: POST one event as JSON; any 2xx answer is the acknowledgement.
+
+400, 413 and 422 refuse that event for good (it is set aside, in the outbox); every other answer, and silence, means
+later. Redirects are not followed: urllib would turn the POST into a GET and lose the event.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from edgekit.errors import UsageError
+from edgekit.scanner.outbox import Outbox
+
+from . import Sink
+from .forward import ForwardSink, Refused, Undelivered
+
+__all__ = ["HttpTransport", "open_http"]
+
+TIMEOUT_S = 5.0
+_NEVER = frozenset({400, 413, 422})
+
+
+def open_http(spec: str, outbox: Callable[[], Outbox]) -> Sink:
+    """``http(s)://[user:password@]host[:port]/path``; the password is sent as Basic authorization and never shown."""
+    try:
+        url = urllib.parse.urlsplit(spec)
+        host, port = url.hostname, url.port
+    except ValueError as error:
+        raise UsageError(f"the sink {spec!r} is no address: {error}", "write http://HOST:PORT/PATH") from None
+    if not host:
+        raise UsageError(f"the sink {spec!r} names no host", "write http://HOST:PORT/PATH")
+    where = f"[{host}]" if ":" in host else host
+    address = urllib.parse.urlunsplit(url._replace(netloc=f"{where}:{port}" if port else where, fragment=""))
+    user, password = urllib.parse.unquote(url.username or ""), urllib.parse.unquote(url.password or "")
+    return ForwardSink(address, HttpTransport(address, user, password), outbox())
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class HttpTransport:
+    def __init__(self, address: str, user: str = "", password: str = "") -> None:
+        self._address = address
+        self._headers = {"Content-Type": "application/json", "User-Agent": "edgekit-scan"}
+        if user:
+            self._headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def deliver(self, event_id: str, event: bytes) -> None:
+        headers = {**self._headers, "Idempotency-Key": event_id}
+        request = urllib.request.Request(self._address, event, headers, method="POST")  # noqa: S310  http(s) only
+        try:
+            with self._opener.open(request, timeout=TIMEOUT_S) as answer:
+                answer.read(1 << 16)
+        except urllib.error.HTTPError as error:
+            with error:
+                if error.code in _NEVER:
+                    raise Refused(f"{error.code} {error.reason}") from None
+                raise Undelivered(f"it answered {error.code} {error.reason}") from None
+        except urllib.error.URLError as error:
+            raise Undelivered(str(error.reason)) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Undelivered(str(error) or type(error).__name__) from None
+
+    def close(self) -> None:
+        pass

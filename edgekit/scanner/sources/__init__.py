@@ -1,0 +1,52 @@
+"""Sources: where frames come from. Each is an iterable of `Captured`; one file a kind, named in `SOURCES`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from edgekit.errors import UsageError
+from edgekit.preprocess import Frame
+from edgekit.scanner.stop import Stop
+
+__all__ = ["SOURCES", "Captured", "open_source"]
+
+
+class Captured(NamedTuple):
+    """One frame as it came: uint8 (H, W) or (H, W, 3) RGB, or None and the ``error`` that says why there is none.
+
+    ``source`` is the file, camera or URL; ``seq`` counts from 0; ``time`` is the wall clock in seconds since the epoch.
+    """
+
+    frame: Frame | None
+    source: str
+    seq: int
+    time: float
+    error: str = ""
+
+
+#: scheme -> (module, function ``(target, watch, stop) -> Iterator[Captured]``); "" is a path.
+SOURCES: dict[str, tuple[str, str]] = {
+    "": ("edgekit.scanner.sources.files", "open_files"),
+}
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
+_KNOWN = "give an image file or a folder of images; camera:, rtsp:, v4l2:, gst: and video are not there in this version"
+
+
+def open_source(spec: str, *, watch: bool = False, stop: Stop | None = None) -> Iterator[Captured]:
+    """The frames of a source. ``watch`` keeps waiting for new files in a folder until ``stop`` is set.
+
+    Raises `UsageError` for a kind that does not exist, `DataError` where there is nothing at ``spec``.
+    """
+    found = _SCHEME.match(spec)
+    scheme = found.group(1).lower() if found and not Path(spec).exists() else ""
+    if scheme not in SOURCES:
+        raise UsageError(f"there is no source {scheme}: in this version", _KNOWN)
+    if not spec:
+        raise UsageError("the source is empty", _KNOWN)
+    module, function = SOURCES[scheme]
+    opened: Iterator[Captured] = getattr(importlib.import_module(module), function)(spec, watch, stop or Stop())
+    return opened

@@ -1,0 +1,124 @@
+"""Image files and folders of them, once or watched."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgekit.errors import DataError, MissingExtra, UsageError
+from edgekit.preprocess import read_image
+from edgekit.progress import say
+from edgekit.scanner.stop import Stop
+
+from . import Captured
+
+__all__ = ["IMAGE_SUFFIXES", "POLL_S", "open_files"]
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".h264", ".mjpeg"})
+#: A watched file is read once its size and time stood still for this long: a copy in progress is left alone.
+POLL_S = 0.25
+
+_Stamp = tuple[int, int, int]  # inode, bytes, modification time in ns
+
+
+def open_files(target: str, watch: bool, stop: Stop) -> Iterator[Captured]:
+    """The image at ``target``, or every image below the folder ``target``, sorted by path; hidden files are left out.
+
+    With ``watch``, files that appear or change later follow until ``stop`` is set. Raises `DataError` where there is
+    nothing to read, `MissingExtra` without Pillow.
+    """
+    try:
+        import PIL  # noqa: F401  read_image needs it; say so before the first frame
+    except ImportError:
+        raise MissingExtra("scan", "PIL") from None
+    path = Path(target)
+    if path.is_dir():
+        return _watched(path, stop) if watch else _captured(_listed(path), stop)
+    if not path.exists():
+        raise DataError(f"there is no file or folder at {target}", "check --source")
+    if watch:
+        raise UsageError(f"--watch wants a folder, {target} is a file", "name the folder, or leave --watch out")
+    if not path.is_file():
+        raise DataError(f"{target} is no regular file", "give an image file or a folder of images")
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        raise UsageError(f"{target} looks like a video, which is not there in this version", "extract its frames to a folder")
+    return _captured([path], stop)
+
+
+def _listed(folder: Path) -> list[Path]:
+    paths = sorted(_stamps(folder))
+    if not paths:
+        raise DataError(
+            f"{folder} holds no images", f"add some ({', '.join(sorted(IMAGE_SUFFIXES))}), or wait for them with --watch"
+        )
+    return paths
+
+
+def _stamps(folder: Path) -> dict[Path, _Stamp]:
+    """Every image below ``folder`` with what changes when it is written. Raises `OSError` where a folder cannot be listed."""
+    found: dict[Path, _Stamp] = {}
+    for root, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(root, name)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                try:
+                    status = path.stat()
+                except OSError:  # gone since it was listed, or a dangling link
+                    continue
+                if path.is_file():
+                    found[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _captured(paths: list[Path], stop: Stop) -> Iterator[Captured]:
+    for seq, path in enumerate(paths):
+        if stop.is_set():
+            return
+        yield _capture(path, seq)
+
+
+def _watched(folder: Path, stop: Stop) -> Iterator[Captured]:
+    """Polling, not inotify: it also works on network shares, where cameras drop their pictures."""
+    done: dict[Path, _Stamp] = {}
+    before: dict[Path, _Stamp] = {}
+    seq, unlisted = 0, False
+    while not stop.is_set():
+        try:
+            now = _stamps(folder)
+            unlisted = False
+        except OSError as error:  # a share that went away comes back
+            if not unlisted:
+                say(f"{folder} cannot be listed ({error.strerror}); waiting for it")
+            unlisted = True
+            stop.wait(POLL_S)
+            continue
+        ready = [path for path, stamp in now.items() if before.get(path) == stamp and done.get(path) != stamp]
+        for path in sorted(ready, key=lambda path: (now[path][2], path)):
+            if stop.is_set():
+                return
+            yield _capture(path, seq)
+            seq += 1
+            done[path] = now[path]
+        done = {path: stamp for path, stamp in done.items() if path in now}  # forget what was removed: memory stays bounded
+        before = now
+        stop.wait(POLL_S)
+
+
+def _capture(path: Path, seq: int) -> Captured:
+    # A name that is no UTF-8 stays readable: its odd bytes appear as \xNN.
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    now = time.time()
+    try:
+        return Captured(read_image(path), name, seq, now)
+    except DataError as error:
+        return Captured(None, name, seq, now, error.message)
+    except MemoryError:
+        return Captured(None, name, seq, now, f"{path.name} does not fit into memory")

@@ -1,0 +1,93 @@
+"""Stopping: finish the frame in hand, flush, leave in time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+__all__ = ["STOP_S", "Stop", "stop_on_signals"]
+
+#: From SIGTERM to exit at the latest, in seconds.
+STOP_S = 1.7
+_STEP_S = 0.25
+
+
+class Stop:
+    """A flag that any thread or signal handler may set.
+
+    Not a `threading.Event`: its lock is not reentrant, so setting one in a handler that interrupted ``wait`` can deadlock.
+    """
+
+    def __init__(self) -> None:
+        self._set = False
+        #: The signal that set it, 0 where it was none.
+        self.signal = 0
+
+    def set(self) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for ``seconds``, or until it is set, noticed within a quarter of a second; returns whether it is set."""
+        end = time.monotonic() + seconds
+        while not self._set and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _STEP_S))
+        return self._set
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """A `Stop` that SIGTERM and SIGINT set while the block runs; a second SIGINT interrupts at once.
+
+    If a frame or a sink hangs, the process ends with 0 `STOP_S` seconds after SIGTERM all the same: what a sink has
+    taken is out of the process by then. Outside the main thread, where Python takes no handlers, signals are left alone.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    reader, writer = os.pipe()
+    watchdog = threading.Thread(target=_watch, args=(reader,), name="stop watchdog", daemon=True)
+    watchdog.start()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        if number == signal.SIGTERM:
+            os.write(writer, b"T")
+        stop.signal = stop.signal or number
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.write(writer, b"E")
+        watchdog.join()
+        os.close(reader)
+        os.close(writer)
+
+
+def _watch(reader: int) -> None:
+    """Wait for the block's end (E) or SIGTERM (T); after T, give the block `STOP_S` seconds."""
+    if os.read(reader, 1) == b"E":
+        return
+    end = time.monotonic() + STOP_S
+    while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
+        if os.read(reader, 1) == b"E":
+            return
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write("stopped while a frame or a sink was still busy\n")
+        sys.stderr.flush()
+    os._exit(0)
