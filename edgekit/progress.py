@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import click
 
-__all__ = ["say", "track"]
+__all__ = ["bar", "say", "track"]
 
 T = TypeVar("T")
 
@@ -18,8 +19,15 @@ def track(items: Iterable[T], label: str, length: int | None = None) -> Iterator
 
     Off a terminal (CI, a pipe) only the label is printed, once.
     """
-    with click.progressbar(items, length=length, label=label, file=sys.stderr, show_eta=True, show_pos=True) as bar:
-        yield from bar
+    with click.progressbar(items, length=length, label=label, file=sys.stderr, show_eta=True, show_pos=True) as shown:
+        yield from shown
+
+
+@contextlib.contextmanager
+def bar(label: str, length: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar of ``length`` steps; call what it yields with (steps done since, a note to show behind the bar)."""
+    with click.progressbar(length=length, label=label, file=sys.stderr, show_pos=True, item_show_func=lambda n: n) as shown:
+        yield shown.update
 
 
 def say(message: str) -> None:

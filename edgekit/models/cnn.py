@@ -1,0 +1,91 @@
+"""Convolutional presets. Widths are multiples of 16: what tensor cores like and what a CPU's blocked layout likes.
+
+ReLU throughout: it fuses into the convolution before it and leaves one-sided ranges that quantize well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Depthwise", "SeparableBlock", "Textbook"]
+
+
+class Textbook(nn.Module):
+    """The field's textbook net for 28x28 grey digits: Conv 32 - pool - Conv 64 - pool - Conv 64 - Dense 64 - Dense.
+
+    93,322 parameters for 10 classes (F. Chollet, Deep Learning with Python, 2nd ed., listing 8.1).
+    """
+
+    def __init__(self, classes: int, channels: int = 1, height: int = 28, width: int = 28) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3), nn.ReLU(),
+            nn.Flatten(),
+        )  # fmt: skip
+        with torch.no_grad():
+            flat = self.features.eval()(torch.zeros(1, channels, height, width)).shape[1]
+        self.dense = nn.Linear(flat, 64)
+        self.dropout = nn.Dropout(0.5)
+        self.classifier = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)  # (N, C, H, W) -> (N, flat)
+        x = self.dropout(torch.relu(self.dense(x)))  # (N, 64)
+        logits: Tensor = self.classifier(x)  # (N, classes)
+        return logits
+
+
+class SeparableBlock(nn.Module):
+    """Depthwise 3x3 - BN - ReLU - pointwise 1x1 - BN - ReLU (MobileNet, arXiv:1704.04861), residual where shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.residual = stride == 1 and inputs == outputs
+        self.depthwise = nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm1(self.depthwise(x)))
+        y = self.norm2(self.pointwise(y))
+        return torch.relu(x + y if self.residual else y)
+
+
+class Depthwise(nn.Module):
+    """Compact depthwise-separable net: a stem, then per stage one strided block and ``depth - 1`` residual ones.
+
+    ``widths`` are the channels after the stem and after each stage; the stem has stride 2 above 48 px.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        channels: int = 1,
+        height: int = 28,
+        width: int = 28,
+        widths: Sequence[int] = (16, 48, 96),
+        depths: Sequence[int] = (3, 3),
+    ) -> None:
+        super().__init__()
+        stride = 2 if min(height, width) > 48 else 1
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, stride, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        blocks: list[nn.Module] = []
+        for inputs, outputs, depth in zip(widths[:-1], widths[1:], depths, strict=True):
+            blocks.append(SeparableBlock(inputs, outputs, stride=2))
+            blocks += [SeparableBlock(outputs, outputs) for _ in range(depth - 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.stem(x))  # (N, C, H, W)
+        x = x.mean((2, 3))  # (N, C)
+        logits: Tensor = self.classifier(x)  # (N, classes)
+        return logits

@@ -1,0 +1,180 @@
+"""From bundle to `nn.Module` and back: create a preset, give it the stored weights' shapes, export, write.
+
+Pruned widths are stored nowhere but in the weights: `adopt_shapes` makes a fresh preset as narrow as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, WEIGHTS, Bundle, History, Manifest, ModelConfig, TensorSpec, Tolerance
+from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.runtime import compare_arrays
+from edgekit.runtime.golden import save_golden
+from edgekit.runtime.onnxruntime import session
+
+from . import PRESETS
+
+try:
+    import onnx
+    import safetensors.torch
+    import torch
+    from torch import Tensor, nn
+except ImportError as error:
+    raise MissingExtra("train", error.name or "torch") from None
+
+__all__ = ["FLOAT_TOLERANCE", "adopt_shapes", "create", "export_onnx", "load", "parameters", "write_model"]
+
+#: How far ONNX Runtime may be from torch on the same weights: rounding of reordered sums, no more.
+FLOAT_TOLERANCE = Tolerance("relative", 1e-4)
+GOLDEN_SAMPLES = 8
+OPSET = 18
+
+
+def create(config: ModelConfig) -> nn.Module:
+    """A preset with fresh weights. Raises `UsageError` for an unknown name or argument."""
+    if config.name not in PRESETS:
+        known = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
+        raise UsageError(f"there is no model {config.name!r}", f"choose one of: {known}")
+    module, _, name = PRESETS[config.name].home.partition(":")
+    try:
+        built: nn.Module = getattr(importlib.import_module(module), name)(**config.args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"the model {config.name} does not take {config.args}: {reason}", "try another model or image size"
+        ) from None
+    return built
+
+
+def load(bundle: Bundle) -> nn.Module:
+    """The trained module of a bundle, in eval mode. Raises `BundleError` where the bundle holds no fitting weights."""
+    if bundle.manifest.model is None or not bundle.has(WEIGHTS):
+        raise BundleError(
+            f"{bundle.path} has no PyTorch weights", "use a bundle made by edgekit train, not an imported or packed one"
+        )
+    module = create(bundle.manifest.model)
+    try:
+        state = safetensors.torch.load_file(bundle.file(WEIGHTS))
+        adopt_shapes(module, state)
+        module.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"the weights in {bundle.path} do not fit its model: {reason}", "train the bundle again") from None
+    return module.eval()
+
+
+def adopt_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Resize convolutions, linear layers and batch norms in place to the shapes of ``state``; values come after."""
+    for name, layer in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(layer, nn.Conv2d):
+            outputs, inputs = state[f"{prefix}weight"].shape[:2]
+            if layer.groups > 1:
+                layer.groups = outputs * layer.groups // layer.out_channels
+            layer.out_channels, layer.in_channels = outputs, inputs * layer.groups
+        elif isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = state[f"{prefix}weight"].shape
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.num_features = state[f"{prefix}weight"].shape[0]
+        for key, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, key, nn.Parameter(torch.empty_like(state[prefix + key]), parameter.requires_grad))
+        for key, buffer in list(layer.named_buffers(recurse=False)):
+            if buffer is not None and prefix + key in state:
+                setattr(layer, key, torch.empty_like(state[prefix + key]))
+
+
+def parameters(module: nn.Module) -> int:
+    """How many trained numbers the module has."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def export_onnx(module: nn.Module, example: Tensor) -> bytes:
+    """ONNX bytes with input ``x`` and output ``y``, batch axis dynamic, batch norms folded.
+
+    The exporter's notes on where each node came from are dropped: they hold paths of this machine.
+    Raises `GraphError` where torch cannot export the module.
+    """
+    module = module.eval()
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                input_names=["x"],
+                output_names=["y"],
+                dynamic_shapes=({0: torch.export.Dim("n")},),
+                opset_version=OPSET,
+                verbose=False,
+            )
+        assert program is not None
+    except Exception as error:  # noqa: BLE001  the exporter raises many types of its own
+        reason = str(error).strip().splitlines()[0]
+        raise GraphError(
+            f"torch cannot export this model to ONNX: {reason}", "avoid data-dependent shapes and branches"
+        ) from None
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    model: onnx.ModelProto = program.model_proto
+    _forget_origins(model)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _forget_origins(model: onnx.ModelProto) -> None:
+    del model.metadata_props[:]
+    graph = model.graph
+    for item in [graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
+        del item.metadata_props[:]
+        item.doc_string = ""
+    del graph.value_info[:]
+
+
+def write_model(
+    out: str | os.PathLike[str], module: nn.Module, samples: NDArray[np.float32], manifest: Manifest, entry: History
+) -> Bundle:
+    """Write a module as a new bundle; its graph must answer as torch does on real inputs (`FLOAT_TOLERANCE`).
+
+    ``samples`` float32 (N, C, H, W): `GOLDEN_SAMPLES` of them become the golden inputs. ``manifest`` gives name, model,
+    task, labels, preprocessing and earlier history; the rest is filled in here. Raises `GoldenError` where ONNX Runtime
+    differs from torch; nothing is written then.
+    """
+    chosen = np.linspace(0, len(samples) - 1, min(GOLDEN_SAMPLES, len(samples))).astype(int)
+    inputs = np.ascontiguousarray(samples[chosen])
+    with torch.no_grad():
+        outputs = module.eval()(torch.from_numpy(inputs)).numpy()
+    graph = export_onnx(module, torch.from_numpy(np.repeat(inputs[:1], 2, 0)))
+    golden = compare_arrays(outputs, session(graph).run(None, {"x": inputs})[0])
+    if not golden.within(FLOAT_TOLERANCE):
+        raise GoldenError(
+            f"the exported graph differs from torch by {golden.relative:.2g} relative, allowed {FLOAT_TOLERANCE.limit:g}",
+            "report this with the model: the exporter mistranslates it",
+        )
+    figures = {**entry.figures, "golden_relative": golden.relative, "golden_tolerance": FLOAT_TOLERANCE.limit}
+    with Bundle.create(out) as draft:
+        draft.write(FLOAT_GRAPH, graph)
+        draft.write(GOLDEN, save_golden({"x": inputs}, {"y": outputs}))
+        draft.write(WEIGHTS, safetensors.torch.save({k: v.contiguous() for k, v in module.state_dict().items()}))
+        draft.manifest = msgspec.structs.replace(
+            manifest,
+            inputs=(TensorSpec("x", "float32", ("n", *inputs.shape[1:])),),
+            outputs=(TensorSpec("y", "float32", ("n", *outputs.shape[1:])),),
+            golden={FLOAT_GRAPH: FLOAT_TOLERANCE},
+            history=(*manifest.history, msgspec.structs.replace(entry, figures=figures)),
+        )
+    return Bundle.open(out)

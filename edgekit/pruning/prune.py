@@ -1,0 +1,187 @@
+"""`prune`: a smaller bundle from a trained one. Cut, fine-tune, export, measure both on the same machine in turn."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from edgekit.bundle import FLOAT_GRAPH, Bundle
+from edgekit.data import Dataset, Tensors, load
+from edgekit.errors import BudgetNotMet, DataError, OutputExists, UsageError
+from edgekit.evaluation import accuracy
+from edgekit.models import PRESETS
+from edgekit.models.module import export_onnx, parameters, write_model
+from edgekit.models.module import load as load_module
+from edgekit.progress import say
+from edgekit.training import FitConfig, fit
+from edgekit.training.fit import answers
+
+from .groups import macs_of
+from .latency import paired_latency
+from .search import Step, cut_path
+from .sparsity import Mask24
+
+__all__ = ["prune"]
+
+SAMPLES = 512  # training samples that judge a cut
+EPOCHS = 30
+
+
+class _Cut(NamedTuple):
+    module: nn.Module
+    steps: list[Step]
+
+
+def prune(
+    bundle: Bundle | str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    keep: float | None = None,
+    speedup: float | None = None,
+    max_drop: float | None = None,
+    sparsity: str | None = None,
+    data: str | None = None,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+) -> Bundle:
+    """Remove channels until ``keep`` (share of the MACs) or ``speedup`` (measured on ONNX Runtime, one thread) is reached.
+
+    Neither given: ``keep=0.5``, or no cut with ``sparsity="2:4"``. Then fine-tune for ``epochs`` on ``data`` (default:
+    what the bundle was trained on). ``max_drop``: points of top-1 on the held-out split that may be lost.
+    Raises `BudgetNotMet` (exit 3) where ``speedup`` or ``max_drop`` is missed; the best found is written all the same.
+    """
+    source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    target = Path(out)
+    if target.exists():
+        raise OutputExists(target)
+    _check(keep, speedup, sparsity)
+    module = load_module(source)
+    dataset = _dataset(source, data)
+    assert source.manifest.preprocessing is not None
+    train_set = dataset.train.tensors(source.manifest.preprocessing)
+    held_out = dataset.test.tensors(source.manifest.preprocessing)
+    started = time.perf_counter()
+    before = source.file(FLOAT_GRAPH).read_bytes()
+    old = {"parameters": parameters(module), "macs": macs_of(module, torch.from_numpy(held_out.x[:1]))}
+    old_top1 = float((answers(module, held_out.x) == held_out.y).mean())
+    cut = _Cut(module, []) if sparsity and keep is None and speedup is None else _cut(module, before, train_set, keep, speedup)
+    for step in cut.steps:
+        say(f"cut {step.root}: {step.before} -> {step.after} channels, KL {step.kl:.3f}, MACs {step.macs / old['macs']:.0%}")
+    mask = Mask24(cut.module) if sparsity else None
+    if mask:
+        mask()
+    config = _fit_config(source, dataset, epochs, seed)
+    checkpoint = target.with_name(f"{target.name}.checkpoint")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    curve = fit(cut.module, train_set, held_out, config, checkpoint=checkpoint, label="fine-tuning", after_step=mask)
+    judged = accuracy(held_out.y, answers(cut.module, held_out.x), len(dataset.labels))
+    sample = held_out.x[:1]
+    latency_before, latency_after = paired_latency(
+        before, export_onnx(cut.module, torch.from_numpy(np.repeat(sample, 2, 0))), sample
+    )
+    macs = macs_of(cut.module, torch.from_numpy(sample))
+    figures: dict[str, Any] = {
+        **judged.figures(),
+        "drop": (old_top1 - judged.top1) * 100,
+        "speedup": latency_before / latency_after,
+        "latency_before_ms": latency_before,
+        "latency_ms": latency_after,
+        "macs": macs,
+        "macs_share": macs / old["macs"],
+        "parameters": parameters(cut.module),
+        "parameters_before": old["parameters"],
+        "cuts": [{"layer": s.root, "before": s.before, "after": s.after, "kl": s.kl} for s in cut.steps],
+        "sparse_share": mask.share if mask else 0.0,
+        "seconds": round(time.perf_counter() - started, 1),
+        "curve": curve,
+    }
+    options = {
+        "keep": keep,
+        "speedup": speedup,
+        "max_drop": max_drop,
+        "sparsity": sparsity,
+        "data": dataset.spec,
+        **asdict(config),
+    }
+    entry = source.entry("prune", {**options, "data_digest": dataset.digest}, figures)
+    manifest = msgspec.structs.replace(source.manifest, name=target.name.split(".")[0], files={})
+    pruned = write_model(target, cut.module, held_out.x, manifest, entry)
+    checkpoint.unlink(missing_ok=True)
+    _gate(pruned, figures, speedup, max_drop)
+    return pruned
+
+
+def _check(keep: float | None, speedup: float | None, sparsity: str | None) -> None:
+    if keep is not None and speedup is not None:
+        raise UsageError("--keep and --speedup arrived together", "give one of them")
+    if keep is not None and not 0 < keep <= 1:
+        raise UsageError(f"--keep {keep:g} is not a share", "give the share of the MACs to keep, for example 0.5")
+    if speedup is not None and not 1 < speedup <= 100:
+        raise UsageError(f"--speedup {speedup:g} is out of reach", "give how many times faster, for example 2")
+    if sparsity not in (None, "2:4"):
+        raise UsageError(f"there is no sparsity {sparsity!r}", "the one pattern that tensor cores know is 2:4")
+
+
+def _dataset(bundle: Bundle, data: str | None) -> Dataset:
+    trained = bundle.last("train")
+    spec = data or (trained.config.get("data") if trained else None)
+    if not spec:
+        raise DataError(f"{bundle.path} does not say what it was trained on", "name the data: --data SPEC")
+    dataset = load(str(spec))
+    if dataset.labels != bundle.manifest.labels:
+        raise DataError(f"{spec} has other classes than {bundle.path}", "name the data it was trained on: --data SPEC")
+    return dataset
+
+
+def _cut(module: nn.Module, before: bytes, train_set: Tensors, keep: float | None, speedup: float | None) -> _Cut:
+    """The first model on the path of cuts that meets the budget; the last one where none does."""
+    chosen = np.linspace(0, len(train_set.x) - 1, min(SAMPLES, len(train_set.x))).astype(int)
+    samples = torch.from_numpy(train_set.x[chosen])
+    last = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+    total = macs_of(module, samples)
+    steps: list[Step] = []
+    say("measuring what each cut costs")
+    for step in cut_path(module, samples, frozenset({last})):
+        steps.append(step)
+        if speedup is None and step.macs <= (0.5 if keep is None else keep) * total:
+            break
+        # Speed is what was asked for, so speed is measured; below the asked share of MACs it cannot be there yet.
+        if speedup is not None and step.macs * 0.6 * speedup <= total:
+            graph = export_onnx(step.module, samples[:2])
+            old, new = paired_latency(before, graph, samples[:1].numpy(), rounds=10)
+            say(f"measured {old / new:.2f}x at {step.macs / total:.0%} of the MACs")
+            if old / new >= speedup:
+                break
+    return _Cut(steps[-1].module if steps else module, steps)
+
+
+def _fit_config(bundle: Bundle, dataset: Dataset, epochs: int, seed: int) -> FitConfig:
+    assert bundle.manifest.model is not None
+    trained = bundle.last("train")
+    batch = int(trained.config.get("batch", 128)) if trained else 128
+    rate = PRESETS[bundle.manifest.model.name].lr * 0.6  # high, as pruned nets need it; not so high that it starts anew
+    return FitConfig(epochs, rate, batch, seed=seed, augmentation=dataset.augmentation)
+
+
+def _gate(bundle: Bundle, figures: dict[str, Any], speedup: float | None, max_drop: float | None) -> None:
+    result = {"bundle": str(bundle.path), **{k: figures[k] for k in ("top1", "drop", "speedup", "macs", "parameters")}}
+    if max_drop is not None and figures["drop"] > max_drop:
+        raise BudgetNotMet(
+            f"top-1 fell by {figures['drop']:.2f} points, allowed {max_drop:g}; {bundle.path} is the best found",
+            "keep more (--keep), or fine-tune longer (--epochs)",
+            result,
+        )
+    if speedup is not None and figures["speedup"] < speedup * 0.98:  # two measurements of one graph differ by that much
+        raise BudgetNotMet(
+            f"the pruned model is {figures['speedup']:.2f}x faster, asked {speedup:g}x; {bundle.path} is the best found",
+            "ask for less; what remains is not in the layers that can be cut",
+            result,
+        )

@@ -1,0 +1,86 @@
+"""`train`: from a data set to a bundle."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+import torch
+
+from edgekit.bundle import FORMAT, Bundle, Manifest, ModelConfig, history_entry
+from edgekit.data import load
+from edgekit.errors import OutputExists
+from edgekit.evaluation import accuracy
+from edgekit.models import DEFAULT, PRESETS
+from edgekit.models.module import create, parameters, write_model
+from edgekit.progress import say
+
+from .fit import FitConfig, answers, fit
+
+__all__ = ["train"]
+
+#: The shortest training that ends well: small sets need more epochs to see as many steps.
+EPOCHS = 40
+
+
+def train(
+    *,
+    data: str,
+    out: str | os.PathLike[str],
+    model: str = DEFAULT,
+    epochs: int = EPOCHS,
+    batch: int = 128,
+    lr: float | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> Bundle:
+    """Train a preset on a data set and write it as a new bundle.
+
+    ``data`` is a spec (`edgekit.data.load`), ``model`` a preset, ``size`` the input's height and width in pixels
+    (default: the data set's). Stopped runs resume from ``OUT.checkpoint``. The figures in the history are measured on
+    the held-out split after the last epoch; nothing is chosen by it.
+    Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for an unknown model or data set.
+    """
+    target = Path(out)
+    if target.exists():
+        raise OutputExists(target)
+    dataset = load(data)
+    preprocessing = dataset.preprocessing
+    if size:
+        preprocessing = msgspec.structs.replace(preprocessing, width=size, height=size)
+    shape = {"channels": preprocessing.channels, "height": preprocessing.height, "width": preprocessing.width}
+    model_config = ModelConfig(model, {"classes": len(dataset.labels), **shape})
+    torch.manual_seed(seed)
+    module = create(model_config)
+    config = FitConfig(epochs, lr or PRESETS[model].lr, batch, seed=seed, augmentation=dataset.augmentation)
+    train_set, held_out = dataset.train.tensors(preprocessing), dataset.test.tensors(preprocessing)
+    say(f"{model}: {parameters(module):,} parameters, {len(train_set.y):,} samples to train on, {len(held_out.y):,} held out")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = target.with_name(f"{target.name}.checkpoint")
+    started = time.perf_counter()
+    curve = fit(module, train_set, held_out, config, checkpoint=checkpoint)
+    judged = accuracy(held_out.y, answers(module, held_out.x), len(dataset.labels))
+    figures = {
+        **judged.figures(),
+        "parameters": parameters(module),
+        "seconds": round(time.perf_counter() - started, 1),
+        "damaged": [*train_set.damaged, *held_out.damaged],
+        "curve": curve,
+    }
+    settings = {"data": data, "data_digest": dataset.digest, "model": model, **asdict(config)}
+    manifest = Manifest(
+        format=FORMAT,
+        name=target.name.split(".")[0],
+        task="image-classification",
+        inputs=(),
+        outputs=(),
+        model=model_config,
+        preprocessing=preprocessing,
+        labels=dataset.labels,
+    )
+    bundle = write_model(target, module, held_out.x, manifest, history_entry("train", settings, figures))
+    checkpoint.unlink(missing_ok=True)
+    return bundle
