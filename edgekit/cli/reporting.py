@@ -1,0 +1,104 @@
+"""``report`` and ``explain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import Answer, answers, bundle_argument, table
+
+__all__ = ["explain", "report"]
+
+
+@click.command()
+@click.argument("bundles", metavar="B...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    default="report.html",
+    show_default=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The page. An earlier report of that name is replaced, any other file is not.",
+)
+@click.option(
+    "--explanations",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Show the pictures that `edgekit explain --out DIR` wrote.",
+)
+@answers
+def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> Answer:
+    """One self-contained HTML page about one or several bundles.
+
+    Accuracy against latency and size, training curves, confusion, latency histograms, quantization, engines and
+    provenance. Nothing is measured here: what is missing is said in its place, with the command that measures it.
+    The page needs no network.
+
+    \b
+    Example:
+      edgekit report digits.edge digits8.edge --out report.html
+    """
+    from edgekit.reporting import report as write
+
+    data = write(bundles, out=out, explanations=explanations)
+    return Answer(data, f"{data['report']}: {len(data['bundles'])} bundles, {data['size_bytes'] / 1e3:.0f} kB")
+
+
+@click.command()
+@bundle_argument()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder for the pictures and explanation.json; made where it is missing, other files in it stay.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["activations", "gradcam", "lime", "occlusion"]),
+    default="occlusion",
+    show_default=True,
+    help="occlusion, lime: any graph, through the runtime. gradcam: PyTorch weights. activations: layers of the graph.",
+)
+@click.option("--label", metavar="NAME", help="Explain this class instead of the predicted one.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float", "int8"]),
+    default="auto",
+    show_default=True,
+    help="Which graph of the bundle; auto takes int8 where there is one. Not for gradcam.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(50, 20_000),
+    default=1000,
+    show_default=True,
+    help="lime: how many pictures with hidden parts the model is asked about.",
+)
+@answers
+def explain(
+    bundle: Path, images: tuple[Path, ...], out: Path, method: str, label: str | None, precision: str, samples: int
+) -> Answer:
+    """Show what the model looks at, one picture an image (a folder stands for its images).
+
+    Orange speaks for the class, blue against it. Each map is checked by deletion: the areas it calls important are
+    hidden first, and the score must fall faster (a smaller area under the curve) than with the same map misplaced.
+
+    \b
+    Examples:
+      edgekit explain digits8.edge photo.png --out why
+      edgekit explain digits.edge photos/ --out why --method gradcam
+    """
+    from edgekit.explanation import explain as run
+
+    data = run(bundle, images, out=out, method=method, label=label, precision=precision, samples=samples)
+    columns = ["source", "label", "score", "overlay", "deletion_auc", "misplaced_auc"]
+    rows = [{k: image[k] for k in columns if k in image} for image in data["images"]]
+    text = table(rows)
+    if "layers" in data:
+        text += "\n\n" + table(data["layers"], ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated"])
+    if data["skipped"]:
+        text += f"\n{len(data['skipped'])} images were skipped: {', '.join(data['skipped'])}"
+    return Answer(data, f"{text}\n\npictures and explanation.json: {data['out']}")

@@ -1,0 +1,149 @@
+// Draws every <canvas data-kind data-chart> with Chart.js, in the colours of the style sheet, and again when they change.
+"use strict";
+(() => {
+  const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const SHAPES = ["circle", "rectRot", "triangle", "rect", "star", "crossRot"]; // colour never stands alone
+  const drawn = [];
+
+  const axis = (title, extra = {}) => ({
+    type: "linear", title: { display: true, text: title, color: style("--soft") },
+    grid: { color: style("--line"), drawTicks: false }, border: { display: false },
+    ticks: { color: style("--soft"), padding: 6, maxTicksLimit: 7 }, ...extra,
+  });
+  const base = (scales, extra = {}) => ({
+    responsive: true, maintainAspectRatio: false, animation: false, scales, layout: { padding: { top: 14, right: 10 } },
+    plugins: { legend: { display: false }, tooltip: { displayColors: false }, ...extra },
+  });
+  const round = (value) => Number(Number(value).toPrecision(4)).toString();
+
+  // Names beside the points, moved to the free side and left out where they would cover another.
+  const names = {
+    id: "names",
+    afterDatasetsDraw(chart) {
+      const { ctx, chartArea } = chart, taken = [];
+      ctx.save();
+      ctx.font = `12px ${Chart.defaults.font.family}`;
+      ctx.fillStyle = style("--ink");
+      ctx.textBaseline = "middle";
+      chart.getDatasetMeta(0).data.forEach((point, i) => {
+        let text = chart.data.datasets[0].data[i].name;
+        if (text.length > 26) text = text.slice(0, 25) + "…";
+        const width = ctx.measureText(text).width;
+        const sides = [[10, 0], [-10 - width, 0], [-width / 2, -15], [-width / 2, 15]];
+        for (const [dx, dy] of sides) {
+          const box = { l: point.x + dx, r: point.x + dx + width, t: point.y + dy - 8, b: point.y + dy + 8 };
+          const inside = box.l >= chartArea.left && box.r <= chartArea.right + 8;
+          if (inside && !taken.some((o) => box.l < o.r && o.l < box.r && box.t < o.b && o.t < box.b)) {
+            taken.push(box);
+            ctx.fillText(text, box.l, point.y + dy);
+            break;
+          }
+        }
+      });
+      ctx.restore();
+    },
+  };
+
+  // Vertical percentile marks over a histogram; labels step down where they would touch.
+  const marks = {
+    id: "marks",
+    afterDatasetsDraw(chart) {
+      const { ctx, chartArea, scales, options } = chart;
+      let lastRight = -1, row = 0;
+      ctx.save();
+      ctx.font = `11px ${Chart.defaults.font.family}`;
+      Object.entries(options.plugins.marks.at).sort((a, b) => a[1] - b[1]).forEach(([name, value]) => {
+        const x = scales.x.getPixelForValue(value);
+        if (x > chartArea.right + 1) return;
+        const width = ctx.measureText(name).width;
+        row = x - width / 2 < lastRight + 6 ? row + 1 : 0;
+        lastRight = Math.max(lastRight, x + width / 2 + 4);
+        ctx.strokeStyle = ctx.fillStyle = style("--c2");
+        ctx.setLineDash([4, 3]);
+        ctx.beginPath();
+        ctx.moveTo(x, chartArea.top);
+        ctx.lineTo(x, chartArea.bottom);
+        ctx.stroke();
+        ctx.textAlign = row ? "left" : "center";
+        ctx.fillText(name, row ? x + 4 : x, chartArea.top - 4 + row * 13);
+      });
+      ctx.restore();
+    },
+  };
+
+  const KINDS = {
+    scatter: (d) => ({
+      type: "scatter",
+      data: { datasets: [
+        { data: d.points, backgroundColor: style("--c1"), borderColor: style("--paper"), borderWidth: 1.5, radius: 7, hoverRadius: 9 },
+        { data: d.front, showLine: true, radius: 0, hitRadius: 0, hoverRadius: 0, borderColor: style("--c2"), borderWidth: 1.5, borderDash: [5, 4] },
+      ] },
+      options: base({ x: axis(d.x, { grace: "12%" }), y: axis(d.y, { grace: "15%" }) }, {
+        legend: { display: false },
+        tooltip: { displayColors: false, filter: (item) => item.datasetIndex === 0,
+          callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}`, `${d.y}: ${round(item.raw.y)}`] } },
+      }),
+      plugins: [names],
+    }),
+    curves: (d) => ({
+      type: "line",
+      data: { datasets: Object.entries(d.lines).map(([label, values], i) => ({
+        label: label.replaceAll("_", " "), data: values.map((y, j) => ({ x: d.x[j], y })), borderColor: style(`--c${(i % 6) + 1}`),
+        backgroundColor: style(`--c${(i % 6) + 1}`), borderWidth: 2, radius: values.length > 40 ? 0 : 3, pointStyle: SHAPES[i % 6], spanGaps: true,
+      })) },
+      options: { ...base({ x: axis("Epoch", { grid: { display: false }, ticks: { color: style("--soft"), precision: 0, maxTicksLimit: 8 } }), y: axis(d.y) }, {
+        legend: { display: true, align: "start", labels: { color: style("--ink"), usePointStyle: true, boxHeight: 6, padding: 14 } },
+      }), interaction: { mode: "index", intersect: false } },
+    }),
+    histogram: (d) => ({
+      type: "line",
+      data: { datasets: [{
+        data: [{ x: d.edges[0], y: 0 }, ...d.counts.map((y, i) => ({ x: d.edges[i], y })), { x: d.edges.at(-1), y: 0 }],
+        stepped: "before", fill: "origin", borderColor: style("--c1"), backgroundColor: style("--c1") + "55", borderWidth: 1.5, radius: 0, hitRadius: 6,
+      }] },
+      options: base(
+        { x: axis("Latency (ms)", { grid: { display: false }, min: d.edges[0], max: d.edges.at(-1), ticks: { color: style("--soft"), maxTicksLimit: 7, includeBounds: false, maxRotation: 0, callback: (v) => round(v) } }),
+          y: axis("Runs", { beginAtZero: true }) },
+        { marks: { at: d.marks }, tooltip: { displayColors: false, intersect: false,
+          callbacks: { title: () => "", label: (item) => `${item.parsed.y} runs from ${round(item.parsed.x)} ms` } } }),
+      plugins: [marks],
+    }),
+    bars: (d) => ({
+      type: "bar",
+      data: { labels: d.names, datasets: [{ data: d.values, backgroundColor: d.float.map((f) => style(f ? "--c2" : "--c1")), barPercentage: 0.8, maxBarThickness: 18 }] },
+      options: { ...base({ x: axis(d.x, { beginAtZero: true }), y: category() }, {
+        tooltip: { displayColors: false, callbacks: { afterLabel: (item) => (d.float[item.dataIndex] ? "left in float" : "") } } }), indexAxis: "y" },
+    }),
+    ranges: (d) => ({
+      type: "bar",
+      data: { labels: d.names, datasets: [{ data: d.values, backgroundColor: style("--c3"), barPercentage: 0.8, maxBarThickness: 18 }] },
+      options: { ...base({ x: axis(d.x), y: category() }), indexAxis: "y" },
+    }),
+  };
+
+  function category() {
+    const cut = function (value) {
+      const text = this.getLabelForValue(value);
+      return text.length > 22 ? "…" + text.slice(-21) : text;
+    };
+    return { grid: { display: false }, border: { display: false }, ticks: { color: style("--soft"), font: { size: 11 }, autoSkip: false, callback: cut } };
+  }
+
+  function draw() {
+    drawn.splice(0).forEach((chart) => chart.destroy());
+    document.querySelectorAll("canvas[data-kind]").forEach((canvas) => {
+      drawn.push(new Chart(canvas, KINDS[canvas.dataset.kind](JSON.parse(canvas.dataset.chart))));
+    });
+    document.documentElement.dataset.drawn = drawn.length;
+  }
+
+  Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
+  Chart.defaults.font.size = 12;
+  draw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  addEventListener("beforeprint", () => {
+    document.querySelectorAll("details").forEach((element) => (element.open = true));
+    drawn.forEach((chart) => chart.resize());
+  });
+  addEventListener("afterprint", () => drawn.forEach((chart) => chart.resize()));
+})();

@@ -1,0 +1,102 @@
+"""What the page's script draws: JSON-plain data, ready to plot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .collect import Bench, BundleView
+from .figures import Curve, curve, pareto
+
+__all__ = ["MAX_BARS", "curves", "headline", "histogram", "protocol", "ranges", "sensitivity", "tradeoff"]
+
+MAX_BARS = 30
+
+Protocol = tuple[str | None, str | None, str | None]
+
+
+class Point(NamedTuple):
+    name: str
+    cost: float
+    top1: float
+
+
+def protocol(views: Sequence[BundleView]) -> Protocol | None:
+    """The (backend, scenario, device) that most bundles were measured with: only such latencies are compared."""
+    seen = Counter(key for view in views for key in {b.protocol for b in view.bench if b.p50 is not None})
+    return max(seen, key=lambda key: (seen[key], key[1] == "single-stream", str(key))) if seen else None
+
+
+def headline(view: BundleView, key: Protocol | None) -> Bench | None:
+    """A bundle's result under that protocol, of the graph that it ships."""
+    found = [b for b in view.bench if b.protocol == key and b.p50 is not None]
+    want = "int8" if view.quantized else "float"
+    return min(found, key=lambda b: b.precision not in (want, "auto", None), default=None)
+
+
+def tradeoff(points: Sequence[Point | tuple[str, float, float]], unit: str) -> dict[str, Any] | None:
+    """Accuracy (percent) over a cost, with the Pareto front; None below two points, where there is nothing to trade."""
+    if len(points) < 2:
+        return None
+    return {
+        "points": [{"name": name, "x": cost, "y": 100 * top1} for name, cost, top1 in points],
+        "front": [{"x": cost, "y": 100 * top1} for cost, top1 in pareto((cost, top1) for _, cost, top1 in points)],
+        "x": unit,
+        "y": "Top-1 accuracy (%)",
+    }
+
+
+def curves(views: Sequence[BundleView]) -> list[dict[str, Any]]:
+    """Each training or fine-tuning run once, though its descendants repeat it in their history."""
+    found: dict[tuple[str, str, str], tuple[str, Curve]] = {}
+    for view in sorted(views, key=lambda view: len(view.history)):  # so that a run is named after the bundle it made
+        for entry in view.history:
+            run = curve(entry)
+            if run:
+                found.setdefault((entry.stage, entry.time, str(entry.config)), (view.name, run))
+    return [
+        {
+            "title": f"{run.stage} · {name}",
+            "x": list(run.epochs),
+            "losses": run.losses,
+            "shares": {
+                k: [None if v is None else 100 * v if _is_share(values) else v for v in values]
+                for k, values in run.shares.items()
+            },
+        }
+        for name, run in found.values()
+    ]
+
+
+def _is_share(values: Sequence[float | None]) -> bool:
+    return all(v is None or v <= 1 for v in values)
+
+
+def histogram(bench: Bench) -> dict[str, Any] | None:
+    """Edges, counts and percentile marks; None where no histogram was stored."""
+    if not bench.counts:
+        return None
+    marks = {"p50": bench.p50, "p90": bench.p90, "p99": bench.p99}
+    return {"edges": bench.edges, "counts": bench.counts, "marks": {k: v for k, v in marks.items() if v is not None}}
+
+
+def sensitivity(view: BundleView) -> dict[str, Any] | None:
+    """The most sensitive layers first."""
+    layers = sorted((x for x in view.layers if x.snr_db is not None), key=lambda x: x.snr_db or 0.0)[:MAX_BARS]
+    if not layers:
+        return None
+    return {
+        "names": [x.name for x in layers],
+        "values": [x.snr_db for x in layers],
+        "float": [x.quantized is False for x in layers],
+        "x": "SNR with only this layer in int8 (dB)",
+    }
+
+
+def ranges(view: BundleView) -> dict[str, Any] | None:
+    """The widest activation ranges first."""
+    found = sorted(view.ranges, key=lambda r: r.low - r.high)[:MAX_BARS]
+    if not found:
+        return None
+    return {"names": [r.name for r in found], "values": [[r.low, r.high] for r in found], "x": "Calibrated range"}

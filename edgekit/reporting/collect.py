@@ -1,0 +1,250 @@
+"""A bundle -> what the report says about it: plain values, nothing computed that was not measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle, History
+
+from .figures import MAKERS, confusion, latest, mapping, number, numbers, own_entries, words
+
+__all__ = ["Bench", "BundleView", "Engine", "Layer", "TensorRange", "collect"]
+
+MAX_JSON_BYTES = 8 << 20
+TAIL = 1.6  # a histogram is drawn up to this multiple of p99: one stall would squeeze the rest into a line
+
+
+class Bench(NamedTuple):
+    """One result of `edgekit bench`; times in milliseconds. ``beyond`` runs are slower than the drawn histogram."""
+
+    name: str
+    backend: str | None
+    precision: str | None
+    scenario: str | None
+    device: str | None
+    p50: float | None
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    mean: float | None
+    cv: float | None
+    throughput: float | None
+    runs: float | None
+    trustworthy: bool | None
+    reasons: tuple[str, ...]
+    edges: list[float]
+    counts: list[float]
+    beyond: int
+
+    @property
+    def protocol(self) -> tuple[str | None, str | None, str | None]:
+        """What must be equal before two latencies may be compared."""
+        return self.backend, self.scenario, self.device
+
+
+class Engine(NamedTuple):
+    """A compiled engine (``built``) or a kit that the device compiles."""
+
+    target: str
+    built: bool
+    compiler: str | None
+    precision: str | None
+    size_bytes: int
+    seconds: float | None
+
+
+class TensorRange(NamedTuple):
+    name: str
+    low: float
+    high: float
+
+
+class Layer(NamedTuple):
+    """A layer's sensitivity: signal-to-noise ratio in dB with only this layer quantized; None where it was not measured."""
+
+    name: str
+    snr_db: float | None
+    quantized: bool | None
+
+
+@dataclass(frozen=True)
+class BundleView:
+    """What the template shows of one bundle. ``top1`` is a share; None means: nobody measured it on these weights."""
+
+    name: str
+    path: str
+    task: str
+    digest: str
+    stage: str
+    chain: str
+    labels: tuple[str, ...]
+    top1: float | None
+    snr_db: float | None
+    parameters: float | None
+    macs: float | None
+    graph: str
+    graph_bytes: int
+    bench: tuple[Bench, ...]
+    engines: tuple[Engine, ...]
+    confusion: list[list[int]] | None
+    layers: tuple[Layer, ...]
+    ranges: tuple[TensorRange, ...]
+    history: tuple[History, ...]
+    files: tuple[tuple[str, int, str], ...]
+    pictures: tuple[tuple[str, bytes], ...]
+
+    @property
+    def quantized(self) -> bool:
+        return self.graph == INT8_GRAPH
+
+
+def collect(bundle: Bundle, name: str) -> BundleView:
+    """Everything the report needs of an opened bundle. Malformed derived files count as absent; hashes are checked."""
+    manifest = bundle.manifest
+    own = own_entries(manifest.history)
+    stages = [entry.stage for entry in manifest.history if entry.stage in MAKERS]
+    files = tuple((file, bundle.file(file).stat().st_size, digest) for file, digest in manifest.files.items())
+    return BundleView(
+        name=name,
+        path=str(bundle.path),
+        task=manifest.task,
+        digest=bundle.digest,
+        stage=stages[-1] if stages else "unknown",
+        chain=" → ".join(stages),
+        labels=manifest.labels,
+        top1=latest(own, "top1", "val_top1", "accuracy"),
+        snr_db=latest(own, "snr_db"),
+        # Quantization changes neither, so the newest statement of any stage holds.
+        parameters=latest(manifest.history, "parameters"),
+        macs=latest(manifest.history, "macs"),
+        graph=bundle.graph,
+        graph_bytes=bundle.size_bytes() if bundle.has(bundle.graph) else 0,
+        bench=tuple(_bench(Path(f).stem, _json(bundle, f)) for f in manifest.files if _in(f, "bench", ".json")),
+        engines=_engines(bundle),
+        confusion=confusion(own, len(manifest.labels)),
+        layers=_layers(own),
+        ranges=_ranges(_json(bundle, CALIBRATION) if bundle.has(CALIBRATION) else {}),
+        history=manifest.history,
+        files=files,
+        pictures=tuple((Path(f).name, bundle.file(f).read_bytes()) for f in manifest.files if _in(f, "explanations", ".png")),
+    )
+
+
+def _in(file: str, folder: str, suffix: str) -> bool:
+    return file.startswith(f"{folder}/") and file.endswith(suffix)
+
+
+def _json(bundle: Bundle, file: str) -> Mapping[str, Any]:
+    path = bundle.file(file)
+    if path.stat().st_size <= MAX_JSON_BYTES:
+        with contextlib.suppress(ValueError):
+            return mapping(json.loads(path.read_bytes()))
+    return {}
+
+
+def _bench(name: str, data: Mapping[str, Any]) -> Bench:
+    shape = mapping(data.get("histogram"))
+    edges = numbers(shape.get("bins", shape.get("edges_ms"))) or []
+    counts = numbers(shape.get("counts")) or []
+    p99 = number(data, "latency_ms.p99")
+    if len(edges) != len(counts) + 1 or sorted(edges) != edges:
+        edges, counts = [], []
+    beyond = int(number(shape, "over") or 0)
+    while p99 is not None and len(counts) > 1 and edges[-2] > p99 * TAIL:
+        beyond += int(counts.pop())
+        edges.pop()
+    reasons = data.get("reasons", ())
+    trust = data.get("trustworthy")
+    return Bench(
+        name=name,
+        backend=words(data, "backend"),
+        precision={INT8_GRAPH: "int8", FLOAT_GRAPH: "float"}.get(str(data.get("graph"))) or words(data, "precision"),
+        scenario=words(data, "scenario"),
+        device=_device(data),
+        p50=number(data, "latency_ms.p50"),
+        p90=number(data, "latency_ms.p90"),
+        p95=number(data, "latency_ms.p95"),
+        p99=p99,
+        mean=number(data, "latency_ms.mean"),
+        cv=number(data, "cv"),
+        throughput=number(data, "throughput"),
+        runs=number(data, "iterations"),
+        trustworthy=trust if isinstance(trust, bool) else None,
+        reasons=tuple(map(str, reasons)) if isinstance(reasons, Sequence) and not isinstance(reasons, str) else (),
+        edges=edges,
+        counts=counts,
+        beyond=beyond,
+    )
+
+
+def _device(data: Mapping[str, Any]) -> str | None:
+    """The part that ran: the Jetson, the GPU for TensorRT, else the CPU."""
+    device = mapping(data.get("device"))
+    gpus = device.get("gpu")
+    if board := words(device, "jetson.model"):
+        return board
+    if str(data.get("backend")).startswith("tensorrt") and isinstance(gpus, Sequence) and gpus:
+        return str(gpus[0])
+    cpu, cores = words(device, "cpu"), words(device, "cores")
+    return f"{cpu}, {cores} cores" if cpu and cores else cpu or words(data, "device")
+
+
+def _engines(bundle: Bundle) -> tuple[Engine, ...]:
+    found = []
+    for file in bundle.manifest.files:
+        sidecar = f"{file.removesuffix('.engine').removesuffix('.kit.zip')}.json"
+        built = _in(file, "engines", ".engine")
+        if not built and not _in(file, "engines", ".kit.zip"):
+            continue
+        data = _json(bundle, sidecar) if bundle.has(sidecar) else {}
+        found.append(
+            Engine(
+                target=words(data, "target") or Path(file).name.removesuffix(".engine").removesuffix(".kit.zip"),
+                built=built,
+                compiler=words(data, "tensorrt"),
+                precision=words(data, "precision"),
+                size_bytes=bundle.file(file).stat().st_size,
+                seconds=number(data, "seconds"),
+            )
+        )
+    return tuple(sorted(found, key=lambda e: (not e.built, e.target)))
+
+
+def _layers(own: Sequence[History]) -> tuple[Layer, ...]:
+    """Per-layer sensitivity from a quantize entry: a list of mappings, or a mapping of name -> dB."""
+    for entry in reversed(own):
+        raw = entry.figures.get("sensitivity") or entry.figures.get("layers")
+        if isinstance(raw, Mapping):
+            raw = [{"name": name, "snr_db": value} for name, value in raw.items()]
+        rows = [row for row in raw if isinstance(row, Mapping)] if isinstance(raw, Sequence) else []
+        layers = [
+            Layer(
+                words(row, "name", "layer", "node") or f"layer {i}",
+                number(row, "snr_db", "sensitivity_db"),
+                row["quantized"] if isinstance(row.get("quantized"), bool) else None,
+            )
+            for i, row in enumerate(rows)
+        ]
+        if any(layer.snr_db is not None for layer in layers):
+            return tuple(layers)
+    return ()
+
+
+def _ranges(data: Mapping[str, Any]) -> tuple[TensorRange, ...]:
+    """Activation ranges of ``calibration.json``: tensor -> {min, max}, {low, high}, {amax} or [low, high]."""
+    ranges = []
+    for name, value in mapping(data.get("tensors", data.get("ranges"))).items():
+        pair = numbers(value)
+        low, high = number(value, "min", "low"), number(value, "max", "high")
+        if low is None and high is None and (amax := number(value, "amax", "threshold")) is not None:
+            low, high = -amax, amax
+        if pair and len(pair) == 2:
+            low, high = pair
+        if low is not None and high is not None and low <= high:
+            ranges.append(TensorRange(name, low, high))
+    return tuple(ranges)

@@ -1,0 +1,116 @@
+"""Reading figures that other stages wrote: tolerant of absent and malformed values, never inventing one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from edgekit.bundle import History
+
+__all__ = ["MAKERS", "Curve", "confusion", "curve", "latest", "mapping", "number", "numbers", "own_entries", "pareto", "words"]
+
+#: Stages that make a new bundle. What was measured before the last of them was measured on other weights.
+MAKERS = ("train", "prune", "quantize", "import")
+
+
+class Curve(NamedTuple):
+    """``lines``: name -> one value an epoch; losses and shares apart, because they need an axis each."""
+
+    stage: str
+    time: str
+    epochs: tuple[float, ...]
+    losses: dict[str, list[float | None]]
+    shares: dict[str, list[float | None]]
+
+
+def number(source: object, *names: str) -> float | None:
+    """The first of ``names`` in a mapping that is a finite number; dots reach into nested mappings."""
+    for name in names:
+        value = _reach(source, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    return None
+
+
+def words(source: object, *names: str) -> str | None:
+    """The first of ``names`` in a mapping that is a non-empty text or a number, as text."""
+    for name in names:
+        value = _reach(source, name)
+        if isinstance(value, str) and value.strip():
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return f"{value:g}"
+    return None
+
+
+def _reach(source: object, name: str) -> object:
+    """``source[name]``, or ``source[a][b]`` for ``a.b``; None where a step is absent."""
+    value: object = source
+    for part in (name,) if isinstance(source, Mapping) and name in source else name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def numbers(value: object) -> list[float] | None:
+    """A list of finite numbers, or None."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return None
+    found = [v for v in value if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+    return [float(v) for v in found] if found and len(found) == len(value) else None
+
+
+def own_entries(history: Sequence[History]) -> Sequence[History]:
+    """The entries whose figures are about the bundle as it is: from the last stage that made it onwards."""
+    start = max((i for i, entry in enumerate(history) if entry.stage in MAKERS), default=0)
+    return history[start:]
+
+
+def latest(history: Sequence[History], *names: str) -> float | None:
+    """The newest figure of these names among the entries."""
+    return next((v for entry in reversed(history) if (v := number(entry.figures, *names)) is not None), None)
+
+
+def confusion(history: Sequence[History], classes: int) -> list[list[int]] | None:
+    """The newest confusion matrix (classes, classes), rows truth; None where it is absent or has another size."""
+    for entry in reversed(history):
+        raw = entry.figures.get("confusion")
+        rows = [numbers(row) or [] for row in raw] if isinstance(raw, Sequence) else []
+        if rows and classes in (0, len(rows)) and all(len(row) == len(rows) and min(row) >= 0 for row in rows):
+            return [[int(v) for v in row] for row in rows]
+    return None
+
+
+def curve(entry: History) -> Curve | None:
+    """Figures per epoch of a training or fine-tuning stage: ``[{"epoch", "loss", "val_top1", ...}, ...]``."""
+    raw = entry.figures.get("curve")
+    points = [p for p in raw if isinstance(p, Mapping)] if isinstance(raw, Sequence) else []
+    if len(points) < 2:
+        return None
+    names = [n for n in dict.fromkeys(k for p in points for k in p) if any(number(p, n) is not None for p in points)]
+    losses = [n for n in names if "loss" in n]
+    shares = [n for n in names if any(word in n for word in ("top1", "acc", "f1"))]
+    if not losses and not shares:
+        return None
+    stated = [number(p, "epoch", "step") for p in points]
+    epochs = tuple(float(i) if epoch is None else epoch for i, epoch in enumerate(stated))
+    return Curve(
+        entry.stage,
+        entry.time,
+        epochs,
+        {n: [number(p, n) for p in points] for n in losses},
+        {n: [number(p, n) for p in points] for n in shares},
+    )
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, gain) points that no other beats in both, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for cost, gain in sorted(set(points), key=lambda p: (p[0], -p[1])):
+        if not front or gain > front[-1][1]:
+            front.append((cost, gain))
+    return front

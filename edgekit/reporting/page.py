@@ -1,0 +1,232 @@
+"""From bundles to one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from edgekit.bundle import REPORT, Bundle, atomic_write
+from edgekit.errors import DataError, MissingExtra, OutputExists, UsageError
+from edgekit.version import __version__
+
+from . import charts
+from .collect import Bench, BundleView, collect
+
+__all__ = ["report"]
+
+GENERATOR = b'<meta name="generator" content="edgekit'
+MAX_CLASSES = 24  # a larger confusion matrix is unreadable; its worst pairs are listed instead
+MAX_PICTURES = 24
+MAX_PICTURE_BYTES = 400_000
+PNG = b"\x89PNG\r\n\x1a\n"
+
+Source = Bundle | str | os.PathLike[str]
+
+
+def report(
+    bundles: Source | Sequence[Source],
+    *,
+    out: str | os.PathLike[str] = REPORT,
+    explanations: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Write one self-contained HTML page about one or several bundles.
+
+    ``out`` is replaced atomically where it is an earlier report, and refused where it is any other file.
+    ``explanations`` is a folder that `edgekit.explain` wrote. Returns ``report`` (path), ``bundles``, ``size_bytes``.
+    Raises `BundleError` for a missing or damaged bundle, `OutputExists` for a foreign file at ``out``, `DataError` for
+    a folder without explanations.
+    """
+    sources = [bundles] if isinstance(bundles, Bundle | str | os.PathLike) else list(bundles)
+    if not sources:
+        raise UsageError("no bundle was named", "edgekit report B... --out report.html")
+    opened = [Bundle.open(source.path if isinstance(source, Bundle) else source) for source in sources]
+    home = _check_out(Path(out), opened)
+    pictures = _pictures(Path(explanations)) if explanations is not None else []
+    views = [collect(bundle, name) for bundle, name in zip(opened, _names(opened), strict=True)]
+    data = render(views, pictures).encode()
+    if home:
+        home.extend({REPORT: data})
+    else:
+        atomic_write(Path(out), data)
+    return {"report": str(out), "bundles": [str(bundle.path) for bundle in opened], "size_bytes": len(data)}
+
+
+def _check_out(out: Path, opened: Sequence[Bundle]) -> Bundle | None:
+    """Refuse a foreign file; return the bundle whose own report this is, if it is one's."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", f"name a file: --out {out / REPORT}")
+    if out.is_file() and out.stat().st_size:
+        with out.open("rb") as file:
+            if GENERATOR not in file.read(2048):
+                raise OutputExists(out)
+    home = next((b for b in opened if out.parent.resolve() == b.path.resolve()), None)
+    if home and out.name != REPORT:
+        raise UsageError(f"{out} lies inside a bundle", f"inside a bundle the report is named {REPORT}")
+    return home
+
+
+def _names(opened: Sequence[Bundle]) -> list[str]:
+    """Short names that tell the bundles apart: the folder's, numbered where two are equal."""
+    stems = [bundle.path.name.removesuffix(".edge") or bundle.manifest.name for bundle in opened]
+    total, seen = Counter(stems), Counter[str]()
+    names = []
+    for stem in stems:
+        seen[stem] += 1
+        names.append(f"{stem} ({seen[stem]})" if total[stem] > 1 else stem)
+    return names
+
+
+def _pictures(folder: Path) -> list[dict[str, Any]]:
+    """What `edgekit explain` wrote: its overlays by file name, never a path out of the folder."""
+    try:
+        data = json.loads((folder / "explanation.json").read_bytes())
+        images = [image for image in data["images"] if isinstance(image, Mapping)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} holds no explanations: {error}", "write them: edgekit explain B IMAGE... --out DIR"
+        ) from None
+    found = []
+    for image in images[:MAX_PICTURES]:
+        path = folder / Path(str(image.get("overlay", ""))).name
+        if path.is_file() and (uri := _data_uri(path.read_bytes())):
+            found.append({**image, "uri": uri, "method": data.get("method")})
+    return found
+
+
+def _data_uri(png: bytes) -> str | None:
+    """A PNG as data: URI; None for anything else, or where it is too large to inline."""
+    if not png.startswith(PNG) or len(png) > MAX_PICTURE_BYTES:
+        return None
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]]) -> str:
+    """The page as text. Everything that came out of a bundle is escaped by Jinja2 or encoded as JSON."""
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingExtra("report", "jinja2") from None
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(count=_count, size=_size, ms=_ms, percent=_percent, short=lambda text: str(text)[:12])
+    key = charts.protocol(views)
+    rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
+    drawn = _charts(views, rows)
+    embedded = [{"uri": uri, "source": name} for view in views for name, png in view.pictures if (uri := _data_uri(png))]
+    scripts = [_asset("chart.umd.min.js"), _asset("report.js")]
+    return environment.from_string(_asset("report.html")).render(
+        cards=_cards(rows),
+        views=views,
+        rows=rows,
+        protocol=" · ".join(part for part in key if part) if key else None,
+        charts=drawn,
+        confusions=[_confusion(view) for view in views if view.confusion],
+        pictures=[*pictures, *embedded[:MAX_PICTURES]],
+        style=_asset("report.css"),
+        scripts=scripts,
+        script_hashes=[base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts],
+        version=__version__,
+        now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        plain=_plain,
+    )
+
+
+def _asset(name: str) -> str:
+    return (resources.files(__package__) / "assets" / name).read_text(encoding="utf-8")
+
+
+def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    judged = [(row["view"], row["bench"]) for row in rows if row["view"].top1 is not None]
+    return {
+        "latency": charts.tradeoff([(v.name, b.p50, v.top1) for v, b in judged if b], "Latency p50 (ms)"),
+        "size": charts.tradeoff([(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged], "Graph size (kB)"),
+        "curves": charts.curves(views),
+        "histograms": [
+            {"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench if b.p50 is not None
+        ],
+        "quantization": [
+            {"view": v, "sensitivity": charts.sensitivity(v), "ranges": charts.ranges(v)} for v in views if v.quantized
+        ],
+    }
+
+
+def _cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The four answers that a reader looks for first; an unmeasured one says which command measures it."""
+    views: list[BundleView] = [row["view"] for row in rows]
+    timed: list[tuple[BundleView, Bench]] = [(row["view"], row["bench"]) for row in rows if row["bench"]]
+    best = max((v for v in views if v.top1 is not None), key=lambda v: v.top1 or 0.0, default=None)
+    small = min((v for v in views if v.graph_bytes), key=lambda v: v.graph_bytes, default=None)
+    fast = min(timed, key=lambda pair: pair[1].p50 or 0.0, default=None)
+    engines = sorted(((v, e) for v in views for e in v.engines), key=lambda pair: not pair[1].built)
+    title, value, note = "Engine", None, None
+    if engines:
+        view, engine = engines[0]
+        title, value = "Engine" if engine.built else "Build kit", engine.target
+        note = f"{view.name} · {_size(engine.size_bytes)}" + (f" · {len(engines) - 1} more" if len(engines) > 1 else "")
+    return [
+        _card(
+            "Best accuracy", _percent(best.top1) if best else None, best.name if best else None, "edgekit eval B --data SPEC"
+        ),
+        _card("Smallest", _size(small.graph_bytes) if small else None, small.name if small else None, "edgekit quantize B"),
+        _card("Fastest (p50)", _ms(fast[1].p50) if fast else None, fast[0].name if fast else None, "edgekit bench B"),
+        _card(title, value, note, "edgekit build B --target rtx-ada"),
+    ]
+
+
+def _card(title: str, value: str | None, note: str | None, cure: str) -> dict[str, Any]:
+    return {"title": title, "value": value, "note": note, "cure": cure}
+
+
+def _confusion(view: BundleView) -> dict[str, Any]:
+    """Cells with their share of the row (recall), and the pairs that are confused most."""
+    matrix = view.confusion or []
+    labels = view.labels or tuple(str(i) for i in range(len(matrix)))
+    sums = [sum(row) or 1 for row in matrix]
+    pairs = [(n, labels[i], labels[j], n / sums[i]) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    return {
+        "name": view.name,
+        "labels": labels,
+        "rows": [[(n, n / sums[i]) for n in row] for i, row in enumerate(matrix)] if len(matrix) <= MAX_CLASSES else None,
+        "classes": len(matrix),
+        "samples": sum(map(sum, matrix)),
+        "right": sum(row[i] for i, row in enumerate(matrix)),
+        "worst": sorted(pairs, key=lambda p: (-p[0], -p[3]))[:8],
+    }
+
+
+def _plain(values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """The scalars of a configuration or of figures; long lists are shown elsewhere or stay in the manifest."""
+    for key, value in values.items():
+        if isinstance(value, float):
+            yield key, f"{value:.5g}"
+        elif isinstance(value, str | int) or value is None:
+            yield key, "-" if value is None else str(value)[:160]
+        elif isinstance(value, list) and len(value) <= 6 and all(isinstance(v, str | int | float) for v in value):
+            yield key, ", ".join(map(str, value))[:160]
+
+
+def _count(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.0f}".replace(",", "\u202f")
+
+
+def _size(value: float) -> str:
+    if value < 1000:
+        return f"{value:.0f} B"
+    return f"{value / 1e3:.3g} kB" if value < 999_500 else f"{value / 1e6:.3g} MB"
+
+
+def _ms(value: float | None) -> str | None:
+    if value is None:
+        return None
+    return f"{value * 1000:.3g} µs" if value < 0.1 else f"{value:.3g} ms"
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.2f} %"

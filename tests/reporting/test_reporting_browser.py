@@ -1,0 +1,84 @@
+"""The report in a real browser: no complaint, no request, every chart drawn, in light, dark and on a phone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgekit.bundle import Bundle
+from edgekit.reporting import report
+
+pytestmark = pytest.mark.slow
+SECTIONS = [
+    "summary",
+    "bundles",
+    "tradeoff",
+    "training",
+    "confusion",
+    "latency",
+    "quantization",
+    "engines",
+    "explanations",
+    "provenance",
+]
+INKED = """[...document.querySelectorAll("canvas")].map((c) =>
+  c.getContext("2d").getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 3 && v > 0).length)"""
+HOSTILE = '<img src=x onerror="window.hacked=1"></script><script>window.hacked=1</script>'
+
+
+@pytest.fixture
+def page(digits_bundle: Bundle, tmp_path: Path) -> Path:
+    counts, edges = np.histogram(np.random.default_rng(0).gamma(9, 0.01, 500), bins=30)
+    bench = {"backend": "onnxruntime", "scenario": "single-stream", "latency_ms": {"p50": 0.09, "p90": 0.13, "p99": 0.18}}
+    bench["histogram"] = {"bins": edges.tolist(), "counts": counts.tolist(), "over": 0}
+    figures = {
+        "top1": 0.9,
+        "confusion": np.eye(10, dtype=int).tolist(),
+        "curve": [{"epoch": i, "loss": 1 / i, "top1": 1 - 0.5 / i} for i in range(1, 9)],
+        "sensitivity": [{"name": HOSTILE, "snr_db": 20.0}],
+    }
+    entry = digits_bundle.entry("eval", {"note": HOSTILE}, figures)
+    bundle = digits_bundle.extend({"bench/a.json": json.dumps(bench).encode()}, entry)
+    out = tmp_path / "report.html"
+    report([bundle, bundle], out=out)
+    return out
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light")])
+def test_it_opens_quietly_and_draws_everything(browser: Any, page: Path, width: int, scheme: str) -> None:
+    browser.open(page, width, scheme)
+    assert browser.complaints() == []
+    assert browser.requests() == [page.as_uri()]
+    assert browser.evaluate("[...document.querySelectorAll('section')].map((s) => s.id)") == SECTIONS
+    canvases = browser.evaluate("document.querySelectorAll('canvas').length")
+    assert canvases == int(browser.evaluate("document.documentElement.dataset.drawn")) >= 6
+    assert all(count > 500 for count in browser.evaluate(INKED))
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # only tables scroll sideways
+    assert browser.evaluate("window.hacked === undefined")
+    dark = browser.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0] < 128")
+    assert dark == (scheme == "dark")
+
+
+def test_charts_follow_the_scheme_and_print_opens_the_details(browser: Any, page: Path) -> None:
+    browser.open(page)
+    ink = "document.querySelector('canvas').toDataURL()"
+    light = browser.evaluate(ink)
+    browser.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    assert browser.evaluate(f"new Promise((done) => setTimeout(() => done({ink}), 100))") != light
+    assert browser.evaluate("document.querySelectorAll('details:not([open])').length") > 0
+    browser.call("Page.printToPDF")
+    assert browser.evaluate("document.querySelectorAll('details:not([open])').length") == 0
+    assert browser.complaints() == []
+
+
+def test_a_script_from_elsewhere_does_not_run(browser: Any, page: Path) -> None:
+    page.write_text(
+        page.read_text(encoding="utf-8").replace("</body>", "<script>window.hacked = 1</script></body>"), encoding="utf-8"
+    )
+    browser.open(page)
+    assert browser.evaluate("window.hacked === undefined")
+    assert browser.complaints()  # the policy's refusal
