@@ -277,4 +277,8 @@ def _state(root: Path) -> State:
 
 
 def _write_state(root: Path, state: State) -> None:
-    atomic_write(root / STATE, msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
+    """Only within an install: it writes in the work folder, so that a crash leaves no temporary file for good."""
+    beside = root / INCOMING / STATE
+    atomic_write(beside, msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
+    os.replace(beside, root / STATE)
+    sync_path(root)

@@ -1,0 +1,415 @@
+"""install, rollback, status: the running slot is whole at every instant, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekit.bundle import FLOAT_GRAPH, Bundle
+from edgekit.deployment import install, keygen, pack, rollback, status
+from edgekit.deployment import slots as module
+from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureError
+from edgekit.runtime import Model
+
+
+def test_installed_models_run(tmp_path: Path, tiny_bundle: Bundle, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    done = install(versions[0], root=root, pub=keys.pub)
+    assert (done["slot"], done["sequence"], done["unchanged"]) == ("a", 1, False)
+    assert done["golden"]["relative"] <= 1e-4
+    x = np.random.default_rng(5).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    with Model.open(root / "current") as installed, Model.open(tiny_bundle.path) as original:
+        assert np.array_equal(installed.run({"x": x})["y"], original.run({"x": x})["y"])
+    assert sorted(p.name for p in root.iterdir()) == ["current", "slots", "state.json"]
+    assert os.readlink(root / "current") == "slots/a"
+
+
+def test_an_update_goes_to_the_other_slot_and_back(tmp_path: Path, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    names = []
+    for version in versions:
+        install(version, root=root, pub=keys.pub)
+        names.append((status(root)["slot"], status(root)["name"]))
+    assert names == [("a", "v0"), ("b", "v1"), ("a", "v2")]
+    now = status(root)
+    assert now["healthy"]
+    assert now["key_id"] == keys.key_id
+    assert (now["previous"]["name"], now["previous"]["slot"], now["sequence"]) == ("v1", "b", 3)
+    back = rollback(root)
+    assert (back["name"], back["slot"], back["left"]) == ("v1", "b", now["digest"])
+    assert Bundle.open(root / "current").manifest.name == "v1"
+    assert status(root)["previous"] is None
+    with pytest.raises(BundleError, match="no older bundle"):
+        rollback(root)  # never forward again to what was left
+    again = install(versions[0], root=root, pub=keys.pub)
+    assert (again["slot"], again["sequence"]) == ("a", 4)
+
+
+def test_an_open_model_survives_the_switch(tmp_path: Path, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    opened = Model.open(root / "current")
+    install(versions[1], root=root, pub=keys.pub)
+    with opened as model:
+        assert model.labels == ("v0",)
+        assert model.run({"x": np.zeros((1, 3, 32, 32), np.float32)})["y"].shape == (1, 10)
+
+
+def test_installing_what_runs_changes_nothing(tmp_path: Path, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    install(versions[1], root=root, pub=keys.pub)
+    before = (root / "state.json").read_bytes()
+    again = install(versions[1], root=root, pub=keys.pub)
+    assert (again["unchanged"], again["name"], again["slot"]) == (True, "v1", "b")
+    assert (root / "state.json").read_bytes() == before
+    assert status(root)["previous"]["name"] == "v0"  # the way back was not spent
+
+
+def test_a_damaged_running_bundle_is_installed_again(tmp_path: Path, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    graph = root / "slots" / "a" / FLOAT_GRAPH
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
+    assert not status(root)["healthy"]
+    assert "damaged" in status(root)["reason"]
+    assert install(versions[0], root=root, pub=keys.pub)["unchanged"] is False
+    assert status(root)["healthy"]
+
+
+def test_untrusted_packs_do_not_touch_the_device(tmp_path: Path, tiny_bundle: Bundle, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    unsigned = pack(tiny_bundle, out=tmp_path / "u.zip")
+    other = keygen(tmp_path / "other")["pub"]
+    flipped = tmp_path / "flip.zip"
+    data = bytearray(versions[0].read_bytes())
+    data[len(data) // 2] ^= 1
+    flipped.write_bytes(data)
+    for path, pub, unsigned_too in (
+        (versions[0], None, False),
+        (unsigned, None, False),
+        (unsigned, keys.pub, False),
+        (unsigned, keys.pub, True),
+        (versions[0], other, False),
+        (flipped, keys.pub, False),
+    ):
+        with pytest.raises(SignatureError):
+            install(path, root=root, pub=pub, unsigned=unsigned_too)
+    with pytest.raises(BundleError, match=r"damaged|no sound zip"):
+        install(flipped, root=root, unsigned=True)
+    assert not root.exists()
+    assert install(unsigned, root=root, unsigned=True)["key_id"] is None
+
+
+def test_a_pack_that_changes_after_the_first_look(
+    tmp_path: Path, versions: list[Path], keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stick may answer otherwise the second time: the private copy is checked again."""
+    root = tmp_path / "root"
+    genuine = shutil.copyfileobj
+
+    def swapped(source, target, length=0):
+        data = bytearray(source.read())
+        data[len(data) // 2] ^= 1
+        target.write(data)
+
+    monkeypatch.setattr(module.shutil, "copyfileobj", swapped)
+    with pytest.raises(SignatureError, match="does not match"):
+        install(versions[0], root=root, pub=keys.pub)
+    assert list(root.iterdir()) == []
+    monkeypatch.setattr(module.shutil, "copyfileobj", genuine)
+    install(versions[0], root=root, pub=keys.pub)
+
+
+def test_a_bundle_that_answers_otherwise_here_is_refused(tmp_path: Path, versions: list[Path], liar: Path, keys) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    before = (root / "state.json").read_bytes()
+    with pytest.raises(GoldenError, match="golden outputs"):
+        install(liar, root=root, pub=keys.pub)
+    assert status(root)["name"] == "v0"
+    assert (root / "state.json").read_bytes() == before
+    assert sorted(p.name for p in root.iterdir()) == ["current", "slots", "state.json"]
+    assert [p.name for p in (root / "slots").iterdir()] == ["a"]
+
+
+def test_a_full_disk_is_found_before_anything_is_written(
+    tmp_path: Path, versions: list[Path], keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1 << 20))
+    with pytest.raises(EdgekitError, match="1 MiB free"):
+        install(versions[1], root=root, pub=keys.pub)
+    assert status(root)["name"] == "v0"
+
+
+def test_an_empty_or_missing_root(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    empty = status(tmp_path / "root")
+    assert (empty["slot"], empty["bundle"], empty["healthy"], empty["previous"]) == (None, None, False, None)
+    assert empty["reason"] == "nothing is installed"
+    with pytest.raises(BundleError, match="nothing is installed"):
+        rollback(tmp_path / "root")
+    for verb in (status, rollback):
+        with pytest.raises(BundleError, match="there is no folder"):
+            verb(tmp_path / "none")
+
+
+def test_a_damaged_older_bundle_is_no_way_back(tmp_path: Path, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    install(versions[1], root=root, pub=keys.pub)
+    (root / "slots" / "a" / FLOAT_GRAPH).unlink()
+    with pytest.raises(BundleError, match="older bundle cannot run"):
+        rollback(root)
+    assert status(root)["name"] == "v1"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"version": 2}', b"[" * 100_000, b'{"slots": {"c": {}}}'])
+def test_a_damaged_state_is_one_clear_error(tmp_path: Path, versions: list[Path], keys, content: bytes) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    (root / "state.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"state\.json is damaged"):
+        status(root)
+    with Model.open(root / "current") as model:
+        assert model.labels == ("v0",)
+    (root / "state.json").unlink()
+    assert "does not know" in status(root)["reason"]
+    install(versions[1], root=root, pub=keys.pub)
+    assert status(root)["healthy"]
+
+
+@pytest.mark.parametrize("target", ["../elsewhere", "slots/c", "slots/b", "/etc"])
+def test_a_current_that_leads_elsewhere_is_not_followed(tmp_path: Path, versions: list[Path], keys, target: str) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    (root / "current").unlink()
+    (root / "current").symlink_to(target)
+    assert status(root)["slot"] is None
+    assert "leads to no slot" in status(root)["reason"]
+    install(versions[1], root=root, pub=keys.pub)
+    assert status(root)["name"] == "v1"
+
+
+# Killed anywhere
+
+EVERYWHERE = """
+import os, sys
+from pathlib import Path
+from edgekit.bundle import Bundle
+from edgekit.deployment import install, rollback, status
+import edgekit.deployment.signing, cryptography.exceptions
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives import serialization
+
+root, pub, old, new, action = Path(sys.argv[1]), *sys.argv[2:6]
+CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.chmod", "shutil.rmtree"}
+
+def act():
+    if action == "install":
+        install(new, root=root, pub=pub)
+    elif status(root)["previous"]:  # else the last kill came after the switch
+        rollback(root)
+
+def child(steps):
+    def count(event, args):
+        nonlocal steps
+        if event in CHANGES and args and str(args[0]).startswith(str(root)):
+            steps -= 1
+            if steps < 0:
+                os._exit(9)
+    sys.addaudithook(count)
+    act()
+    os._exit(0)
+
+seen = set()
+for steps in range(500):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(steps)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, 9), code
+    name = Bundle.open(root / "current").manifest.name  # whole: every hash is checked
+    now = status(root)
+    assert now["healthy"] and now["name"] == name, now
+    seen.add(name)
+    if code == 0:
+        break
+print(steps, *sorted(seen))
+"""
+
+
+def everywhere(root: Path, keys, old: Path, new: Path, action: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EVERYWHERE, *map(str, (root, keys.pub, old, new, action))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+def test_killed_before_any_step_of_install_current_is_whole(tmp_path: Path, versions: list[Path], keys) -> None:
+    """Each change on disk in turn is the last one before the process dies; the next try then starts from that wreck."""
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    install(versions[1], root=root, pub=keys.pub)
+    steps, *seen = everywhere(root, keys, versions[1], versions[2], "install")
+    assert int(steps) > 30
+    assert seen == ["v1", "v2"]
+    assert sorted(p.name for p in root.iterdir()) == ["current", "slots", "state.json"]
+
+
+def test_killed_before_any_step_of_rollback_current_is_whole(tmp_path: Path, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    install(versions[1], root=root, pub=keys.pub)
+    steps, *seen = everywhere(root, keys, versions[0], versions[1], "rollback")
+    assert int(steps) > 3
+    assert seen == ["v0", "v1"]
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(tmp_path: Path, versions: list[Path], keys) -> None:
+    """A process that installs and rolls back without end, killed 40 times from outside."""
+    root = tmp_path / "root"
+    install(versions[0], root=root, pub=keys.pub)
+    code = """
+    import sys
+    from edgekit.deployment import install, rollback
+    from edgekit.errors import BundleError
+    print("ready", flush=True)
+    while True:
+        for pack in sys.argv[3:]:
+            install(pack, root=sys.argv[1], pub=sys.argv[2])
+            try:
+                rollback(sys.argv[1])
+            except BundleError as error:  # a kill may have spent the way back
+                assert "no older bundle" in str(error), error
+    """
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        command = [sys.executable, "-c", textwrap.dedent(code), root, keys.pub, *versions]
+        with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(float(random.uniform(0, 0.3)))
+            process.send_signal(signal.SIGKILL)
+        assert status(root)["healthy"]
+    install(versions[2], root=root, pub=keys.pub)
+    assert not (root / ".incoming").exists()
+
+
+def test_two_installs_at_once_both_end_well(tmp_path: Path, versions: list[Path], keys) -> None:
+    root = tmp_path / "root"
+    code = "import sys; from edgekit.deployment import install; install(sys.argv[1], root=sys.argv[2], pub=sys.argv[3])"
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, version, root, keys.pub], stderr=subprocess.PIPE) for version in versions
+    ]
+    for process in running:
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+    now = status(root)
+    assert now["healthy"]
+    assert now["sequence"] == 3
+    assert now["previous"]["sequence"] == 2
+
+
+# The command line
+
+
+def test_the_way_of_a_bundle_on_the_command_line(cli, tmp_path: Path, digits_bundle: Bundle) -> None:
+    keys = cli("keygen", "--out", tmp_path / "keys", "--json").json
+    packed = cli("pack", digits_bundle.path, "--out", tmp_path / "d.zip", "--key", keys["key"], "--json").json
+    assert packed["bundle"] == str(tmp_path / "d.zip")
+    assert packed["key_id"] == keys["key_id"]
+    checked = cli("verify", tmp_path / "d.zip", "--pub", keys["pub"], "--json").json
+    assert checked["verified"] is True
+    assert checked["digest"] == packed["digest"] == digits_bundle.digest
+    done = cli("install", tmp_path / "d.zip", "--root", tmp_path / "root", "--pub", keys["pub"], "--json")
+    assert done.code == 0
+    assert done.json["bundle"] == str(tmp_path / "root" / "current")
+    shown = cli("status", "--root", tmp_path / "root")
+    assert shown.code == 0
+    assert "healthy" in shown.out
+    with Model.open(done.json["bundle"]) as model:
+        assert model(np.zeros((28, 28), np.uint8)).label in model.labels
+    graph = tmp_path / "root" / "current" / FLOAT_GRAPH
+    graph.write_bytes(b"damaged")
+    broken = cli("status", "--root", tmp_path / "root", "--json")
+    assert broken.code == 1
+    assert broken.json["healthy"] is False
+    assert "error" in broken.json
+    assert len(broken.err.splitlines()) == 2
+
+
+def test_status_of_an_empty_root(cli, tmp_path: Path) -> None:
+    answer = cli("status", "--root", tmp_path, "--json")
+    assert (answer.code, answer.json["slot"], answer.err) == (0, None, "")
+    assert "nothing is installed" in cli("status", "--root", tmp_path).out
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (("verify", "none.zip", "--pub", "none.pub"), 1),
+        (("verify", "none.zip"), 2),
+        (("pack", "none.edge", "--out", "x.zip"), 1),
+        (("pack", "none.edge"), 2),
+        (("install", "none.zip", "--root", "r", "--unsigned"), 1),
+        (("install", "none.zip"), 2),
+        (("rollback", "--root", "none"), 1),
+        (("status", "--root", "none"), 1),
+        (("keygen",), 2),
+    ],
+)
+def test_refusals_are_short(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], code: int) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cli(*args)
+    assert (done.code, done.out) == (code, "")
+    assert 0 < len(done.err.strip().splitlines()) <= 4
+    as_json = cli(*args, "--json")
+    assert as_json.code == code
+    assert json.loads(as_json.out)["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_missing_extra_is_one_line(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['cryptography'] = None; from edgekit.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "keygen", "--out", tmp_path / "k"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "pip install 'edgekit[sign]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_the_device_loads_nothing_heavy(tmp_path: Path, versions: list[Path], keys) -> None:
+    code = """
+    import sys
+    from edgekit.deployment import install
+    install(sys.argv[1], root=sys.argv[2], pub=sys.argv[3])
+    heavy = {"torch", "onnx", "PIL", "pandas", "tensorrt_rtx"} & set(sys.modules)
+    assert not heavy, heavy
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), versions[0], tmp_path / "root", keys.pub]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
