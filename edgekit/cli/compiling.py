@@ -1,0 +1,147 @@
+"""Commands of the compiler room: import, build, inspect, targets, estimate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.cli.common import Answer, _lines, answers, bundle_argument, out_option, table
+
+__all__ = ["build", "estimate", "import_", "inspect", "targets"]
+
+target_option = click.option("--target", required=True, metavar="NAME", help="A name from: edgekit targets.")
+
+
+@click.command("import")
+@click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
+@out_option("The bundle to write.")
+@click.option("--shape", multiple=True, metavar="NAME:AxBxC", help="Fix an input's shape; once for each input.")
+@click.option("--dynamic", multiple=True, metavar="NAME:A..BxC", help="Keep axes dynamic, each with its range.")
+@click.option("--name", help="The model's name; the file's if not given.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=600, show_default=True, help="Seconds at most.")
+@answers
+def import_(
+    model: Path, out: Path, shape: tuple[str, ...], dynamic: tuple[str, ...], name: str | None, timeout_s: float
+) -> Answer:
+    """Take a foreign ONNX file into a bundle.
+
+    Reads it safely, binds shapes, raises old opsets, folds constants, and keeps the result only where ONNX Runtime gives
+    the same outputs as for the original.
+
+    \b
+    Example:
+      edgekit import ocr.onnx --out ocr.edge --shape x:1x3x48x320
+      edgekit import ocr.onnx --out ocr.edge --dynamic x:1..8x3x48x320
+    """
+    from edgekit.compiler import import_onnx
+
+    bundle = import_onnx(model, out=out, shape=shape, dynamic=dynamic, name=name, timeout_s=timeout_s)
+    entry = bundle.manifest.history[-1]
+    inputs = {spec.name: f"{spec.dtype} {'x'.join(map(str, spec.shape))}" for spec in bundle.manifest.inputs}
+    return Answer({"bundle": str(bundle.path), "inputs": inputs, **entry.figures})
+
+
+@click.command("build")
+@bundle_argument()
+@target_option
+@click.option("--precision", default="best", show_default=True, metavar="P", help="fp32, fp16, int8 or best.")
+@click.option("--batch", metavar="N|A..B", help="Samples at once, or a range; for graphs with a dynamic first axis.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds at most.")
+@answers
+def build(bundle: Path, target: str, precision: str, batch: str | None, timeout_s: float) -> Answer:
+    """Compile a bundle: an engine for RTX targets, a build kit for Jetson.
+
+    RTX engines are compiled here, without a GPU. A Jetson compiles its kit once, by the script inside. With nothing
+    changed, a second build answers from the cache.
+
+    \b
+    Example:
+      edgekit build digits.edge --target rtx-ada
+      edgekit build digits.edge --target jetson-orin-nano --precision fp16 --batch 1..8
+    """
+    from edgekit.compiler import build as build_bundle
+
+    result = build_bundle(bundle, target=target, precision=precision, batch=batch, timeout_s=timeout_s)
+    return Answer(result.figures())
+
+
+@click.command("inspect")
+@click.argument("path", metavar="B|ENGINE", type=click.Path(path_type=Path))
+@answers
+def inspect(path: Path) -> Answer:
+    """Say what a bundle or an engine file holds.
+
+    \b
+    Example:
+      edgekit inspect digits.edge
+      edgekit inspect digits.edge/engines/rtx-ada.engine
+    """
+    from edgekit.compiler import summarise
+
+    data = summarise(path)
+    return Answer(data, _with_lists(data, ("history",)))
+
+
+def _with_lists(data: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """Figures as usual, then the lists of ``keys`` one line an item."""
+    rest = {key: value for key, value in data.items() if key not in keys}
+    lists = [line for key in keys if data.get(key) for line in (key, *(f"  {item}" for item in data[key]))]
+    return "\n".join([_lines(rest), *lists])
+
+
+@click.command("targets")
+@answers
+def targets() -> Answer:
+    """List what edgekit compiles for, each figure with its source (--json).
+
+    \b
+    Example:
+      edgekit targets
+      edgekit targets --json
+    """
+    from edgekit.compiler import target_rows
+
+    rows = target_rows()
+    return Answer(
+        {"targets": rows}, table([_target_row(row) for row in rows]) + "\n* unconfirmed: --json states the derivation"
+    )
+
+
+def _target_row(row: dict[str, Any]) -> dict[str, Any]:
+    def figure(key: str) -> str | None:
+        found = row.get(key)
+        return found and f"{found['value']:g}{'*' if found['source'].startswith('unconfirmed') else ''}"
+
+    return {
+        "target": row["name"],
+        "builds": "engine" if row["kind"] == "rtx" else "kit",
+        "SM": row["sm"],
+        "GB": figure("memory_gb"),
+        "GB/s": figure("bandwidth_gbs"),
+        "int8 TOPS": figure("int8_tops"),
+        "fp16 TFLOPS": figure("fp16_tflops"),
+        "DLA": row["dla"],
+        "precisions": " ".join(row["precisions"]),
+        "TensorRT": ", ".join(entry["tensorrt"] for entry in row["tensorrt"]) or "RTX",
+    }
+
+
+@click.command("estimate")
+@bundle_argument()
+@target_option
+@click.option("--precision", default="best", show_default=True, metavar="P", help="fp32, fp16, int8 or best.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples at once.")
+@answers
+def estimate(bundle: Path, target: str, precision: str, batch: int) -> Answer:
+    """Predict the latency on a device by the roofline model. A prediction, not a measurement.
+
+    \b
+    Example:
+      edgekit estimate digits.edge --target jetson-orin-nano
+    """
+    from edgekit.compiler import estimate as estimate_bundle
+
+    data = estimate_bundle(bundle, target=target, precision=precision, batch=batch)
+    return Answer(data, _with_lists(data, ("caveats",)))

@@ -1,0 +1,36 @@
+"""The compiler room: foreign ONNX in, TensorRT engines and build kits out, and a prediction of what a device will need.
+
+Nothing heavy is loaded here: onnx and TensorRT run in a child process (`compiler.child`), which contains the crashes
+of native parsers and keeps a cached build at a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .builder import build
+    from .importer import import_onnx
+    from .roofline import estimate
+    from .summary import summarise
+    from .targets import Target, load_targets, target_named, target_rows
+
+_HOMES = {
+    "Target": "targets",
+    "build": "builder",
+    "estimate": "roofline",
+    "import_onnx": "importer",
+    "load_targets": "targets",
+    "summarise": "summary",
+    "target_named": "targets",
+    "target_rows": "targets",
+}
+
+__all__ = ["Target", "build", "estimate", "import_onnx", "load_targets", "summarise", "target_named", "target_rows"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgekit.compiler' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,311 @@
+"""Build a TensorRT engine from a build kit: this file, build.json, the graph, golden.npz.
+
+    python3 build_engine.py                      on the device, with the TensorRT of its JetPack
+    python3 build_engine.py --module tensorrt_rtx --compute-capability 8.9 --no-check     anywhere, without a GPU
+
+Needs numpy and `tensorrt`, nothing else; edgekit itself builds through `build` below, so a kit runs the code that was
+tested. Written for TensorRT 8.6 to 11 and TensorRT-RTX by asking for features, never for versions, and for Python 3.8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+__all__ = ["BuildError", "build", "check", "main", "network_flags", "precision_flags"]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    #: (phase, share done in 0..1) -> go on?
+    Progress = Callable[[str, float], bool]
+
+
+class BuildError(Exception):
+    """TensorRT refused the graph; the message names the node and the operator where the parser does."""
+
+
+def network_flags(trt: Any) -> int:
+    """Bits for ``create_network``: EXPLICIT_BATCH must be set in 8.6 and is gone in 11; STRONGLY_TYPED came with 10."""
+    members = getattr(trt, "NetworkDefinitionCreationFlag", None)
+    wanted = [getattr(members, name, None) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED")]
+    return sum(1 << int(flag) for flag in wanted if flag is not None)
+
+
+def precision_flags(trt: Any, precision: str) -> list[str]:
+    """Builder flags that allow a precision. Only weakly typed TensorRT needs them; a strongly typed one rejects them."""
+    if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+        return []
+    wanted = {"fp16": ["FP16"], "int8": ["INT8", "FP16"]}.get(precision, [])
+    return [name for name in wanted if hasattr(trt.BuilderFlag, name)]
+
+
+def _logger(trt: Any, lines: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                lines.append(message)
+
+    return Logger()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """TensorRT 10 reports steps of nested phases; each phase shares out one step of the phase around it."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, list[int]] = {}  # name -> [steps done, steps], outermost first
+            self.share = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases[phase_name] = [0, max(num_steps, 1)]
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.phases:
+                self.phases[phase_name][0] = min(step + 1, self.phases[phase_name][1])
+            share, width = 0.0, 1.0
+            for done, steps in self.phases.values():
+                share += width * done / steps
+                width /= steps
+            self.share = max(self.share, min(share, 1.0))
+            return progress(phase_name, self.share)
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.phases.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _parser_error(parser: Any) -> str:
+    """The parser's first error in one line: operator, node, reason. ``node_operator`` came with TensorRT 10."""
+    if not parser.num_errors:
+        return "the parser gave no reason"
+    error = parser.get_error(0)
+    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    name = error.node_name() if hasattr(error, "node_name") else ""
+    where = "{} (node {})".format(operator or "an operator", name or f"number {error.node()}")
+    return "{}: {}".format(where, " ".join(str(error.desc()).split()))
+
+
+def build(
+    trt: Any,
+    graph: bytes,
+    spec: dict[str, Any],
+    progress: Progress | None = None,
+    timing_cache: Path | None = None,
+) -> bytes:
+    """An ONNX graph and its build.json -> a serialized engine, with the TensorRT module ``trt``.
+
+    ``spec`` holds ``precision``, ``profiles`` ({input: [min, opt, max] shapes}), ``flags`` (names of builder flags; one
+    that this TensorRT lacks is left out) and, for TensorRT-RTX, ``compute_capability``. ``progress(phase, share)`` is
+    called where TensorRT reports progress; returning False cancels. Raises `BuildError`.
+    """
+    lines: list[str] = []
+    logger = _logger(trt, lines)
+    builder = trt.Builder(logger)
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        raise BuildError(_parser_error(parser))
+    config = builder.create_builder_config()
+    for name in [*spec["flags"], *precision_flags(trt, spec["precision"])]:
+        if hasattr(trt.BuilderFlag, name):
+            config.set_flag(getattr(trt.BuilderFlag, name))
+    capability = spec.get("compute_capability")
+    if capability and hasattr(config, "set_compute_capability"):
+        config.num_compute_capabilities = 1
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), 0):
+            raise BuildError(f"this TensorRT does not compile for compute capability {capability}")
+    if spec["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, shapes in spec["profiles"].items():
+            profile.set_shape(name, *[tuple(shape) for shape in shapes])
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"the profile does not fit the graph: {' '.join(lines[-1:]) or spec['profiles']}")
+    cache = None
+    if timing_cache is not None:
+        cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    if progress is not None and hasattr(trt, "IProgressMonitor"):
+        monitor = _monitor(trt, progress)
+        config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildError(" ".join(" ".join(lines[-1:]).split()) or "TensorRT gave no reason")
+    if cache is not None and timing_cache is not None:
+        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return bytes(plan)
+
+
+class _Cuda:
+    """The five calls of the CUDA runtime that a check needs, so that a kit needs no further package."""
+
+    def __init__(self) -> None:
+        for name in ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"):
+            try:
+                self.library = ctypes.CDLL(name)
+                return
+            except OSError:
+                continue
+        raise OSError("libcudart.so was not found")
+
+    def call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self.library, name)(*arguments)
+        if code:
+            raise BuildError(f"{name} failed with CUDA error {code}")
+
+    def malloc(self, size: int) -> ctypes.c_void_p:
+        pointer = ctypes.c_void_p()
+        self.call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size))
+        return pointer
+
+    def copy(self, target: Any, source: Any, size: int, kind: int) -> None:
+        self.call("cudaMemcpy", target, source, ctypes.c_size_t(size), ctypes.c_int(kind))
+
+
+def _run(trt: Any, engine: Any, feeds: dict[str, Any], cuda: Any) -> dict[str, Any]:
+    """One inference: input name -> array, to output name -> array, through device memory of its own."""
+    context = engine.create_execution_context()
+    held: dict[str, tuple[ctypes.c_void_p, Any]] = {}
+    stream = ctypes.c_void_p()
+    cuda.call("cudaStreamCreate", ctypes.byref(stream))
+    try:
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        for name in inputs:
+            array = np.ascontiguousarray(feeds[name], trt.nptype(engine.get_tensor_dtype(name)))
+            context.set_input_shape(name, tuple(array.shape))
+            held[name] = (cuda.malloc(max(array.nbytes, 1)), array)
+            cuda.copy(held[name][0], ctypes.c_void_p(array.ctypes.data), array.nbytes, 1)
+        for name in names:
+            if name not in held:
+                array = np.empty(tuple(context.get_tensor_shape(name)), trt.nptype(engine.get_tensor_dtype(name)))
+                held[name] = (cuda.malloc(max(array.nbytes, 1)), array)
+            context.set_tensor_address(name, held[name][0].value)
+        if not context.execute_async_v3(stream.value or 0):
+            raise BuildError("the engine did not run")
+        cuda.call("cudaStreamSynchronize", stream)
+        outputs = [name for name in names if name not in inputs]
+        for name in outputs:
+            pointer, array = held[name]
+            cuda.copy(ctypes.c_void_p(array.ctypes.data), pointer, array.nbytes, 2)
+        return {name: held[name][1] for name in outputs}
+    finally:
+        for pointer, _ in held.values():
+            cuda.call("cudaFree", pointer)
+        cuda.call("cudaStreamDestroy", stream)
+
+
+def check(trt: Any, plan: bytes, golden: Path, tolerance: dict[str, Any], cuda: Any = None) -> dict[str, float]:
+    """Run the engine on the golden inputs, one profile-sized batch at a time; returns the worst output's errors.
+
+    Raises `BuildError` where the engine does not load or misses ``tolerance`` ({"kind": "snr_db" | "relative", "limit"}).
+    """
+    cuda = cuda or _Cuda()
+    engine = trt.Runtime(_logger(trt, [])).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError("the engine does not load on this device")
+    with np.load(golden, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    inputs = {name[6:]: array for name, array in arrays.items() if name.startswith("input/")}
+    profiles = [engine.get_tensor_profile_shape(name, 0) for name in inputs]
+    least, most = max(int(p[0][0]) for p in profiles), min(int(p[2][0]) for p in profiles)
+    samples = min(len(array) for array in inputs.values())
+    found: dict[str, list[Any]] = {}
+    for start in range(0, samples, most):
+        rows = [min(i, samples - 1) for i in range(start, start + max(least, min(most, samples - start)))]
+        part = {name: array[rows] for name, array in inputs.items()}  # the last sample fills up a fixed batch
+        for name, array in _run(trt, engine, part, cuda).items():
+            found.setdefault(name, []).append(array)
+    relative, snr = 0.0, 200.0
+    for name, blocks in found.items():
+        truth = arrays["output/" + name].astype(np.float64)
+        error = np.concatenate(blocks)[: len(truth)].astype(np.float64) - truth
+        if not np.isfinite(error).all():
+            raise BuildError(f"output {name} is not finite")
+        relative = max(relative, float(np.abs(error).max() / max(np.abs(truth).max(), 1e-12)))
+        if error.any():
+            snr = min(snr, float(10 * np.log10(max((truth**2).sum(), 1e-30) / (error**2).sum())))
+    missed = snr < tolerance["limit"] if tolerance["kind"] == "snr_db" else relative > tolerance["limit"]
+    if missed:
+        raise BuildError(f"the engine misses the golden outputs: {snr:.1f} dB, {relative:.2g} relative; allowed {tolerance}")
+    return {"snr_db": snr, "relative": relative}
+
+
+def _verified(folder: Path, spec: dict[str, Any]) -> bytes:
+    for name, expected in spec["files"].items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise BuildError(f"{name} is damaged: its sha256 is not that of build.json")
+    graph: bytes = (folder / spec["graph"]).read_bytes()
+    return graph
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name("." + path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(str(temporary), str(path))
+
+
+def _print_progress(phase: str, share: float) -> bool:
+    sys.stderr.write(f"\r{share:4.0%}  {phase[:60]:60s}")
+    sys.stderr.flush()
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of a kit; prints one JSON object, returns the exit code."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description="Build the TensorRT engine of this kit.")
+    parser.add_argument("--kit", type=Path, default=here, help="folder with build.json (default: beside this file)")
+    parser.add_argument("--out", type=Path, help="folder for the engine (default: the kit's)")
+    parser.add_argument("--module", default="tensorrt", choices=["tensorrt", "tensorrt_rtx"])
+    parser.add_argument("--compute-capability", metavar="X.Y", help="tensorrt_rtx only: which GPUs to compile for")
+    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and write timings: later builds are faster")
+    parser.add_argument("--no-check", action="store_true", help="do not run the engine on the golden inputs")
+    options = parser.parse_args(arguments)
+    try:
+        spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
+        graph = _verified(options.kit, spec)
+        trt = importlib.import_module(options.module)
+        spec["compute_capability"] = options.compute_capability
+        start = time.perf_counter()
+        plan = build(trt, graph, spec, _print_progress, options.timing_cache)
+        answer = {
+            "target": spec["target"],
+            "precision": spec["precision"],
+            "tensorrt": trt.__version__,
+            "module": options.module,
+            "seconds": round(time.perf_counter() - start, 3),
+            "size_bytes": len(plan),
+            "engine_sha256": hashlib.sha256(plan).hexdigest(),
+            "graph_sha256": spec["files"][spec["graph"]],
+            "golden": None if options.no_check else check(trt, plan, options.kit / "golden.npz", spec["golden"]),
+        }
+        out = options.out or options.kit
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / (spec["target"] + ".engine"), plan)
+        _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
+    except (BuildError, OSError, ImportError, KeyError, ValueError) as error:
+        sys.stderr.write(f"\nerror: {type(error).__name__}: {error}\n")
+        return 1
+    sys.stderr.write("\n")
+    sys.stdout.write(json.dumps({**answer, "engine": str(out / (spec["target"] + ".engine"))}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

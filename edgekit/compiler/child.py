@@ -1,0 +1,130 @@
+"""Native parsers run in a child process: a crash, a hang or a memory bomb in one costs an error line, not the caller.
+
+`call` starts ``python -m edgekit.compiler.child MODULE:FUNCTION FOLDER``; the function gets the request (JSON) and the
+folder that both sides share, and returns the answer (JSON). Errors of edgekit cross over as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import edgekit.errors
+from edgekit.errors import EdgekitError, GraphError, MissingExtra
+
+__all__ = ["call"]
+
+ADDRESS_SPACE = 32 << 30  # bytes; TensorRT's libraries map gigabytes, a hostile graph asks for terabytes
+_LONGEST = 300  # characters of an unforeseen error's message
+
+
+def call(function: str, request: Mapping[str, Any], folder: Path, timeout_s: float) -> dict[str, Any]:
+    """Run ``MODULE:FUNCTION`` of this room in a child; returns its answer.
+
+    Raises the child's `EdgekitError`; `GraphError` where the child crashed or took longer than ``timeout_s``.
+    """
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
+    command = [sys.executable, "-m", "edgekit.compiler.child", function, str(folder)]
+    # cwd is our own folder, so that no module of the caller's folder shadows a library
+    process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        raise GraphError(
+            f"the graph took longer than {timeout_s:g} s and was stopped", "raise --timeout, or simplify the graph"
+        ) from None
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    answer = folder / "answer.json"
+    if code != 0 or not answer.is_file():
+        raise GraphError(f"the native parser {_fate(code)} on this graph", "the file may be damaged; export it again")
+    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise _rebuilt(found["error"])
+    return found
+
+
+def _fate(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"crashed ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"crashed (signal {-code})"
+
+
+def _rebuilt(error: Mapping[str, str]) -> EdgekitError:
+    if error["kind"] == "MissingExtra":
+        return MissingExtra(error["extra"], error["module"])
+    kind = getattr(edgekit.errors, error["kind"], GraphError)
+    raised: EdgekitError = kind.__new__(kind)
+    EdgekitError.__init__(raised, error["message"], error["hint"])
+    return raised
+
+
+def _described(error: BaseException) -> dict[str, str]:
+    if isinstance(error, MissingExtra):
+        return {"kind": "MissingExtra", "extra": error.extra, "module": error.message.split("'")[1]}
+    if isinstance(error, EdgekitError):
+        return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+    if isinstance(error, MemoryError):
+        return {"kind": "GraphError", "message": "the graph needs more memory than allowed", "hint": "check its tensor sizes"}
+    first = (str(error).splitlines() or [""])[0]
+    message = f"{type(error).__name__}: {first}"[:_LONGEST]
+    return {"kind": "GraphError", "message": message, "hint": "this is a defect of edgekit; EDGEKIT_DEBUG=1 shows where"}
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or hard > ADDRESS_SPACE:
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _quiet_natives(folder: Path) -> None:
+    """Native libraries write to file descriptors 1 and 2: into the log with it. Python's own stderr stays the person's."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+
+def main() -> None:
+    module, name = sys.argv[1].split(":")
+    folder = Path(sys.argv[2])
+    _limit_memory()
+    if not os.environ.get("EDGEKIT_DEBUG"):
+        _quiet_natives(folder)
+    try:
+        request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+        answer = getattr(importlib.import_module(f"edgekit.compiler.{module}"), name)(request, folder)
+    except Exception as error:  # noqa: BLE001  the parent turns it into words
+        if os.environ.get("EDGEKIT_DEBUG"):
+            sys.excepthook(type(error), error, error.__traceback__)
+        answer = {"error": _described(error)}
+    temporary = folder / "answer.tmp"
+    temporary.write_text(json.dumps(answer), encoding="utf-8")
+    temporary.replace(folder / "answer.json")
+    sys.stderr.flush()
+    # Skips the destructors of native libraries: some crash at exit after good work.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

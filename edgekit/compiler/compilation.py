@@ -1,0 +1,116 @@
+"""The heavy half of `build`, run in a child process: decide the precision in the graph, then let TensorRT compile it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgekit.errors import EdgekitError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.progress import say
+
+from . import build_engine, precision
+
+__all__ = ["MIN_FP16_SNR_DB", "compile_graph"]
+
+#: An fp16 graph must reproduce the golden outputs this well on ONNX Runtime. float16 has 11 bits: about 66 dB an
+#: operation; below 40 dB something overflowed or lost its small values.
+MIN_FP16_SNR_DB = 40.0
+
+
+def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write ``graph.onnx`` (typed) and, where ``request["engine"]``, ``plan.engine`` into ``folder``.
+
+    Returns what was chosen: ``precision``, ``notes``, ``golden_snr_db`` (ONNX Runtime's, None where the graph is one
+    that an earlier stage checked), ``tensorrt``, ``seconds`` in TensorRT, ``graph_sha256``.
+    """
+    started = time.perf_counter()
+    graph, chosen = _typed_graph(request)
+    (folder / "graph.onnx").write_bytes(graph)
+    answer: dict[str, Any] = {**chosen, "graph_sha256": hashlib.sha256(graph).hexdigest(), "graph_seconds": _since(started)}
+    if request["engine"]:
+        plan, version, seconds = _engine(graph, {**request, "precision": chosen["precision"]})
+        (folder / "plan.engine").write_bytes(plan)
+        answer |= {"tensorrt": version, "seconds": seconds}
+    return answer
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 4)
+
+
+def _typed_graph(request: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    wanted = request["precision"]
+    float_graph, int8_graph = Path(request["float_graph"]), request["int8_graph"]
+    if int8_graph and wanted in ("int8", "best"):
+        notes = ["int8 inputs and weights where the graph says so, float32 elsewhere"]
+        return Path(int8_graph).read_bytes(), {"precision": "int8", "golden_snr_db": None, "notes": notes}
+    if wanted in ("fp16", "best") and "fp16" in request["target_precisions"]:
+        try:
+            graph, snr, kept = _half_graph(float_graph, Path(request["golden"]))
+            notes = [f"{kept} of the graph's nodes stay float32"] if kept else []
+            return graph, {"precision": "fp16", "golden_snr_db": snr, "notes": notes}
+        except (EdgekitError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            reason = " ".join(str(error).split())
+            if wanted == "fp16":
+                raise GoldenError(f"the graph cannot run in fp16: {reason}"[:400], "use --precision fp32 or best") from None
+            note = f"fp32, because fp16 did not hold: {reason}"[:300]
+            return float_graph.read_bytes(), {"precision": "fp32", "golden_snr_db": None, "notes": [note]}
+    return float_graph.read_bytes(), {"precision": "fp32", "golden_snr_db": None, "notes": []}
+
+
+def _half_graph(path: Path, golden: Path) -> tuple[bytes, float, int]:
+    """(float16 graph, golden SNR in dB, nodes left in float32). Raises `GoldenError` below `MIN_FP16_SNR_DB`."""
+    model = onnx.load_model(str(path), load_external_data=False)
+    inputs, outputs = _golden(golden)
+    made = precision.to_fp16(model, precision.activation_peaks(model, inputs))
+    graph: bytes = made.SerializeToString(deterministic=True)
+    result = precision.against_golden(graph, inputs, outputs)
+    if result.snr_db < MIN_FP16_SNR_DB:
+        raise GoldenError(f"{result.snr_db:.1f} dB against the golden outputs, {MIN_FP16_SNR_DB:g} dB are needed")
+    kept = sum(node.op_type not in precision.HALF_OPS and node.op_type != "Cast" for node in made.graph.node)
+    return graph, round(result.snr_db, 2), kept
+
+
+def _golden(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    inputs = {name.removeprefix("input/"): array for name, array in arrays.items() if name.startswith("input/")}
+    outputs = {name.removeprefix("output/"): array for name, array in arrays.items() if name.startswith("output/")}
+    return inputs, outputs
+
+
+def _advance(bar: Any, phase: str, share: float) -> bool:
+    bar.update(int(share * bar.length) - bar.pos)
+    return True
+
+
+def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[bytes, str, float]:
+    """(plan, TensorRT version, seconds). Parser and builder errors become `GraphError`."""
+    try:
+        trt: Any = importlib.import_module(request["module"])
+    except ImportError:
+        raise MissingExtra(request["extra"], request["module"]) from None
+    if "SM" + request["compute_capability"].replace(".", "") not in trt.ComputeCapability.__members__:
+        raise UsageError(
+            f"TensorRT {trt.__version__} does not compile for SM {request['compute_capability']}", "choose another --target"
+        )
+    say(f"TensorRT {trt.__version__} compiles for {request['target']} (SM {request['compute_capability']})")
+    started = time.perf_counter()
+    try:
+        with click.progressbar(length=1000, label="building", file=click.get_text_stream("stderr")) as bar:
+            plan = build_engine.build(trt, graph, dict(request), partial(_advance, bar))
+    except build_engine.BuildError as error:
+        raise GraphError(
+            f"TensorRT refuses the graph: {error}"[:500], "import it again with fixed shapes (--shape), or change this node"
+        ) from None
+    return plan, trt.__version__, _since(started)

@@ -1,0 +1,186 @@
+"""The heavy half of `import_onnx`, run in a child process: read, bind, rewrite, and prove that nothing changed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN
+from edgekit.errors import EdgekitError, GraphError
+from edgekit.runtime.golden import compare_arrays, save_golden
+from edgekit.runtime.onnxruntime import DTYPES, session
+
+from . import passes
+from .binding import bind_inputs
+from .reading import read_model
+from .shapes import Axis
+
+__all__ = ["import_graph"]
+
+MAX_RELATIVE = 1e-4  # as the bundle's golden tolerance
+SEEDS = 3  # the first becomes golden, all are compared
+SAMPLES = (4, 1)  # golden samples tried along a dynamic first axis
+SIZES = (64, 32, 128, 224, 256, 16, 8, 1)  # tried for dynamic axes without a range
+MAX_GOLDEN_AXIS = 640
+Feeds = dict[str, NDArray[Any]]
+
+
+def import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write ``model.onnx`` and ``golden.npz`` into ``folder``; returns inputs, outputs, shape, dynamic, figures, notes."""
+    try:
+        return _import_graph(request, folder)
+    except EdgekitError:
+        raise
+    except Exception as error:  # noqa: BLE001  onnx and ONNX Runtime raise anything on hostile files
+        if os.environ.get("EDGEKIT_DEBUG"):
+            traceback.print_exc()
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise GraphError(f"the graph cannot be imported: {first}", "check it with onnx.checker, or export it again") from None
+
+
+def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    path = Path(request["model"])
+    fixed = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["shape"].items()}
+    ranges = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["dynamic"].items()}
+    source = read_model(path)
+    bound = onnx.ModelProto()
+    bound.CopyFrom(source.model)
+    binding = bind_inputs(bound, fixed, ranges)
+    notes = [*source.notes, *binding.notes]
+    original = session(source.model.SerializeToString(), 0)
+    trials = _feeds(original, bound, binding.ranges, notes)
+    truths = [_outputs(original, feeds) for feeds in trials]
+    graph, model, error = _rewritten(source.data, bound, binding.changed or source.changed, trials, truths, notes)
+    run = session(graph, 0)
+    (folder / FLOAT_GRAPH).write_bytes(graph)
+    (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
+    return {
+        "inputs": [_spec(value) for value in run.get_inputs()],
+        "outputs": [_spec(value) for value in run.get_outputs()],
+        "shape": {name: [axis.low for axis in axes] for name, axes in binding.fixed.items()},
+        "dynamic": {name: "x".join(map(str, axes)) for name, axes in binding.dynamic.items()},
+        "notes": notes,
+        "figures": {
+            "opset": passes.opset(model),
+            "nodes": len(model.graph.node),
+            "nodes_before": len(source.model.graph.node),
+            "parameters": sum(int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type in passes.WEIGHT_TYPES),
+            "relative_error": error,
+        },
+    }
+
+
+def _rewritten(
+    data: bytes | None, bound: onnx.ModelProto, changed: bool, trials: list[Feeds], truths: list[Feeds], notes: list[str]
+) -> tuple[bytes, onnx.ModelProto, float]:
+    """The most rewritten form that still agrees: all passes, else only the bound inputs. ``data``: the file, self-contained."""
+    better = onnx.ModelProto()
+    better.CopyFrom(bound)
+    rewrote, done = passes.simplify(better)
+    candidates = [(better, [*done])] if rewrote else []
+    candidates.append((bound, []))
+    reasons = []
+    for model, said in candidates:
+        whole = data if data is not None and model is bound and not changed else model.SerializeToString(deterministic=True)
+        try:
+            error = _agreement(whole, trials, truths)
+        except EdgekitError as reason:
+            reasons.append(reason.message)
+            continue
+        if error <= MAX_RELATIVE:
+            notes += said + ([f"kept as it was: {reasons[0]}"] if reasons else [])
+            return whole, model, error
+        reasons.append(f"the rewritten graph differs from the original by {error:.2g} (relative), allowed {MAX_RELATIVE:g}")
+    raise GraphError(reasons[-1], "the graph may hold random operators; export it in inference mode")
+
+
+def _agreement(graph: bytes, trials: list[Feeds], truths: list[Feeds]) -> float:
+    """The largest relative error of a graph over all trials and outputs."""
+    run = session(graph, 0)
+    worst = 0.0
+    for feeds, truth in zip(trials, truths, strict=True):
+        found = _outputs(run, feeds)
+        worst = max([worst, *(compare_arrays(truth[name], found[name]).relative for name in truth)])
+    return worst
+
+
+def _outputs(run: Any, feeds: Feeds) -> Feeds:
+    names = [value.name for value in run.get_outputs()]
+    try:
+        return dict(zip(names, run.run(names, feeds), strict=True))
+    except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
+        raise GraphError(
+            f"ONNX Runtime fails on the graph: {str(error).splitlines()[0][:300]}", "check the shapes: --shape NAME:1x3x48x320"
+        ) from None
+
+
+def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[dict[str, int]]:
+    """Sizes to try for the symbols of the inputs, likeliest first."""
+    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} - {None}
+    symbols = {d for i in model.graph.input for d in passes.dims(i) if isinstance(d, str)}
+    for samples, size in itertools.product(SAMPLES, SIZES):
+        chosen = {}
+        for symbol in sorted(symbols):
+            wanted = samples if symbol in first else size
+            if symbol in ranges:
+                low, high = ranges[symbol]
+                wanted = min(high, samples if symbol in first else MAX_GOLDEN_AXIS)
+                wanted = max(low, wanted)
+            chosen[symbol] = wanted
+        yield chosen
+        if not symbols - first - set(ranges) and samples == SAMPLES[-1]:
+            return
+
+
+def _feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], notes: list[str]) -> list[Feeds]:
+    """Seeded random inputs on which the original runs, repeats itself and stays finite: `SEEDS` of them."""
+    failure: EdgekitError | None = None
+    for sizes in _sizes(model, ranges):
+        for kind in ("normal", "uniform", "small"):
+            trials = [_random(model, sizes, kind, seed) for seed in range(SEEDS)]
+            try:
+                once, twice = _outputs(run, trials[0]), _outputs(run, trials[0])
+            except GraphError as error:
+                failure = failure or error
+                continue
+            if any(not np.isfinite(value).all() for value in once.values() if value.dtype.kind in "fc"):
+                failure = failure or GraphError("the graph's outputs are not finite on random inputs", "check its weights")
+                continue
+            if any(compare_arrays(once[n], twice[n]).relative > MAX_RELATIVE for n in once):
+                raise GraphError(
+                    "the graph gives other outputs on the same inputs", "export it in inference mode, without dropout"
+                )
+            unstated = {k: v for k, v in sizes.items() if k not in ranges}
+            if unstated:
+                notes.append(f"golden outputs were made with {', '.join(f'{k}={v}' for k, v in unstated.items())}")
+            return trials
+    raise failure or GraphError("the graph has no inputs", "give it one; a constant needs no model")
+
+
+def _random(model: onnx.ModelProto, sizes: Mapping[str, int], kind: str, seed: int) -> Feeds:
+    """One set of inputs. Floats: standard normal, or 0..1; integers: 0..7, or 0..1 (indices must stay small); bools."""
+    random = np.random.default_rng(seed)
+    feeds: Feeds = {}
+    for value in model.graph.input:
+        shape = tuple(sizes[d] if isinstance(d, str) else int(d or 1) for d in passes.dims(value))
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        if dtype.kind == "f":
+            floats = random.normal(size=shape) if kind == "normal" else random.uniform(size=shape)
+            feeds[value.name] = np.asarray(floats).astype(dtype)
+        else:
+            high = 2 if dtype.kind == "b" or kind == "small" else 8
+            feeds[value.name] = np.asarray(random.integers(0, high, size=shape)).astype(dtype)
+    return feeds
+
+
+def _spec(value: Any) -> dict[str, Any]:
+    shape = [axis if axis is not None else f"{value.name}_{i}" for i, axis in enumerate(value.shape)]
+    return {"name": value.name, "dtype": DTYPES[value.type], "shape": shape}

@@ -1,0 +1,92 @@
+"""`import_onnx`: a foreign ONNX file becomes a bundle. The file is read in a child process (`foreign`); this half is light."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, Bundle, Manifest, TensorSpec, Tolerance, history_entry
+from edgekit.errors import GraphError, UsageError
+from edgekit.progress import say
+
+from . import child
+from .shapes import parse_shapes, shape_text
+
+__all__ = ["import_onnx"]
+
+MAX_BYTES = 2 << 30  # what one protobuf message can hold
+TOLERANCE = Tolerance("relative", 1e-4)
+
+
+def import_onnx(
+    model: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    shape: Iterable[str] | str = (),
+    dynamic: Iterable[str] | str = (),
+    name: str | None = None,
+    timeout_s: float = 600,
+) -> Bundle:
+    """Read ``model`` (ONNX, with external data only inside its folder) into a new bundle of task ``tensor``.
+
+    ``shape``: texts as ``x:1x3x48x320``, which fix an input's axes. ``dynamic``: ``x:1..8x3x48x320``, which keeps axes
+    dynamic with the range that `build` compiles for. Inputs that neither names keep the axes of the file.
+
+    The graph is raised to opset 13 or later, shapes are inferred, constants folded; a file that needs none of it is kept
+    byte for byte. ONNX Runtime must give the original's outputs on seeded random inputs within 1e-4 (relative to the
+    largest output); the first of them become ``golden.npz``.
+
+    Raises `UsageError` for shapes that do not fit, `GraphError` for what cannot be read or run (naming nodes and
+    operators), `OutputExists`. A failed import leaves nothing behind.
+    """
+    path = Path(model)
+    fixed = parse_shapes([shape] if isinstance(shape, str) else shape)
+    ranges = parse_shapes([dynamic] if isinstance(dynamic, str) else dynamic, "--dynamic", ranges=True)
+    if both := sorted(set(fixed) & set(ranges)):
+        raise UsageError(f"{both[0]} is in --shape and in --dynamic", "state an input once")
+    with Bundle.create(out) as draft, tempfile.TemporaryDirectory(prefix="edgekit-import-") as work:
+        digest = _checked_file(path)
+        say(f"importing {path.name}")
+        request = {"model": str(path.resolve()), "shape": fixed, "dynamic": ranges}
+        answer = child.call("foreign:import_graph", request, Path(work), timeout_s)
+        for file in (FLOAT_GRAPH, GOLDEN):
+            draft.write(file, (Path(work) / file).read_bytes())
+        config = {
+            "model": path.name,
+            "sha256": digest,
+            "shape": {k: shape_text(v) for k, v in answer["shape"].items()},
+            "dynamic": answer["dynamic"],
+        }
+        for note in answer["notes"]:
+            say(f"note: {note}")
+        draft.manifest = Manifest(
+            format=FORMAT,
+            name=name or path.stem,
+            task="tensor",
+            inputs=msgspec.convert(answer["inputs"], tuple[TensorSpec, ...]),
+            outputs=msgspec.convert(answer["outputs"], tuple[TensorSpec, ...]),
+            golden={FLOAT_GRAPH: TOLERANCE},
+            history=(history_entry("import", config, {**answer["figures"], "notes": answer["notes"]}),),
+        )
+    return Bundle.open(out, verify=False)
+
+
+def _checked_file(path: Path) -> str:
+    """sha256 of an ONNX file of acceptable size."""
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", "give the path of an .onnx file")
+    size = path.stat().st_size
+    if not 0 < size <= MAX_BYTES:
+        raise GraphError(
+            f"{path.name} has {size} bytes; a graph has 1 to {MAX_BYTES}", "keep large weights as external data beside the file"
+        )
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

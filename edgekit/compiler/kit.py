@@ -1,0 +1,78 @@
+"""The build kit: one deterministic zip with all that a device needs to compile its own engine and to check it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .targets import Target
+
+__all__ = ["SCRIPT", "make_kit"]
+
+SCRIPT = Path(__file__).with_name("build_engine.py")
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can state: the same inputs give the same bytes
+_GRAPH = "graph.onnx"
+
+
+def make_kit(target: Target, record: Mapping[str, Any], graph: bytes, golden: bytes | None) -> bytes:
+    """A stored (not deflated: zlib's versions differ) zip of the typed graph, build.json, golden.npz, script and README."""
+    files = {_GRAPH: graph, "build_engine.py": SCRIPT.read_bytes()}
+    if golden is not None:
+        files["golden.npz"] = golden
+    spec = {
+        **{k: record[k] for k in ("target", "precision", "profiles", "flags", "golden", "key")},
+        "graph": _GRAPH,
+        "compute_capability": target.sm,
+        "tensorrt": [msgspec.to_builtins(entry) for entry in target.tensorrt],
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
+    }
+    files["build.json"] = msgspec.json.format(msgspec.json.encode(spec), indent=1) + b"\n"
+    files["README.txt"] = _readme(target, spec, golden is not None).encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in sorted(files.items()):
+            info = zipfile.ZipInfo(name, _EPOCH)
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, data)
+    return buffer.getvalue()
+
+
+def _trtexec(spec: Mapping[str, Any]) -> str:
+    words = ["trtexec", f"--onnx={_GRAPH}", f"--saveEngine={spec['target']}.engine", "--stronglyTyped"]
+    for index, word in enumerate(("min", "opt", "max")):
+        shapes = ",".join(f"{name}:{'x'.join(map(str, shape[index]))}" for name, shape in spec["profiles"].items())
+        words += [f"--{word}Shapes={shapes}"] if shapes else []
+    words += ["--sparsity=enable"] if "SPARSE_WEIGHTS" in spec["flags"] else []
+    return " ".join(words)
+
+
+def _readme(target: Target, spec: Mapping[str, Any], golden: bool) -> str:
+    versions = "\n".join(f"    JetPack {e.jetpack}: TensorRT {e.tensorrt}, CUDA {e.cuda}" for e in target.tensorrt)
+    legacy = {"fp16": "--fp16", "int8": "--int8 --fp16"}.get(spec["precision"], "")
+    check = "Afterwards it runs the engine on golden.npz and refuses one that misses the stated tolerance."
+    return f"""Build kit: {spec["target"]} ({target.title}, SM {target.sm}), precision {spec["precision"]}
+
+On the device, in this folder:
+
+    python3 build_engine.py
+
+It needs the tensorrt and numpy of JetPack and nothing else, and writes {spec["target"]}.engine and {spec["target"]}.json.
+{check if golden else "The kit has no golden outputs: add --no-check."}
+With --timing-cache FILE a later build is faster. An engine runs only with the TensorRT that built it.
+
+The same with NVIDIA's own tool (TensorRT 10; version 11 needs no --stronglyTyped; version 8 takes {legacy or "nothing"}
+in its place):
+
+    {_trtexec(spec)}
+
+Made for:
+{versions}
+
+The typed graph decides the precision (TensorRT 10 and later); build.json lists profiles, flags and the files' sha256.
+"""

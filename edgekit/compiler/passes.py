@@ -1,0 +1,238 @@
+"""Rewriting a graph without changing what it computes. Each pass works in place and says whether it changed anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+from edgekit.errors import EdgekitError
+from edgekit.runtime.onnxruntime import session
+
+__all__ = [
+    "WEIGHT_TYPES",
+    "all_nodes",
+    "dims",
+    "drop_dead",
+    "fold_constants",
+    "infer_shapes",
+    "opset",
+    "raise_opset",
+    "simplify",
+]
+
+OLDEST_OPSET, WANTED_OPSET = 13, 17  # 13 has per-channel Q/DQ, 17 is what TensorRT 8.6 reads
+MAX_FOLDED_BYTES = 64 << 20  # a constant that is larger stays computed
+MAX_ROUNDS = 4
+WEIGHT_TYPES = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.DOUBLE,
+    TensorProto.INT8,
+    TensorProto.UINT8,
+)
+#: Never folded: random ones, and Q/DQ, which keep int8 weights int8.
+_KEPT = frozenset("RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli".split()) | {  # noqa: SIM905
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+}
+#: Their outputs can be far larger than their inputs: folded only where the size is known to be small.
+_GROWING = frozenset("ConstantOfShape Expand Tile Range Resize Upsample Pad OneHot EyeLike GatherND Gather".split())  # noqa: SIM905
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the standard operator set that a model states, 0 for none."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def dims(value: onnx.ValueInfoProto) -> list[int | str | None]:
+    """Axes of a tensor: a number, a symbol, or None for an axis that says nothing (also 0 and -1, as some exporters write)."""
+    return [
+        int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None)
+        for d in value.type.tensor_type.shape.dim
+    ]
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node, those of subgraphs too."""
+    for node in graph.node:
+        yield node
+        for inner in _subgraphs(node):
+            yield from all_nodes(inner)
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [g for a in node.attribute for g in (*a.graphs, *([a.g] if a.HasField("g") else []))]
+
+
+def _used(graph: onnx.GraphProto) -> set[str]:
+    """Names that anything reads: nodes, subgraphs and the graph's outputs."""
+    names = {name for node in all_nodes(graph) for name in node.input} | {o.name for o in graph.output}
+    return names | {o.name for node in all_nodes(graph) for inner in _subgraphs(node) for o in inner.output}
+
+
+def simplify(model: onnx.ModelProto) -> tuple[bool, list[str]]:
+    """Raise the opset, infer shapes, fold constants, drop what is dead. Returns (changed, notes)."""
+    notes: list[str] = []
+    changed = raise_opset(model, notes)
+    infer_shapes(model)
+    for _ in range(MAX_ROUNDS):
+        if not fold_constants(model):
+            break
+        changed = True
+        infer_shapes(model)
+    return drop_dead(model) or changed, notes
+
+
+def raise_opset(model: onnx.ModelProto, notes: list[str]) -> bool:
+    """Opsets below 13 become 17, else 13; one that does not convert stays, with a note."""
+    before = opset(model)
+    if before >= OLDEST_OPSET:
+        return False
+    reason = ""
+    for wanted in (WANTED_OPSET, OLDEST_OPSET):
+        try:
+            converted = onnx.version_converter.convert_version(model, wanted)
+            onnx.checker.check_model(converted)
+        except Exception as error:  # noqa: BLE001  the converter raises plain RuntimeErrors
+            reason = (str(error).strip().splitlines() or ["?"])[0][:160]
+            continue
+        model.CopyFrom(converted)
+        model.ir_version = max(model.ir_version, 8)
+        notes.append(f"opset {before} was raised to {wanted}")
+        return True
+    notes.append(f"opset {before} stays, for it does not convert ({reason}); quantize needs {OLDEST_OPSET}")
+    return False
+
+
+def infer_shapes(model: onnx.ModelProto) -> bool:
+    """Add what shape inference finds; a graph that it fails on stays as it is."""
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # noqa: BLE001  an inference error is no proof against a graph that ONNX Runtime runs
+        return False
+    changed: bool = inferred != model
+    model.CopyFrom(inferred)
+    return changed
+
+
+def fold_constants(model: onnx.ModelProto) -> bool:
+    """Replace every node whose inputs are all constants, and ``Shape`` of known shapes, by its value.
+
+    ONNX Runtime evaluates them all in one session. Q/DQ, random operators, subgraphs and constants above
+    `MAX_FOLDED_BYTES` stay.
+    """
+    graph = model.graph
+    known = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
+    outputs = {o.name for o in graph.output}
+    constant = {i.name for i in graph.initializer}
+    folded: list[onnx.NodeProto] = []
+    rest: list[onnx.NodeProto] = []
+    for node in graph.node:
+        shape = _static_shape(node, known)
+        if shape is not None and not outputs & set(node.output):
+            graph.initializer.append(numpy_helper.from_array(shape, node.output[0]))
+            constant.add(node.output[0])
+        elif not outputs & set(node.output) and _foldable(node, constant, known):
+            folded.append(node)
+            constant |= set(node.output)
+        else:
+            rest.append(node)
+    if len(rest) == len(graph.node):
+        return False
+    made = {name for node in folded for name in node.output if name}
+    needed = {n for node in rest for n in node.input} | {n for node in rest for g in _subgraphs(node) for n in _used(g)}
+    wanted = sorted(made & needed)
+    values = _evaluate(model, folded, wanted)
+    if values is None:
+        return False
+    rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in rest]
+    del graph.node[:]
+    graph.node.extend(rest)
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in zip(wanted, values, strict=True))
+    drop_dead(model)
+    return True
+
+
+def _static_shape(node: onnx.NodeProto, known: dict[str, onnx.ValueInfoProto]) -> NDArray[np.int64] | None:
+    """The value of a ``Shape`` node of a tensor whose axes are all known."""
+    if node.op_type != "Shape" or node.input[0] not in known or not known[node.input[0]].type.tensor_type.HasField("shape"):
+        return None
+    axes = dims(known[node.input[0]])
+    if not all(isinstance(axis, int) for axis in axes):
+        return None
+    bounds = {a.name: a.i for a in node.attribute}
+    return np.array(axes[bounds.get("start", 0) : bounds.get("end", len(axes))], np.int64)
+
+
+def _foldable(node: onnx.NodeProto, constant: set[str], known: dict[str, onnx.ValueInfoProto]) -> bool:
+    if node.op_type in _KEPT or node.domain not in ("", "ai.onnx") or _subgraphs(node):
+        return False
+    if node.op_type != "Constant" and (not node.input or any(n and n not in constant for n in node.input)):
+        return False
+    for name in node.output:
+        axes = dims(known[name]) if name in known and known[name].type.tensor_type.HasField("shape") else [None]
+        if all(isinstance(axis, int) for axis in axes):
+            if (
+                8 * int(np.prod([float(a) for a in axes if isinstance(a, int)])) > MAX_FOLDED_BYTES
+                and node.op_type != "Constant"
+            ):
+                return False
+        elif node.op_type in _GROWING:
+            return False
+    return True
+
+
+def _evaluate(model: onnx.ModelProto, nodes: list[onnx.NodeProto], wanted: list[str]) -> list[NDArray[Any]] | None:
+    """Values of ``wanted`` by ONNX Runtime, None where it cannot run the nodes."""
+    if not wanted:
+        return []
+    read = {name for node in nodes for name in node.input}
+    part = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            nodes,
+            "fold",
+            [],
+            [onnx.ValueInfoProto(name=n) for n in wanted],
+            [i for i in model.graph.initializer if i.name in read],
+        ),
+        opset_imports=model.opset_import,
+        ir_version=max(model.ir_version, 8),
+    )
+    try:
+        values: list[NDArray[Any]] = session(part.SerializeToString()).run(wanted, {})
+    except (EdgekitError, RuntimeError, ValueError):
+        return None
+    return values if all(isinstance(value, np.ndarray) for value in values) else None
+
+
+def drop_dead(model: onnx.ModelProto) -> bool:
+    """Remove nodes and initializers that nothing reads."""
+    graph = model.graph
+    before = len(graph.node) + len(graph.initializer)
+    while True:
+        used = _used(graph)
+        live = [n for n in graph.node if any(name in used for name in n.output)]
+        if len(live) == len(graph.node):
+            break
+        kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in live]
+        del graph.node[:]
+        graph.node.extend(kept)
+    weights = [i for i in graph.initializer if i.name in used]
+    if len(weights) != len(graph.initializer):
+        copies = [onnx.TensorProto.FromString(i.SerializeToString()) for i in weights]
+        del graph.initializer[:]
+        graph.initializer.extend(copies)
+    gone = {v.name for v in graph.value_info} - used
+    if gone:
+        infos = [v for v in graph.value_info if v.name not in gone]
+        copies_info = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in infos]
+        del graph.value_info[:]
+        graph.value_info.extend(copies_info)
+    return len(graph.node) + len(graph.initializer) != before

@@ -1,0 +1,151 @@
+"""Reading an ONNX file that nobody vouches for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import onnx
+import onnx.inliner
+from onnx import TensorProto
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
+
+from edgekit.errors import GraphError
+
+from .passes import all_nodes, opset
+
+__all__ = ["Source", "read_model"]
+
+MAX_BYTES = 2 << 30
+#: TensorRT's parser refuses these, or its result cannot be run (seen on TensorRT-RTX 1.7): a note, for ONNX Runtime runs them.
+_UNBUILDABLE = frozenset({"NonZero", "DFT", "DeformConv", "RoiAlign", "NonMaxSuppression", "Unique", "STFT"})
+_TENSOR_TYPES = frozenset(
+    getattr(TensorProto, name)
+    for name in "FLOAT FLOAT16 DOUBLE INT64 INT32 INT16 INT8 UINT8 UINT16 UINT32 UINT64 BOOL".split()  # noqa: SIM905
+)
+
+
+class Source(NamedTuple):
+    """``model`` holds all its weights. ``data``: the file's bytes where they already did, else None."""
+
+    model: onnx.ModelProto
+    data: bytes | None
+    changed: bool
+    notes: list[str]
+
+
+def read_model(path: Path) -> Source:
+    """Parse, load external data from inside the file's folder only, inline functions, refuse what edgekit cannot take.
+
+    Raises `GraphError` that names the operators, tensors or inputs at fault.
+    """
+    data = path.read_bytes()
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception as error:  # noqa: BLE001  protobuf's exception type depends on its backend
+        raise GraphError(f"{path.name} is not an ONNX file: {_first(error)}", "export the model again") from None
+    if not model.HasField("graph") or not model.graph.output or not model.opset_import:
+        raise GraphError(f"{path.name} is not an ONNX file: it holds no graph", "export the model again")
+    external = _load_external(model, path)
+    changed = external or bool(model.functions)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    _check_operators(model)
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # noqa: BLE001  ValidationError, and protobuf's for a model above 2 GiB
+        raise GraphError(f"{path.name} is not valid ONNX: {_first(error)}", "export the model again") from None
+    weights = {i.name for i in model.graph.initializer}
+    real = [i for i in model.graph.input if i.name not in weights]  # before IR 4 weights were listed as inputs too
+    if len(real) != len(model.graph.input):
+        del model.graph.input[:]
+        model.graph.input.extend(real)
+        model.ir_version = max(model.ir_version, 8)
+        changed = True
+    _check_types(model)
+    refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in _UNBUILDABLE})
+    notes = [f"TensorRT does not build {', '.join(refused[:4])}; ONNX Runtime runs it"] if refused else []
+    return Source(model, None if external else data, changed, notes)
+
+
+def _first(error: BaseException) -> str:
+    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:300]
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in all_nodes(graph):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from inner.initializer
+
+
+def _load_external(model: onnx.ModelProto, path: Path) -> bool:
+    """Load external data; True where there was some. Locations must be plain files inside the model's folder."""
+    folder, sizes = path.parent.resolve(), {}
+    tensors = [t for t in _tensors(model.graph) if t.data_location == TensorProto.EXTERNAL]
+    tensors += [t for f in model.functions for n in f.node for a in n.attribute for t in (a.t, *a.tensors) if t.data_location]
+    for tensor in tensors:
+        location = ExternalDataInfo(tensor).location
+        file = folder / location
+        inside = location and not Path(location).is_absolute() and ".." not in Path(location).parts
+        if not inside or not file.resolve().is_relative_to(folder) or file.resolve() != file:
+            raise GraphError(
+                f"the weights of {tensor.name!r} lie outside the model's folder: {location!r}",
+                "keep external data beside the .onnx file; do not trust this file otherwise",
+            )
+        if not file.is_file():
+            raise GraphError(f"the external data {location!r} is missing", f"put it beside {path.name}")
+        sizes[file] = file.stat().st_size
+    if sum(sizes.values()) > MAX_BYTES:
+        raise GraphError(
+            f"the external data holds {sum(sizes.values())} bytes, at most {MAX_BYTES}", "edgekit is for compact models"
+        )
+    if tensors:
+        try:
+            load_external_data_for_model(model, str(folder))
+        except Exception as error:  # noqa: BLE001  onnx raises several types for wrong offsets and lengths
+            raise GraphError(
+                f"the external data of {path.name} cannot be read: {_first(error)}", "export the model again"
+            ) from None
+    return bool(tensors)
+
+
+def _check_operators(model: onnx.ModelProto) -> None:
+    """Refuse operators outside the ONNX standard, and ones that the stated opset does not have; all are named."""
+    version = opset(model)
+    found: dict[str, list[str]] = defaultdict(list)
+    for node in all_nodes(model.graph):
+        where = node.name or (node.output[0] if node.output else "?")
+        if node.domain not in ("", "ai.onnx"):
+            found[f"{node.domain}.{node.op_type}"].append(where)
+        elif not onnx.defs.has(node.op_type, max_inclusive_version=version):
+            found[node.op_type].append(where)
+    if found:
+        listed = ", ".join(
+            f"{op} ({nodes[0]}{f' and {len(nodes) - 1} more' if nodes[1:] else ''})" for op, nodes in found.items()
+        )
+        raise GraphError(
+            f"operators outside ONNX opset {version}: {listed}"[:500],
+            "export with standard operators only (no fused or custom ones), opset 17",
+        )
+
+
+def _check_types(model: onnx.ModelProto) -> None:
+    for kind, values in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in values:
+            if not value.type.HasField("tensor_type") or value.type.tensor_type.elem_type not in _TENSOR_TYPES:
+                raise GraphError(
+                    f"{kind} {value.name} is not a tensor of numbers or bools ({value.type.WhichOneof('value')})",
+                    "cut strings, sequences and optionals off before the export",
+                )
+    if not model.graph.input:
+        raise GraphError("the graph has no inputs", "give it one; a constant needs no model")

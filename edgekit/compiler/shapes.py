@@ -1,0 +1,129 @@
+"""The shapes a user states: ``x:1x3x48x320`` binds axes, ``x:1..8x3x48x320`` gives them ranges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from edgekit.bundle import Bundle, TensorSpec
+from edgekit.errors import UsageError
+
+__all__ = ["Axis", "Profiles", "parse_batch", "parse_shapes", "profiles_for", "shape_text"]
+
+MAX_AXIS = 1 << 24
+#: input -> [min, opt, max] shapes, as TensorRT's optimization profile takes them
+Profiles = dict[str, list[list[int]]]
+_AXIS = re.compile(r"^(\d{1,9})(?:\.\.(\d{1,9}))?$", re.ASCII)
+
+
+class Axis(NamedTuple):
+    """An axis from ``low`` to ``high``, both included; fixed where they are equal."""
+
+    low: int
+    high: int
+
+    @property
+    def fixed(self) -> bool:
+        return self.low == self.high
+
+    def __str__(self) -> str:
+        return str(self.low) if self.fixed else f"{self.low}..{self.high}"
+
+
+def _axis(text: str, option: str, whole: str, ranges: bool) -> Axis:
+    found = _AXIS.match(text)
+    low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= low <= high <= MAX_AXIS or (found and found[2] and not ranges):
+        example = f"{option} x:1..8x3x48x320" if ranges else f"{option} x:1x3x48x320"
+        raise UsageError(f"{option} {whole}: {text!r} is not an axis of 1..{MAX_AXIS}", f"write for example {example}")
+    return Axis(low, high)
+
+
+def parse_shapes(texts: Iterable[str], option: str = "--shape", ranges: bool = False) -> dict[str, tuple[Axis, ...]]:
+    """``NAME:AxBxC`` texts -> name -> axes. ``ranges`` allows ``LOW..HIGH`` axes. A name may hold colons.
+
+    Raises `UsageError` for anything else, and for a name stated twice.
+    """
+    found: dict[str, tuple[Axis, ...]] = {}
+    for text in texts:
+        name, colon, shape = text.rpartition(":")
+        if not colon or not name:
+            raise UsageError(f"{option} {text!r} has no input name", f"write {option} NAME:{text.lstrip(':') or '1x3x48x320'}")
+        if name in found:
+            raise UsageError(f"{option} states {name} twice", "state each input once")
+        found[name] = tuple(_axis(part, option, text, ranges) for part in shape.split("x"))
+    return found
+
+
+def parse_batch(batch: int | str | None) -> Axis | None:
+    """``4`` -> exactly 4 samples at once; ``1..8`` -> one engine for 1 to 8, fastest at 8."""
+    if batch is None:
+        return None
+    return _axis(str(batch), "--batch", str(batch), ranges=True)
+
+
+def shape_text(axes: Iterable[object]) -> str:
+    return "x".join(map(str, axes))
+
+
+def _stated_ranges(bundle: Bundle) -> dict[str, Axis]:
+    """Axis symbol -> range, from the import that made the bundle (or its ancestor)."""
+    entry = bundle.last("import")
+    stated = entry.config.get("dynamic") if entry else None
+    if not isinstance(stated, Mapping):
+        return {}
+    ranges = parse_shapes([f"{name}:{shape}" for name, shape in stated.items()], "--dynamic", ranges=True)
+    symbols = {spec.name: spec.shape for spec in bundle.manifest.inputs}
+    return {
+        symbol: axis
+        for name, axes in ranges.items()
+        for symbol, axis in zip(symbols.get(name, ()), axes, strict=False)
+        if isinstance(symbol, str)
+    }
+
+
+def profiles_for(bundle: Bundle, batch: int | str | None = None) -> Profiles:
+    """The optimization profile of a bundle's graph: empty where every axis is fixed.
+
+    A dynamic first axis is the batch: ``batch`` if given, else the range stated at import, else 1. Other dynamic axes
+    need a range from the import. The fastest (opt) shape is the largest: a device's worst case is what it must bear.
+    Raises `UsageError` for an axis without a range, and for a batch that the graph cannot take.
+    """
+    wanted, stated = parse_batch(batch), _stated_ranges(bundle)
+    first = next((spec.shape[0] for spec in bundle.manifest.inputs if spec.shape and isinstance(spec.shape[0], str)), None)
+    if wanted and first is None:
+        fixed = {spec.shape[0] for spec in bundle.manifest.inputs if spec.shape}
+        if fixed != {wanted.low} or not wanted.fixed:
+            raise UsageError(
+                f"--batch {wanted}: the graph's batch is fixed at {', '.join(map(str, sorted(fixed, key=str)))}",
+                "import it with --dynamic, or leave --batch out",
+            )
+    if wanted and first in stated and not stated[first].low <= wanted.low <= wanted.high <= stated[first].high:
+        raise UsageError(
+            f"--batch {wanted} lies outside {stated[first]}, stated at import", "import again with a wider --dynamic"
+        )
+    found: Profiles = {}
+    for spec in bundle.manifest.inputs:
+        axes = [_profile_axis(spec, index, wanted, first, stated) for index in range(len(spec.shape))]
+        if any(isinstance(axis, str) for axis in spec.shape):
+            high = [axis.high for axis in axes]
+            found[spec.name] = [[axis.low for axis in axes], high, list(high)]
+    return found
+
+
+def _profile_axis(spec: TensorSpec, index: int, batch: Axis | None, first: object, stated: Mapping[str, Axis]) -> Axis:
+    axis = spec.shape[index]
+    if isinstance(axis, int):
+        return Axis(axis, axis)
+    if batch and axis == first:
+        return batch
+    if axis in stated:
+        return stated[axis]
+    if index == 0:
+        return Axis(1, 1)
+    shape = shape_text(spec.shape)
+    raise UsageError(
+        f"input {spec.name} ({shape}) has the dynamic axis {axis!r} without a range",
+        f"import it with --shape {spec.name}:SIZES or --dynamic {spec.name}:RANGES",
+    )

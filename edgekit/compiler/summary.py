@@ -1,0 +1,103 @@
+"""`inspect`: what a bundle or an engine file holds, in figures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle, TensorSpec, sha256_file
+from edgekit.errors import BundleError, UsageError
+
+__all__ = ["summarise"]
+
+MAX_RECORD_BYTES = 1 << 20
+_DERIVED = (".engine", ".zip")
+
+
+def summarise(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A bundle's task, tensors, files, history and the cost of its graphs; or the record beside an engine or kit.
+
+    Raises `UsageError` where there is nothing at ``path``, `BundleError` for a damaged bundle or an engine without record.
+    """
+    where = Path(path)
+    if where.is_file() and where.suffix in _DERIVED:
+        return _engine(where)
+    if not where.exists():
+        raise UsageError(f"there is nothing at {where}", "give a bundle (NAME.edge) or an engine inside one")
+    return _bundle(Bundle.open(where))
+
+
+def _bundle(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.path),
+        "name": manifest.name,
+        "task": manifest.task,
+        "digest": bundle.digest,
+        "inputs": {spec.name: _tensor(spec) for spec in manifest.inputs},
+        "outputs": {spec.name: _tensor(spec) for spec in manifest.outputs},
+        "labels": len(manifest.labels),
+        "graphs": {name: _graph(bundle, name) for name in (FLOAT_GRAPH, INT8_GRAPH) if bundle.has(name)},
+        "files": {name: (bundle.path / name).stat().st_size for name in sorted(manifest.files)},
+        "history": [_entry(entry.stage, entry.time, entry.figures) for entry in manifest.history],
+    }
+
+
+def _tensor(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {'x'.join(map(str, spec.shape)) or 'scalar'}"
+
+
+def _entry(stage: str, time: str, figures: dict[str, Any]) -> str:
+    """One line; long and nested figures are left to the manifest."""
+    shown = [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in figures.items()
+        if _short(value)
+    ]
+    return " ".join([time, stage, ", ".join(shown)]).strip()
+
+
+def _short(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 40)
+
+
+def _graph(bundle: Bundle, name: str) -> dict[str, Any]:
+    """Opset, operators, parameters and MACs of a graph, dynamic axes at 1."""
+    import onnx
+
+    from .cost import graph_cost
+    from .passes import all_nodes, opset
+
+    model = onnx.load_model(str(bundle.file(name)), load_external_data=False)
+    cost = graph_cost(model)
+    return {
+        "opset": opset(model),
+        "nodes": sum(1 for _ in all_nodes(model.graph)),
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "layers": [{"op": op, **row} for op, row in cost.by_op().items()],
+        "not_counted": list(cost.unknown),
+    }
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    """The record that `build` wrote beside an engine or kit, and whether the file is still the one it describes."""
+    record_path = path.with_name(path.name.removesuffix(".kit.zip").removesuffix(".engine") + ".json")
+    if not record_path.is_file() or record_path.stat().st_size > MAX_RECORD_BYTES:
+        raise BundleError(
+            f"{path} has no record {record_path.name} beside it", "an engine tells nothing without a GPU; build it again"
+        )
+    try:
+        record = msgspec.json.decode(record_path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{record_path} is damaged: {error}", "build it again: edgekit build B --target NAME") from None
+    stated = record.get("engine_sha256") or record.get("kit_sha256")
+    if sha256_file(path) != stated:
+        raise BundleError(
+            f"{path} is not the file that {record_path.name} describes", "build it again: edgekit build B --target NAME"
+        )
+    note = "read from the record: an engine cannot be deserialised without a GPU" if path.suffix == ".engine" else "a build kit"
+    return {"engine": str(path), "note": note, **record}
