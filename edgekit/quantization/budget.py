@@ -1,0 +1,75 @@
+"""How much stays float: a share of the multiply-accumulates, or the fewest layers that meet a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from edgekit.errors import UsageError
+
+__all__ = ["Budget", "by_share", "fewest_float"]
+
+T = TypeVar("T")
+
+
+class Budget(NamedTuple):
+    """At most one is set. ``max_drop`` in points of top-1, ``min_snr`` in dB, ``share`` of multiply-accumulates in 0..1."""
+
+    max_drop: float | None = None
+    min_snr: float | None = None
+    share: float | None = None
+
+    def checked(self) -> Budget:
+        """Raises `UsageError` for two budgets, or one out of range."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        if len(given) > 1:
+            names = " and ".join("--" + name.replace("_", "-") for name in given)
+            raise UsageError(f"{names} exclude each other", "state one budget")
+        limits = {"max_drop": (0.0, 100.0), "min_snr": (0.0, 200.0), "share": (0.0, 1.0)}
+        for name, value in given.items():
+            low, high = limits[name]
+            if not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} {value} is out of range", f"give a number in {low:g}..{high:g}")
+        return self
+
+
+def by_share(order: Sequence[str], macs: Mapping[str, int], total: int, share: float) -> list[str]:
+    """The layers to quantize for at least ``share`` of ``total``: the last of ``order`` (most harmful first) first.
+
+    Then each layer that the share does not need is left float again, the most harmful first.
+    """
+    chosen: list[str] = []
+    for name in reversed(order):
+        if sum(macs[n] for n in chosen) >= share * total:
+            break
+        chosen.append(name)
+    for name in reversed(list(chosen)):
+        rest = [n for n in chosen if n != name]
+        if rest and sum(macs[n] for n in rest) >= share * total:
+            chosen = rest
+    return chosen
+
+
+def fewest_float(
+    order: Sequence[str], attempt: Callable[[list[str]], T], met: Callable[[T], bool], better: Callable[[T], float]
+) -> tuple[T, bool]:
+    """Leave the first ``k`` of ``order`` float, with the least ``k`` that meets the budget: all int8 first, then bisection.
+
+    Returns (result, whether it meets the budget); the best found where none does. At least one layer is quantized.
+    """
+    tried: dict[int, T] = {}
+
+    def at(k: int) -> T:
+        if k not in tried:
+            tried[k] = attempt(list(order[k:]))
+        return tried[k]
+
+    low, high = 0, len(order) - 1
+    if met(at(0)):
+        return at(0), True
+    if not met(at(high)):
+        return max(tried.values(), key=better), False
+    while high - low > 1:  # at(low) misses, at(high) meets
+        middle = (low + high) // 2
+        low, high = (low, middle) if met(at(middle)) else (middle, high)
+    return at(high), True

@@ -1,0 +1,95 @@
+"""An int8 graph from frozen ranges: no data, no search, the same bytes on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import onnx
+
+from edgekit.bundle import FLOAT_GRAPH, Bundle
+from edgekit.errors import DataError, GraphError
+from edgekit.runtime.golden import load_golden
+
+from . import record
+from .calibrate import Result, culprit
+from .graph import insert
+from .placement import Placement, place, weights_of
+from .prepare import prepare
+from .record import Calibration
+from .simulate import signal_to_noise, with_reference
+
+__all__ = ["rebuild", "rebuild_result"]
+
+
+def rebuild(graph: bytes, calibration: Calibration) -> bytes:
+    """Float ONNX bytes and frozen ranges -> the bytes of ``model.int8.onnx``.
+
+    Raises `DataError` where the calibration belongs to another graph, `GraphError` where the result is not the recorded one.
+    """
+    found = hashlib.sha256(graph).hexdigest()
+    if found != calibration.graph:
+        raise DataError(
+            f"the calibration was made for the float graph {calibration.graph[:12]}, this one is {found[:12]}",
+            "calibrate this model: leave out --calib, or give it data",
+        )
+    prepared = prepare(graph)
+    placement = place(prepared)
+    _check_fit(calibration, placement, prepared)
+    data: bytes = insert(prepared, placement, calibration.parameters(), calibration.chosen).SerializeToString(
+        deterministic=True
+    )
+    if hashlib.sha256(data).hexdigest() != calibration.int8_graph:
+        versions = ", ".join(f"{name} {version}" for name, version in calibration.versions.items())
+        raise GraphError(
+            "the rebuilt int8 graph differs from the recorded one", f"it was made with {versions}; or calibrate again"
+        )
+    return data
+
+
+def rebuild_result(bundle: Bundle, path: Path) -> Result:
+    """`rebuild` for a bundle, with the figures: the SNR is measured on the golden inputs."""
+    if not path.is_file():
+        raise DataError(f"there is no calibration at {path}", "take the calibration.json that edgekit quantize wrote")
+    calibration = record.decode(path)
+    if calibration.preprocessing != bundle.manifest.preprocessing:
+        raise DataError(
+            f"{path} was calibrated with other preprocessing than {bundle.path} has", "calibrate this model with its data"
+        )
+    graph = bundle.file(FLOAT_GRAPH).read_bytes()
+    data = rebuild(graph, calibration)
+    inputs, _ = load_golden(bundle)
+    reference = onnx.load_model_from_string(graph)
+    snr = signal_to_noise(onnx.load_model_from_string(data), with_reference(reference, [inputs]))
+    total = sum(layer.macs for layer in calibration.layers)
+    figures = {
+        "snr_db": round(snr, 2),
+        "measured_on": "golden inputs",
+        "share": round(sum(layer.macs for layer in calibration.layers if layer.int8) / max(total, 1), 6),
+        "size_bytes": len(data),
+        "method": calibration.method,
+        "weight_method": calibration.weight_method,
+        "layers": {"int8": len(calibration.chosen), "float": len(calibration.layers) - len(calibration.chosen)},
+        "culprit": culprit(calibration),
+    }
+    return Result(data, path.read_bytes(), figures, "")
+
+
+def _check_fit(calibration: Calibration, placement: Placement, prepared: onnx.ModelProto) -> None:
+    """Raises `DataError` where names or sizes are not this graph's."""
+    shapes = {name: weight.shape for name, weight in weights_of(prepared, placement).items()}
+    layers = {layer.name: layer for layer in placement.layers}
+    cause = ""
+    for entry in calibration.layers:
+        if entry.int8 and entry.name not in layers:
+            cause = f"the graph has no layer {entry.name!r} to quantize"
+        elif entry.int8 and len(entry.weights) != shapes[entry.name][layers[entry.name].axis]:
+            cause = (
+                f"{entry.name!r} needs {shapes[entry.name][layers[entry.name].axis]} weight scales, not {len(entry.weights)}"
+            )
+        elif entry.bias is not None and not (entry.name in layers and layers[entry.name].biased):
+            cause = f"{entry.name!r} has no bias to correct"
+    if calibration.groups != placement.groups or not set(placement.groups.values()) <= set(calibration.tensors):
+        cause = cause or "its tensors are not those of the graph"
+    if cause:
+        raise DataError(f"the calibration does not fit: {cause}", "calibrate again, with data")

@@ -1,0 +1,166 @@
+"""``calibration.json``: everything that turns one float graph into one int8 graph, bit for bit, without the data.
+
+No times and no paths, so the same inputs give the same bytes. On the device the ranges are the baseline for drift.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import ImagePreprocessing
+from edgekit.errors import DataError
+
+from .graph import Parameters
+from .statistics import BINS, Statistics
+
+__all__ = ["Calibration", "Drawn", "LayerRecord", "TensorRecord", "decode", "encode", "exact"]
+
+SUMMARY_BINS = 64
+MAX_BYTES = 256 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One quantized tensor. ``scale`` is float32, written so that reading it back is exact; ``clip`` = 127 x scale.
+
+    ``histogram``: counts of |x| > 0 in 64 equal bins over [0, ``top``); ``zeros`` counts x = 0.
+    """
+
+    scale: float
+    minimum: float
+    maximum: float
+    mean: float
+    rms: float
+    count: int
+    zeros: int
+    top: float
+    histogram: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _positive(self.scale)
+
+
+class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One layer. ``alone_db``: output SNR where only it is int8; ``gain_db``: what the output gains where only it is float.
+
+    ``weights``: a float32 scale for each output channel; ``bias``: the corrected float32 bias.
+    ``why``: why it is float, or why it loses much.
+    """
+
+    name: str
+    op: str
+    int8: bool
+    macs: int
+    alone_db: float | None = None
+    gain_db: float | None = None
+    weights: tuple[float, ...] = ()
+    bias: tuple[float, ...] | None = None
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        for scale in self.weights:
+            _positive(scale)
+
+
+class Drawn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which samples gave the ranges: ids and the sha256 of each one's input tensors, in order."""
+
+    source: str
+    data_digest: str | None
+    split: str
+    seed: int
+    ids: tuple[str, ...]
+    digests: tuple[str, ...]
+
+
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``graph`` and ``int8_graph`` are sha256 of ``model.onnx`` and ``model.int8.onnx``; ``groups`` share a scale."""
+
+    format: Literal[1]
+    graph: str
+    int8_graph: str
+    method: str
+    weight_method: str
+    samples: Drawn
+    preprocessing: ImagePreprocessing | None
+    versions: dict[str, str]
+    tensors: dict[str, TensorRecord]
+    groups: dict[str, str]
+    layers: tuple[LayerRecord, ...]
+
+    def __post_init__(self) -> None:
+        for digest in (self.graph, self.int8_graph, *self.samples.digests):
+            if not _SHA256.fullmatch(digest):
+                raise ValueError(f"{digest[:80]!r} is not a sha256")
+
+    @property
+    def chosen(self) -> list[str]:
+        """Names of the int8 layers."""
+        return [layer.name for layer in self.layers if layer.int8]
+
+    def parameters(self) -> Parameters:
+        """The numbers of the int8 graph."""
+        return Parameters(
+            {name: tensor.scale for name, tensor in self.tensors.items()},
+            {layer.name: np.array(layer.weights, np.float32) for layer in self.layers if layer.weights},
+            {layer.name: np.array(layer.bias, np.float32) for layer in self.layers if layer.bias is not None},
+        )
+
+
+def _positive(scale: float) -> None:
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = np.float32(scale)
+    if not (np.isfinite(narrow) and narrow > 0):
+        raise ValueError(f"a scale is a positive float32, not {scale!r}")
+
+
+def exact(value: float) -> float:
+    """A float32 as the double with the shortest text that reads back as the same float32."""
+    short = float(str(np.float32(value)))
+    return short if np.float32(short) == np.float32(value) else float(np.float32(value))
+
+
+def exact_all(values: NDArray[Any]) -> tuple[float, ...]:
+    return tuple(exact(value) for value in values.ravel())
+
+
+def tensor_record(statistics: Statistics, scale: float) -> TensorRecord:
+    mean = statistics.total / max(statistics.count, 1)
+    return TensorRecord(
+        exact(scale), exact(statistics.minimum), exact(statistics.maximum), exact(mean), exact(statistics.rms),
+        statistics.count, statistics.zeros, statistics.top,
+        tuple(int(n) for n in statistics.counts.reshape(SUMMARY_BINS, BINS // SUMMARY_BINS).sum(1)),
+    )  # fmt: skip
+
+
+def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """sha256 of a sample's input tensors: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def encode(calibration: Calibration) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(calibration), indent=1) + b"\n"
+
+
+def decode(path: Path) -> Calibration:
+    """Read and validate. Raises `DataError` for a file that is not a calibration."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path} is larger than {MAX_BYTES >> 20} MiB", "this is not a calibration.json")
+        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(
+            f"{path} is no valid calibration: {error}", "take the calibration.json that edgekit quantize wrote"
+        ) from None

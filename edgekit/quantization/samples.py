@@ -1,0 +1,248 @@
+"""Where calibration samples come from: a labelled data set's train split, or a folder of ``.npz`` files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import Bundle, TensorSpec
+from edgekit.data import MAX_DAMAGED_SHARE, SOURCES, load
+from edgekit.errors import DataError, UsageError
+from edgekit.preprocess import Preprocessor
+from edgekit.progress import say, track
+
+from .record import digest
+from .simulate import Array, Feeds
+
+__all__ = ["Pool", "Samples", "gather", "training_data"]
+
+HELD_OUT = 256  # for the SNR
+LABELLED = 2000  # for accuracy: half a point is ten of them
+MAX_BATCH = 64
+BATCH_BYTES = 64 << 20
+KEPT_BYTES = 64 << 20  # samples up to this size in all stay in memory between passes
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs by index: ``read(i)`` gives name -> array with the batch axis. ``targets`` are indices of model labels."""
+
+    ids: tuple[str, ...]
+    read: Callable[[int], Feeds]
+    batchable: bool
+    targets: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, indices: range | list[int]) -> Samples:
+        chosen, read = list(indices), self.read
+        targets = None if self.targets is None else self.targets[chosen]
+        return Samples(tuple(self.ids[i] for i in chosen), lambda i: read(chosen[i]), self.batchable, targets)
+
+    def spread(self, count: int) -> Samples:
+        """At most ``count`` of them, evenly from first to last."""
+        if len(self) <= count:
+            return self
+        return self.take([i * len(self) // count for i in range(count)])
+
+    def batches(self) -> Iterator[Feeds]:
+        """Neighbours of equal shape together, as far as the graph takes batches and memory stays flat."""
+        held: list[Feeds] = []
+        for i in range(len(self)):
+            feeds = self.read(i)
+            size = sum(array.nbytes for array in feeds.values())
+            full = not self.batchable or len(held) >= min(MAX_BATCH, max(1, BATCH_BYTES // max(size, 1)))
+            if held and (full or any(held[0][name].shape[1:] != feeds[name].shape[1:] for name in feeds)):
+                yield _stack(held)
+                held = []
+            held.append(feeds)
+        if held:
+            yield _stack(held)
+
+
+def _stack(held: list[Feeds]) -> Feeds:
+    return held[0] if len(held) == 1 else {name: np.concatenate([feeds[name] for feeds in held]) for name in held[0]}
+
+
+class Pool(NamedTuple):
+    """Disjoint samples: ``calibration`` gives ranges and choices, ``held_out`` the SNR, ``labelled`` the accuracy."""
+
+    source: str
+    data_digest: str | None
+    split: str
+    calibration: Samples
+    held_out: Samples
+    labelled: Samples
+
+
+def training_data(bundle: Bundle) -> str | None:
+    """The data that the bundle was trained on, as its history says."""
+    for entry in reversed(bundle.manifest.history):
+        found = entry.config.get("data")
+        if isinstance(found, str) and found.split(":")[0] in SOURCES:
+            return found
+    return None
+
+
+def gather(bundle: Bundle, calib: str | os.PathLike[str] | None, count: int, seed: int) -> Pool:
+    """``count`` samples for ``calib``: a data spec, a folder of ``.npz``, or None for what the bundle was trained on.
+
+    Raises `UsageError` where there is nothing to calibrate with, `DataError` for samples that do not fit the model.
+    """
+    if calib is None:
+        calib = training_data(bundle)
+    if calib is None:
+        raise UsageError(
+            f"{bundle.path} was not trained here, so there is no calibration data",
+            "add --calib DIR with one .npz a sample, one array an input name",
+        )
+    path = Path(calib)
+    if path.is_dir():
+        return _from_folder(bundle, path, count)
+    spec = os.fspath(calib)
+    if spec.split(":")[0] not in SOURCES:
+        raise UsageError(
+            f"--calib {spec!r} is neither a folder of .npz, nor a calibration.json, nor a data set",
+            f"a data set is one of: {', '.join(f'{name}:PATH' if needs else name for name, (_, needs) in SOURCES.items())}",
+        )
+    return from_dataset(bundle, spec, count, seed)
+
+
+def from_dataset(bundle: Bundle, spec: str, count: int, seed: int) -> Pool:
+    """A stratified, seeded draw from the train split, class after class in turn; damaged images are named and skipped."""
+    preprocessing, labels = bundle.manifest.preprocessing, bundle.manifest.labels
+    if preprocessing is None or len(bundle.manifest.inputs) != 1:
+        raise UsageError(
+            f"{bundle.path} has no preprocessing, so it cannot be calibrated with the images of {spec}",
+            "add --calib DIR with one .npz a sample, one array an input name",
+        )
+    dataset = load(spec)
+    order = _stratified(dataset.train.targets, seed)[: count + LABELLED]
+    split, preprocess, name = dataset.train.take(order), Preprocessor(preprocessing), bundle.manifest.inputs[0].name
+    read = _remembering(lambda i: {name: preprocess(split.read(i))})
+    kept: list[int] = []
+    for i in track(range(len(split)), "reading samples"):
+        try:
+            read(i)
+        except DataError as error:
+            say(f"skipped {split.ids[i]}: {error.message}")
+        else:
+            kept.append(i)
+    if len(split) - len(kept) > MAX_DAMAGED_SHARE * len(split):
+        raise DataError(
+            f"{len(split) - len(kept)} of {len(split)} images cannot be read, over {MAX_DAMAGED_SHARE:.0%}",
+            "repair or remove them",
+        )
+    known = all(label in labels for label in dataset.labels)
+    targets = np.array([labels.index(label) for label in dataset.labels])[split.targets] if known else None
+    every = Samples(split.ids, read, _batchable(bundle.manifest.inputs), targets).take(kept)
+    return _parted(spec, dataset.digest, "train", every, count)
+
+
+def _parted(source: str, data_digest: str | None, split: str, every: Samples, count: int) -> Pool:
+    """The first ``count`` calibrate, at most four fifths of all; the rest is held out."""
+    total = len(every)
+    first = min(count, max(1, total * 4 // 5))
+    held = every.take(range(first, min(total, first + HELD_OUT)))
+    labelled = every.take(range(first, min(total, first + LABELLED)))
+    return Pool(source, data_digest, split, every.take(range(first)), held, labelled)
+
+
+def _stratified(targets: NDArray[np.int64], seed: int) -> list[int]:
+    """All indices, shuffled within each class, classes in turn: any prefix is balanced."""
+    ranked: list[tuple[int, int, int]] = []
+    for label in np.unique(targets):
+        members = np.flatnonzero(targets == label)
+        np.random.default_rng([seed, int(label)]).shuffle(members)
+        ranked += [(rank, int(label), int(i)) for rank, i in enumerate(members)]
+    return [i for _, _, i in sorted(ranked)]
+
+
+def _remembering(read: Callable[[int], Feeds]) -> Callable[[int], Feeds]:
+    kept: dict[int, Feeds] = {}
+    used = [0]
+
+    def remembered(i: int) -> Feeds:
+        if i in kept:
+            return kept[i]
+        feeds = read(i)
+        size = sum(array.nbytes for array in feeds.values())
+        if used[0] + size <= KEPT_BYTES:
+            kept[i] = feeds
+            used[0] += size
+        return feeds
+
+    return remembered
+
+
+def _batchable(inputs: tuple[TensorSpec, ...]) -> bool:
+    """Whether every input's first axis is the same dynamic one."""
+    first = {spec.shape[0] if spec.shape else 0 for spec in inputs}
+    return len(first) == 1 and isinstance(next(iter(first)), str)
+
+
+def _from_folder(bundle: Bundle, folder: Path, count: int) -> Pool:
+    """Every fifth file is held out. All are read once now, so that a wrong one is named before any work."""
+    files = sorted(folder.glob("*.npz"))
+    if not files:
+        raise UsageError(
+            f"{folder} holds no .npz files",
+            f"write one a sample with numpy.savez, or, for class folders, --calib folder:{folder}",
+        )
+    inputs = bundle.manifest.inputs
+    held = [file for i, file in enumerate(files) if i % 5 == 4][:HELD_OUT]
+    order = [file for file in files if file not in set(held)][:count]
+    if not held and len(order) > 1:
+        held = [order.pop()]
+
+    def samples(chosen: list[Path]) -> Samples:
+        read = _remembering(lambda i: read_npz(chosen[i], inputs))
+        return Samples(tuple(file.name for file in chosen), read, _batchable(inputs))
+
+    calibration, held_out = samples(order), samples(held)
+    for part in (calibration, held_out):
+        for i in range(len(part)):
+            part.read(i)
+    return Pool(folder.name, None, "folder", calibration, held_out, held_out.take([]))
+
+
+def read_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    """One sample. Raises `DataError` that names the file and what does not fit: name, dtype, shape, or NaN."""
+    wanted = ", ".join(f"{spec.name} {spec.dtype} {_shape(spec.shape)}" for spec in inputs)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # noqa: BLE001  numpy and zipfile raise many types on damaged files
+        raise DataError(f"{path} cannot be read as .npz: {error}", f"write it with numpy.savez; wanted: {wanted}") from None
+    names = {spec.name for spec in inputs}
+    if set(arrays) != names:
+        raise DataError(f"{path} holds the arrays {', '.join(sorted(arrays)) or 'none'}", f"wanted: {wanted}")
+    for spec in inputs:
+        array = arrays[spec.name]
+        fits = array.ndim == len(spec.shape) and all(
+            isinstance(axis, str) or axis == size for axis, size in zip(spec.shape, array.shape, strict=False)
+        )
+        if str(array.dtype) != spec.dtype or not fits or not array.size:
+            got = f"{array.dtype} {_shape(array.shape)}"
+            raise DataError(
+                f"{path}: {spec.name} is {got}, the model takes {spec.dtype} {_shape(spec.shape)}",
+                "save each sample as the model sees it, with the batch axis",
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise DataError(f"{path}: {spec.name} holds NaN or Inf", "repair or remove the sample")
+    return arrays
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def digests(samples: Samples) -> tuple[str, ...]:
+    return tuple(digest(samples.read(i)) for i in range(len(samples)))

@@ -1,0 +1,86 @@
+"""Which layers lose what: each one quantized alone, and each one left float in an int8 graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import onnx
+
+from edgekit.progress import track
+
+from .graph import Parameters, insert
+from .placement import Layer, Placement
+from .simulate import Array, Feeds, signal_to_noise
+from .statistics import Statistics
+
+__all__ = ["Sensitivity", "Study", "most_harmful_first"]
+
+
+class Sensitivity(NamedTuple):
+    """``alone_db``: output SNR where only this layer is int8. ``gain_db``: what it gains where only this one is float."""
+
+    layer: str
+    alone_db: float
+    gain_db: float
+
+
+class Study(NamedTuple):
+    """A graph under study and a few batches with the float outputs, held in memory."""
+
+    prepared: onnx.ModelProto
+    placement: Placement
+    batches: list[tuple[Feeds, dict[str, Array]]]
+
+    def snr_db(self, parameters: Parameters, layers: Collection[str], **parts: bool) -> float:
+        """Output SNR in dB with these layers quantized."""
+        return signal_to_noise(insert(self.prepared, self.placement, parameters, layers, **parts), self.batches)
+
+    def sensitivities(self, parameters: Parameters) -> list[Sensitivity]:
+        """One row a layer, in the graph's order."""
+        names = [layer.name for layer in self.placement.layers]
+        every = self.snr_db(parameters, names)
+        rows = []
+        for name in track(names, "measuring layers"):
+            without = self.snr_db(parameters, [other for other in names if other != name])
+            rows.append(Sensitivity(name, self.snr_db(parameters, [name]), without - every))
+        return rows
+
+    def why(self, layer: Layer, parameters: Parameters, statistics: Mapping[str, Statistics]) -> str:
+        """In words: whether the layer's input or its weights cost more, and what is odd about them."""
+        weights = self.snr_db(parameters, [layer.name], activations=False)
+        inputs = self.snr_db(parameters, [layer.name], weights=False)
+        if weights < inputs:
+            return f"its weights cost most ({weights:.1f} dB alone, its input {inputs:.1f} dB)"
+        seen = statistics[layer.data]
+        spread = f"its range is {seen.amax / seen.rms:.0f} times its rms" if seen.rms else "it is all zeros"
+        sided = ", one-sided: half of int8 is unused" if seen.minimum >= 0 or seen.maximum <= 0 else ""
+        return f"its input costs most ({inputs:.1f} dB alone, its weights {weights:.1f} dB): {spread}{sided}"
+
+
+def most_harmful_first(rows: list[Sensitivity], macs: Mapping[str, int]) -> list[str]:
+    """Layer names by the noise power that each adds alone for every multiply-accumulate it saves."""
+
+    def harm(row: Sensitivity) -> float:
+        return float(10.0 ** (-row.alone_db / 10)) / max(macs[row.layer], 1)
+
+    return [row.layer for row in sorted(rows, key=harm, reverse=True)]
+
+
+def table(
+    rows: list[Sensitivity], placement: Placement, macs: Mapping[str, int], chosen: Collection[str]
+) -> list[dict[str, Any]]:
+    """For people and JSON: the worst layer first."""
+    total = max(sum(macs.values()), 1)
+    kinds = {layer.name: layer.op for layer in placement.layers}
+    return [
+        {
+            "layer": row.layer,
+            "op": kinds[row.layer],
+            "type": "int8" if row.layer in chosen else "float",
+            "macs": round(macs[row.layer] / total, 4),
+            "alone_db": round(row.alone_db, 2),
+            "gain_db": round(row.gain_db, 2),
+        }
+        for row in sorted(rows, key=lambda row: row.alone_db)
+    ]

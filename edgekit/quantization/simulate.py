@@ -1,0 +1,128 @@
+"""Run graphs on the CPU exactly as their Q/DQ nodes say, sample by sample: no int8 kernels, whose rounding is the machine's.
+
+One thread, so that the same inputs give the same sums. Memory stays flat: batches are bounded by the size of what is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from edgekit.errors import GraphError, MissingExtra
+
+from .prepare import prune
+from .statistics import Statistics
+
+try:
+    import onnxruntime as ort
+except ImportError:
+    raise MissingExtra("onnx", "onnxruntime") from None
+
+__all__ = ["Array", "Feeds", "Noise", "Simulator", "exposed", "observe", "signal_to_noise"]
+
+Array = NDArray[Any]
+Feeds = Mapping[str, Array]
+MAX_SNR_DB = 200.0
+
+
+class Simulator:
+    """A graph, ready to run. Raises `GraphError` where ONNX Runtime refuses it."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
+            raise GraphError(
+                f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}", "import it again: edgekit import MODEL.onnx"
+            ) from None
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def __call__(self, feeds: Feeds) -> dict[str, Array]:
+        try:
+            return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
+        except Exception as error:  # noqa: BLE001  as above
+            raise GraphError(
+                f"ONNX Runtime failed on a calibration sample: {str(error).splitlines()[0]}",
+                "check the samples' shapes against: edgekit inspect B",
+            ) from None
+
+
+def exposed(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """A copy of the graph, cut to what the named tensors need, with them as its outputs."""
+    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
+    names = list(dict.fromkeys(tensors))
+    inputs = {value.name for value in copy.graph.input}
+    # A graph input cannot be an output at once everywhere; an Identity is.
+    for name in [name for name in names if name in inputs]:
+        copy.graph.node.append(helper.make_node("Identity", [name], [f"{name}/seen"]))
+    prune(copy, [f"{name}/seen" if name in inputs else name for name in names])
+    return copy
+
+
+def observe(model: onnx.ModelProto, tensors: Iterable[str], batches: Iterable[Feeds]) -> dict[str, Statistics]:
+    """Statistics of the named tensors over all batches. Raises `GraphError` where one becomes NaN or Inf."""
+    names = list(dict.fromkeys(tensors))
+    run = Simulator(exposed(model, names))
+    found = {name: Statistics() for name in names}
+    for feeds in batches:
+        for statistics, (name, array) in zip(found.values(), run(feeds).items(), strict=True):
+            try:
+                statistics.update(array)
+            except FloatingPointError:
+                raise GraphError(
+                    f"the float model gives NaN or Inf in the tensor {name.removesuffix('/seen')!r}",
+                    "check the calibration samples and the model: edgekit compare B --backends onnxruntime",
+                ) from None
+    return found
+
+
+class Noise:
+    """Signal and noise power of each output, summed over batches."""
+
+    def __init__(self) -> None:
+        self._power: dict[str, tuple[float, float]] = {}
+
+    def add(self, expected: Mapping[str, Array], found: Mapping[str, Array]) -> None:
+        for name, reference in expected.items():
+            if reference.dtype.kind != "f" and any(array.dtype.kind == "f" for array in expected.values()):
+                continue  # indices and flags beside float outputs have no noise power
+            wide = reference.astype(np.float64)
+            signal, noise = self._power.get(name, (0.0, 0.0))
+            error = found[name].astype(np.float64) - wide
+            self._power[name] = signal + float((wide**2).sum()), noise + float((error**2).sum())
+
+    def snr_db(self) -> float:
+        """The lowest output's signal-to-noise ratio, at most 200 dB; -200 where an output is not finite."""
+        return min((_decibel(signal, noise) for signal, noise in self._power.values()), default=MAX_SNR_DB)
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if not np.isfinite(noise):
+        return -MAX_SNR_DB
+    if noise == 0:
+        return MAX_SNR_DB
+    return float(np.clip(10 * np.log10(max(signal, 1e-30) / noise), -MAX_SNR_DB, MAX_SNR_DB))
+
+
+def signal_to_noise(candidate: onnx.ModelProto, batches: Iterable[tuple[Feeds, Mapping[str, Array]]]) -> float:
+    """Output SNR in dB of a graph over (feeds, float outputs) pairs."""
+    run, noise = Simulator(candidate), Noise()
+    for feeds, expected in batches:
+        noise.add(expected, run(feeds))
+    return noise.snr_db()
+
+
+def with_reference(reference: onnx.ModelProto, batches: Iterable[Feeds]) -> Iterator[tuple[Feeds, dict[str, Array]]]:
+    """Each batch with the outputs of the float graph."""
+    run = Simulator(reference)
+    for feeds in batches:
+        yield feeds, run(feeds)
