@@ -42,7 +42,7 @@ def open_mqtt(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     except ValueError as error:
         raise UsageError(f"the sink {spec!r} is no address: {error}", _FORM) from None
     topic = urllib.parse.unquote(url.path.removeprefix("/"))
-    if not host or not topic or set(topic) & {"+", "#", "\0"} or url.fragment:
+    if not host or not topic or "#" in spec or set(topic) & {"+", "#", "\0"}:
         raise UsageError(f"the sink {spec!r} names no host and topic to publish to", _FORM)
     options = urllib.parse.parse_qs(url.query)
     protocol = options.pop("protocol", ["5"])[0]
