@@ -217,7 +217,8 @@ def read_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     """One sample. Raises `DataError` that names the file and what does not fit: name, dtype, shape, or NaN."""
     wanted = ", ".join(f"{spec.name} {spec.dtype} {_shape(spec.shape)}" for spec in inputs)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a file that it opened itself open where the zip in it is damaged
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # noqa: BLE001  numpy and zipfile raise many types on damaged files
         raise DataError(f"{path} cannot be read as .npz: {error}", f"write it with numpy.savez; wanted: {wanted}") from None
