@@ -90,7 +90,7 @@ def digest_of(parts: Iterable[bytes | str]) -> str:
     """sha256 over length-prefixed parts, so that no two lists collide by concatenation."""
     digest = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part  # file names need not be UTF-8
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
 
@@ -98,18 +98,22 @@ def digest_of(parts: Iterable[bytes | str]) -> str:
 def stratified(targets: NDArray[np.int64], groups: Sequence[object], test_share: float) -> tuple[list[int], list[int]]:
     """Indices of (train, test): ``test_share`` of each class, the same on every machine.
 
-    Samples of one group (equal content) stay on one side. A class with one group goes to train.
+    Samples of one group (equal content) stay on one side, also where the group spans classes: the first class decides.
+    A class with one group goes to train.
     """
     train: list[int] = []
     test: list[int] = []
+    held_out: dict[object, bool] = {}
     for label in np.unique(targets):
         members: dict[object, list[int]] = {}
         for i in np.flatnonzero(targets == label):
             members.setdefault(groups[int(i)], []).append(int(i))
-        order = list(members.values())
+        order = list(members)
         np.random.default_rng(int(label)).shuffle(order)
-        wanted = round(test_share * sum(map(len, order))) if len(order) > 1 else 0
-        for group in order:
-            (test if len(group) <= wanted else train).extend(group)
-            wanted -= len(group) if len(group) <= wanted else 0
+        wanted = round(test_share * sum(map(len, members.values()))) if len(order) > 1 else 0
+        for key in order:
+            group = members[key]
+            out = held_out.setdefault(key, len(group) <= wanted)
+            (test if out else train).extend(group)
+            wanted -= len(group) if out else 0
     return sorted(train), sorted(test)

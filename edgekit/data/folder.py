@@ -44,7 +44,7 @@ def load(path: str) -> Dataset:
     return Dataset(
         spec=f"folder:{path}",
         labels=labels,
-        digest=digest_of([*labels, *every.ids, *digests]),
+        digest=digest_of([*labels, *train.ids, *every.ids, *digests]),
         train=train,
         test=test,
         all=every,
@@ -55,6 +55,8 @@ def load(path: str) -> Dataset:
 
 def _classes(root: Path) -> tuple[str, ...]:
     found = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if odd := [name for name in found if not _is_text(name)]:
+        raise DataError(f"the class folder {odd[0]!r} in {root} is not named in UTF-8", "rename it")
     if len(found) < 2:
         raise DataError(
             f"{root} holds {len(found)} class folders, at least 2 are needed", "one folder a class: PATH/CLASS/*.jpg"
@@ -67,11 +69,7 @@ def _split(root: Path, labels: tuple[str, ...]) -> tuple[Split, list[str]]:
     files: list[Path] = []
     targets: list[int] = []
     for target, label in enumerate(labels):
-        images = (
-            sorted(p for p in (root / label).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if (root / label).is_dir()
-            else []
-        )
+        images = sorted(p for p in (root / label).rglob("*") if _is_image(p)) if (root / label).is_dir() else []
         if not images and root.name not in ("val", "test", "valid"):
             raise DataError(
                 f"the class folder {root / label} holds no images", f"add images ({', '.join(sorted(IMAGE_SUFFIXES))})"
@@ -79,5 +77,26 @@ def _split(root: Path, labels: tuple[str, ...]) -> tuple[Split, list[str]]:
         files += images
         targets += [target] * len(images)
     ids = tuple(str(p.relative_to(root)) for p in files)
-    digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in files]
+    digests = [_digest(p) for p in files]
     return Split(ids, np.array(targets, np.int64), lambda i: read_image(files[i])), digests
+
+
+def _is_image(path: Path) -> bool:
+    """By name; folders and the hidden files that file managers leave (``._x.jpg``) are none."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+
+
+def _digest(path: Path) -> str:
+    """sha256 of the content. A file that cannot be read stays in the list, to be named, skipped and counted as damaged."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"unreadable {path.name}: {error.strerror}"
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
