@@ -33,8 +33,8 @@ class Earlier(msgspec.Struct, frozen=True):
     trustworthy: bool
 
     def __post_init__(self) -> None:
-        if not self.samples_ms or min(self.samples_ms) <= 0 or self.latency_ms.get("p50", 0) <= 0:
-            raise ValueError("latencies must be positive, and there must be some")
+        if len(self.samples_ms) < 16 or min(self.samples_ms) <= 0 or self.latency_ms.get("p50", 0) <= 0:
+            raise ValueError("it needs at least 16 samples_ms, all positive")
 
 
 def load_earlier(path: str | os.PathLike[str], name: str) -> Earlier:
@@ -89,7 +89,7 @@ def judge(earlier: Earlier, now: dict[str, Any], limit: float | None, *, force: 
             "measure both on one device, or compare them all the same with --force",
         )
     interval = median_ratio(np.array(earlier.samples_ms), np.array(now["samples_ms"]))
-    old, new = earlier.latency_ms["p50"], now["latency_ms"]["p50"]
+    old, new = earlier.latency_ms["p50"], now["latency_ms"]["p50"]  # of all samples; the stored ones are a part
     verdict = "slower" if interval.low > 1 else "faster" if interval.high < 1 else "same"
     exceeded = limit is not None and new / old > 1 + limit and verdict == "slower"
     return {

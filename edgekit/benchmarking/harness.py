@@ -155,7 +155,7 @@ def _measure(model: Model, scenario: str, seconds: float, batch: int | None, rat
     feeds = feeds_for(runner.inputs, golden, 1)
     run_model = runner.run
     say(f"warming up {model.bundle.manifest.name} on {runner.name}")
-    warm = warm_up(lambda: run_model(feeds))
+    warm = warm_up(lambda: run_model(feeds), limit_s=min(2.0, max(0.2, seconds)))
     before = Sensors()
     if scenario == "offline":
         run = offline(lambda n: _batch_call(runner, golden, n), _batches(runner, feeds, golden, batch), seconds)
