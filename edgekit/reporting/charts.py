@@ -74,11 +74,13 @@ def _is_share(values: Sequence[float | None]) -> bool:
 
 
 def histogram(bench: Bench) -> dict[str, Any] | None:
-    """Edges, counts and percentile marks; None where no histogram was stored."""
+    """Edges, shares of the drawn runs (percent) and percentile marks; None where no histogram was stored."""
     if not bench.counts:
         return None
     marks = {"p50": bench.p50, "p90": bench.p90, "p99": bench.p99}
-    return {"edges": bench.edges, "counts": bench.counts, "marks": {k: v for k, v in marks.items() if v is not None}}
+    drawn = sum(bench.counts) or 1.0
+    shares = [100 * count / drawn for count in bench.counts]
+    return {"edges": bench.edges, "shares": shares, "marks": {k: v for k, v in marks.items() if v is not None}}
 
 
 def sensitivity(view: BundleView) -> dict[str, Any] | None:
@@ -99,4 +101,9 @@ def ranges(view: BundleView) -> dict[str, Any] | None:
     found = sorted(view.ranges, key=lambda r: r.low - r.high)[:MAX_BARS]
     if not found:
         return None
-    return {"names": [r.name for r in found], "values": [[r.low, r.high] for r in found], "x": "Calibrated range"}
+    return {
+        "names": [r.name for r in found],
+        "values": [[r.low, r.high] for r in found],
+        "clips": [[-r.clip, r.clip] if r.clip else None for r in found],
+        "x": "Activation value",
+    }

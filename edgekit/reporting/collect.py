@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from .figures import MAKERS, confusion, latest, mapping, number, numbers, own_en
 __all__ = ["Bench", "BundleView", "Engine", "Layer", "TensorRange", "collect"]
 
 MAX_JSON_BYTES = 8 << 20
+BINS, FEWEST_BINS = 40, 12
 TAIL = 1.6  # a histogram is drawn up to this multiple of p99: one stall would squeeze the rest into a line
 
 
@@ -59,9 +61,12 @@ class Engine(NamedTuple):
 
 
 class TensorRange(NamedTuple):
+    """A calibrated tensor: what was seen, and the +-``clip`` that its int8 scale covers."""
+
     name: str
     low: float
     high: float
+    clip: float | None
 
 
 class Layer(NamedTuple):
@@ -106,6 +111,7 @@ class BundleView:
 def collect(bundle: Bundle, name: str) -> BundleView:
     """Everything the report needs of an opened bundle. Malformed derived files count as absent; hashes are checked."""
     manifest = bundle.manifest
+    calibration = _json(bundle, CALIBRATION) if bundle.has(CALIBRATION) else {}
     own = own_entries(manifest.history)
     stages = [entry.stage for entry in manifest.history if entry.stage in MAKERS]
     files = tuple((file, bundle.file(file).stat().st_size, digest) for file, digest in manifest.files.items())
@@ -127,8 +133,8 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         bench=tuple(_bench(Path(f).stem, _json(bundle, f)) for f in manifest.files if _in(f, "bench", ".json")),
         engines=_engines(bundle),
         confusion=confusion(own, len(manifest.labels)),
-        layers=_layers(own),
-        ranges=_ranges(_json(bundle, CALIBRATION) if bundle.has(CALIBRATION) else {}),
+        layers=_layers(calibration),
+        ranges=_ranges(calibration),
         history=manifest.history,
         files=files,
         pictures=tuple((Path(f).name, bundle.file(f).read_bytes()) for f in manifest.files if _in(f, "explanations", ".png")),
@@ -148,16 +154,8 @@ def _json(bundle: Bundle, file: str) -> Mapping[str, Any]:
 
 
 def _bench(name: str, data: Mapping[str, Any]) -> Bench:
-    shape = mapping(data.get("histogram"))
-    edges = numbers(shape.get("bins", shape.get("edges_ms"))) or []
-    counts = numbers(shape.get("counts")) or []
     p99 = number(data, "latency_ms.p99")
-    if len(edges) != len(counts) + 1 or sorted(edges) != edges:
-        edges, counts = [], []
-    beyond = int(number(shape, "over") or 0)
-    while p99 is not None and len(counts) > 1 and edges[-2] > p99 * TAIL:
-        beyond += int(counts.pop())
-        edges.pop()
+    edges, counts, beyond = _histogram(data, p99)
     reasons = data.get("reasons", ())
     trust = data.get("trustworthy")
     return Bench(
@@ -180,6 +178,29 @@ def _bench(name: str, data: Mapping[str, Any]) -> Bench:
         counts=counts,
         beyond=beyond,
     )
+
+
+def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float], list[float], int]:
+    """(edges in ms, counts, runs beyond the last edge), cut at `TAIL` times p99.
+
+    Where a few stalls left the stored bins too wide for that stretch, the stored samples (every n-th run) are binned anew.
+    """
+    shape = mapping(data.get("histogram"))
+    edges, counts = numbers(shape.get("bins")) or [], numbers(shape.get("counts")) or []
+    if len(edges) != len(counts) + 1 or sorted(edges) != edges:
+        edges, counts = [], []
+    total, limit = sum(counts) + (number(shape, "over") or 0), TAIL * (p99 or float("inf"))
+    while len(counts) > 1 and edges[-2] > limit:
+        counts.pop()
+        edges.pop()
+    if len(counts) >= FEWEST_BINS:
+        return edges, counts, int(total - sum(counts))
+    samples = [v for v in numbers(data.get("samples_ms")) or [] if v <= limit]
+    if len(samples) < 2 or min(samples) == max(samples):
+        return edges, counts, int(total - sum(counts))
+    low, width = min(samples), (max(samples) - min(samples)) / BINS
+    tally = Counter(min(BINS - 1, int((v - low) / width)) for v in samples)
+    return [low + i * width for i in range(BINS + 1)], [float(tally[i]) for i in range(BINS)], 0
 
 
 def _device(data: Mapping[str, Any]) -> str | None:
@@ -215,36 +236,23 @@ def _engines(bundle: Bundle) -> tuple[Engine, ...]:
     return tuple(sorted(found, key=lambda e: (not e.built, e.target)))
 
 
-def _layers(own: Sequence[History]) -> tuple[Layer, ...]:
-    """Per-layer sensitivity from a quantize entry: a list of mappings, or a mapping of name -> dB."""
-    for entry in reversed(own):
-        raw = entry.figures.get("sensitivity") or entry.figures.get("layers")
-        if isinstance(raw, Mapping):
-            raw = [{"name": name, "snr_db": value} for name, value in raw.items()]
-        rows = [row for row in raw if isinstance(row, Mapping)] if isinstance(raw, Sequence) else []
-        layers = [
-            Layer(
-                words(row, "name", "layer", "node") or f"layer {i}",
-                number(row, "snr_db", "sensitivity_db"),
-                row["quantized"] if isinstance(row.get("quantized"), bool) else None,
-            )
-            for i, row in enumerate(rows)
-        ]
-        if any(layer.snr_db is not None for layer in layers):
-            return tuple(layers)
-    return ()
+def _layers(calibration: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """Sensitivity of each layer, as ``calibration.json`` records it."""
+    raw = calibration.get("layers")
+    rows = [row for row in raw if isinstance(row, Mapping)] if isinstance(raw, Sequence) else []
+    layers = []
+    for i, row in enumerate(rows):
+        int8 = row.get("int8")
+        name = words(row, "name") or f"layer {i}"
+        layers.append(Layer(name, number(row, "alone_db"), int8 if isinstance(int8, bool) else None))
+    return tuple(layers)
 
 
-def _ranges(data: Mapping[str, Any]) -> tuple[TensorRange, ...]:
-    """Activation ranges of ``calibration.json``: tensor -> {min, max}, {low, high}, {amax} or [low, high]."""
+def _ranges(calibration: Mapping[str, Any]) -> tuple[TensorRange, ...]:
+    """What each calibrated tensor held, and the end of its int8 grid (127 times its scale)."""
     ranges = []
-    for name, value in mapping(data.get("tensors", data.get("ranges"))).items():
-        pair = numbers(value)
-        low, high = number(value, "min", "low"), number(value, "max", "high")
-        if low is None and high is None and (amax := number(value, "amax", "threshold")) is not None:
-            low, high = -amax, amax
-        if pair and len(pair) == 2:
-            low, high = pair
+    for name, value in mapping(calibration.get("tensors")).items():
+        low, high, scale = number(value, "minimum"), number(value, "maximum"), number(value, "scale")
         if low is not None and high is not None and low <= high:
-            ranges.append(TensorRange(name, low, high))
+            ranges.append(TensorRange(name, low, high, None if scale is None else 127 * scale))
     return tuple(ranges)

@@ -97,7 +97,8 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
     for image in images[:MAX_PICTURES]:
         path = folder / Path(str(image.get("overlay", ""))).name
         if path.is_file() and (uri := _data_uri(path.read_bytes())):
-            found.append({**image, "uri": uri, "method": data.get("method")})
+            source = Path(str(image.get("source", path.name))).name
+            found.append({**image, "source": source, "uri": uri, "method": data.get("method")})
     return found
 
 

@@ -33,6 +33,10 @@ SECTIONS = [
     "explanations",
     "provenance",
 ]
+CALIBRATED = {
+    "tensors": {"r1": {"minimum": 0.0, "maximum": 6.5, "scale": 0.04}, "r2": {"minimum": -1.0, "maximum": 3.0}},
+    "layers": [{"name": f"conv{i}", "alone_db": 40.0 - i, "int8": i != 2} for i in range(3)],
+}
 HOSTILE = '<img src=x onerror="window.hacked=1"></script><script>window.hacked=1</script>&amp;\'"'
 
 
@@ -83,8 +87,7 @@ def family(digits_bundle: Bundle) -> list[Bundle]:
     trained = remake(
         digits_bundle, "base", history=(History("train", "2026-01-02T03:04:05Z", "0.1.0", {"lr": 0.003}, None, figures),)
     )
-    layers = [{"name": f"conv{i}", "snr_db": 40.0 - i, "quantized": i != 2} for i in range(3)]
-    entry = trained.entry("quantize", {"calib": "digits"}, {"top1": 0.975, "snr_db": 31.5, "sensitivity": layers})
+    entry = trained.entry("quantize", {"calib": "digits"}, {"top1": 0.975, "snr_db": 31.5})
     child = remake(trained, "small", history=(*trained.manifest.history, entry), int8=True)
     engines = {
         "engines/rtx-ada.engine": b"e" * 5000,
@@ -106,7 +109,7 @@ def remake(source: Bundle, name: str, *, int8: bool = False, **changes: Any) -> 
                 draft.write(file, source.file(file).read_bytes())
         if int8:
             draft.write(INT8_GRAPH, source.file(FLOAT_GRAPH).read_bytes())
-            draft.write(CALIBRATION, json.dumps({"tensors": {"r1": {"min": 0.0, "max": 6.5}, "r2": {"amax": 3.0}}}).encode())
+            draft.write(CALIBRATION, json.dumps(CALIBRATED).encode())
         draft.manifest = msgspec.structs.replace(source.manifest, name=name, **changes)
     return Bundle.open(source.path.with_name(f"{name}.edge"))
 
@@ -155,7 +158,8 @@ def test_every_figure_stands_in_its_section(family: list[Bundle], tmp_path: Path
     charts = dict(page.charts)
     assert charts["bars"]["names"] == ["conv2", "conv1", "conv0"]
     assert charts["bars"]["float"] == [True, False, False]
-    assert charts["ranges"]["values"] == [[0.0, 6.5], [-3.0, 3.0]]
+    assert charts["ranges"]["values"] == [[0.0, 6.5], [-1.0, 3.0]]
+    assert charts["ranges"]["clips"] == [[-127 * 0.04, 127 * 0.04], None]
     first = page.charts[0][1]
     assert first["points"] == [{"name": "base", "x": 0.25, "y": 98.0}, {"name": "small", "x": 0.15, "y": 97.5}]
     assert first["front"] == [{"x": 0.15, "y": 97.5}, {"x": 0.25, "y": 98.0}]
@@ -197,6 +201,17 @@ def test_latencies_of_different_devices_are_not_compared(family: list[Bundle], t
     assert [kind for kind, _ in page.charts].count("histogram") == 2
 
 
+def test_a_stalled_run_is_drawn_from_its_samples(family: list[Bundle], tmp_path: Path) -> None:
+    samples = [0.2 + 0.001 * i for i in range(100)] + [50.0]
+    stalled = {"histogram": {"bins": [0.2, 25.0, 50.0], "counts": [100, 1], "over": 0}, "samples_ms": samples}
+    file = bench_file(0.25, latency_ms={"p50": 0.25, "p90": 0.29, "p99": 0.3}, **stalled)
+    report(family[0].extend({"bench/onnxruntime-float-single-stream.json": file}), out=tmp_path / "r.html")
+    chart = next(data for kind, data in Page(tmp_path / "r.html").charts if kind == "histogram")
+    assert len(chart["shares"]) == 40
+    assert sum(chart["shares"]) == pytest.approx(100)
+    assert (chart["edges"][0], chart["edges"][-1]) == (0.2, pytest.approx(0.299))
+
+
 def test_doubtful_latencies_say_why(family: list[Bundle], tmp_path: Path) -> None:
     doubtful = bench_file(0.25, trustworthy=False, reasons=["the warm-up did not settle"])
     report(family[0].extend({"bench/onnxruntime-float-single-stream.json": doubtful}), out=tmp_path / "r.html")
@@ -234,7 +249,7 @@ def test_malformed_derived_files_count_as_absent(digits_bundle: Bundle, tmp_path
         "engines/t.json": b"[]",
         "engines/t.engine": b"",
     }
-    figures = {"top1": float("nan"), "confusion": [[1, 2], [3]], "curve": "none", "sensitivity": [1, "x", {"name": 3}]}
+    figures = {"top1": float("nan"), "confusion": [[1, 2], [3]], "curve": "none"}
     bundle = digits_bundle.extend(broken, digits_bundle.entry("eval", {}, figures))
     report(bundle, out=tmp_path / "r.html")
     page = Page(tmp_path / "r.html")

@@ -98,14 +98,14 @@
     histogram: (d) => ({
       type: "line",
       data: { datasets: [{
-        data: [{ x: d.edges[0], y: 0 }, ...d.counts.map((y, i) => ({ x: d.edges[i], y })), { x: d.edges.at(-1), y: 0 }],
+        data: [{ x: d.edges[0], y: 0 }, ...d.shares.map((y, i) => ({ x: d.edges[i], y })), { x: d.edges.at(-1), y: 0 }],
         stepped: "before", fill: "origin", borderColor: style("--c1"), backgroundColor: style("--c1") + "55", borderWidth: 1.5, radius: 0, hitRadius: 6,
       }] },
       options: base(
         { x: axis("Latency (ms)", { grid: { display: false }, min: d.edges[0], max: d.edges.at(-1), ticks: { color: style("--soft"), maxTicksLimit: 7, includeBounds: false, maxRotation: 0, callback: (v) => round(v) } }),
-          y: axis("Runs", { beginAtZero: true }) },
+          y: axis("Runs (%)", { beginAtZero: true }) },
         { marks: { at: d.marks }, tooltip: { displayColors: false, intersect: false,
-          callbacks: { title: () => "", label: (item) => `${item.parsed.y} runs from ${round(item.parsed.x)} ms` } } }),
+          callbacks: { title: () => "", label: (item) => `${round(item.parsed.y)}% of the runs from ${round(item.parsed.x)} ms` } } }),
       plugins: [marks],
     }),
     bars: (d) => ({
@@ -116,8 +116,12 @@
     }),
     ranges: (d) => ({
       type: "bar",
-      data: { labels: d.names, datasets: [{ data: d.values, backgroundColor: style("--c3"), barPercentage: 0.8, maxBarThickness: 18 }] },
-      options: { ...base({ x: axis(d.x), y: category() }), indexAxis: "y" },
+      data: { labels: d.names, datasets: [
+        { label: "seen in calibration", data: d.values, backgroundColor: style("--c3"), barPercentage: 0.35, grouped: false },
+        { label: "covered by int8", data: d.clips, backgroundColor: style("--c3") + "3a", barPercentage: 0.85, grouped: false },
+      ] },
+      options: { ...base({ x: axis(d.x), y: category() }, {
+        legend: { display: true, align: "start", labels: { color: style("--ink"), boxWidth: 14, boxHeight: 8, padding: 14 } } }), indexAxis: "y" },
     }),
   };
 

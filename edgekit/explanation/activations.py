@@ -1,0 +1,148 @@
+"""What the layers carry: ranges, sparsity, dead channels and saturation, read from the graph that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import Bundle
+from edgekit.errors import GraphError, MissingExtra
+from edgekit.runtime.onnxruntime import session
+
+from .question import Float
+
+try:
+    import onnx
+except ImportError:
+    raise MissingExtra("onnx", "onnx") from None
+
+__all__ = ["Layer", "Probe"]
+
+#: Operators that move or convert values without making new ones, and the shape arithmetic around them.
+_SILENT = {
+    *("Constant", "Shape", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast", "Gather"),
+    *("QuantizeLinear", "DequantizeLinear", "Slice", "Concat", "Dropout", "Pad"),
+}
+_ACTIVATIONS = {"Relu", "Clip", "HardSwish", "LeakyRelu", "PRelu", "Elu", "Gelu", "Swish", "Mish", "Sigmoid", "Tanh"}
+#: Bounded functions and where they flatten; Clip's bounds are its own.
+_BOUNDS = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+_CLOSE = 1e-3
+MAX_GRAPH_BYTES = 1 << 30
+
+
+@dataclass
+class Layer:
+    """One node's output over all images seen. Channels are axis 1; one is dead where it never changes."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...] = ()
+    low: float = np.inf
+    high: float = -np.inf
+    zeros: int = 0
+    limited: int | None = None
+    count: int = 0
+    lows: NDArray[Any] = field(default_factory=lambda: np.empty(0))
+    highs: NDArray[Any] = field(default_factory=lambda: np.empty(0))
+
+    def add(self, values: Float, limited: int | None) -> None:
+        """``values`` (1, C, ...): one image's output; ``limited`` of them lie at the end of what can be represented."""
+        channels = values.reshape(1, values.shape[1], -1)[0]
+        lows, highs = channels.min(1), channels.max(1)
+        first = not self.count
+        self.lows = lows if first else np.minimum(self.lows, lows)
+        self.highs = highs if first else np.maximum(self.highs, highs)
+        self.shape = values.shape[1:]
+        self.low, self.high = float(self.lows.min()), float(self.highs.max())
+        self.zeros += int((values == 0).sum())
+        self.limited = None if limited is None else (self.limited or 0) + limited
+        self.count += values.size
+
+    def figures(self) -> dict[str, Any]:
+        """Shares in 0..1: ``zeros`` of the values, ``saturated`` of them (None where nothing limits them).
+
+        ``dead`` is None where each channel gave a single value, of which nobody can say whether it changes.
+        """
+        judged = self.count > len(self.lows)
+        still = judged & (self.highs - self.lows <= 1e-6 * max(self.high - self.low, 1e-30))
+        return {
+            "name": self.name,
+            "op": self.op,
+            "shape": "x".join(map(str, self.shape)),
+            "low": self.low,
+            "high": self.high,
+            "zeros": self.zeros / self.count,
+            "dead": int(still.sum()) if judged else None,
+            "dead_channels": np.flatnonzero(still).tolist(),
+            "channels": len(still),
+            "saturated": None if self.limited is None else self.limited / self.count,
+        }
+
+
+class Probe:
+    """A bundle's graph with every layer's output laid open."""
+
+    def __init__(self, bundle: Bundle, graph: str) -> None:
+        path = bundle.file(graph)
+        if path.stat().st_size > MAX_GRAPH_BYTES:
+            raise GraphError(f"{path} is over {MAX_GRAPH_BYTES >> 30} GiB", "use --method occlusion")
+        model = onnx.load(path)
+        self._nodes = [n for n in model.graph.node if n.op_type not in _SILENT and n.output and n.output[0]]
+        made = {name for node in model.graph.node for name in node.output}
+        # int8 graphs: a value at the end of the int8 range was clipped by its scale
+        self._quantized = {
+            n.input[0]: n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in made
+        }
+        self._clips = {n.output[0]: _clip_bounds(model, n) for n in self._nodes if n.op_type == "Clip"}
+        wanted = [n.output[0] for n in self._nodes]
+        wanted += [q for t, q in self._quantized.items() if t in set(wanted)]
+        known = {value.name for value in model.graph.output}
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(wanted) if name not in known)
+        self._session = session(model.SerializeToString())
+        self.layers = {n.output[0]: Layer(n.name or n.output[0], n.op_type) for n in self._nodes}
+
+    def __call__(self, x: Float) -> Float | None:
+        """Run one image (1, C, H, W), add to `layers`; the first layer's feature maps (C, h, w), None without any."""
+        names = [output.name for output in self._session.get_outputs()]
+        values = dict(zip(names, self._session.run(None, {self._session.get_inputs()[0].name: x}), strict=True))
+        maps: dict[str, Float] = {}
+        for node in self._nodes:
+            found = values[node.output[0]]
+            if found.dtype.kind != "f" or found.ndim < 2 or not found.size:
+                self.layers.pop(node.output[0], None)
+                continue
+            self.layers[node.output[0]].add(found, self._limited(node, found, values))
+            if found.ndim == 4 and found.shape[2] * found.shape[3] > 1:
+                maps.setdefault("activation" if node.op_type in _ACTIVATIONS else node.op_type, found[0].astype(np.float32))
+        return maps.get("activation", maps.get("Conv"))
+
+    def _limited(self, node: onnx.NodeProto, found: Float, values: dict[str, NDArray[Any]]) -> int | None:
+        quantized = values.get(self._quantized.get(node.output[0], ""))
+        if quantized is not None and quantized.dtype.kind in "iu":
+            limits = np.iinfo(quantized.dtype)
+            # -127 ends the symmetric grid; an unsigned 0 is a zero, not a clipped value
+            floor = -limits.max if limits.min else -1
+            return int((quantized >= limits.max).sum() + (quantized.astype(np.int64) <= floor).sum())
+        low, high = self._clips.get(node.output[0], _BOUNDS.get(node.op_type, (None, None)))
+        if node.op_type == "Clip" and low == 0:
+            low = None  # that end is a ReLU's, not saturation
+        if low is None and high is None:
+            return None
+        near = _CLOSE * abs((high or 0.0) - (low or 0.0))
+        above = 0 if high is None else int((found >= high - near).sum())
+        return above + (0 if low is None else int((found <= low + near).sum()))
+
+
+def _clip_bounds(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[float | None, float | None]:
+    """Clip's constant bounds; None for an absent or computed one."""
+    constants = {i.name: i for i in model.graph.initializer}
+    constants |= {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant" and n.attribute}
+
+    def bound(index: int) -> float | None:
+        tensor = constants.get(node.input[index]) if len(node.input) > index else None
+        return None if tensor is None else float(onnx.numpy_helper.to_array(tensor))
+
+    return bound(1), bound(2)
