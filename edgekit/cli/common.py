@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import sys
 import traceback
@@ -37,7 +38,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., int]:
     def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> int:
         answer = function(*args, **kwargs)
         if as_json:
-            click.echo(json.dumps(answer.data, default=_plain, allow_nan=False))
+            click.echo(_json(answer.data))
         else:
             click.echo(answer.text or _lines(answer.data))
         return answer.exit_code
@@ -101,10 +102,10 @@ def fail(error: BaseException, as_json: bool) -> int:
     if os.environ.get("EDGEKIT_DEBUG"):
         traceback.print_exception(error)
     if as_json:
-        click.echo(json.dumps({**result, "error": message, "hint": hint}, default=_plain))
+        click.echo(_json({**result, "error": message, "hint": hint}))
     click.echo(f"error: {' '.join(message.split())}", err=True)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {' '.join(hint.split())}", err=True)
     return code
 
 
@@ -117,13 +118,23 @@ def _os_error(error: OSError) -> tuple[str, str, int]:
     return f"{error.strerror or error}{where}", "check the path", 1
 
 
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(data), allow_nan=False)
+
+
 def _plain(value: Any) -> Any:
-    """JSON for paths and numpy scalars and arrays."""
+    """JSON for mappings, paths, numpy scalars and arrays. NaN and infinity, which JSON lacks, become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _cell(value: Any) -> str:

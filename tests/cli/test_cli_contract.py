@@ -1,0 +1,206 @@
+"""What every command promises: help with an example, --json, exit codes, short errors and never a traceback."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import edgekit.cli as package
+from edgekit.cli import COMMANDS
+from edgekit.cli import cli as group
+from edgekit.cli.common import Answer, answers, fail, table
+from edgekit.errors import BudgetNotMet, BundleError
+
+CLI = Path(package.__file__).parent
+#: Commands whose module lies in the package; `test_no_command_is_missing` holds the list to be complete.
+THERE = [name for name, module in COMMANDS.items() if importlib.util.find_spec(f"edgekit.cli.{module}")]
+
+
+def test_no_command_is_missing() -> None:
+    assert list(COMMANDS) == THERE
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_every_command_has_help_with_an_example(cli, name: str) -> None:
+    for flag in ("--help", "-h"):
+        done = cli(name, flag)
+        assert (done.code, done.err) == (0, "")
+        assert f"edgekit {name}" in done.out.split("Usage:")[1].split("\n", 1)[1]
+    assert "--json" in done.out
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_every_option_is_explained(name: str) -> None:
+    command = group.get_command(click.Context(group), name)
+    assert command is not None
+    assert command.name == name
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{name} {parameter.opts[0]} has no help"
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_wrong_usage_exits_2(cli, name: str) -> None:
+    done = cli(name, "--no-such-option")
+    assert (done.code, done.out) == (2, "")
+    assert 0 < len(done.err.strip().splitlines()) <= 4
+    as_json = cli(name, "--no-such-option", "--json")
+    assert as_json.code == 2
+    assert "--no-such-option" in as_json.json["error"]
+    assert as_json.json["hint"]
+
+
+@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
+def test_command_modules_import_only_click_at_the_top(path: Path) -> None:
+    """So that ``edgekit --help`` stays fast: all else is imported in the command's body."""
+    allowed = ("__future__", "click", "edgekit.cli", "edgekit.errors", "edgekit.version", "edgekit.progress")
+    for node in ast.parse(path.read_text()).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""] if not node.level else []
+        for name in names:
+            own = any(name == a or name.startswith(a + ".") for a in allowed)
+            assert own or name.split(".")[0] in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def test_unknown_commands_exit_2(cli) -> None:
+    done = cli("no-such-command")
+    assert done.code == 2
+    assert "no-such-command" in done.err
+    assert cli("no-such-command", "--json").json["error"]
+
+
+def test_the_group_lists_every_command_and_its_version(cli) -> None:
+    done = cli("--help")
+    assert done.code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in done.out
+    assert cli("--version").out.startswith("edgekit, version ")
+
+
+def test_a_missing_bundle_is_one_error_on_both_channels(cli, tmp_path: Path) -> None:
+    done = cli("pack", tmp_path / "none.edge", "--out", tmp_path / "x.zip")
+    assert (done.code, done.out) == (1, "")
+    error, hint = done.err.splitlines()
+    assert error.startswith("error: there is no bundle at")
+    assert hint.startswith("hint: make one with edgekit")
+    as_json = cli("pack", tmp_path / "none.edge", "--out", tmp_path / "x.zip", "--json")
+    assert as_json.json == {"error": error.removeprefix("error: "), "hint": hint.removeprefix("hint: ")}
+
+
+# One failing command of each kind, through the same door
+
+
+def run(error: BaseException, capfd: pytest.CaptureFixture[str], as_json: bool = False) -> tuple[int, str, str]:
+    capfd.readouterr()
+    code = fail(error, as_json)
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (BundleError("cause", "cure"), 1, "error: cause\nhint: cure\n"),
+        (BudgetNotMet("too slow", "relax it"), 3, "error: too slow"),
+        (KeyboardInterrupt(), 1, "error: interrupted"),
+        (click.Abort(), 1, "error: interrupted"),
+        (OSError(28, "No space left on device", "/x"), 1, "the disk is full (/x)"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "no permission (/x)"),
+        (FileNotFoundError(2, "No such file or directory", "/x"), 1, "No such file or directory (/x)"),
+        (ModuleNotFoundError("No module named 'abc'", name="abc"), 1, "pip install"),
+        (ZeroDivisionError("division by zero"), 1, "defect of edgekit"),
+        (MemoryError(), 1, "MemoryError"),
+    ],
+)
+def test_every_failure_becomes_words(capfd: pytest.CaptureFixture[str], error: BaseException, code: int, words: str) -> None:
+    found, out, err = run(error, capfd)
+    assert (found, out) == (code, "")
+    assert words in err
+    assert len(err.splitlines()) <= 2
+    found, out, err = run(error, capfd, as_json=True)
+    assert found == code
+    assert set(json.loads(out)) >= {"error", "hint"}
+
+
+def test_a_missed_budget_still_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    """What was reached stands beside the error, and stays JSON where a figure is not finite."""
+    reached = {"bundle": "b.edge", "snr_db": float("-inf"), "share": np.float32(0.5), "rows": np.arange(2)}
+    code, out, _ = run(BudgetNotMet("below", "relax it", reached), capfd, as_json=True)
+    assert code == 3
+    answer = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (answer["bundle"], answer["snr_db"], answer["share"], answer["rows"]) == ("b.edge", None, 0.5, [0, 1])
+
+
+def test_messages_and_hints_are_one_line_each(capfd: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(BundleError("first\n  second", "do\nthis"), capfd)
+    assert err == "error: first second\nhint: do this\n"
+
+
+def test_debug_shows_where(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_DEBUG", "1")
+    fail(BundleError("cause"), as_json=False)
+    assert "BundleError: cause" in capfd.readouterr().err
+
+
+def answer_of(data: dict[str, Any], *args: str) -> str:
+    command = click.command()(answers(lambda: Answer(data)))
+    result = CliRunner().invoke(command, args, standalone_mode=False)
+    assert result.exception is None, result.exception
+    return result.output
+
+
+def test_answers_are_json_whatever_the_figures() -> None:
+    data = {
+        "path": Path("a"),
+        "x": np.float64(1.5),
+        "nan": float("nan"),
+        "deep": [{"inf": np.float32("inf")}],
+        "n": np.int64(3),
+    }
+    answer = json.loads(answer_of(data, "--json"), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert answer == {"path": "a", "x": 1.5, "nan": None, "deep": [{"inf": None}], "n": 3}
+
+
+def test_answers_read_as_text() -> None:
+    text = answer_of({"top1": 0.98765, "rows": [{"a": 1, "b": None}], "nested": {"k": "v"}, "list": [1, 2]})
+    assert "top1    0.9877" in text
+    assert "k  v" in text
+    assert "1, 2" in text
+    assert table([]) == ""
+    assert table([{"name": "x", "ms": 1.0}, {"name": "long", "ms": None}]).splitlines()[-1] == "long   -"
+
+
+# Processes: the shell's view
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom edgekit.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code in (0, None)\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt_rtx', 'pandas', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    script = f"'{sys.executable}' -c 'from edgekit.cli import main; main()' --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.stdout.strip() in ("0", "1")
