@@ -19,6 +19,7 @@ from edgekit.version import __version__
 
 from . import charts
 from .collect import Bench, BundleView, collect
+from .figures import number, words
 
 __all__ = ["report"]
 
@@ -98,8 +99,12 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
         path = folder / Path(str(image.get("overlay", ""))).name
         if path.is_file() and (uri := _data_uri(path.read_bytes())):
             source = Path(str(image.get("source", path.name))).name
-            found.append({**image, "source": source, "uri": uri, "method": data.get("method")})
+            found.append(_picture(uri, source, words(image, "label"), number(image, "score"), words(data, "method")))
     return found
+
+
+def _picture(uri: str, source: str, label: str | None, score: float | None, method: str | None) -> dict[str, Any]:
+    return {"uri": uri, "source": source, "label": label, "score": score, "method": method}
 
 
 def _data_uri(png: bytes) -> str | None:
@@ -120,7 +125,9 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]]) -
     key = charts.protocol(views)
     rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
     drawn = _charts(views, rows)
-    embedded = [{"uri": uri, "source": name} for view in views for name, png in view.pictures if (uri := _data_uri(png))]
+    embedded = [
+        _picture(uri, name, None, None, None) for view in views for name, png in view.pictures if (uri := _data_uri(png))
+    ]
     scripts = [_asset("chart.umd.min.js"), _asset("report.js")]
     return environment.from_string(_asset("report.html")).render(
         cards=_cards(rows),

@@ -1,0 +1,282 @@
+"""Explanations through the command and the function: the right region, in every method, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from onnx import helper
+from PIL import Image
+
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle, ImagePreprocessing
+from edgekit.data import load
+from edgekit.errors import BundleError, DataError, OutputExists, UsageError
+from edgekit.explanation import METHODS, explain
+from edgekit.explanation.faithfulness import deletion
+from edgekit.explanation.lime import attribute as lime
+from edgekit.explanation.lime import superpixels
+from edgekit.explanation.occlusion import attribute as occlusion
+from edgekit.explanation.picture import onto_frame
+from edgekit.explanation.question import Question
+from edgekit.runtime import Model
+
+
+@pytest.fixture
+def digit(tmp_path: Path) -> Path:
+    frame = load("digits").test.read(420)
+    Image.fromarray(frame).save(tmp_path / "four.png")
+    return tmp_path / "four.png"
+
+
+def corner_bundle(tmp_path: Path, digits_bundle: Bundle, batch: int | str = "n") -> Bundle:
+    """Class 1 is the brightness of the upper left 8 x 8 pixels, class 0 that of the lower right; the rest is ignored."""
+    weight = np.zeros((2, 28, 28), np.float32)
+    weight[1, :8, :8] = weight[0, 20:, 20:] = 1 / 64
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"], name="flatten"),
+        helper.make_node("Gemm", ["f", "w"], ["y"], name="gemm", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, [batch, 1, 28, 28])],
+        [helper.make_tensor_value_info("y", 1, [batch, 2])],
+        [helper.make_tensor("w", 1, [2, 784], weight.tobytes(), raw=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with Bundle.create(tmp_path / f"corner-{batch}.edge") as draft:
+        draft.write(FLOAT_GRAPH, model.SerializeToString())
+        draft.manifest = msgspec.structs.replace(digits_bundle.manifest, labels=("lower", "upper"), golden={}, name="corner")
+    return Bundle.open(tmp_path / f"corner-{batch}.edge")
+
+
+def corner_frame() -> np.ndarray[Any, Any]:
+    """Bright squares in all four corners of a dark frame."""
+    frame = np.zeros((28, 28), np.uint8)
+    for rows in (slice(1, 7), slice(21, 27)):
+        for columns in (slice(1, 7), slice(21, 27)):
+            frame[rows, columns] = 220
+    return frame
+
+
+@pytest.mark.parametrize("attribute", [occlusion, lime])
+@pytest.mark.parametrize("batch", ["n", 1])
+def test_the_map_finds_what_the_model_uses(tmp_path: Path, digits_bundle: Bundle, attribute: Any, batch: int | str) -> None:
+    with Model.open(corner_bundle(tmp_path, digits_bundle, batch).path) as model:
+        heat = attribute(Question(model, model.preprocess(corner_frame()), 1)).heat
+    assert heat.shape == (28, 28)
+    upper, lower = heat[1:7, 1:7].mean(), heat[21:27, 21:27].mean()
+    ignored = [abs(heat[1:7, 21:27].mean()), abs(heat[21:27, 1:7].mean())]
+    assert upper > 5 * max(ignored)
+    assert lower < -5 * max(ignored)
+
+
+def test_lime_says_how_well_its_linear_model_fits(tmp_path: Path, digits_bundle: Bundle) -> None:
+    with Model.open(corner_bundle(tmp_path, digits_bundle).path) as model:
+        question = Question(model, model.preprocess(corner_frame()), 1)
+        first, again = lime(question, samples=300), lime(question, samples=300)
+    assert first.figures["r2"] > 0.95  # the model is linear but for the ridge
+    assert np.array_equal(first.heat, again.heat)
+
+
+def test_deletion_prefers_the_right_map(tmp_path: Path, digits_bundle: Bundle) -> None:
+    with Model.open(corner_bundle(tmp_path, digits_bundle).path) as model:
+        question = Question(model, model.preprocess(corner_frame()), 1)
+        right, wrong = np.zeros((2, 28, 28), np.float32)
+        right[:8, :8] = wrong[20:, 20:] = 1
+        good, bad = deletion(question, right), deletion(question, wrong)
+    assert good.auc < good.misplaced < bad.auc
+    assert len(good.curve) == 21
+
+
+@pytest.mark.parametrize("method", ["activations", "lime", "occlusion"])
+def test_each_method_writes_a_picture_an_image(
+    cli: Callable[..., Any], digits_bundle: Bundle, digit: Path, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "why"
+    answer = cli("explain", digits_bundle.path, digit, "--out", out, "--method", method, "--samples", 200, "--json")
+    assert answer.code == 0
+    row = answer.json["images"][0]
+    assert (answer.json["out"], answer.json["method"], answer.json["graph"]) == (str(out), method, FLOAT_GRAPH)
+    assert (row["source"], row["label"], row["overlay"]) == (str(digit), "4", f"four.{method}.png")
+    assert 0.5 < row["score"] <= 1
+    with Image.open(out / row["overlay"]) as picture:
+        assert picture.width > picture.height > 300
+    assert json.loads((out / "explanation.json").read_text()) == answer.json
+    if method == "activations":
+        assert [layer["name"] for layer in answer.json["layers"]] == ["conv1", "relu1", "conv2", "relu2", "gemm"]
+    else:
+        assert row["deletion_auc"] < row["misplaced_auc"]
+
+
+def test_people_get_a_table(cli: Callable[..., Any], digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
+    for method in ("activations", "occlusion"):
+        answer = cli("explain", digits_bundle.path, digit, "--out", tmp_path / "why", "--method", method)
+        assert answer.code == 0
+        assert "four" in answer.out
+        assert "explanation.json" in answer.out
+
+
+def test_another_class_can_be_asked_for(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
+    row = explain(digits_bundle, digit, out=tmp_path / "why", label="9")["images"][0]
+    assert (row["label"], row["explained"]) == ("4", "9")
+
+
+def test_damaged_images_are_named_and_skipped(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(digit.read_bytes())
+    (folder / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "other").mkdir()
+    (folder / "other" / "a.png").write_bytes(digit.read_bytes())
+    result = explain(digits_bundle, [folder, folder / "other"], out=folder)
+    assert [row["overlay"] for row in result["images"]] == ["a.occlusion.png", "a-2.occlusion.png"]
+    assert result["skipped"] == [str(folder / "b.png")]
+    assert (folder / "a.png").read_bytes() == digit.read_bytes()
+    with pytest.raises(DataError, match="none of 1 images"):
+        explain(digits_bundle, folder / "b.png", out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_source_is_never_overwritten(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
+    (tmp_path / "four.occlusion.png").write_bytes(digit.read_bytes())
+    result = explain(digits_bundle, [digit, tmp_path / "four.occlusion.png"], out=tmp_path)
+    assert (tmp_path / "four.occlusion.png").read_bytes() == digit.read_bytes()
+    assert result["images"][0]["overlay"] == "four-2.occlusion.png"
+
+
+def test_what_cannot_be_explained_is_refused(
+    cli: Callable[..., Any], digits_bundle: Bundle, tiny_bundle: Bundle, digit: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "why"
+    raw = cli("explain", tiny_bundle.path, digit, "--out", out)
+    assert raw.code == 2
+    assert "raw tensors" in raw.err
+    assert "edgekit train" in raw.err
+    assert cli("explain", digits_bundle.path, tmp_path / "none.png", "--out", out).code == 1
+    assert cli("explain", digits_bundle.path, "--out", out).code == 2
+    assert cli("explain", digits_bundle.path, digit, "--out", out, "--method", "magic").code == 2
+    assert cli("explain", digits_bundle.path, digit, "--out", out, "--label", "ten").code == 2
+    gradcam = cli("explain", digits_bundle.path, digit, "--out", out, "--method", "gradcam")
+    assert gradcam.code == 2
+    assert "--method occlusion" in gradcam.err
+    assert not out.exists()
+    with pytest.raises(BundleError, match=INT8_GRAPH):
+        explain(digits_bundle, digit, out=out, precision="int8")
+    with pytest.raises(UsageError, match="no method"):
+        explain(digits_bundle, digit, out=out, method="magic")
+    with pytest.raises(OutputExists):
+        explain(digits_bundle, digit, out=digit)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        explain(digits_bundle, tmp_path / "empty", out=out)
+
+
+def test_dead_channels_and_saturation_are_counted(tmp_path: Path, digits_bundle: Bundle, digit: Path) -> None:
+    """Conv with a silent channel, then Clip at 0.5, then int8 with a scale that cuts a half off."""
+    weight = np.zeros((3, 1, 1, 1), np.float32)
+    weight[0], weight[1] = 1.0, 0.5
+    constants = {
+        "w": weight,
+        "low": np.float32(0),
+        "high": np.float32(0.5),
+        "s": np.float32(0.25 / 127),
+        "r": np.float32(1 / 48),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node("Clip", ["c", "low", "high"], ["k"], name="clip"),
+        helper.make_node("Mul", ["k", "r"], ["m"], name="mul"),
+        helper.make_node("Mul", ["c", "r"], ["e"], name="even"),
+        helper.make_node("QuantizeLinear", ["e", "s", "z"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="dq"),
+        helper.make_node("Add", ["d", "m"], ["a"], name="add"),
+        helper.make_node("GlobalAveragePool", ["a"], ["g"], name="pool"),
+        helper.make_node("Flatten", ["g"], ["y"], name="flatten"),
+    ]
+    initializers = [helper.make_tensor(k, 1, v.shape, v.tobytes(), raw=True) for k, v in constants.items()]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, ["n", 1, 28, 28])],
+        [helper.make_tensor_value_info("y", 1, ["n", 3])],
+        [*initializers, helper.make_tensor("z", 3, [], [0])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    spec = ImagePreprocessing(28, 28, 1, (0.0,), (1 / 24,))
+    with Bundle.create(tmp_path / "dead.edge") as draft:
+        draft.write(FLOAT_GRAPH, model.SerializeToString())
+        draft.manifest = msgspec.structs.replace(
+            digits_bundle.manifest, labels=("a", "b", "c"), golden={}, name="dead", preprocessing=spec
+        )
+    layers = {
+        row["name"]: row for row in explain(tmp_path / "dead.edge", digit, out=tmp_path / "w", method="activations")["layers"]
+    }
+    x = load("digits").test.read(420) / 255 * 24
+    assert layers["conv"]["dead_channels"] == [2]
+    assert layers["conv"]["saturated"] is None
+    assert layers["clip"]["saturated"] == pytest.approx(((x >= 0.4995).mean() + (x / 2 >= 0.4995).mean()) / 3)
+    scaled = np.stack([x, x / 2]) / 48 / (0.25 / 127)
+    assert layers["even"]["saturated"] == pytest.approx((np.round(scaled) >= 127).sum() / (3 * x.size))
+    assert layers["clip"]["high"] == 0.5
+    assert layers["pool"]["dead"] is None  # one value a channel: nobody can say
+
+
+@given(
+    arrays(
+        np.float32,
+        st.tuples(st.sampled_from([1, 3]), st.integers(1, 40), st.integers(1, 40)),
+        elements=st.floats(-3, 3, width=32),
+    )
+)
+def test_superpixels_cover_the_image_without_gaps(image: np.ndarray[Any, Any]) -> None:
+    segments = superpixels(image)
+    assert segments.shape == image.shape[1:]
+    assert set(np.unique(segments)) == set(range(segments.max() + 1))
+
+
+@given(
+    st.sampled_from(["stretch", "crop", "letterbox"]),
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+)
+def test_maps_of_any_shape_land_on_the_frame(
+    fit: Any, frame: tuple[int, int], model: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    spec = ImagePreprocessing(model[1], model[0], 1, (0.0,), (1.0,), fit)
+    placed = onto_frame(np.ones(model, np.float32), spec, frame, shown)
+    assert placed.shape == shown
+    assert np.allclose(placed[np.isfinite(placed)], 1, atol=1e-5)
+    assert np.isfinite(placed).any()
+    assert fit == "crop" or np.isfinite(placed).all()
+
+
+def test_a_cropped_map_lands_where_the_model_looked() -> None:
+    spec = ImagePreprocessing(10, 10, 1, (0.0,), (1.0,), "crop")
+    placed = onto_frame(np.ones((10, 10), np.float32), spec, (20, 40), (20, 40))
+    assert np.isfinite(placed[:, 10:30]).all()
+    assert np.isnan(placed[:, :10]).all()
+    boxed = onto_frame(
+        np.eye(10, dtype=np.float32), ImagePreprocessing(10, 10, 1, (0.0,), (1.0,), "letterbox"), (20, 40), (5, 10)
+    )
+    assert boxed[:, 0].sum() == pytest.approx(0)  # rows 2..6 of the input hold the frame
+    assert boxed[0, 2] == pytest.approx(1)
+
+
+def test_only_gradcam_needs_torch() -> None:
+    rooms = "edgekit.explanation, edgekit.explanation.lime, edgekit.explanation.activations"
+    code = f"import sys, {rooms}; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert set(METHODS) == {"activations", "gradcam", "lime", "occlusion"}
