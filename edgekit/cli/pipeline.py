@@ -1,0 +1,61 @@
+"""pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import Answer, answers, table
+
+
+@click.command()
+@click.argument("recipe", metavar="[RECIPE.toml]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Output folder.  [default: the recipe's, or runs/NAME]"
+)
+@click.option("--show", is_flag=True, help="Print the recipe instead of running it: a start for your own.")
+@answers
+def pipeline(recipe: Path | None, out: Path | None, show: bool) -> Answer:
+    """The whole way by a recipe: train, prune, quantize, build, bench, report, scan.
+
+    Without a recipe: the built-in one, on 5,000 real handwritten digits. Run it again and only what changed is done
+    again; interrupted training goes on where it stopped.
+
+    \b
+    Examples:
+      edgekit pipeline
+      edgekit pipeline --show > my.toml
+      edgekit pipeline my.toml --out runs/mine
+    """
+    from edgekit.pipeline import BUILT_IN, read_recipe
+    from edgekit.pipeline import pipeline as run
+
+    if show:
+        read_recipe(recipe)
+        text = (recipe or BUILT_IN).read_text(encoding="utf-8")
+        return Answer({"recipe": text}, text.rstrip())
+    as_json = bool(click.get_current_context().params["as_json"])
+    answer = run(recipe, out=out, on_event=None if as_json else click.echo)
+    return Answer(answer, _text(answer))
+
+
+def _text(answer: dict[str, Any]) -> str:
+    rows = [
+        {
+            "stage": row["stage"],
+            "top-1": None if row["top1"] is None else f"{row['top1']:.2%}",
+            "p50 ms": None if row["p50_ms"] is None else f"{row['p50_ms']:.3f}",
+            "p99 ms": None if row["p99_ms"] is None else f"{row['p99_ms']:.3f}",
+            "parameters": None if row["parameters"] is None else f"{row['parameters']:,}",
+            "graph kB": f"{row['size_bytes'] / 1000:.1f}",
+            "engine": row["engine"],
+        }
+        for row in answer["table"]
+    ]
+    lines = ["", table(rows), "", "latency: ONNX Runtime on this machine's CPU, one thread, batch 1"]
+    lines += [f"engine: {path}" for path in answer["engines"]]
+    lines += [f"build kit: {path}" for path in answer["kits"]]
+    lines += [f"report: {answer['report']}"] if answer["report"] else []
+    return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""Held-out pictures as files, to scan and to explain."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from edgekit.errors import MissingExtra
+
+from .dataset import Dataset
+
+__all__ = ["write_samples"]
+
+
+def write_samples(dataset: Dataset, folder: str | os.PathLike[str], count: int) -> list[Path]:
+    """Write ``count`` pictures of the test split, evenly spread over the classes, as ``NNN-LABEL.png``; returns the paths."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtra("scan", "PIL") from None
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    order = np.argsort(dataset.test.targets, kind="stable")
+    chosen = order[np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)]
+    paths = []
+    for number, index in enumerate(chosen):
+        label = dataset.labels[int(dataset.test.targets[index])].replace("/", "_")
+        path = target / f"{number:03d}-{label}.png"
+        Image.fromarray(dataset.test.read(int(index))).save(path)
+        paths.append(path)
+    return paths
