@@ -8,12 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.deployment import install, keygen, pack, rollback, status
@@ -202,6 +205,30 @@ def test_a_current_that_leads_elsewhere_is_not_followed(tmp_path: Path, versions
     assert "leads to no slot" in status(root)["reason"]
     install(versions[1], root=root, pub=keys.pub)
     assert status(root)["name"] == "v1"
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, "back"]), max_size=8))
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_sequence_of_installs_and_rollbacks(versions: list[Path], keys, steps: list[object]) -> None:
+    """Against a model of three lines: what runs, and the one way back, which a rollback spends."""
+    with tempfile.TemporaryDirectory() as folder:
+        running, back = None, None
+        for step in steps:
+            if step == "back":
+                if back is None:
+                    with pytest.raises(BundleError):
+                        rollback(folder)
+                    continue
+                rollback(folder)
+                running, back = back, None
+            else:
+                assert isinstance(step, int)
+                install(versions[step], root=folder, pub=keys.pub)
+                if running != f"v{step}":
+                    running, back = f"v{step}", running
+            now = status(folder)
+            assert (now["healthy"], now["name"]) == (True, running)
+            assert (now["previous"] or {"name": None})["name"] == back
 
 
 # Killed anywhere
