@@ -20,7 +20,7 @@ from edgekit.runtime.onnxruntime import DTYPES, session
 
 from . import passes
 from .binding import bind_inputs
-from .reading import read_model
+from .reading import check_model, read_model
 from .shapes import Axis
 
 __all__ = ["import_graph"]
@@ -54,6 +54,7 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     bound = onnx.ModelProto()
     bound.CopyFrom(source.model)
     binding = bind_inputs(bound, fixed, ranges)
+    check_model(bound)  # only now: an input may have no shape before
     notes = [*source.notes, *binding.notes]
     original = session(source.model.SerializeToString(), 0)
     trials = _feeds(original, bound, binding.ranges, notes)

@@ -16,7 +16,7 @@ from edgekit.errors import GraphError
 
 from .passes import all_nodes, opset
 
-__all__ = ["Source", "read_model"]
+__all__ = ["Source", "check_model", "read_model"]
 
 MAX_BYTES = 2 << 30
 #: TensorRT's parser refuses these, or its result cannot be run (seen on TensorRT-RTX 1.7): a note, for ONNX Runtime runs them.
@@ -54,10 +54,6 @@ def read_model(path: Path) -> Source:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     _check_operators(model)
-    try:
-        onnx.checker.check_model(model)
-    except Exception as error:  # noqa: BLE001  ValidationError, and protobuf's for a model above 2 GiB
-        raise GraphError(f"{path.name} is not valid ONNX: {_first(error)}", "export the model again") from None
     weights = {i.name for i in model.graph.initializer}
     real = [i for i in model.graph.input if i.name not in weights]  # before IR 4 weights were listed as inputs too
     if len(real) != len(model.graph.input):
@@ -69,6 +65,14 @@ def read_model(path: Path) -> Source:
     refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in _UNBUILDABLE})
     notes = [f"TensorRT does not build {', '.join(refused[:4])}; ONNX Runtime runs it"] if refused else []
     return Source(model, None if external else data, changed, notes)
+
+
+def check_model(model: onnx.ModelProto) -> None:
+    """`onnx.checker`, in one line. Raises `GraphError`."""
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # noqa: BLE001  ValidationError, and protobuf's for a model above 2 GiB
+        raise GraphError(f"the file is not valid ONNX: {_first(error)}", "export the model again") from None
 
 
 def _first(error: BaseException) -> str:

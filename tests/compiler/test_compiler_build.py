@@ -1,0 +1,247 @@
+"""`edgekit build`: engines without a GPU, the cache, precision, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, INT8_GRAPH, Bundle, Manifest, TensorSpec, Tolerance, history_entry
+from edgekit.compiler import build
+from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.runtime.golden import save_golden
+from edgekit.runtime.onnxruntime import session
+
+pytest.importorskip("tensorrt_rtx")
+
+
+def write(
+    path: Path, graphs: dict[str, onnx.ModelProto], x: np.ndarray[Any, Any], shape: tuple[int | str, ...], **extra: Any
+) -> Bundle:
+    """A bundle of one input ``x`` and one output ``y``; golden outputs by the first graph."""
+    files = {name: made.SerializeToString() for name, made in graphs.items()}
+    truth = session(next(iter(files.values()))).run(None, {"x": x})[0]
+    with Bundle.create(path) as draft:
+        for name, data in files.items():
+            draft.write(name, data)
+        draft.write(GOLDEN, save_golden({"x": x}, {"y": truth}))
+        inputs, outputs = (TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", ("n", truth.shape[1])),)
+        draft.manifest = Manifest(FORMAT, path.stem, "tensor", inputs, outputs, **extra)
+    return Bundle.open(path)
+
+
+def linear(weight: np.ndarray[Any, Any], quantized: bool = False, extra: list[Any] | None = None) -> onnx.ModelProto:
+    """x (n, k) @ w -> y, in float32 or as explicit symmetric Q/DQ."""
+    weights: dict[str, Any] = {"w": weight.astype(np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")]
+    if quantized:
+        scale = np.abs(weight).max(0) / 127
+        weights = {
+            "q": np.rint(weight / scale).astype(np.int8),
+            "ws": scale.astype(np.float32),
+            "wz": np.zeros(len(scale), np.int8),
+        }
+        weights |= {"xs": np.float32(4 / 127), "xz": np.int8(0)}
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
+            helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["q", "ws", "wz"], ["wd"], axis=1),
+            helper.make_node("MatMul", ["xd", "wd"], ["y"], name="product"),
+        ]
+    graph = helper.make_graph(
+        extra or nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", weight.shape[0]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", weight.shape[1]])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Bundle:
+    random = np.random.default_rng(0)
+    weight, x = random.normal(size=(32, 32)), random.normal(size=(4, 32)).astype(np.float32)
+    graphs = {FLOAT_GRAPH: linear(weight), INT8_GRAPH: linear(weight, quantized=True)}
+    golden = {FLOAT_GRAPH: Tolerance("relative", 1e-4), INT8_GRAPH: Tolerance("snr_db", 30.0)}
+    return write(tmp_path / "q.edge", graphs, x, ("n", 32), golden=golden)
+
+
+def record(bundle: Bundle, target: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Bundle.open(bundle.path).file(f"engines/{target}.json").read_bytes())
+    return found
+
+
+def test_an_engine_is_built_once_and_then_cached(digits_bundle: Bundle) -> None:
+    first = build(digits_bundle, target="rtx-ada")
+    assert (first.cached, first.precision, first.kit) == (False, "fp16", None)
+    assert first.engine is not None
+    engine = first.engine.read_bytes()
+    assert len(engine) == first.size_bytes > 10_000
+    again = build(digits_bundle.path, target="rtx-ada")
+    assert again.cached
+    assert again.engine is not None
+    assert again.engine.read_bytes() == engine
+    assert [h.stage for h in Bundle.open(digits_bundle.path).manifest.history] == ["train", "build"]
+    assert first.bundle.digest == digits_bundle.digest
+    assert record(digits_bundle, "rtx-ada")["golden_snr_db"] >= 40
+
+
+def test_whatever_decides_the_engine_misses_the_cache(digits_bundle: Bundle) -> None:
+    seen = {record(build(digits_bundle, target="rtx-ada", **options).bundle, "rtx-ada")["key"]
+            for options in ({}, {"precision": "fp32"}, {"batch": 4}, {"batch": "1..4"})}  # fmt: skip
+    seen.add(record(build(digits_bundle, target="rtx-ampere").bundle, "rtx-ampere")["key"])
+    assert len(seen) == 5
+
+
+def test_a_damaged_or_missing_engine_is_not_served(digits_bundle: Bundle) -> None:
+    made = build(digits_bundle, target="rtx-ada", precision="fp32")
+    assert made.engine is not None
+    data = made.engine.read_bytes()
+    made.engine.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BundleError, match="damaged"):
+        build(digits_bundle.path, target="rtx-ada", precision="fp32")
+    repaired = build(Bundle.open(digits_bundle.path, verify=False), target="rtx-ada", precision="fp32")
+    assert not repaired.cached
+    assert build(digits_bundle.path, target="rtx-ada", precision="fp32").cached
+
+
+def test_a_cached_build_loads_no_heavy_library(digits_bundle: Bundle) -> None:
+    build(digits_bundle, target="rtx-ada")
+    code = (
+        "import sys; from edgekit.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as done: assert not done.code\n"
+        "heavy = {'onnx', 'onnxruntime', 'tensorrt_rtx', 'tensorrt', 'torch', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "build", str(digits_bundle.path), "--target", "rtx-ada", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cached"] is True
+
+
+def test_best_takes_the_int8_graph(quantized: Bundle) -> None:
+    made = build(quantized, target="rtx-ada")
+    assert made.precision == "int8"
+    assert record(quantized, "rtx-ada")["graph_sha256"] == quantized.manifest.files[INT8_GRAPH]
+    assert record(quantized, "rtx-ada")["golden"] == {"kind": "snr_db", "limit": 30.0}
+    assert build(quantized, target="rtx-ada", precision="fp32").precision == "fp32"
+    assert record(quantized, "rtx-ada")["graph_sha256"] == quantized.manifest.files[FLOAT_GRAPH]
+
+
+def test_best_falls_back_to_fp32_where_fp16_does_not_hold(tmp_path: Path) -> None:
+    # sums of large terms that cancel: (x + 500) - 500 keeps no more than 0.25 of x in float16
+    nodes = [
+        helper.make_node("Add", ["x", "big"], ["a"]),
+        helper.make_node("Sub", ["a", "big"], ["b"]),
+        helper.make_node("MatMul", ["b", "w"], ["y"]),
+    ]
+    made = linear(np.eye(8), extra=nodes)
+    made.graph.initializer.append(numpy_helper.from_array(np.float32(500), "big"))
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    bundle = write(tmp_path / "b.edge", {FLOAT_GRAPH: made}, x, ("n", 8))
+    result = build(bundle, target="rtx-ada")
+    assert result.precision == "fp32"
+    assert "dB" in result.note
+    with pytest.raises(GoldenError, match="fp16"):
+        build(bundle, target="rtx-ada", precision="fp16")
+
+
+def test_the_batch_becomes_the_profile(digits_bundle: Bundle) -> None:
+    build(digits_bundle, target="rtx-ada", batch="1..8")
+    assert record(digits_bundle, "rtx-ada")["profiles"] == {"x": [[1, 1, 28, 28], [8, 1, 28, 28], [8, 1, 28, 28]]}
+
+
+def test_sparse_weights_are_flagged(tmp_path: Path) -> None:
+    history = (history_entry("prune", {"sparsity": "2:4"}, {}),)
+    x = np.ones((1, 32), np.float32)
+    bundle = write(tmp_path / "s.edge", {FLOAT_GRAPH: linear(np.eye(32))}, x, ("n", 32), history=history)
+    build(bundle, target="rtx-ampere")
+    assert record(bundle, "rtx-ampere")["flags"] == ["SPARSE_WEIGHTS"]
+
+
+def test_what_tensorrt_refuses_is_named(tmp_path: Path) -> None:
+    nodes = [helper.make_node("NonZero", ["x"], ["z"], name="nz"), helper.make_node("Cast", ["z"], ["y"], to=TensorProto.FLOAT)]
+    bundle = write(tmp_path / "n.edge", {FLOAT_GRAPH: linear(np.eye(4), extra=nodes)}, np.ones((1, 4), np.float32), (1, 4))
+    with pytest.raises(GraphError, match=r"NonZero \(node nz\)"):
+        build(bundle, target="rtx-ada", precision="fp32")
+    assert not Bundle.open(bundle.path).has("engines/rtx-ada.engine")
+    assert not bundle.manifest.history
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "why"),
+    [
+        ({"target": "toaster"}, UsageError, "no target"),
+        ({"target": "jetson-orin-nano", "precision": "fp8"}, UsageError, "does not run 'fp8'"),
+        ({"target": "rtx-ada", "precision": "fp8"}, UsageError, "does not make fp8"),
+        ({"target": "rtx-ada", "precision": "double"}, UsageError, "does not run 'double'"),
+        ({"target": "rtx-ada", "precision": "int8"}, BundleError, "no int8 graph"),
+        ({"target": "rtx-ada", "batch": "8..1"}, UsageError, "--batch"),
+    ],
+)
+def test_wrong_wishes_are_refused(tiny_bundle: Bundle, options: dict[str, Any], error: type[Exception], why: str) -> None:
+    with pytest.raises(error, match=why):
+        build(tiny_bundle, **options)
+    assert sorted(Bundle.open(tiny_bundle.path).manifest.files) == ["golden.npz", "model.onnx"]
+
+
+def test_a_damaged_bundle_is_refused_even_when_cached(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    assert cli("build", tiny_bundle.path, "--target", "rtx-ada").code == 0
+    graph = tiny_bundle.path / FLOAT_GRAPH
+    data = graph.read_bytes()
+    graph.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    done = cli("build", tiny_bundle.path, "--target", "rtx-ada")
+    assert done.code == 1
+    assert "damaged" in done.err
+
+
+def test_without_tensorrt_rtx_the_extra_is_named(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekit.compiler.builder._RTX_DISTRIBUTIONS", ())
+    with pytest.raises(MissingExtra) as caught:
+        build(tiny_bundle, target="rtx-ada")
+    assert caught.value.hint == "pip install 'edgekit[rtx]'"
+    assert build(tiny_bundle, target="jetson-thor").kit is not None
+
+
+def test_the_command_answers_what_scripts_rely_on(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    engine = cli("build", tiny_bundle.path, "--target", "rtx-blackwell", "--json")
+    assert engine.code == 0
+    assert engine.json["engine"].endswith("engines/rtx-blackwell.engine")
+    assert engine.json["kit"] is None
+    kit = cli("build", tiny_bundle.path, "--target", "jetson-orin-nano", "--json")
+    assert kit.json["engine"] is None
+    assert zipfile.is_zipfile(kit.json["kit"])
+    assert cli("build", tiny_bundle.path, "--target", "toaster").code == 2
+
+
+def test_inspect_tells_of_bundles_and_engines(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    assert cli("build", tiny_bundle.path, "--target", "rtx-ada").code == 0
+    bundle = cli("inspect", tiny_bundle.path, "--json").json
+    assert bundle["graphs"]["model.onnx"]["macs"] == 32 * 32 * 3 * 9 * 16 + 32 * 32 * 16 * 9 * 16 + 160
+    assert bundle["graphs"]["model.onnx"]["parameters"] == 16 * 27 + 16 * 144 + 170
+    assert set(bundle["files"]) == {"model.onnx", "golden.npz", "engines/rtx-ada.engine", "engines/rtx-ada.json"}
+    engine = tiny_bundle.path / "engines/rtx-ada.engine"
+    found = cli("inspect", engine, "--json")
+    assert found.json["compute_capability"] == "8.9"
+    assert "without a GPU" in found.json["note"]
+    engine.write_bytes(b"other")
+    assert cli("inspect", engine).code == 1
+    assert cli("inspect", tiny_bundle.path / "nothing").code == 2
+
+
+def test_targets_lists_every_figure_with_its_source(cli: Callable[..., Any]) -> None:
+    rows = cli("targets", "--json").json["targets"]
+    nano = next(row for row in rows if row["name"] == "jetson-orin-nano")
+    assert nano["bandwidth_gbs"] == {"value": 102, "source": "NVIDIA Jetson Orin Nano Super developer kit data sheet"}
+    assert "jetson-orin-nano" in cli("targets").out

@@ -1,0 +1,350 @@
+"""`edgekit import`: good files, foreign ways of writing them, and hostile ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekit.bundle import Bundle
+from edgekit.compiler import child, import_onnx
+from edgekit.compiler.passes import drop_dead, fold_constants, opset, simplify
+from edgekit.compiler.reading import check_model, read_model
+from edgekit.errors import EdgekitError, GraphError, OutputExists, UsageError
+from edgekit.runtime import Model, check_golden
+from edgekit.runtime.onnxruntime import session
+
+F = TensorProto.FLOAT
+
+
+def model(
+    nodes: list[Any],
+    weights: dict[str, Any] | None = None,
+    x: list[Any] | None = None,
+    y: list[Any] | None = None,
+    version: int = 17,
+    **extra: Any,
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        extra.pop("inputs", None) or [helper.make_tensor_value_info("x", F, ["n", 4] if x is None else x)],
+        [helper.make_tensor_value_info("y", extra.pop("y_type", F), y)],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in (weights or {}).items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], **{"ir_version": 8, **extra})
+
+
+def saved(path: Path, made: onnx.ModelProto) -> Path:
+    path.write_bytes(made.SerializeToString())
+    return path
+
+
+def test_a_clean_file_is_kept_byte_for_byte(tiny_onnx: Path, tmp_path: Path) -> None:
+    bundle = import_onnx(tiny_onnx, out=tmp_path / "b.edge")
+    assert (bundle.path / "model.onnx").read_bytes() == tiny_onnx.read_bytes()
+    assert bundle.manifest.inputs[0].shape == ("n", 3, 32, 32)
+    assert check_golden(bundle).relative <= 1e-4
+    assert sorted(bundle.manifest.files) == ["golden.npz", "model.onnx"]
+
+
+def test_a_stated_shape_is_bound_and_a_dynamic_one_recorded(tiny_onnx: Path, tmp_path: Path) -> None:
+    fixed = import_onnx(tiny_onnx, out=tmp_path / "f.edge", shape="x:2x3x32x32")
+    assert fixed.manifest.inputs[0].shape == (2, 3, 32, 32)
+    assert fixed.manifest.outputs[0].shape == (2, 10)
+    ranged = import_onnx(tiny_onnx, out=tmp_path / "d.edge", dynamic=["x:1..8x3x32x32"])
+    assert ranged.manifest.history[-1].config["dynamic"] == {"x": "1..8x3x32x32"}
+    x = np.random.default_rng(1).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    with Model.open(fixed.path) as a, Model.open(ranged.path) as b:
+        np.testing.assert_allclose(a.run({"x": x})["y"], b.run({"x": x})["y"], rtol=1e-5)
+
+
+def test_a_wrong_name_goes_to_the_only_input_that_fits(tiny_onnx: Path, tmp_path: Path) -> None:
+    bundle = import_onnx(tiny_onnx, out=tmp_path / "b.edge", shape=["image:1x3x32x32"])
+    assert bundle.manifest.inputs[0].shape == (1, 3, 32, 32)
+    assert "image" in bundle.manifest.history[-1].figures["notes"][0]
+    with pytest.raises(UsageError, match="image"):
+        import_onnx(tiny_onnx, out=tmp_path / "c.edge", shape=["image:1x1x32x32"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [("x:1x3x32", "4 axes"), ("x:1x3x64x64", "fixed at 32"), ("x:1x3x32x32 ", "not an axis"), ("nonsense", "no input")],
+)
+def test_a_shape_that_does_not_fit_leaves_nothing(tiny_onnx: Path, tmp_path: Path, shape: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        import_onnx(tiny_onnx, out=tmp_path / "b.edge", shape=[shape])
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.onnx"]
+
+
+def test_one_symbol_gets_one_size(tmp_path: Path) -> None:
+    both = [helper.make_tensor_value_info(n, F, ["n", 4]) for n in ("a", "b")]
+    path = saved(tmp_path / "m.onnx", model([helper.make_node("Add", ["a", "b"], ["y"])], y=["n", 4], inputs=both))
+    bundle = import_onnx(path, out=tmp_path / "b.edge", shape="a:3x4")
+    assert [spec.shape for spec in bundle.manifest.inputs] == [(3, 4), (3, 4)]
+    with pytest.raises(UsageError, match="stated as 3 and as 2"):
+        import_onnx(path, out=tmp_path / "c.edge", shape=["a:3x4", "b:2x4"])
+
+
+def test_an_old_opset_is_raised(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Unsqueeze", ["x"], ["u"], axes=[1]),
+        helper.make_node("ReduceSum", ["u"], ["y"], axes=[2], keepdims=0),
+    ]
+    bundle = import_onnx(saved(tmp_path / "m.onnx", model(nodes, y=["n", 1], version=9)), out=tmp_path / "b.edge")
+    assert bundle.manifest.history[-1].figures["opset"] == 17
+    assert opset(onnx.load(bundle.path / "model.onnx")) == 17
+
+
+def test_weights_listed_as_inputs_are_no_inputs(tmp_path: Path) -> None:
+    inputs = [helper.make_tensor_value_info("x", F, ["n", 4]), helper.make_tensor_value_info("w", F, [4, 2])]
+    made = model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        {"w": np.ones((4, 2), np.float32)},
+        y=["n", 2],
+        inputs=inputs,
+        ir_version=3,
+    )
+    bundle = import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge")
+    assert [spec.name for spec in bundle.manifest.inputs] == ["x"]
+
+
+def shaped_reshape() -> onnx.ModelProto:
+    """x (n, 4) -> reshaped by a computed shape, as PyTorch's old exporter writes view(x.size(0), -1)."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Constant", [], ["zero"], value=numpy_helper.from_array(np.array(0))),
+        helper.make_node("Gather", ["s", "zero"], ["n0"]),
+        helper.make_node("Unsqueeze", ["n0", "axes"], ["n1"]),
+        helper.make_node("Concat", ["n1", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["r"]),
+        helper.make_node("Mul", ["two", "three"], ["six"]),
+        helper.make_node("Mul", ["r", "six"], ["y"]),
+    ]
+    weights = {"axes": np.array([0]), "rest": np.array([2, 2]), "two": np.float32(2), "three": np.float32(3)}
+    return model(nodes, weights, y=["n", 2, 2])
+
+
+def test_constants_and_known_shapes_are_folded(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.onnx", shaped_reshape())
+    bundle = import_onnx(path, out=tmp_path / "b.edge", shape="x:3x4")
+    assert [n.op_type for n in onnx.load(bundle.path / "model.onnx").graph.node] == ["Reshape", "Mul"]
+    dynamic = import_onnx(path, out=tmp_path / "d.edge")
+    with Model.open(dynamic.path) as m:
+        assert m.run({"x": np.ones((5, 4), np.float32)})["y"].shape == (5, 2, 2)
+
+
+def test_integer_inputs_and_two_outputs(tmp_path: Path) -> None:
+    ids = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "t"])]
+    made = model(
+        [helper.make_node("Gather", ["table", "ids"], ["y"])],
+        {"table": np.eye(9, dtype=np.float32)},
+        y=["n", "t", 9],
+        inputs=ids,
+    )
+    made.graph.node.append(helper.make_node("ArgMax", ["y"], ["best"], axis=2, keepdims=0))
+    made.graph.output.append(helper.make_tensor_value_info("best", TensorProto.INT64, ["n", "t"]))
+    bundle = import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge")
+    assert [(s.name, s.dtype) for s in bundle.manifest.outputs] == [("y", "float32"), ("best", "int64")]
+
+
+def test_external_data_inside_the_folder_is_taken_in(tmp_path: Path) -> None:
+    made = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.ones((4, 2), np.float32)}, y=["n", 2])
+    onnx.save(made, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
+    assert (tmp_path / "m.bin").exists()
+    bundle = import_onnx(tmp_path / "m.onnx", out=tmp_path / "b.edge")
+    (tmp_path / "m.bin").unlink()
+    assert check_golden(Bundle.open(bundle.path)).relative == 0
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "link.bin", "missing.bin", "sub/../../secret.bin"])
+def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: str) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(32))
+    os.symlink(tmp_path / "secret.bin", folder / "link.bin")
+    made = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.ones((4, 2), np.float32)}, y=["n", 2])
+    weight = made.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    with pytest.raises(GraphError, match=r"outside the model's folder|missing"):
+        import_onnx(saved(folder / "m.onnx", made), out=tmp_path / "b.edge")
+    assert not (tmp_path / "b.edge").exists()
+
+
+def test_external_data_shorter_than_stated_is_refused(tmp_path: Path) -> None:
+    made = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.ones((4, 2), np.float32)}, y=["n", 2])
+    onnx.save(made, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
+    (tmp_path / "m.bin").write_bytes(b"\0\0")
+    with pytest.raises(GraphError):
+        import_onnx(tmp_path / "m.onnx", out=tmp_path / "b.edge")
+
+
+SEQUENCE = helper.make_value_info("x", helper.make_sequence_type_proto(helper.make_tensor_type_proto(F, [4])))
+N = helper.make_node
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (model([N("Fast", ["x"], ["y"], domain="com.acme", name="f1")], y=["n", 4]), r"com\.acme\.Fast \(f1\)"),
+        (model([N("Fost", ["x"], ["y"], name="f2")], y=["n", 4]), r"Fost \(f2\)"),
+        (model([N("Relu", ["z"], ["y"])], y=["n", 4]), "not valid"),
+        (model([N("RandomNormalLike", ["x"], ["y"])], y=["n", 4]), "other outputs on the same inputs"),
+        (
+            model([N("SequenceLength", ["x"], ["y"])], y=[], y_type=TensorProto.INT64, inputs=[SEQUENCE]),
+            "input x is not a tensor",
+        ),
+        (model([N("Div", ["o", "o"], ["q"]), N("Add", ["x", "q"], ["y"])], {"o": np.float32(0)}, y=["n", 4]), "not finite"),
+    ],
+)
+def test_what_cannot_be_taken_is_named(tmp_path: Path, made: onnx.ModelProto, why: str) -> None:
+    with pytest.raises(GraphError, match=why):
+        import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge")
+    assert not (tmp_path / "b.edge").exists()
+
+
+def test_what_tensorrt_refuses_is_noted(tmp_path: Path) -> None:
+    nodes = [helper.make_node("NonZero", ["x"], ["z"], name="nz"), helper.make_node("Cast", ["z"], ["y"], to=F)]
+    bundle = import_onnx(saved(tmp_path / "m.onnx", model(nodes, y=[2, None])), out=tmp_path / "b.edge")
+    assert any("NonZero (nz)" in note for note in bundle.manifest.history[-1].figures["notes"])
+
+
+def test_an_input_without_any_shape_needs_one(tmp_path: Path) -> None:
+    made = model([helper.make_node("Relu", ["x"], ["y"])], y=["n", 4])
+    made.graph.input[0].type.tensor_type.ClearField("shape")
+    path = saved(tmp_path / "m.onnx", made)
+    with pytest.raises(GraphError, match="unknown"):
+        import_onnx(path, out=tmp_path / "b.edge")
+    assert import_onnx(path, out=tmp_path / "c.edge", shape="x:2x4").manifest.inputs[0].shape == (2, 4)
+
+
+def test_a_constant_bomb_is_not_unfolded(tmp_path: Path) -> None:
+    made = model([helper.make_node("ConstantOfShape", ["big"], ["c"]), helper.make_node("ReduceMax", ["c"], ["m"], keepdims=0),
+                  helper.make_node("Add", ["x", "m"], ["y"])], {"big": np.array([1 << 20, 1 << 20])}, y=["n", 4])  # fmt: skip
+    assert not fold_constants(made)
+    with pytest.raises(GraphError):
+        import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge", timeout_s=60)
+
+
+def test_folding_keeps_int8_weights_behind_dequantize() -> None:
+    nodes = [helper.make_node("DequantizeLinear", ["q", "s"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    made = model(nodes, {"q": np.ones((4, 2), np.int8), "s": np.float32(0.5)}, y=["n", 2])
+    assert not fold_constants(made)
+
+
+def test_dead_nodes_and_weights_go() -> None:
+    made = model(
+        [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Neg", ["w"], ["dead"])],
+        {"w": np.ones(4, np.float32)},
+        y=["n", 4],
+    )
+    assert drop_dead(made)
+    assert [n.op_type for n in made.graph.node] == ["Relu"]
+    assert not made.graph.initializer
+    assert not drop_dead(made)
+
+
+OPS = ["Relu", "Neg", "Abs", "Sigmoid", "Add", "Mul", "Sub", "Shape", "Transpose", "Identity"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=12), st.booleans()
+)
+def test_simplify_never_changes_an_output(plan: list[tuple[str, int, int]], fixed: bool) -> None:
+    """Random graphs over an input and two constants, all (4, 4): the same outputs before and after."""
+    square, nodes = ["x", "a", "b"], []
+    for index, (op, i, j) in enumerate(plan):
+        name, first, second = f"t{index}", square[i % len(square)], square[j % len(square)]
+        if op == "Shape":
+            nodes += [
+                helper.make_node("Shape", [first], [f"s{index}"]),
+                helper.make_node("Reshape", [second, f"s{index}"], [name]),
+            ]
+        else:
+            nodes.append(helper.make_node(op, [first, second] if op in ("Add", "Mul", "Sub") else [first], [name]))
+        square.append(name)
+    nodes.append(helper.make_node("Add", [square[-1], "x"], ["y"]))
+    random = np.random.default_rng(0)
+    weights = {n: random.normal(size=(4, 4)).astype(np.float32) for n in "ab"}
+    made = model(nodes, weights, x=[4, 4] if fixed else ["n", 4], y=None)
+    feeds = {"x": random.normal(size=(4, 4)).astype(np.float32)}
+    before = session(made.SerializeToString()).run(None, feeds)[0]
+    simplify(made)
+    onnx.checker.check_model(made)
+    np.testing.assert_allclose(session(made.SerializeToString()).run(None, feeds)[0], before, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Cut or flipped anywhere, reading a file ends in a model or in one `GraphError`."""
+    whole = bytearray(shaped_reshape().SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("f") / "m.onnx"
+    path.write_bytes(bytes(whole[: data.draw(st.integers(1, len(whole)))]))
+    message = ""
+    try:
+        check_model(read_model(path).model)
+    except GraphError as error:
+        message = error.message
+    assert "\n" not in message
+
+
+def test_the_command_refuses_junk_in_a_few_lines(cli: Any, tmp_path: Path, tiny_onnx: Path) -> None:
+    (tmp_path / "junk.onnx").write_bytes(b"\x08\x07not an onnx file" * 40)
+    (tmp_path / "cut.onnx").write_bytes(tiny_onnx.read_bytes()[:5000])
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    for name in ("junk", "cut", "empty"):
+        done = cli("import", tmp_path / f"{name}.onnx", "--out", tmp_path / "b.edge")
+        assert done.code == 1
+        assert 1 <= len(done.err.strip().splitlines()) <= 4
+        assert not (tmp_path / "b.edge").exists()
+    assert cli("import", tmp_path / "none.onnx", "--out", tmp_path / "b.edge").code == 2
+
+
+def test_the_command_answers_json_and_overwrites_nothing(cli: Any, tmp_path: Path, tiny_onnx: Path) -> None:
+    out = tmp_path / "b.edge"
+    done = cli("import", tiny_onnx, "--out", out, "--shape", "x:1x3x32x32", "--json")
+    assert done.code == 0
+    assert done.json["bundle"] == str(out)
+    assert done.json["inputs"] == {"x": "float32 1x3x32x32"}
+    before = (out / "manifest.json").read_bytes()
+    assert cli("import", tiny_onnx, "--out", out).code == 2
+    assert (out / "manifest.json").read_bytes() == before
+    with pytest.raises(OutputExists):
+        import_onnx(tiny_onnx, out=out)
+
+
+@pytest.mark.parametrize(
+    ("script", "limit", "why"), [("kill -SEGV $$", 30, "crashed .SIGSEGV"), ("exec sleep 60", 0.3, "longer than 0.3 s")]
+)
+def test_a_crash_or_a_hang_of_the_child_is_one_error(
+    tmp_path: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, script: str, limit: float, why: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(GraphError, match=why):
+        import_onnx(tiny_onnx, out=tmp_path / "b.edge", timeout_s=limit)
+    assert not (tmp_path / "b.edge").exists()
+
+
+def test_errors_cross_from_the_child_as_they_are(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.onnx", model([helper.make_node("Relu", ["x"], ["y"])], y=["n", 4]))
+    with pytest.raises(UsageError, match="no input 'z'") as caught:
+        import_onnx(path, out=tmp_path / "b.edge", shape="z:1x9")
+    assert "x (nx4)" in caught.value.hint
+    with pytest.raises(EdgekitError, match="AttributeError"):
+        child.call("foreign:no_such_function", {}, tmp_path, 30)

@@ -1,0 +1,274 @@
+"""The build kit: deterministic, self-contained, and written for the TensorRT of every JetPack."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgekit.bundle import Bundle
+from edgekit.compiler import build, build_engine
+from edgekit.compiler.kit import SCRIPT
+from edgekit.runtime.golden import load_golden, save_golden
+
+#: What each TensorRT's Python module has, of all that build_engine.py asks for (read from the bindings of each version).
+_WEAK = {"FP16", "INT8", "SPARSE_WEIGHTS"}
+API: dict[str, dict[str, set[str]]] = {
+    "8.6": {"NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH", "EXPLICIT_PRECISION"}, "BuilderFlag": _WEAK},
+    "10.3": {"NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH", "STRONGLY_TYPED"}, "BuilderFlag": _WEAK},
+    "10.16": {"NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH", "STRONGLY_TYPED"}, "BuilderFlag": _WEAK},
+    "11.4": {"NetworkDefinitionCreationFlag": {"STRONGLY_TYPED"}, "BuilderFlag": {"SPARSE_WEIGHTS"}},
+    "rtx": {"NetworkDefinitionCreationFlag": {"STRONGLY_TYPED"}, "BuilderFlag": {"SPARSE_WEIGHTS"}},
+}
+BITS = {"EXPLICIT_BATCH": 0, "EXPLICIT_PRECISION": 1, "STRONGLY_TYPED": 1}
+COMMON = {
+    "Builder": "create_builder_config create_network create_optimization_profile build_serialized_network",
+    "IBuilderConfig": "add_optimization_profile create_timing_cache get_timing_cache set_flag set_timing_cache "
+    "progress_monitor num_compute_capabilities set_compute_capability",
+    "OnnxParser": "parse num_errors get_error",
+    "IOptimizationProfile": "set_shape",
+}
+
+
+class Recorder:
+    """Stands in for one TensorRT object: allows the attributes of that version, notes what is called."""
+
+    def __init__(self, allowed: str, calls: list[tuple[str, Any]], answers: dict[str, Any]) -> None:
+        self.__dict__.update(_allowed=set(allowed.split()), _calls=calls, _answers=answers)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._allowed:
+            raise AttributeError(name)
+
+        def call(*arguments: Any, **_: Any) -> Any:
+            self._calls.append((name, arguments))
+            return self._answers.get(name)
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._allowed:
+            raise AttributeError(name)
+        self._calls.append((name, value))
+
+
+def fake(version: str, calls: list[tuple[str, Any]]) -> Any:
+    """A module with the enumerations and methods of one TensorRT version."""
+    api = API[version]
+    trt = types.SimpleNamespace()
+    bits = {name: 0 if version == "rtx" else BITS[name] for name in api["NetworkDefinitionCreationFlag"]}
+    trt.NetworkDefinitionCreationFlag = types.SimpleNamespace(**bits)
+    trt.BuilderFlag = types.SimpleNamespace(**{name: name for name in api["BuilderFlag"]})
+    trt.ILogger = type("ILogger", (), {"ERROR": 1, "__init__": lambda self: None})
+    if version != "8.6":
+        trt.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
+    absent = {"8.6": {"progress_monitor"}}.get(version, set()) | (
+        set() if version == "rtx" else {"num_compute_capabilities", "set_compute_capability"}
+    )
+    config = Recorder(" ".join(set(COMMON["IBuilderConfig"].split()) - absent), calls, {"add_optimization_profile": 0})
+    profile = Recorder(COMMON["IOptimizationProfile"], calls, {})
+    answers = {"create_builder_config": config, "create_optimization_profile": profile, "build_serialized_network": b"plan"}
+    trt.Builder = lambda logger: Recorder(COMMON["Builder"], calls, answers)
+    trt.OnnxParser = lambda network, logger: Recorder(COMMON["OnnxParser"], calls, {"parse": True})
+    return trt
+
+
+SPEC = {"precision": "int8", "profiles": {"x": [[1, 4], [2, 4], [8, 4]]}, "flags": ["SPARSE_WEIGHTS"]}
+
+
+@pytest.mark.parametrize(
+    ("version", "network", "flags"),
+    [
+        ("8.6", 0b01, ["SPARSE_WEIGHTS", "INT8", "FP16"]),
+        ("10.3", 0b11, ["SPARSE_WEIGHTS"]),
+        ("10.16", 0b11, ["SPARSE_WEIGHTS"]),
+        ("11.4", 0b10, ["SPARSE_WEIGHTS"]),
+        ("rtx", 0b01, ["SPARSE_WEIGHTS"]),
+    ],
+)
+def test_each_version_gets_the_flags_it_knows(version: str, network: int, flags: list[str]) -> None:
+    calls: list[tuple[str, Any]] = []
+    plan = build_engine.build(fake(version, calls), b"graph", dict(SPEC), lambda phase, share: True)
+    assert plan == b"plan"
+    assert [a for n, a in calls if n == "create_network"] == [(network,)]
+    assert [a[0] for n, a in calls if n == "set_flag"] == flags
+    assert [a for n, a in calls if n == "set_shape"] == [("x", (1, 4), (2, 4), (8, 4))]
+    assert ("progress_monitor" in [n for n, _ in calls]) == (version != "8.6")
+
+
+def test_the_progress_share_never_falls() -> None:
+    trt = types.SimpleNamespace(IProgressMonitor=type("IProgressMonitor", (), {"__init__": lambda self: None}))
+    shares: list[float] = []
+    monitor = build_engine._monitor(trt, lambda phase, share: shares.append(share) is None)
+    monitor.phase_start("build", None, 2)
+    for _ in range(2):
+        monitor.phase_start("tactics", "build", 4)
+        for step in range(4):
+            assert monitor.step_complete("tactics", step)
+        monitor.phase_finish("tactics")
+    monitor.step_complete("build", 0)
+    monitor.step_complete("build", 1)
+    assert shares == sorted(shares)
+    assert shares[0] == pytest.approx(1 / 8)
+    assert shares[-1] == 1.0
+
+
+@pytest.fixture
+def kit(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    made = build(tiny_bundle, target="jetson-orin-nano", batch="1..8").kit
+    assert made is not None
+    zipfile.ZipFile(made).extractall(tmp_path / "kit")
+    return tmp_path / "kit"
+
+
+def test_a_kit_is_complete_and_deterministic(tiny_bundle: Bundle, kit: Path) -> None:
+    made = tiny_bundle.path / "engines/jetson-orin-nano.kit.zip"
+    first = made.read_bytes()
+    assert {p.name for p in kit.iterdir()} == {"README.txt", "build.json", "build_engine.py", "golden.npz", "graph.onnx"}
+    spec = json.loads((kit / "build.json").read_text())
+    assert spec["files"] == {
+        n: hashlib.sha256((kit / n).read_bytes()).hexdigest() for n in ("build_engine.py", "golden.npz", "graph.onnx")
+    }
+    assert spec["profiles"] == {"x": [[1, 3, 32, 32], [8, 3, 32, 32], [8, 3, 32, 32]]}
+    assert [e["tensorrt"] for e in spec["tensorrt"]] == ["8.6.2", "10.3.0", "10.16.2"]
+    readme = (kit / "README.txt").read_text()
+    assert "python3 build_engine.py" in readme
+    assert "--maxShapes=x:8x3x32x32" in readme
+    build(tiny_bundle.path, target="jetson-orin-nano", precision="fp32")
+    assert made.read_bytes() != first
+    build(tiny_bundle.path, target="jetson-orin-nano", batch="1..8")
+    assert made.read_bytes() == first
+
+
+def run_kit(kit: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the script as a device would: its own process, only the kit's folder, no edgekit on the path."""
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "build_engine.py", *options]
+    return subprocess.run(command, cwd=kit, capture_output=True, text=True, check=False)
+
+
+def test_the_script_builds_a_real_engine(kit: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    done = run_kit(kit, "--module", "tensorrt_rtx", "--compute-capability", "8.9", "--no-check", "--out", "made")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    engine = kit / "made" / "jetson-orin-nano.engine"
+    assert answer["engine_sha256"] == hashlib.sha256(engine.read_bytes()).hexdigest()
+    assert json.loads((kit / "made" / "jetson-orin-nano.json").read_text())["precision"] == "fp16"
+
+
+def test_a_damaged_kit_is_refused(kit: Path) -> None:
+    data = (kit / "graph.onnx").read_bytes()
+    (kit / "graph.onnx").write_bytes(data[:-1] + b"x")
+    done = run_kit(kit, "--no-check")
+    assert done.returncode == 1
+    assert "damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_tensorrt_the_script_says_so(kit: Path) -> None:
+    done = run_kit(kit, "--no-check")
+    assert done.returncode == 1
+    assert "tensorrt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_script_is_python_3_8_with_numpy_only() -> None:
+    """JetPack 5 has Python 3.8; the parser takes its grammar, the imports are the standard library's and numpy."""
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 8))
+    modules = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert modules - set(sys.stdlib_module_names) - {"__future__"} == {"numpy"}
+
+
+class Gpu:
+    """A device in host memory: the CUDA calls of the check, and an engine whose outputs a function makes."""
+
+    def __init__(self, function: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], batch: tuple[int, int]) -> None:
+        self.function, self.batch, self.live, self.memory = function, batch, 0, {}
+        self.num_io_tensors, self.addresses, self.shape = 2, {}, ()
+
+    def call(self, name: str, *arguments: Any) -> None:
+        self.live -= name == "cudaFree"
+
+    def malloc(self, size: int) -> Any:
+        self.live += 1
+        self.memory[self.live] = np.zeros(size, np.uint8)
+        return types.SimpleNamespace(value=self.live)
+
+    def copy(self, target: Any, source: Any, size: int, kind: int) -> None:
+        import ctypes
+
+        device = self.memory[(target if kind == 1 else source).value]
+        host = (source if kind == 1 else target).value
+        ctypes.memmove(*((device.ctypes.data, host) if kind == 1 else (host, device.ctypes.data)), size)
+
+    def get_tensor_name(self, index: int) -> str:
+        return "xy"[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name == "x" else "out"
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "float"
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, int]]:
+        return [(self.batch[0], 3), (self.batch[1], 3), (self.batch[1], 3)]
+
+    def create_execution_context(self) -> Gpu:
+        return self
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        assert self.batch[0] <= shape[0] <= self.batch[1]
+        self.shape = shape
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        x = self.memory[self.addresses["x"]].view(np.float32).reshape(self.shape)
+        self.memory[self.addresses["y"]] = np.ascontiguousarray(self.function(x), np.float32).view(np.uint8).ravel()
+        return True
+
+    def module(self) -> Any:
+        return types.SimpleNamespace(
+            ILogger=type("ILogger", (), {"ERROR": 1, "__init__": lambda s: None}),
+            TensorIOMode=types.SimpleNamespace(INPUT="in"),
+            nptype=lambda dtype: np.float32,
+            Runtime=lambda logger: types.SimpleNamespace(deserialize_cuda_engine=lambda plan: self),
+        )
+
+
+@pytest.mark.parametrize("batch", [(1, 8), (1, 2), (3, 3), (8, 8), (1, 1)])
+def test_the_check_on_the_device_compares_every_golden_sample(tmp_path: Path, batch: tuple[int, int]) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    (tmp_path / "golden.npz").write_bytes(save_golden({"x": x}, {"y": x * 2}))
+    tolerance = {"kind": "snr_db", "limit": 40.0}
+    good = Gpu(lambda a: a * 2, batch)
+    assert build_engine.check(good.module(), b"", tmp_path / "golden.npz", tolerance, good) == {
+        "snr_db": 200.0,
+        "relative": 0.0,
+    }
+    assert good.live == 0
+    for function in (lambda a: a * 2.1, lambda a: a * np.nan, lambda a: np.where(a == x[3], 0, a * 2)):
+        wrong = Gpu(function, batch)
+        with pytest.raises(build_engine.BuildError, match=r"misses|finite"):
+            build_engine.check(wrong.module(), b"", tmp_path / "golden.npz", tolerance, wrong)
+
+
+def test_golden_of_the_kit_is_the_bundles(tiny_bundle: Bundle, kit: Path) -> None:
+    with np.load(io.BytesIO((kit / "golden.npz").read_bytes())) as file:
+        np.testing.assert_array_equal(file["output/y"], load_golden(tiny_bundle)[1]["y"])
