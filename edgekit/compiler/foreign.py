@@ -54,7 +54,7 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     bound = onnx.ModelProto()
     bound.CopyFrom(source.model)
     binding = bind_inputs(bound, fixed, ranges)
-    check_model(bound)  # only now: an input may have no shape before
+    check_model(bound)
     notes = [*source.notes, *binding.notes]
     original = session(source.model.SerializeToString(), 0)
     trials = _feeds(original, bound, binding.ranges, notes)

@@ -68,9 +68,13 @@ def read_model(path: Path) -> Source:
 
 
 def check_model(model: onnx.ModelProto) -> None:
-    """`onnx.checker`, in one line. Raises `GraphError`."""
+    """`onnx.checker`, in one line; inputs and outputs may leave their shapes open. Raises `GraphError`."""
+    shaped = onnx.ModelProto()
+    shaped.CopyFrom(model)
+    for value in (*shaped.graph.input, *shaped.graph.output):
+        value.type.tensor_type.shape.SetInParent()
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(shaped)
     except Exception as error:  # noqa: BLE001  ValidationError, and protobuf's for a model above 2 GiB
         raise GraphError(f"the file is not valid ONNX: {_first(error)}", "export the model again") from None
 

@@ -227,6 +227,13 @@ def test_an_input_without_any_shape_needs_one(tmp_path: Path) -> None:
     assert import_onnx(path, out=tmp_path / "c.edge", shape="x:2x4").manifest.inputs[0].shape == (2, 4)
 
 
+def test_an_output_without_a_shape_gets_one(tmp_path: Path) -> None:
+    made = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.ones((4, 2), np.float32)}, y=None)
+    assert not made.graph.output[0].type.tensor_type.HasField("shape")
+    bundle = import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge", shape="x:3x4")
+    assert bundle.manifest.outputs[0].shape == (3, 2)
+
+
 def test_a_constant_bomb_is_not_unfolded(tmp_path: Path) -> None:
     made = model([helper.make_node("ConstantOfShape", ["big"], ["c"]), helper.make_node("ReduceMax", ["c"], ["m"], keepdims=0),
                   helper.make_node("Add", ["x", "m"], ["y"])], {"big": np.array([1 << 20, 1 << 20])}, y=["n", 4])  # fmt: skip
