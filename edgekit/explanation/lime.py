@@ -50,14 +50,16 @@ def superpixels(image: Float, wanted: int = SEGMENTS) -> NDArray[np.int64]:
     columns = max(1, min(width, round(wanted / rows)))
     y, x = np.mgrid[:height, :width]
     row, column = y * rows // height, x * columns // width
-    scale = image.std() or 1.0
-    place = np.stack([y * rows / height, x * columns / width]).astype(np.float64)
-    features = np.concatenate([COLOUR * image / scale / np.sqrt(len(image)), place])  # (C + 2, H, W)
+    scale = float(image.std()) or 1.0
+    place = np.stack([y * rows / height, x * columns / width]).astype(np.float32)
+    features = np.concatenate([COLOUR * image / scale / len(image) ** 0.5, place])  # (C + 2, H, W)
     segments = row * columns + column
     near = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     for _ in range(ROUNDS):
         total = np.maximum(np.bincount(segments.ravel(), minlength=rows * columns), 1)
-        centres = np.stack([np.bincount(segments.ravel(), f.ravel(), rows * columns) / total for f in features])  # (C + 2, S)
+        centres = np.stack(
+            [np.bincount(segments.ravel(), f.ravel(), rows * columns) / total for f in features], dtype=np.float32
+        )  # (C + 2, S)
         candidates = [np.clip(row + dy, 0, rows - 1) * columns + np.clip(column + dx, 0, columns - 1) for dy, dx in near]
         distances = np.stack([((features - centres[:, candidate]) ** 2).sum(0) for candidate in candidates])
         segments = np.take_along_axis(np.stack(candidates), distances.argmin(0)[None], 0)[0]

@@ -16,6 +16,7 @@ __all__ = ["Attribution", "Question"]
 Float = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 BATCH = 64
+BATCH_VALUES = 1_200_000  # a batch of 5 MB stays in the cache: larger ones took twice as long
 
 
 class Attribution(NamedTuple):
@@ -54,11 +55,12 @@ class Question:
         return logits
 
     def hide(self, masks: Iterable[Mask]) -> Iterator[Float]:
-        """Logits (n, classes) of the image with each mask (H, W) hidden, up to `BATCH` masks a piece, in order."""
+        """Logits (n, classes) of the image with each mask (H, W) hidden, a batch of masks a piece, in order."""
         pending: list[Mask] = []
+        batch = max(1, min(BATCH, BATCH_VALUES // self.x.size))
         for mask in masks:
             pending.append(mask)
-            if len(pending) == BATCH:
+            if len(pending) == batch:
                 yield self._ask(pending)
                 pending = []
         if pending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -25,8 +26,8 @@ __all__ = ["report"]
 
 GENERATOR = b'<meta name="generator" content="edgekit'
 MAX_CLASSES = 24  # a larger confusion matrix is unreadable; its worst pairs are listed instead
-MAX_PICTURES = 24
 MAX_PICTURE_BYTES = 400_000
+MAX_PICTURES_TEXT = 2_000_000  # characters of all pictures together, so that the page stays mailable
 PNG = b"\x89PNG\r\n\x1a\n"
 
 Source = Bundle | str | os.PathLike[str]
@@ -95,7 +96,7 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
             f"{folder} holds no explanations: {error}", "write them: edgekit explain B IMAGE... --out DIR"
         ) from None
     found = []
-    for image in images[:MAX_PICTURES]:
+    for image in images:
         path = folder / Path(str(image.get("overlay", ""))).name
         if path.is_file() and (uri := _data_uri(path.read_bytes())):
             source = Path(str(image.get("source", path.name))).name
@@ -125,9 +126,10 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]]) -
     key = charts.protocol(views)
     rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
     drawn = _charts(views, rows)
-    embedded = [
-        _picture(uri, name, None, None, None) for view in views for name, png in view.pictures if (uri := _data_uri(png))
-    ]
+    stored = [(name, _data_uri(png)) for view in views for name, png in view.pictures]
+    embedded = [*pictures, *(_picture(uri, name, None, None, None) for name, uri in stored if uri)]
+    total = itertools.accumulate(len(picture["uri"]) for picture in embedded)
+    shown = sum(size <= MAX_PICTURES_TEXT for size in total)
     scripts = [_asset("chart.umd.min.js"), _asset("report.js")]
     return environment.from_string(_asset("report.html")).render(
         cards=_cards(rows),
@@ -136,7 +138,8 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]]) -
         protocol=" · ".join(part for part in key if part) if key else None,
         charts=drawn,
         confusions=[_confusion(view) for view in views if view.confusion],
-        pictures=[*pictures, *embedded[:MAX_PICTURES]],
+        pictures=embedded[:shown],
+        left_out=len(embedded) - shown,
         style=_asset("report.css"),
         scripts=scripts,
         script_hashes=[base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts],

@@ -335,6 +335,24 @@ def test_explanations_are_embedded_by_file_name_only(family: list[Bundle], tmp_p
         report(family, out=tmp_path / "r.html", explanations=tmp_path)
 
 
+def test_many_pictures_do_not_swell_the_page(family: list[Bundle], tmp_path: Path) -> None:
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (330, 330, 3), np.uint8)
+    folder = tmp_path / "why"
+    folder.mkdir()
+    for i in range(6):
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    images = [{"source": f"{i}.png", "overlay": f"{i}.png"} for i in range(6)]
+    (folder / "explanation.json").write_text(json.dumps({"method": "lime", "images": images}))
+    size = report(family, out=tmp_path / "r.html", explanations=folder)["size_bytes"]
+    page = Page(tmp_path / "r.html")
+    shown = [tag for tag, _ in page.tags].count("img")
+    assert 0 < shown < 6
+    assert f"{6 - shown} more were left out" in page.text["explanations"]
+    assert size < 2_500_000
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(max_size=3),
