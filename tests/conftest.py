@@ -173,3 +173,21 @@ def digits_bundle(tmp_path: Path, digits_graph: bytes) -> Bundle:
         preprocessing=dataset.preprocessing,
         history=(history_entry("train", {"data": "digits", "data_digest": dataset.digest}, {"top1": 0.95}),),
     )
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data spec: 400 of the digits as ``npz:``, 320 to train on; an epoch takes a fraction of a second."""
+    split = load("digits").train
+    chosen = range(0, len(split), 10)
+    path = tmp_path_factory.mktemp("data") / "few.npz"
+    np.savez(path, images=np.stack([split.read(i) for i in chosen]), labels=split.targets[list(chosen)])
+    return f"npz:{path}"
+
+
+@pytest.fixture(scope="session")
+def trained_bundle(tmp_path_factory: pytest.TempPathFactory, few_digits: str) -> Bundle:
+    """The depthwise preset after a few epochs on `few_digits`; read only."""
+    from edgekit.training import train
+
+    return train(data=few_digits, out=tmp_path_factory.mktemp("trained") / "few.edge", epochs=6, batch=32, seed=1)

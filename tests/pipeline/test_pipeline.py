@@ -1,0 +1,129 @@
+"""The main job by recipe, on a few digits: everything is made, nothing is made twice, mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgekit.bundle import Bundle
+from edgekit.errors import UsageError
+from edgekit.pipeline import pipeline, read_recipe
+
+RECIPE = """
+name = "few"
+data = "{data}"
+seed = 1
+[[stage]]
+run = "train"
+out = "small"
+epochs = {epochs}
+batch = 32
+[[stage]]
+run = "quantize"
+bundle = "small"
+out = "small8"
+[[stage]]
+run = "eval"
+bundles = ["small", "small8"]
+[[stage]]
+run = "build"
+bundle = "small8"
+target = "rtx-ada"
+[[stage]]
+run = "bench"
+bundles = ["small8"]
+seconds = 0.2
+[[stage]]
+run = "samples"
+out = "images"
+count = 5
+[[stage]]
+run = "report"
+bundles = ["small", "small8"]
+[[stage]]
+run = "scan"
+bundle = "small8"
+source = "images"
+"""
+
+
+def how(answer: dict) -> dict[str, str]:
+    return {row["stage"].split()[0]: row["how"] for row in answer["stages"]}
+
+
+def test_a_recipe_makes_everything_once(cli, tmp_path: Path, few_digits: str):
+    recipe = tmp_path / "few.toml"
+    recipe.write_text(RECIPE.format(data=few_digits, epochs=3))
+    out = tmp_path / "out"
+    first = cli("pipeline", recipe, "--out", out)
+    assert first.code == 0, first.err
+    events = [json.loads(line) for line in first.out.splitlines() if line.startswith("{")]
+    assert len(events) == 5
+    assert all(event["label"] in set("0123456789") for event in events)
+    assert "top-1" in first.out
+    assert (out / "small8.edge/engines/rtx-ada.engine").stat().st_size > 1000
+    assert (out / "report.html").read_text().startswith("<!")
+
+    again = pipeline(recipe, out=out)
+    assert set(how(again).values()) == {"kept", "run"}
+    assert [stage for stage, was in how(again).items() if was == "run"] == ["scan"]
+
+    recipe.write_text(RECIPE.format(data=few_digits, epochs=4))
+    changed = how(pipeline(recipe, out=out))
+    assert changed["train"] == changed["quantize"] == changed["build"] == changed["report"] == "run"
+    assert changed["samples"] == "kept"
+    assert Bundle.open(out / "small.edge").last("train").config["epochs"] == 4
+
+    (out / "small8.edge/engines/rtx-ada.engine").write_bytes(b"damaged")
+    with pytest.raises(Exception, match="damaged"):
+        pipeline(recipe, out=out)
+
+
+def test_a_foreign_folder_in_the_way_is_not_removed(cli, tmp_path: Path, few_digits: str):
+    recipe = tmp_path / "few.toml"
+    recipe.write_text(RECIPE.format(data=few_digits, epochs=1))
+    mine = tmp_path / "out/small.edge"
+    mine.mkdir(parents=True)
+    (mine / "precious").write_text("keep me")
+    outcome = cli("pipeline", recipe, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert "not overwritten" in outcome.err
+    assert (mine / "precious").read_text() == "keep me"
+
+
+def test_the_built_in_recipe_is_valid_and_can_be_shown(cli):
+    assert [type(stage).__name__ for stage in read_recipe().stage][-1] == "Scan"
+    shown = cli("pipeline", "--show")
+    assert shown.code == 0
+    assert 'run = "train"' in shown.out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('name = "x"\nspeed = 1\nstage = []', "unknown field `speed`"),
+        ('name = "x"\n[[stage]]\nrun = "train"\nout = "a"\ndata = "digits"\nepoch = 3', "unknown field `epoch`"),
+        ('name = "x"\n[[stage]]\nrun = "fly"\nout = "a"', "Invalid value 'fly'"),
+        ('name = "x"\n[[stage]]\nrun = "train"\nout = "a"\ndata = "digits"\nepochs = "many"', "Expected `int"),
+        ('name = "x"\n[[stage]]\nrun = "train"\nout = "a"', "has no data"),
+        ('name = "x"\n[[stage]]\nrun = "build"\nbundle = "b"\ntarget = "rtx-ada"', "no earlier stage writes"),
+        ('name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "../a"', "plain name"),
+        ('name = "x"\ndata = "digits"\n' + '[[stage]]\nrun = "train"\nout = "a"\n' * 2, "writes 'a' again"),
+        ("name = ", "Invalid value"),
+    ],
+)
+def test_a_mistaken_recipe_is_named_before_anything_runs(cli, tmp_path: Path, text: str, words: str):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(text)
+    outcome = cli("pipeline", recipe, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert len(outcome.err.strip().splitlines()) <= 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_recipe():
+    with pytest.raises(UsageError, match="there is no recipe"):
+        read_recipe("no-such.toml")

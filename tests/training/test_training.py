@@ -1,0 +1,160 @@
+"""Training end to end on a few digits: figures, resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgekit.bundle import FLOAT_GRAPH, WEIGHTS, Bundle
+from edgekit.data import load
+from edgekit.data.augment import POLICIES, augment
+from edgekit.errors import EdgekitError, UsageError
+from edgekit.evaluation import evaluate
+from edgekit.models import PRESETS
+from edgekit.models.module import load as load_module
+from edgekit.runtime import check_golden
+from edgekit.training import FitConfig, fit, train
+
+
+def test_a_trained_bundle_is_complete_and_its_figures_are_what_the_runtime_measures(trained_bundle: Bundle, few_digits: str):
+    figures = trained_bundle.manifest.history[-1].figures
+    assert figures["top1"] > 0.5
+    assert evaluate(trained_bundle, few_digits)["top1"] == pytest.approx(figures["top1"])
+    assert check_golden(trained_bundle).relative <= 1e-4
+    assert figures["golden_tolerance"] == 1e-4
+    assert len(figures["curve"]) == 6
+    assert figures["curve"][0]["loss"] > figures["curve"][-1]["loss"]
+
+
+def test_the_graph_names_no_file_of_this_machine(trained_bundle: Bundle):
+    graph = trained_bundle.file(FLOAT_GRAPH).read_bytes()
+    assert b".py" not in graph
+    assert b"site-packages" not in graph
+
+
+def test_loaded_weights_answer_like_the_graph(trained_bundle: Bundle, few_digits: str):
+    from edgekit.runtime import Model
+
+    dataset = load(few_digits)
+    x = dataset.test.tensors(dataset.preprocessing).x[:16]
+    with torch.no_grad():
+        expected = load_module(trained_bundle)(torch.from_numpy(x)).numpy()
+    with Model.open(trained_bundle.path) as model:
+        found = model.run({"x": x})["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains(name: str, tmp_path: Path, few_digits: str):
+    bundle = train(data=few_digits, out=tmp_path / f"{name}.edge", model=name, epochs=1)
+    assert bundle.manifest.model is not None
+    assert bundle.manifest.model.name == name
+
+
+def test_same_seed_same_weights(tmp_path: Path, few_digits: str):
+    made = [train(data=few_digits, out=tmp_path / f"{i}.edge", epochs=1, seed=3) for i in range(2)]
+    assert made[0].manifest.files[WEIGHTS] == made[1].manifest.files[WEIGHTS]
+    assert made[0].digest == made[1].digest
+
+
+TRAIN = """
+import sys
+from edgekit.cli import main
+main(["train", "--data", sys.argv[1], "--out", sys.argv[2], "--epochs", sys.argv[3], "--batch", "16", "--seed", "5"])
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_training_resumes_to_the_same_weights(tmp_path: Path, few_digits: str, sent: signal.Signals):
+    epochs = 12
+    whole = train(data=few_digits, out=tmp_path / "whole.edge", epochs=epochs, batch=16, seed=5)
+    out = tmp_path / "stopped.edge"
+    command = [sys.executable, "-c", TRAIN, few_digits, str(out), str(epochs)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint = out.with_name("stopped.edge.checkpoint")
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert not out.exists(), "it was to be stopped before the end"
+    assert "Traceback" not in err
+    assert checkpoint.exists()
+    if sent == signal.SIGINT:
+        assert process.returncode == 1
+        assert "run the same command again" in err
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "resuming after epoch" in again.stderr
+    assert not checkpoint.exists()
+    resumed, straight = load_file(Bundle.open(out).file(WEIGHTS)), load_file(whole.file(WEIGHTS))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path, few_digits: str, capfd: pytest.CaptureFixture[str]):
+    out = tmp_path / "m.edge"
+    out.with_name("m.edge.checkpoint").write_bytes(b"no checkpoint")
+    train(data=few_digits, out=out, epochs=1)
+    assert "cannot be read; starting again" in capfd.readouterr().err
+
+
+def test_a_diverging_loss_stops_with_a_cure(few_digits: str):
+    dataset = load(few_digits)
+    tensors = dataset.train.tensors(dataset.preprocessing)
+    tensors.x[0, 0, 0, 0] = np.nan
+    with pytest.raises(EdgekitError, match="no longer finite") as caught:
+        fit(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), tensors, tensors, FitConfig(1, 0.01))
+    assert "--lr" in caught.value.hint
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_augmentation_keeps_shape_and_is_seeded(policy: str):
+    x = torch.rand(8, 3, 20, 24)
+    first, second = (augment(x, policy, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert first.shape == x.shape
+    assert torch.equal(first, second)
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, x) == (policy == "none")
+
+
+def test_digits_are_never_mirrored():
+    ramp = torch.linspace(0, 1, 28).expand(64, 1, 28, 28).contiguous()
+    moved = augment(ramp, "digits", torch.Generator().manual_seed(0))[:, 0, 8:20, 8:20]
+    assert (moved[:, :, -1].mean(1) > moved[:, :, 0].mean(1)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--data", "nonsense"], 2, "choose one of: digits"),
+        (["--data", "folder:/no/such/folder"], 1, "there is no folder"),
+        (["--data", "digits", "--model", "nonsense"], 2, "choose one of: textbook"),
+        (["--data", "digits", "--model", "textbook", "--size", "8"], 2, "try another model or image size"),
+        (["--data", "digits", "--epochs", "0"], 2, "epochs"),
+    ],
+)
+def test_bad_input(cli, tmp_path: Path, arguments: list[str], code: int, words: str):
+    outcome = cli("train", "--out", tmp_path / "m.edge", *arguments)
+    assert outcome.code == code
+    assert words in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_exists_is_refused_before_any_work(cli, tmp_path: Path):
+    (tmp_path / "m.edge").mkdir()
+    outcome = cli("train", "--data", "digits", "--out", tmp_path / "m.edge", "--json")
+    assert outcome.code == 2
+    assert "not overwritten" in json.loads(outcome.out)["error"]
+
+
+def test_fit_config_is_checked():
+    with pytest.raises(UsageError):
+        FitConfig(epochs=1, lr=0.0)
