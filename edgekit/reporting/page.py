@@ -175,6 +175,7 @@ def _cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     best = max((v for v in views if v.top1 is not None), key=lambda v: v.top1 or 0.0, default=None)
     small = min((v for v in views if v.graph_bytes), key=lambda v: v.graph_bytes, default=None)
     fast = min(timed, key=lambda pair: pair[1].p50 or 0.0, default=None)
+    swift = f"{fast[0].name}{' · unsteady' if fast[1].trustworthy is False else ''}" if fast else None
     engines = sorted(((v, e) for v in views for e in v.engines), key=lambda pair: not pair[1].built)
     title, value, note = "Engine", None, None
     if engines:
@@ -186,7 +187,7 @@ def _cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "Best accuracy", _percent(best.top1) if best else None, best.name if best else None, "edgekit eval B --data SPEC"
         ),
         _card("Smallest", _size(small.graph_bytes) if small else None, small.name if small else None, "edgekit quantize B"),
-        _card("Fastest (p50)", _ms(fast[1].p50) if fast else None, fast[0].name if fast else None, "edgekit bench B"),
+        _card("Fastest (p50)", _ms(fast[1].p50) if fast else None, swift, "edgekit bench B"),
         _card(title, value, note, "edgekit build B --target rtx-ada"),
     ]
 

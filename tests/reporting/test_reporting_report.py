@@ -218,6 +218,7 @@ def test_doubtful_latencies_say_why(family: list[Bundle], tmp_path: Path) -> Non
     page = Page(tmp_path / "r.html")
     assert "Not trustworthy: the warm-up did not settle" in page.text["latency"]
     assert "unsteady" in page.text["bundles"]
+    assert "base · unsteady" in page.text["summary"]
 
 
 def test_hostile_names_stay_text(digits_bundle: Bundle, tmp_path: Path) -> None:

@@ -147,7 +147,11 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   addEventListener("beforeprint", () => {
     document.querySelectorAll("details").forEach((element) => (element.open = true));
-    drawn.forEach((chart) => chart.resize());
+    document.documentElement.dataset.print = "";
+    draw();
   });
-  addEventListener("afterprint", () => drawn.forEach((chart) => chart.resize()));
+  addEventListener("afterprint", () => {
+    delete document.documentElement.dataset.print;
+    draw();
+  });
 })();
