@@ -81,6 +81,7 @@ def simplify(model: onnx.ModelProto) -> tuple[bool, list[str]]:
     """Raise the opset, infer shapes, fold constants, drop what is dead. Returns (changed, notes)."""
     notes: list[str] = []
     changed = raise_opset(model, notes)
+    changed |= not all(output.type.tensor_type.HasField("shape") for output in model.graph.output)
     infer_shapes(model)
     for _ in range(MAX_ROUNDS):
         if not fold_constants(model):

@@ -17,6 +17,8 @@ from edgekit.errors import MissingExtra
 from edgekit.runtime.golden import GoldenResult, compare_arrays
 from edgekit.runtime.onnxruntime import session
 
+from .reading import check_model
+
 try:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -180,7 +182,7 @@ def to_fp16(model: onnx.ModelProto, peaks: Mapping[str, float], *, twin: bool = 
     1.32: (x + 500) - 500 came back exact); the twin shows it, with sums in float32 as on tensor cores.
     """
     made = _Caster(model, peaks, twin).run()
-    onnx.checker.check_model(made)
+    check_model(made)
     onnx.shape_inference.infer_shapes(made, strict_mode=True)
     return made
 

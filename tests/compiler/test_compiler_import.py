@@ -103,6 +103,15 @@ def test_an_old_opset_is_raised(tmp_path: Path) -> None:
     assert opset(onnx.load(bundle.path / "model.onnx")) == 17
 
 
+def test_an_opset_that_nothing_runs_any_more_is_converted_and_noted(tmp_path: Path) -> None:
+    weights = {"w": np.ones((4, 2), np.float32), "b": np.ones(2, np.float32)}
+    made = model([helper.make_node("Gemm", ["x", "w", "b"], ["y"], broadcast=1)], weights, x=[3, 4], y=[3, 2], version=6)
+    bundle = import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge")
+    assert any("does not run opset 6" in note for note in bundle.manifest.history[-1].figures["notes"])
+    with Model.open(bundle.path) as m:
+        np.testing.assert_array_equal(m.run({"x": np.ones((3, 4), np.float32)})["y"], np.full((3, 2), 5))
+
+
 def test_weights_listed_as_inputs_are_no_inputs(tmp_path: Path) -> None:
     inputs = [helper.make_tensor_value_info("x", F, ["n", 4]), helper.make_tensor_value_info("w", F, [4, 2])]
     made = model(
@@ -291,7 +300,7 @@ def test_simplify_never_changes_an_output(plan: list[tuple[str, int, int]], fixe
     np.testing.assert_allclose(session(made.SerializeToString()).run(None, feeds)[0], before, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Cut or flipped anywhere, reading a file ends in a model or in one `GraphError`."""
