@@ -24,7 +24,13 @@ Frame = NDArray[Any]
 Float = NDArray[np.float32]
 MAX_PIXELS = 64_000_000
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
-_BAND = 16  # output rows per matrix product: each touches only the input rows under its triangle
+_BAND = 8  # output rows per matrix product: each touches only the input rows under its triangle
+_ONE_BAND = 4096  # a resize matrix of up to this many entries is faster as one dense product
+# OpenBLAS, which numpy's wheels bring, splits products above these sizes over threads. At frame sizes that saves
+# nothing, and on a busy machine the threads wait for each other: 1.3 ms became 15 ms for a 640x480 frame. So products
+# are kept below (interface/gemm.c and gemv.c: 65536 and 2304, each times GEMM_MULTITHREAD_THRESHOLD = 4).
+_GEMM = 1 << 18  # m * n * k
+_GEMV = 9216 // 3  # rows of three
 _CACHED_SIZES = 8
 
 
@@ -93,8 +99,9 @@ def _triangle(size_in: int, size_out: int, start: float, stop: float) -> list[tu
     first = np.clip(np.floor(centre - radius + 0.5), 0, size_in - 1).astype(int)
     last = np.clip(np.floor(centre + radius + 0.5), first + 1, size_in).astype(int)
     bands = []
-    for begin in range(0, size_out, _BAND):
-        rows = slice(begin, min(begin + _BAND, size_out))
+    height = size_out if size_in * size_out <= _ONE_BAND else _BAND
+    for begin in range(0, size_out, height):
+        rows = slice(begin, min(begin + height, size_out))
         low, high = int(first[rows].min()), int(last[rows].max())
         position = np.arange(low, high)
         weight = np.maximum(0.0, 1.0 - np.abs((position[None, :] + 0.5 - centre[rows, None]) / radius))
@@ -144,7 +151,12 @@ def _luma(frame: NDArray[np.uint8]) -> NDArray[Any]:
     """(H, W, 3) -> float32 (H, W); grey frames pass through."""
     if frame.ndim == 2:
         return frame
-    return (frame.reshape(-1, 3).astype(np.float32) @ _LUMA).reshape(frame.shape[:2])
+    flat = frame.reshape(-1, 3)
+    grey = np.empty(len(flat), np.float32)
+    for start in range(0, len(flat), _GEMV - 1):
+        block = slice(start, start + _GEMV - 1)
+        np.matmul(flat[block].astype(np.float32), _LUMA, out=grey[block])
+    return grey.reshape(frame.shape[:2])
 
 
 class _Plan:
@@ -173,11 +185,19 @@ class _Plan:
         flat = frame.reshape(frame.shape[0], -1)
         tall = np.empty((box_height, flat.shape[1]), np.float32)
         for out_rows, in_rows, weight in self.rows:
-            np.matmul(weight, flat[in_rows].astype(np.float32, copy=False), out=tall[out_rows])
+            source, target = flat[in_rows].astype(np.float32, copy=False), tall[out_rows]
+            step = max(1, _GEMM // weight.size)
+            for start in range(0, flat.shape[1], step):
+                np.matmul(weight, source[:, start : start + step], out=target[:, start : start + step])
         tall = tall.reshape(box_height, frame.shape[1], *tail)
         small = np.empty((box_height, box_width, *tail), np.float32)
         for out_columns, in_columns, weight in self.columns:
-            small[:, out_columns] = weight @ tall[:, in_columns] if tail else tall[:, in_columns] @ weight.T
+            if tail:  # one small product a row
+                small[:, out_columns] = weight @ tall[:, in_columns]
+                continue
+            step = max(1, _GEMM // weight.size)
+            for start in range(0, box_height, step):
+                small[start : start + step, out_columns] = tall[start : start + step, in_columns] @ weight.T
         if self.offset == (0, 0) and (box_height, box_width) == (self.out_height, self.out_width):
             return small
         padded = np.zeros((self.out_height, self.out_width, *tail), np.float32)
