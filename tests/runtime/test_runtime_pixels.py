@@ -1,7 +1,7 @@
 """Training and the device see the same tensor: the proof, pixel for pixel, through the public functions alone.
 
 Image files of every kind are written, read as a data set by training (`edgekit.data`), and read one by one as the
-scanner reads them (`read_image`, then `Model`). The tensors must be equal bit for bit, and the right ones.
+scanner reads them (`read_image` and `open_source`, then `Model`). The tensors must be equal bit for bit, and the right ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from edgekit.bundle import Bundle
 from edgekit.data import load
 from edgekit.preprocess import read_image
 from edgekit.runtime import Model
+from edgekit.scanner import open_source
 
 Array = np.ndarray[Any, Any]
 SIZES = [(31, 17), (33, 97), (1, 1), (5, 211), (32, 32), (64, 48)]  # (height, width)
@@ -80,6 +81,26 @@ def test_training_and_device_see_the_same_tensor(
                 logits = model.run({"x": tensor[None]})["y"][0]
                 scores = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
                 np.testing.assert_allclose(model(frame).scores, scores, rtol=1e-5)
+
+
+def test_a_scanned_folder_gives_the_frames_that_training_saw(tmp_path: Path, photo_bundle: Callable[[str], Bundle]) -> None:
+    for i, kind in enumerate(KINDS):
+        height, width = SIZES[i % len(SIZES)]
+        path = tmp_path / "data" / ("a" if i % 2 else "b") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(kind, height, width)[0].save(path)
+    bundle = photo_bundle("crop")
+    spec = bundle.manifest.preprocessing
+    assert spec is not None
+    tensors = load(f"folder:{tmp_path / 'data'}").all.tensors(spec)
+    expected = dict(zip(tensors.ids, tensors.x, strict=True))
+    with Model.open(bundle.path) as model:
+        for label in ("a", "b"):
+            for captured in open_source(str(tmp_path / "data" / label)):
+                assert captured.frame is not None
+                seen = model.preprocess(captured.frame)
+                assert seen[0].tobytes() == expected.pop(f"{label}/{Path(captured.source).name}").tobytes()
+    assert not expected
 
 
 def test_a_wide_frame_is_the_same_frame(photo_bundle: Callable[[str], Bundle]) -> None:
