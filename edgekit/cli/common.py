@@ -18,7 +18,7 @@ import click
 
 from edgekit.errors import BudgetNotMet, EdgekitError
 
-__all__ = ["Answer", "answers", "bundle_argument", "fail", "out_option", "table"]
+__all__ = ["Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., int]:
         if as_json:
             click.echo(_json(answer.data))
         else:
-            click.echo(answer.text or _lines(answer.data))
+            click.echo(answer.text or lines(answer.data))
         return answer.exit_code
 
     return wrapper
@@ -143,17 +143,17 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _lines(data: Mapping[str, Any]) -> str:
+def lines(data: Mapping[str, Any]) -> str:
     """``key  value`` lines, nested mappings indented under their key."""
     width = max((len(k) for k in data), default=0)
-    lines = []
+    rows = []
     for key, value in data.items():
         if isinstance(value, Mapping):
-            lines.append(key)
-            lines += [f"  {line}" for line in _lines(value).splitlines()]
+            rows.append(key)
+            rows += [f"  {line}" for line in lines(value).splitlines()]
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            lines.append(key)
-            lines += [f"  {line}" for line in table([dict(row) for row in value]).splitlines()]
+            rows.append(key)
+            rows += [f"  {line}" for line in table([dict(row) for row in value]).splitlines()]
         else:
-            lines.append(f"{key.ljust(width)}  {_cell(value) if not isinstance(value, list) else ', '.join(map(str, value))}")
-    return "\n".join(lines)
+            rows.append(f"{key.ljust(width)}  {_cell(value) if not isinstance(value, list) else ', '.join(map(str, value))}")
+    return "\n".join(rows)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgekit.cli.common import Answer, _lines, answers, bundle_argument, out_option, table
+from edgekit.cli.common import Answer, answers, bundle_argument, lines, out_option, table
 
 __all__ = ["build", "estimate", "import_", "inspect", "targets"]
 
@@ -88,7 +88,7 @@ def _with_lists(data: dict[str, Any], keys: tuple[str, ...]) -> str:
     """Figures as usual, then the lists of ``keys`` one line an item."""
     rest = {key: value for key, value in data.items() if key not in keys}
     lists = [line for key in keys if data.get(key) for line in (key, *(f"  {item}" for item in data[key]))]
-    return "\n".join([_lines(rest), *lists])
+    return "\n".join([lines(rest), *lists])
 
 
 @click.command("targets")

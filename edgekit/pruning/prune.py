@@ -147,19 +147,21 @@ def _cut(module: nn.Module, before: bytes, train_set: Tensors, keep: float | Non
     samples = torch.from_numpy(train_set.x[chosen])
     last = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     total = macs_of(module, samples)
+    budget = None if speedup else int((0.5 if keep is None else keep) * total)
     steps: list[Step] = []
     say("measuring what each cut costs")
-    for step in cut_path(module, samples, frozenset({last})):
+    for step in cut_path(module, samples, frozenset({last}), budget):
         steps.append(step)
-        if speedup is None and step.macs <= (0.5 if keep is None else keep) * total:
-            break
-        # Speed is what was asked for, so speed is measured; below the asked share of MACs it cannot be there yet.
-        if speedup is not None and step.macs * 0.6 * speedup <= total:
+        # Speed is what was asked for, so speed is measured; with too few MACs gone it cannot be there yet.
+        if speedup and step.macs * 0.6 * speedup <= total:
             graph = export_onnx(step.module, samples[:2])
             old, new = paired_latency(before, graph, samples[:1].numpy(), rounds=10)
             say(f"measured {old / new:.2f}x at {step.macs / total:.0%} of the MACs")
             if old / new >= speedup:
                 break
+    if budget is not None and (not steps or steps[-1].macs > budget) and budget < total:
+        left = (steps[-1].macs if steps else total) / total
+        raise UsageError(f"--keep {budget / total:.2g}: what cannot be cut is {left:.0%} of the MACs", "ask for less")
     return _Cut(steps[-1].module if steps else module, steps)
 
 

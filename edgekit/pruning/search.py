@@ -1,8 +1,9 @@
 """Where to cut: one step removes the weakest ``unit`` channels of the group that loses least for the work it saves.
 
 The loss of a step is measured, not guessed: how far the KL divergence of the answers from the original's grows on
-training samples, batch norms re-estimated first (without that a small cut looks like ruin), over the MACs saved. Widths end on multiples of ``unit``, because a width beside them
-costs as much as the next multiple (blocked layouts on the CPU, tensor cores on the GPU).
+training samples, batch norms re-estimated first (without that a small cut looks like ruin), over the MACs saved.
+Widths end on multiples of ``unit``, because a width beside them costs as much as the next multiple (blocked layouts on
+the CPU, tensor cores on the GPU).
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ class _Trial(NamedTuple):
     after: int
 
 
-def cut_path(module: nn.Module, samples: Tensor, keep: frozenset[str], unit: int = 16) -> Iterator[Step]:
-    """Yield ever smaller copies of ``module``, one cut each, until every group is down to ``unit`` channels.
+def cut_path(
+    module: nn.Module, samples: Tensor, keep: frozenset[str], budget: int | None = None, unit: int = 16
+) -> Iterator[Step]:
+    """Yield ever smaller copies of ``module``, one cut each, until ``budget`` MACs, or until no group can be cut.
+
+    The last cut to the budget is the one that loses least, not the one that saves most.
 
     ``samples`` float32 (N, C, H, W) from the training split. ``keep`` names layers whose outputs must stay (the classifier).
     """
@@ -60,12 +65,15 @@ def cut_path(module: nn.Module, samples: Tensor, keep: frozenset[str], unit: int
         if not usable:
             return
         widths = {group.root: group.width for group in groups}
-        root = min(usable, key=lambda r: usable[r].growth / usable[r].saved)
+        last = {root for root, trial in usable.items() if budget is not None and macs - trial.saved <= budget}
+        root = min(last or usable, key=lambda r: usable[r].growth / (1 if last else usable[r].saved))
         # A cached trial was measured on an earlier model: the chosen cut is made again on this one.
         chosen = _try(module, next(g for g in groups if g.root == root), samples, reference, unit, kl)
         assert chosen is not None
         module, macs, kl = chosen.module, chosen.macs, chosen.kl
         yield Step(module, macs, root, widths[root], chosen.after, chosen.kl)
+        if budget is not None and macs <= budget:
+            return
         del trials[root]
 
 
