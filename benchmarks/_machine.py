@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.benchmarking.device import fingerprint
-from edgekit.bundle import atomic_write
+from edgekit.files import atomic_write
 
 RESULTS = Path(__file__).with_name("results")
 

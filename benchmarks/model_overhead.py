@@ -20,7 +20,8 @@ import numpy as np
 from _machine import save
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, Bundle, ImagePreprocessing, Manifest, TensorSpec, Tolerance
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
+from edgekit.manifest import FORMAT, ImagePreprocessing, Manifest, TensorSpec, Tolerance
 from edgekit.progress import track
 from edgekit.runtime import Model
 from edgekit.runtime.golden import save_golden

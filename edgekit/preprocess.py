@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import ImagePreprocessing
 from .errors import DataError, InputError
+from .manifest import ImagePreprocessing
 
 __all__ = ["MAX_PIXELS", "Frame", "Preprocessor", "canonical_frame", "read_image"]
 

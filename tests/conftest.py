@@ -12,9 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, Bundle, Manifest, TensorSpec, Tolerance, history_entry
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.cli import main
 from edgekit.data import load
+from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
 

@@ -21,13 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekit import bundle as module
-from edgekit.bundle import (
-    FLOAT_GRAPH,
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle
+from edgekit.errors import BundleError, OutputExists
+from edgekit.manifest import (
     FORMAT,
-    GOLDEN,
-    MANIFEST,
-    REPORT,
-    Bundle,
     History,
     ImagePreprocessing,
     Manifest,
@@ -38,7 +35,6 @@ from edgekit.bundle import (
     encode_manifest,
     is_safe_name,
 )
-from edgekit.errors import BundleError, OutputExists
 
 
 def plain_manifest(**changes: Any) -> Manifest:
@@ -368,7 +364,8 @@ def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from edgekit.bundle import Bundle, Manifest, TensorSpec
+from edgekit.bundle import Bundle
+from edgekit.manifest import Manifest, TensorSpec
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails with EFBIG, as on a full disk
 path, action = Path(sys.argv[1]), sys.argv[2]
 bundle = Bundle.open(path) if path.exists() else None
@@ -427,7 +424,8 @@ def test_a_really_full_file_system(tmp_path: Path) -> None:
 
 CRASHING = """
 import os, sys
-from edgekit.bundle import Bundle, Manifest
+from edgekit.bundle import Bundle
+from edgekit.manifest import Manifest
 
 path, action, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 

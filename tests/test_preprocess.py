@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgekit.bundle import ImagePreprocessing
 from edgekit.errors import DataError, InputError
+from edgekit.manifest import ImagePreprocessing
 from edgekit.preprocess import MAX_PIXELS, Preprocessor, canonical_frame, read_image
 
 Array = np.ndarray[Any, Any]

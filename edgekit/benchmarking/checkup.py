@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import edgekit
-from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, Bundle, Manifest, TensorSpec, Tolerance
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.errors import EdgekitError
+from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance
 from edgekit.runtime import BACKENDS, check_golden
 from edgekit.runtime.golden import save_golden
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import GOLDEN, Bundle, ImagePreprocessing, TensorSpec
+from edgekit.bundle import GOLDEN, Bundle
 from edgekit.errors import UsageError
+from edgekit.manifest import ImagePreprocessing, TensorSpec
 from edgekit.runtime.golden import load_golden
 
 __all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none"]

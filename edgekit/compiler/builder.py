@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 
-from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle, Tolerance
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, MissingExtra, UsageError
+from edgekit.manifest import Tolerance
 from edgekit.version import __version__
 
 from . import child

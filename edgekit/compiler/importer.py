@@ -10,8 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, Bundle, Manifest, TensorSpec, Tolerance, history_entry
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.errors import GraphError, UsageError
+from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
 from edgekit.progress import say
 
 from . import child

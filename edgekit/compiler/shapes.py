@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from edgekit.bundle import Bundle, TensorSpec
+from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
+from edgekit.manifest import TensorSpec
 
 __all__ = ["Axis", "Profiles", "parse_batch", "parse_shapes", "profiles_for", "shape_text"]
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import msgspec
 
-from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle, TensorSpec, sha256_file
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, UsageError
+from edgekit.files import sha256_file
+from edgekit.manifest import TensorSpec
 
 __all__ = ["summarise"]
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import ImagePreprocessing
 from edgekit.errors import DataError
+from edgekit.manifest import ImagePreprocessing
 from edgekit.preprocess import Frame, Preprocessor
 from edgekit.progress import say
 

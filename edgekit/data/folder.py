@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit.bundle import ImagePreprocessing
 from edgekit.errors import DataError
+from edgekit.manifest import ImagePreprocessing
 from edgekit.preprocess import read_image
 
 from .dataset import Dataset, Split, digest_of, stratified

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import ImagePreprocessing
 from edgekit.errors import DataError
+from edgekit.manifest import ImagePreprocessing
 
 from .dataset import Dataset, Split, digest_of, stratified
 

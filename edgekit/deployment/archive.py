@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from edgekit.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, Manifest, decode_manifest, encode_manifest, is_safe_name
+from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import BundleError
+from edgekit.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, encode_manifest, is_safe_name
 
 __all__ = ["MAX_FILES", "MAX_PACK_BYTES", "Archive", "Entry", "open_archive", "write_archive"]
 

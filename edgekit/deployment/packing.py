@@ -15,8 +15,10 @@ from typing import IO, Any
 
 import msgspec
 
-from edgekit.bundle import REPORT, WEIGHTS, Bundle, History, Manifest, sync_path
+from edgekit.bundle import REPORT, WEIGHTS, Bundle
 from edgekit.errors import BundleError, OutputExists
+from edgekit.files import sync_path
+from edgekit.manifest import History, Manifest
 from edgekit.version import __version__
 
 from .archive import MAX_FILES, MAX_PACK_BYTES, Archive, open_archive, write_archive

@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from edgekit.bundle import MANIFEST, Bundle, atomic_write, locked, sync_path
+from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureError
+from edgekit.files import atomic_write, locked, sync_path
 from edgekit.progress import say
 from edgekit.runtime import check_golden
 

@@ -13,9 +13,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle, ImagePreprocessing, atomic_write
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle
 from edgekit.data.folder import IMAGE_SUFFIXES
 from edgekit.errors import DataError, InputError, OutputExists, UsageError
+from edgekit.files import atomic_write
+from edgekit.manifest import ImagePreprocessing
 from edgekit.preprocess import Frame, read_image
 from edgekit.progress import say, track
 from edgekit.runtime import Model

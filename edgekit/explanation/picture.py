@@ -7,8 +7,8 @@ import io
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import ImagePreprocessing
 from edgekit.errors import MissingExtra
+from edgekit.manifest import ImagePreprocessing
 from edgekit.preprocess import Frame
 
 from .question import Float

@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import FLOAT_GRAPH, GOLDEN, WEIGHTS, Bundle, History, Manifest, ModelConfig, TensorSpec, Tolerance
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, WEIGHTS, Bundle
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.manifest import History, Manifest, ModelConfig, TensorSpec, Tolerance
 from edgekit.runtime import compare_arrays
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session

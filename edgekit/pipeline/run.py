@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 import edgekit
-from edgekit.bundle import Bundle, atomic_write
+from edgekit.bundle import Bundle
 from edgekit.data import load
 from edgekit.data.samples import write_samples
 from edgekit.errors import BudgetNotMet, BundleError, EdgekitError, OutputExists
+from edgekit.files import atomic_write, locked
 from edgekit.progress import say
 from edgekit.version import __version__
 
@@ -54,25 +54,11 @@ def pipeline(
     loaded = read_recipe(recipe)
     folder = Path(out or loaded.out or Path("runs") / loaded.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, wait=False):
         run = _Run(loaded, folder, on_event)
         for number, stage in enumerate(loaded.stage, 1):
             run.stage(number, stage)
         return run.answer()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One pipeline at a time in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EdgekitError(f"another pipeline is running in {folder}", "wait for it, or choose another --out") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 class _Run:

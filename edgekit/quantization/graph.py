@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from edgekit.errors import GraphError
 
 from .placement import Layer, Placement
-from .prepare import constants, prune, set_constant
+from .prepare import constants, prune
 from .statistics import LEVELS
 
 __all__ = ["Parameters", "check", "insert", "quantized_weight"]
@@ -97,7 +97,7 @@ class _Inserter:
 
     def _pair(self, tensor: str, scale: Array, first: str) -> str:
         names = [f"{tensor}/{part}" for part in ("scale", "int8", "dequantized")]
-        set_constant(self.graph, names[0], scale)
+        self._constant(names[0], scale)
         shared = [names[0], self._zero_point(())]
         self.before.setdefault(first, []).extend(
             [
@@ -114,8 +114,8 @@ class _Inserter:
         key = (q.shape, layer.axis, q.tobytes(), scale.tobytes())
         if key not in self.done:
             base = f"{layer.name}/weight"
-            set_constant(self.graph, f"{base}/int8", q)
-            set_constant(self.graph, f"{base}/scale", scale)
+            self._constant(f"{base}/int8", q)
+            self._constant(f"{base}/scale", scale)
             inputs = [f"{base}/int8", f"{base}/scale", self._zero_point(scale.shape)]
             node = helper.make_node(
                 "DequantizeLinear", inputs, [f"{base}/dequantized"], name=f"{base}/dequantize", axis=layer.axis
@@ -126,7 +126,7 @@ class _Inserter:
 
     def _bias(self, layer: Layer, bias: Array) -> None:
         name = f"{layer.name}/bias"
-        set_constant(self.graph, name, bias.astype(np.float32))
+        self._constant(name, bias.astype(np.float32))
         node = self.nodes[layer.biased]
         if layer.biased != layer.name:  # the Add behind a MatMul
             node.input[list(node.input).index(layer.bias or "")] = name
@@ -135,10 +135,15 @@ class _Inserter:
         else:
             node.input.append(name)
 
+    def _constant(self, name: str, value: Array) -> None:
+        if name in self.floats:  # a graph that was quantized here before, or one that happens to use the name
+            raise GraphError(f"the graph has a tensor {name!r}, a name that quantization needs", "rename it in the exporter")
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+
     def _zero_point(self, shape: tuple[int, ...]) -> str:
         name = f"edgekit/zero_point/{'x'.join(map(str, shape)) or 'scalar'}"
         if name not in self.done.values():
-            set_constant(self.graph, name, np.zeros(shape, np.int8))
+            self._constant(name, np.zeros(shape, np.int8))
             self.done[("zero", shape)] = name
         return name
 

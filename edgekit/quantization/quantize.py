@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import onnx
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, WEIGHTS, Bundle, Tolerance
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, WEIGHTS, Bundle
 from edgekit.errors import BudgetNotMet, GraphError, OutputExists, UsageError
 from edgekit.evaluation import evaluate
+from edgekit.manifest import Tolerance
+from edgekit.progress import say
 from edgekit.runtime import check_golden, compare_arrays
 from edgekit.runtime.golden import load_golden
 from edgekit.runtime.onnxruntime import session
@@ -32,6 +34,7 @@ __all__ = ["layer_table", "quantize"]
 #: int8 error itself, which doubles the noise power: 3 dB. A wrong scale or layout costs far more.
 GOLDEN_MARGIN_DB = 3.0
 GOLDEN_LIMIT_DB = 60.0
+POOR_DB = 10.0
 
 
 def quantize(
@@ -121,6 +124,8 @@ def _finish(
             figures["top1"] = evaluate(trial, labelled)["top1"]
         if parent.graph == FLOAT_GRAPH:
             figures["top1_float"] = evaluate(parent, labelled)["top1"]
+    if figures["snr_db"] < POOR_DB:
+        say(f"the int8 outputs are only {figures['snr_db']:.1f} dB from the float ones: leave layers float with --min-snr")
     written = _write(parent, out, config, result, figures, tolerance)
     check_golden(written, INT8_GRAPH)
     if result.missed:

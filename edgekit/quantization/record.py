@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import ImagePreprocessing
 from edgekit.errors import DataError
+from edgekit.manifest import ImagePreprocessing
 
 from .graph import Parameters
 from .statistics import BINS, Statistics

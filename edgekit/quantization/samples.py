@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import Bundle, TensorSpec
+from edgekit.bundle import Bundle
 from edgekit.data import MAX_DAMAGED_SHARE, SOURCES, load
 from edgekit.errors import DataError, UsageError
+from edgekit.manifest import TensorSpec
 from edgekit.preprocess import Preprocessor
 from edgekit.progress import say, track
 

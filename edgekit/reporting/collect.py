@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle, History
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.manifest import History
 
 from .figures import MAKERS, confusion, latest, mapping, number, numbers, own_entries, words
 

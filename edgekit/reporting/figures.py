@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from edgekit.bundle import History
+from edgekit.manifest import History
 
 __all__ = ["MAKERS", "Curve", "confusion", "curve", "latest", "mapping", "number", "numbers", "own_entries", "pareto", "words"]
 

@@ -14,8 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import REPORT, Bundle, atomic_write
+from edgekit.bundle import REPORT, Bundle
 from edgekit.errors import DataError, MissingExtra, OutputExists, UsageError
+from edgekit.files import atomic_write
 from edgekit.version import __version__
 
 from . import charts

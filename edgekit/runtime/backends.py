@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from edgekit.bundle import Bundle, TensorSpec
+from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, MissingExtra, UsageError
+from edgekit.manifest import TensorSpec
 
 __all__ = ["BACKENDS", "Runner", "open_runner"]
 

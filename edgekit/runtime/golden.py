@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import GOLDEN, Bundle, Tolerance
+from edgekit.bundle import GOLDEN, Bundle
 from edgekit.errors import BundleError, GoldenError
+from edgekit.manifest import Tolerance
 
 from .backends import Runner, open_runner
 

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle, TensorSpec
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import InputError, UsageError
+from edgekit.manifest import TensorSpec
 from edgekit.preprocess import Frame, Preprocessor
 
 from .backends import Runner, open_runner

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import Bundle, TensorSpec
+from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, InputError, MissingExtra
+from edgekit.manifest import TensorSpec
 
 try:
     import onnxruntime as ort

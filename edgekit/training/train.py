@@ -10,10 +10,11 @@ from pathlib import Path
 import msgspec
 import torch
 
-from edgekit.bundle import FORMAT, Bundle, Manifest, ModelConfig, history_entry
+from edgekit.bundle import Bundle
 from edgekit.data import load
 from edgekit.errors import OutputExists
 from edgekit.evaluation import accuracy
+from edgekit.manifest import FORMAT, Manifest, ModelConfig, history_entry
 from edgekit.models import DEFAULT, PRESETS
 from edgekit.models.module import create, parameters, write_model
 from edgekit.progress import say

@@ -15,8 +15,9 @@ from onnx import numpy_helper
 import edgekit
 from edgekit.benchmarking import doctor
 from edgekit.benchmarking.checkup import _satisfies
-from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle, Tolerance
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BudgetNotMet, BundleError, UsageError
+from edgekit.manifest import Tolerance
 
 
 def rounded(graph: bytes, steps: float = 127) -> bytes:

@@ -15,9 +15,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, INT8_GRAPH, Bundle, Manifest, TensorSpec, Tolerance, history_entry
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.compiler import build
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekit.bundle import FORMAT, Bundle, Manifest, TensorSpec, history_entry
+from edgekit.bundle import Bundle
 from edgekit.compiler.shapes import Axis, parse_batch, parse_shapes, profiles_for
 from edgekit.errors import UsageError
+from edgekit.manifest import FORMAT, Manifest, TensorSpec, history_entry
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12)
 axes = st.builds(lambda a, b: Axis(min(a, b), max(a, b)), st.integers(1, 4096), st.integers(1, 4096))

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgekit.bundle import ImagePreprocessing
 from edgekit.data import Dataset, load
 from edgekit.data.dataset import digest_of, stratified
 from edgekit.errors import DataError, EdgekitError, UsageError
+from edgekit.manifest import ImagePreprocessing
 
 SMALL = ImagePreprocessing(8, 8, 1, mean=(0.5,), std=(0.5,))
 

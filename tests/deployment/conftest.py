@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from edgekit.bundle import FLOAT_GRAPH, FORMAT, GOLDEN, Bundle, Manifest, TensorSpec, Tolerance
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.deployment import keygen, pack
+from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance
 from edgekit.runtime.golden import save_golden
 
 

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from onnx import helper
 from PIL import Image
 
-from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle, ImagePreprocessing
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.data import load
 from edgekit.errors import BundleError, DataError, OutputExists, UsageError
 from edgekit.explanation import METHODS, explain
@@ -28,6 +28,7 @@ from edgekit.explanation.lime import superpixels
 from edgekit.explanation.occlusion import attribute as occlusion
 from edgekit.explanation.picture import onto_frame
 from edgekit.explanation.question import Question
+from edgekit.manifest import ImagePreprocessing
 from edgekit.runtime import Model
 
 

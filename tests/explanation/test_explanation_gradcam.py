@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgekit.bundle import FORMAT, WEIGHTS, Bundle, Manifest, ModelConfig, history_entry
+from edgekit.bundle import WEIGHTS, Bundle
 from edgekit.data import load
 from edgekit.errors import UsageError
 from edgekit.explanation import explain
 from edgekit.explanation.question import Question
+from edgekit.manifest import FORMAT, Manifest, ModelConfig, history_entry
 from edgekit.runtime import Model, open_runner
 
 torch = pytest.importorskip("torch")

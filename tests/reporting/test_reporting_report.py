@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, MANIFEST, REPORT, Bundle, History
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, MANIFEST, REPORT, Bundle
 from edgekit.errors import BundleError, DataError, OutputExists, UsageError
+from edgekit.manifest import History
 from edgekit.reporting import report
 from edgekit.reporting.figures import confusion, curve, number, own_entries, pareto
 

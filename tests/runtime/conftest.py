@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle, ImagePreprocessing
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
+from edgekit.manifest import ImagePreprocessing
 
 Rewrite = Callable[..., Bundle]
 

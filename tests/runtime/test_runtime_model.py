@@ -9,9 +9,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from edgekit.bundle import FLOAT_GRAPH, Bundle, TensorSpec, Tolerance
+from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.data import load
 from edgekit.errors import BackendError, BundleError, GoldenError, InputError, UsageError
+from edgekit.manifest import TensorSpec, Tolerance
 from edgekit.runtime import Model, check_golden, compare_arrays, open_runner
 from edgekit.runtime.golden import load_golden, run_samples
 

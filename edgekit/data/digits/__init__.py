@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit.bundle import ImagePreprocessing
 from edgekit.data.dataset import Dataset, Split, digest_of, stratified
+from edgekit.manifest import ImagePreprocessing
 
 __all__ = ["load"]
 

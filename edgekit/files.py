@@ -1,0 +1,78 @@
+"""Files that are whole or absent: what every writer of edgekit goes through."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from .errors import EdgekitError
+
+__all__ = ["atomic_write", "locked", "sha256_file", "staged", "sync_path"]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write beside ``path``, flush to disk, then replace: a reader sees the old file or the new one, never half."""
+    with staged({path: data}) as names:
+        os.replace(names[path], path)
+    sync_path(path.parent)
+
+
+@contextlib.contextmanager
+def staged(files: Mapping[Path, bytes]) -> Iterator[dict[Path, str]]:
+    """Contents on disk beside their final paths: all that can fail for lack of space, before anything changes.
+
+    Yields final path -> temporary name; what the block has not renamed is removed.
+    """
+    import tempfile  # costs milliseconds, and the device only reads
+
+    names: dict[Path, str] = {}
+    try:
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, names[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(names[path], 0o644)
+        yield names
+    finally:
+        for name in names.values():
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """One writer at a time in a folder, across processes. Raises `EdgekitError` where it is taken and ``wait`` is off."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EdgekitError(f"another command is writing {folder}", "wait for it, or choose another --out") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def sync_path(path: Path) -> None:
+    """Flush a folder's entries (or a file's contents) to disk, so that a rename survives a power cut in the right order."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,159 @@
+"""`manifest.json`: the schema of what a bundle is, and reading and writing it. Validated by msgspec, unknown keys refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from .errors import BundleError
+from .version import __version__
+
+__all__ = [
+    "FORMAT",
+    "MAX_MANIFEST_BYTES",
+    "History",
+    "ImagePreprocessing",
+    "Manifest",
+    "ModelConfig",
+    "TensorSpec",
+    "Tolerance",
+    "checked_encoding",
+    "decode_manifest",
+    "encode_manifest",
+    "history_entry",
+    "is_safe_name",
+]
+
+FORMAT = 1
+MAX_MANIFEST_BYTES = 16 << 20
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph input or output; a string in ``shape`` names a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class ImagePreprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="image", tag_field="kind"):
+    """uint8 (H, W, 3) RGB -> float32 (1, channels, height, width): resize, then ``(x / 255 - mean) / std``.
+
+    ``fit`` says what happens to another aspect ratio: ``stretch`` ignores it, ``crop`` cuts the centre,
+    ``letterbox`` pads with black.
+    """
+
+    width: int
+    height: int
+    channels: Literal[1, 3]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: Literal["stretch", "crop", "letterbox"] = "stretch"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.width <= 8192 and 0 < self.height <= 8192):
+            raise ValueError(f"width and height must lie in 1..8192, not {self.width} x {self.height}")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std need {self.channels} values each")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A preset's name and its arguments. Pruned widths need no entry: the weights' shapes say them."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+
+class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a graph may be from the golden outputs.
+
+    ``relative``: max |out - golden| <= limit * max |golden|. ``snr_db``: signal-to-noise ratio >= limit.
+    """
+
+    kind: Literal["relative", "snr_db"]
+    limit: float
+
+
+class History(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One finished stage: what ran, on which parent (bundle digest), and what it measured."""
+
+    stage: str
+    time: str
+    edgekit: str
+    config: dict[str, Any] = {}
+    parent: str | None = None
+    figures: dict[str, Any] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``manifest.json``. ``golden`` maps a graph file to the tolerance it is held to; ``files`` maps names to sha256."""
+
+    format: int
+    name: str
+    task: Literal["image-classification", "tensor"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    model: ModelConfig | None = None
+    preprocessing: ImagePreprocessing | None = None
+    labels: tuple[str, ...] = ()
+    golden: dict[str, Tolerance] = {}
+    files: dict[str, str] = {}
+    history: tuple[History, ...] = ()
+
+
+class _Format(msgspec.Struct):
+    format: int
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a bundle may hold a file of this name: ASCII, at most one folder deep, nothing hidden, no way out."""
+    return len(name) <= 255 and _SAFE_NAME.fullmatch(name) is not None
+
+
+def decode_manifest(data: bytes, where: str | os.PathLike[str]) -> Manifest:
+    """The manifest in ``data``; ``where`` names its bundle in errors. Raises `BundleError` for anything but a valid one."""
+    try:
+        found = msgspec.json.decode(data, type=_Format).format
+        if found > FORMAT:
+            raise BundleError(
+                f"{where} has bundle format {found}; this edgekit {__version__} reads up to {FORMAT}", "upgrade edgekit"
+            )
+        if found < 1:
+            raise BundleError(f"{where} has bundle format {found}, which never was", "restore the bundle, or make it again")
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{where}: the manifest is not valid: {error}", "restore the bundle, or make it again") from None
+    bad = [name for name in manifest.files if not is_safe_name(name)]
+    if bad:
+        raise BundleError(f"{where}: the manifest names an unsafe file {bad[0]!r}", "do not trust this bundle")
+    return manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Manifest as indented JSON, one trailing newline."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def checked_encoding(manifest: Manifest, where: str | os.PathLike[str]) -> bytes:
+    """`encode_manifest`, proved to be readable: a NaN or a file name that no reader takes fails here, not on the device."""
+    try:
+        data = encode_manifest(manifest)
+    except UnicodeEncodeError as error:  # a path of undecodable bytes in a history entry
+        raise BundleError(f"the manifest of {where} cannot be written: {error.reason}", "use names in UTF-8") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"the manifest of {where} would exceed {MAX_MANIFEST_BYTES >> 20} MiB", "record fewer figures")
+    decode_manifest(data, where)
+    return data
+
+
+def history_entry(stage: str, config: Mapping[str, Any], figures: Mapping[str, Any], parent: str | None = None) -> History:
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return History(stage, now, __version__, dict(config), parent, dict(figures))
