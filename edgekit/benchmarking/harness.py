@@ -90,14 +90,18 @@ def bench(
     saved = save and not (failed and overwrites)
     if saved:
         config = {"backend": backend, "scenario": scenario, "precision": precision, "threads": threads}
-        config |= {"seconds": seconds, "batch": batch, "rate": rate}
-        figures = {key: result["latency_ms"][key] for key in ("p50", "p90", "p99")}
-        figures |= {key: result[key] for key in ("throughput", "graph", "backend", "trustworthy")}
-        opened.extend({name: msgspec.json.encode(result) + b"\n"}, opened.entry("bench", config, figures))
+        _save(opened, name, result, config | {"seconds": seconds, "batch": batch, "rate": rate})
     answer = {"bundle": str(opened.path), "file": str(opened.path / name) if saved else None, **result, "against": comparison}
     if comparison and failed:
         raise _gate_failed(comparison, answer)
     return answer
+
+
+def _save(bundle: Bundle, name: str, result: dict[str, Any], config: dict[str, Any]) -> None:
+    """The result as a file of the bundle, the few figures that others show in its history."""
+    figures = {key: result["latency_ms"][key] for key in ("p50", "p90", "p99")}
+    figures |= {key: result[key] for key in ("throughput", "graph", "backend", "trustworthy")}
+    bundle.extend({name: msgspec.json.encode(result) + b"\n"}, bundle.entry("bench", config, figures))
 
 
 def _check(scenario: str, precision: str, seconds: float, batch: int | None, rate: float | None) -> None:

@@ -69,12 +69,11 @@ def prune(
     train_set = dataset.train.tensors(source.manifest.preprocessing)
     held_out = dataset.test.tensors(source.manifest.preprocessing)
     started = time.perf_counter()
-    before = source.file(FLOAT_GRAPH).read_bytes()
-    old = {"parameters": parameters(module), "macs": macs_of(module, torch.from_numpy(held_out.x[:1]))}
-    old_top1 = float((answers(module, held_out.x) == held_out.y).mean())
-    cut = _Cut(module, []) if sparsity and keep is None and speedup is None else _cut(module, before, train_set, keep, speedup)
+    before = _Before(source, module, held_out)
+    cut = _Cut(module, []) if sparsity and keep is None and speedup is None else _cut(before, train_set, keep, speedup)
     for step in cut.steps:
-        say(f"cut {step.root}: {step.before} -> {step.after} channels, KL {step.kl:.3f}, MACs {step.macs / old['macs']:.0%}")
+        share = step.macs / before.macs
+        say(f"cut {step.root}: {step.before} -> {step.after} channels, KL {step.kl:.3f}, {share:.0%} of the MACs left")
     mask = Mask24(cut.module) if sparsity else None
     if mask:
         mask()
@@ -82,22 +81,8 @@ def prune(
     checkpoint = target.with_name(f"{target.name}.checkpoint")
     target.parent.mkdir(parents=True, exist_ok=True)
     curve = fit(cut.module, train_set, held_out, config, checkpoint=checkpoint, label="fine-tuning", after_step=mask)
-    judged = accuracy(held_out.y, answers(cut.module, held_out.x), len(dataset.labels))
-    sample = held_out.x[:1]
-    latency_before, latency_after = paired_latency(
-        before, export_onnx(cut.module, torch.from_numpy(np.repeat(sample, 2, 0))), sample
-    )
-    macs = macs_of(cut.module, torch.from_numpy(sample))
-    figures: dict[str, Any] = {
-        **judged.figures(),
-        "drop": (old_top1 - judged.top1) * 100,
-        "speedup": latency_before / latency_after,
-        "latency_before_ms": latency_before,
-        "latency_ms": latency_after,
-        "macs": macs,
-        "macs_share": macs / old["macs"],
-        "parameters": parameters(cut.module),
-        "parameters_before": old["parameters"],
+    figures = {
+        **before.against(cut.module, held_out, len(dataset.labels)),
         "cuts": [{"layer": s.root, "before": s.before, "after": s.after, "kl": s.kl} for s in cut.steps],
         "sparse_share": mask.share if mask else 0.0,
         "seconds": round(time.perf_counter() - started, 1),
@@ -117,6 +102,35 @@ def prune(
     checkpoint.unlink(missing_ok=True)
     _gate(pruned, figures, speedup, max_drop)
     return pruned
+
+
+class _Before:
+    """What the unpruned model is: size, work, answers; and a pruned one held against it."""
+
+    def __init__(self, source: Bundle, module: nn.Module, held_out: Tensors) -> None:
+        self.graph = source.file(FLOAT_GRAPH).read_bytes()
+        self.module = module
+        self.sample = held_out.x[:1]
+        self.parameters, self.macs = parameters(module), macs_of(module, torch.from_numpy(self.sample))
+        self.top1 = float((answers(module, held_out.x) == held_out.y).mean())
+
+    def against(self, module: nn.Module, held_out: Tensors, classes: int) -> dict[str, Any]:
+        """Figures of the pruned ``module``; latencies are taken in turns, ONNX Runtime, one thread."""
+        judged = accuracy(held_out.y, answers(module, held_out.x), classes)
+        graph = export_onnx(module, torch.from_numpy(np.repeat(self.sample, 2, 0)))
+        old_ms, new_ms = paired_latency(self.graph, graph, self.sample)
+        macs = macs_of(module, torch.from_numpy(self.sample))
+        return {
+            **judged.figures(),
+            "drop": (self.top1 - judged.top1) * 100,
+            "speedup": old_ms / new_ms,
+            "latency_before_ms": old_ms,
+            "latency_ms": new_ms,
+            "macs": macs,
+            "macs_share": macs / self.macs,
+            "parameters": parameters(module),
+            "parameters_before": self.parameters,
+        }
 
 
 def _check(keep: float | None, speedup: float | None, sparsity: str | None) -> None:
@@ -141,12 +155,12 @@ def _dataset(bundle: Bundle, data: str | None) -> Dataset:
     return dataset
 
 
-def _cut(module: nn.Module, before: bytes, train_set: Tensors, keep: float | None, speedup: float | None) -> _Cut:
+def _cut(before: _Before, train_set: Tensors, keep: float | None, speedup: float | None) -> _Cut:
     """The first model on the path of cuts that meets the budget; the last one where none does."""
     chosen = np.linspace(0, len(train_set.x) - 1, min(SAMPLES, len(train_set.x))).astype(int)
     samples = torch.from_numpy(train_set.x[chosen])
-    last = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
-    total = macs_of(module, samples)
+    last = [name for name, layer in before.module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+    module, total = before.module, before.macs
     budget = None if speedup else int((0.5 if keep is None else keep) * total)
     steps: list[Step] = []
     say("measuring what each cut costs")
@@ -155,7 +169,7 @@ def _cut(module: nn.Module, before: bytes, train_set: Tensors, keep: float | Non
         # Speed is what was asked for, so speed is measured; with too few MACs gone it cannot be there yet.
         if speedup and step.macs * 0.6 * speedup <= total:
             graph = export_onnx(step.module, samples[:2])
-            old, new = paired_latency(before, graph, samples[:1].numpy(), rounds=10)
+            old, new = paired_latency(before.graph, graph, samples[:1].numpy(), rounds=10)
             say(f"measured {old / new:.2f}x at {step.macs / total:.0%} of the MACs")
             if old / new >= speedup:
                 break
