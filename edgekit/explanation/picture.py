@@ -16,7 +16,7 @@ from .question import Float
 try:
     from PIL import Image, ImageDraw, ImageFont
 except ImportError:
-    raise MissingExtra("scan", "PIL") from None
+    raise MissingExtra("explain", "PIL") from None
 
 __all__ = ["onto_frame", "overlay", "sheet"]
 

@@ -29,10 +29,11 @@ try:
     import safetensors.torch
     import torch
     from torch import Tensor, nn
+    from torch.utils.flop_counter import FlopCounterMode
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch") from None
 
-__all__ = ["FLOAT_TOLERANCE", "adopt_shapes", "create", "export_onnx", "load", "parameters", "write_model"]
+__all__ = ["FLOAT_TOLERANCE", "adopt_shapes", "create", "export_onnx", "load", "macs", "parameters", "write_model"]
 
 #: How far ONNX Runtime may be from torch on the same weights: rounding of reordered sums, no more.
 FLOAT_TOLERANCE = Tolerance("relative", 1e-4)
@@ -96,6 +97,13 @@ def adopt_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def parameters(module: nn.Module) -> int:
     """How many trained numbers the module has."""
     return sum(p.numel() for p in module.parameters())
+
+
+def macs(module: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one sample in convolutions, linear layers and matrix products. ``example`` (N, C, H, W)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.eval()(example[:1])
+    return int(counter.get_total_flops()) // 2
 
 
 def export_onnx(module: nn.Module, example: Tensor) -> bytes:

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch_pruning") from None
 
-__all__ = ["Group", "groups_of", "macs_of", "remove_channels"]
+__all__ = ["Group", "groups_of", "remove_channels"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,6 @@ def remove_channels(module: nn.Module, example: Tensor, root: str, channels: lis
     if not graph.check_pruning_group(group):
         raise GraphError(f"removing {len(channels)} channels of {root} would leave none", "prune less: raise --keep")
     group.prune()
-
-
-def macs_of(module: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one sample, convolutions and linear layers and norms, as Torch-Pruning counts them."""
-    macs, _ = tp.utils.count_ops_and_params(module, example[:1])
-    return int(macs)
 
 
 def _remover(layer: nn.Module) -> Any:

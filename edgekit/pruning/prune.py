@@ -20,11 +20,11 @@ from edgekit.evaluation import accuracy
 from edgekit.models import PRESETS
 from edgekit.models.module import export_onnx, parameters, write_model
 from edgekit.models.module import load as load_module
+from edgekit.models.module import macs as macs_of
 from edgekit.progress import say
 from edgekit.training import FitConfig, fit
 from edgekit.training.fit import answers
 
-from .groups import macs_of
 from .latency import paired_latency
 from .search import Step, cut_path
 from .sparsity import Mask24

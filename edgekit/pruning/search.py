@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groups import Group, groups_of, macs_of, remove_channels
+from edgekit.models.module import macs as macs_of
+
+from .groups import Group, groups_of, remove_channels
 
 __all__ = ["Step", "cut_path"]
 

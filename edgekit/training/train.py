@@ -16,7 +16,7 @@ from edgekit.errors import OutputExists
 from edgekit.evaluation import accuracy
 from edgekit.manifest import FORMAT, Manifest, ModelConfig, history_entry
 from edgekit.models import DEFAULT, PRESETS
-from edgekit.models.module import create, parameters, write_model
+from edgekit.models.module import create, macs, parameters, write_model
 from edgekit.progress import say
 
 from .fit import FitConfig, answers, fit
@@ -67,6 +67,7 @@ def train(
     figures = {
         **judged.figures(),
         "parameters": parameters(module),
+        "macs": macs(module, torch.from_numpy(held_out.x[:1])),
         "seconds": round(time.perf_counter() - started, 1),
         "damaged": [*train_set.damaged, *held_out.damaged],
         "curve": curve,

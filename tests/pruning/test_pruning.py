@@ -14,8 +14,9 @@ from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.models.cnn import Depthwise, Textbook
 from edgekit.models.module import adopt_shapes
 from edgekit.models.module import load as load_module
+from edgekit.models.module import macs as macs_of
 from edgekit.pruning import prune
-from edgekit.pruning.groups import groups_of, macs_of, remove_channels
+from edgekit.pruning.groups import groups_of, remove_channels
 from edgekit.pruning.search import cut_path
 from edgekit.pruning.sparsity import Mask24, is_24
 from edgekit.runtime import Model, check_golden
