@@ -31,8 +31,9 @@ from .statistics import METHODS, Statistics, scale_of
 
 __all__ = ["Result", "calibrate", "culprit"]
 
-STUDIED = 32  # samples behind the choice of a method and the sensitivities
-CORRECTED = 64  # samples behind the bias correction
+STUDIED = (8, 64)  # samples behind the choice of a method and the sensitivities: fewest and most
+CORRECTED = (16, 256)  # samples behind the bias correction
+WORK = 10**12  # multiply-accumulates that each of the two may cost: a minute or two on one core
 EXPLAINED = 3  # layers whose loss is put into words
 
 
@@ -76,7 +77,7 @@ class Bench(NamedTuple):
 
     def candidate(self, layers: list[str], parameters: Parameters, labelled: bool) -> Candidate:
         """Quantize these layers, correct biases where that helps, measure on samples that gave no range."""
-        some = self.pool.calibration.spread(CORRECTED)
+        some = self.pool.calibration.spread(_affordable(CORRECTED, len(layers) * sum(self.macs.values()) // 2))
         corrected = correct_biases(self.prepared, self.placement, parameters, layers, some.batches)
         if self.study.snr_db(corrected, layers) > self.study.snr_db(parameters, layers):
             parameters = corrected
@@ -147,9 +148,14 @@ def _bench(bundle: Bundle, graph: bytes, pool: Pool) -> Bench:
     grouped: dict[str, Statistics] = {}
     for name, group in placement.groups.items():
         grouped[group] = grouped[group].merged(statistics[name]) if group in grouped else statistics[name]
-    studied = pool.calibration.spread(STUDIED)
+    studied = pool.calibration.spread(_affordable(STUDIED, 2 * len(placement.layers) * sum(macs.values())))
     study = Study(prepared, placement, list(with_reference(original, studied.batches())))
     return Bench(original, prepared, placement, macs, pool, statistics, grouped, study, golden)
+
+
+def _affordable(limits: tuple[int, int], cost: int) -> int:
+    """How many samples at ``cost`` multiply-accumulates each fit `WORK`, within the limits. No clock: the same everywhere."""
+    return int(np.clip(WORK // max(cost, 1), *limits))
 
 
 def _single(bundle: Bundle) -> dict[str, Array]:

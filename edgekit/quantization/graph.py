@@ -138,7 +138,7 @@ class _Inserter:
     def _constant(self, name: str, value: Array) -> None:
         if name in self.floats:  # a graph that was quantized here before, or one that happens to use the name
             raise GraphError(f"the graph has a tensor {name!r}, a name that quantization needs", "rename it in the exporter")
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
 
     def _zero_point(self, shape: tuple[int, ...]) -> str:
         name = f"edgekit/zero_point/{'x'.join(map(str, shape)) or 'scalar'}"

@@ -82,7 +82,7 @@ def consumers(graph: onnx.GraphProto) -> Counter[str]:
 
 def set_constant(graph: onnx.GraphProto, name: str, value: Array) -> None:
     """Add an initializer, or replace the one of that name."""
-    tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+    tensor = numpy_helper.from_array(np.asarray(value, order="C"), name)
     for existing in graph.initializer:
         if existing.name == name:
             existing.CopyFrom(tensor)

@@ -38,6 +38,12 @@ def assert_explicit(graph: bytes) -> onnx.ModelProto:
         assert zero.dtype == np.int8
         assert not zero.any()
         assert (known[node.input[1]] > 0).all()
+        # Activations per tensor (a scalar scale), weights per channel (a vector as long as their axis).
+        scale = known[node.input[1]]
+        stored = known.get(node.input[0])
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        assert scale.shape == zero.shape == (() if stored is None else (stored.shape[axis],))
+        assert stored is None or stored.dtype == np.int8
     assert not {node.op_type for node in model.graph.node} & {"QLinearConv", "ConvInteger", "MatMulInteger", "QGemm"}
     return model
 
