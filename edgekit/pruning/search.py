@@ -48,8 +48,6 @@ def cut_path(
 ) -> Iterator[Step]:
     """Yield ever smaller copies of ``module``, one cut each, until ``budget`` MACs, or until no group can be cut.
 
-    The last cut to the budget is the one that loses least, not the one that saves most.
-
     ``samples`` float32 (N, C, H, W) from the training split. ``keep`` names layers whose outputs must stay (the classifier).
     """
     module = module.eval()
@@ -57,7 +55,7 @@ def cut_path(
         reference = F.log_softmax(module(samples), 1)
     macs, kl = macs_of(module, samples), 0.0
     trials: dict[str, _Trial | None] = {}
-    while True:
+    while budget is None or macs > budget:
         groups = groups_of(module, samples[:2], keep)
         trials = {
             group.root: trials[group.root] if group.root in trials else _try(module, group, samples, reference, unit, kl)
@@ -67,15 +65,13 @@ def cut_path(
         if not usable:
             return
         widths = {group.root: group.width for group in groups}
-        last = {root for root, trial in usable.items() if budget is not None and macs - trial.saved <= budget}
-        root = min(last or usable, key=lambda r: usable[r].growth / (1 if last else usable[r].saved))
+        needed = macs - budget if budget is not None else macs  # what a cut saves beyond the budget is worth nothing
+        root = min(usable, key=lambda r: usable[r].growth / min(usable[r].saved, needed))
         # A cached trial was measured on an earlier model: the chosen cut is made again on this one.
         chosen = _try(module, next(g for g in groups if g.root == root), samples, reference, unit, kl)
         assert chosen is not None
         module, macs, kl = chosen.module, chosen.macs, chosen.kl
         yield Step(module, macs, root, widths[root], chosen.after, chosen.kl)
-        if budget is not None and macs <= budget:
-            return
         del trials[root]
 
 
