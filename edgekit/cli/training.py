@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,13 +59,16 @@ def eval_(bundle: Path, data: str, backend: str) -> Answer:
     return Answer({"bundle": str(bundle), **figures}, _text(str(bundle), shown))
 
 
-def _text(bundle: str, figures: dict[str, object]) -> str:
-    words = [
-        f"{key} {value:.2%}"
-        if isinstance(value, float) and key in ("top1", "macro_f1")
-        else f"{key} {value:,}"
-        if isinstance(value, int)
-        else f"{key} {value}"
-        for key, value in figures.items()
-    ]
-    return f"{bundle}: {', '.join(words)}"
+def _text(bundle: str, figures: dict[str, Any]) -> str:
+    names = {"top1": "top-1", "macro_f1": "macro F1", "macs": "MACs"}
+
+    def words(value: object) -> str:
+        return (
+            f"{value:.2%}"
+            if isinstance(value, float) and value <= 1
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value)
+        )
+
+    return f"{bundle}: " + ", ".join(f"{names.get(key, key)} {words(value)}" for key, value in figures.items())
