@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["Depthwise", "SeparableBlock", "Textbook"]
@@ -86,6 +87,7 @@ class Depthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))  # (N, C, H, W)
-        x = x.mean((2, 3))  # (N, C)
+        # A pooling node, not a mean: TensorRT 8.6 does not read ReduceMean with its axes as an input.
+        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # (N, C)
         logits: Tensor = self.classifier(x)  # (N, classes)
         return logits

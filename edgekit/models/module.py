@@ -38,7 +38,8 @@ __all__ = ["FLOAT_TOLERANCE", "adopt_shapes", "create", "export_onnx", "load", "
 #: How far ONNX Runtime may be from torch on the same weights: rounding of reordered sums, no more.
 FLOAT_TOLERANCE = Tolerance("relative", 1e-4)
 GOLDEN_SAMPLES = 8
-OPSET = 18
+OPSET = 18  # what the exporter writes
+OLDEST_OPSET = 17
 
 
 def create(config: ModelConfig) -> nn.Module:
@@ -141,8 +142,16 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
             logger.setLevel(level)
     model: onnx.ModelProto = program.model_proto
     _forget_origins(model)
+    _lower_opset(model)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def _lower_opset(model: onnx.ModelProto) -> None:
+    """Declare the opset that TensorRT 8.6 reads where every operator of the graph means the same there."""
+    newest = max(onnx.defs.get_schema(node.op_type, OPSET).since_version for node in model.graph.node)
+    if newest <= OLDEST_OPSET:
+        model.opset_import[0].version, model.ir_version = OLDEST_OPSET, 8
 
 
 def _forget_origins(model: onnx.ModelProto) -> None:
