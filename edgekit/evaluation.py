@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .data import Dataset, Split, load
+from .data import Dataset, Split, check_damaged, load
 from .errors import UsageError
-from .progress import track
+from .progress import say, track
 from .runtime import Model
 
 __all__ = ["Accuracy", "accuracy", "evaluate", "evaluation_split"]
+
+RECORDED_CLASSES = 200
 
 
 class Accuracy(NamedTuple):
@@ -27,6 +29,11 @@ class Accuracy(NamedTuple):
     def figures(self) -> dict[str, Any]:
         return {"top1": self.top1, "macro_f1": self.macro_f1, "confusion": self.confusion.tolist()}
 
+    def record(self) -> dict[str, Any]:
+        """Figures for a bundle's history: without the confusion of more classes than a page can show."""
+        figures = self.figures()
+        return figures if len(self.confusion) <= RECORDED_CLASSES else {k: v for k, v in figures.items() if k != "confusion"}
+
 
 def accuracy(truth: NDArray[np.int64], answers: NDArray[np.int64], classes: int) -> Accuracy:
     """Figures from class indices (N,) and (N,). Macro F1 is over the classes that occur in ``truth`` or ``answers``."""
@@ -38,15 +45,26 @@ def accuracy(truth: NDArray[np.int64], answers: NDArray[np.int64], classes: int)
 
 
 def evaluation_split(bundle: Bundle, dataset: Dataset) -> Split:
-    """What the bundle may be judged on: the held-out split of data it was trained on, all of any other data."""
-    trained_on = {entry.config.get("data_digest") for entry in bundle.manifest.history}
-    return dataset.test if dataset.digest in trained_on else dataset.all
+    """What the bundle may be judged on: the held-out split of data it was trained on, all of any other data.
+
+    A folder that has changed since training counts as trained on: better a smaller test than one learnt by heart.
+    """
+    trained_on = [entry.config for entry in bundle.manifest.history if "data_digest" in entry.config]
+    if any(config["data_digest"] == dataset.digest for config in trained_on):
+        return dataset.test
+    if any(config.get("data") == dataset.spec for config in trained_on):
+        say(f"{dataset.spec} has changed since training: judged on its held-out split")
+        return dataset.test
+    return dataset.all
 
 
-def evaluate(bundle: Bundle | str | os.PathLike[str], data: str, *, backend: str = "auto", threads: int = 1) -> dict[str, Any]:
+def evaluate(
+    bundle: Bundle | str | os.PathLike[str], data: str, *, backend: str = "auto", threads: int = 1, save: bool = False
+) -> dict[str, Any]:
     """Top-1, macro F1, confusion and the damaged images of ``data`` (a spec), through ``backend``.
 
-    Raises `UsageError` where the data set has a class that the model does not know.
+    ``save`` records the figures in the bundle's history, where the report finds them.
+    Raises `UsageError` where the data set has a class that the model does not know, `DataError` for damaged data.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     labels = opened.manifest.labels
@@ -59,6 +77,7 @@ def evaluate(bundle: Bundle | str | os.PathLike[str], data: str, *, backend: str
             "evaluate on data with its classes",
         )
     tensors = evaluation_split(opened, dataset).tensors(opened.manifest.preprocessing)
+    check_damaged(tensors)
     truth = np.array([labels.index(label) for label in dataset.labels])[tensors.y]
     answers = np.empty(len(truth), np.int64)
     with Model.open(opened.path, backend, threads=threads) as model:
@@ -68,5 +87,8 @@ def evaluate(bundle: Bundle | str | os.PathLike[str], data: str, *, backend: str
             batch = tensors.x[start : start + step]
             answers[start : start + step] = model.run({source.name: batch})[target].argmax(1)
         described = model.runner.describe()
-    figures = accuracy(truth, answers, len(labels)).figures()
-    return {**figures, "samples": len(truth), "damaged": list(tensors.damaged), "data": data, **described}
+    judged = accuracy(truth, answers, len(labels))
+    if save:
+        config = {"data": data, "graph": opened.graph, **described}
+        opened.extend({}, opened.entry("eval", config, {**judged.record(), "samples": len(truth)}))
+    return {**judged.figures(), "samples": len(truth), "damaged": list(tensors.damaged), "data": data, **described}

@@ -42,8 +42,9 @@ def train(data: str, model: str, out: Path, epochs: int, batch: int, lr: float |
 @bundle_argument()
 @click.option("--data", required=True, metavar="SPEC", help="digits | folder:PATH | npz:PATH")
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto | onnxruntime")
+@click.option("--save/--no-save", default=True, show_default=True, help="Record the figures in B's history, for the report.")
 @answers
-def eval_(bundle: Path, data: str, backend: str) -> Answer:
+def eval_(bundle: Path, data: str, backend: str, save: bool) -> Answer:
     """Top-1, macro F1 and the confusion matrix, through the runtime that ships.
 
     On the data the model was trained on, only the held-out split counts; on other data, every sample.
@@ -54,7 +55,7 @@ def eval_(bundle: Path, data: str, backend: str) -> Answer:
     """
     import edgekit
 
-    figures = edgekit.evaluate(bundle, data, backend=backend)
+    figures = edgekit.evaluate(bundle, data, backend=backend, save=save)
     shown = {key: figures[key] for key in ("top1", "macro_f1", "samples", "backend")}
     return Answer({"bundle": str(bundle), **figures}, _text(str(bundle), shown))
 

@@ -6,9 +6,9 @@ import importlib
 
 from edgekit.errors import DataError, UsageError
 
-from .dataset import MAX_DAMAGED_SHARE, Dataset, Split, Tensors
+from .dataset import MAX_DAMAGED_SHARE, Dataset, Split, Tensors, check_damaged
 
-__all__ = ["MAX_DAMAGED_SHARE", "SOURCES", "Dataset", "Split", "Tensors", "load"]
+__all__ = ["MAX_DAMAGED_SHARE", "SOURCES", "Dataset", "Split", "Tensors", "check_damaged", "load"]
 
 #: name -> (module with ``load(path) -> Dataset``, takes a path)
 SOURCES: dict[str, tuple[str, bool]] = {

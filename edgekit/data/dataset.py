@@ -15,7 +15,7 @@ from edgekit.manifest import ImagePreprocessing
 from edgekit.preprocess import Frame, Preprocessor
 from edgekit.progress import say
 
-__all__ = ["MAX_DAMAGED_SHARE", "Dataset", "Split", "Tensors", "digest_of", "stratified"]
+__all__ = ["MAX_DAMAGED_SHARE", "Dataset", "Split", "Tensors", "check_damaged", "digest_of", "stratified"]
 
 #: Above this share of undecodable images a data set is refused: it is not a few bad files but a wrong folder.
 MAX_DAMAGED_SHARE = 0.05
@@ -50,7 +50,7 @@ class Split:
     def tensors(self, preprocessing: ImagePreprocessing) -> Tensors:
         """Decode and preprocess all of it, with the function that the device uses.
 
-        Damaged images are named, left out and counted; more than `MAX_DAMAGED_SHARE` of them raise `DataError`.
+        Damaged images are named, left out and counted; `check_damaged` says whether they are too many.
         """
         preprocess = Preprocessor(preprocessing)
         x = np.empty((len(self), preprocessing.channels, preprocessing.height, preprocessing.width), np.float32)
@@ -64,12 +64,18 @@ class Split:
                 say(f"skipped {self.ids[i]}: {error.message}")
             else:
                 kept.append(i)
-        if len(damaged) > MAX_DAMAGED_SHARE * len(self):
-            raise DataError(
-                f"{len(damaged)} of {len(self)} images cannot be read, over {MAX_DAMAGED_SHARE:.0%}; the first is {damaged[0]}",
-                "repair or remove them",
-            )
         return Tensors(x[: len(kept)], self.targets[kept], tuple(self.ids[i] for i in kept), tuple(damaged))
+
+
+def check_damaged(*parts: Tensors) -> None:
+    """Raise `DataError` where more than `MAX_DAMAGED_SHARE` of all the images in ``parts`` could not be read, or all."""
+    damaged = [name for part in parts for name in part.damaged]
+    total = len(damaged) + sum(len(part.y) for part in parts)
+    if len(damaged) > MAX_DAMAGED_SHARE * total:
+        raise DataError(
+            f"{len(damaged)} of {total} images cannot be read, over {MAX_DAMAGED_SHARE:.0%}; the first is {damaged[0]}",
+            "repair or remove them",
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from edgekit.models.module import macs as macs_of
 from edgekit.progress import say
 from edgekit.training import FitConfig, fit
 from edgekit.training.fit import answers
+from edgekit.training.train import read_splits
 
 from .latency import paired_latency
 from .search import Step, cut_path
@@ -66,8 +67,7 @@ def prune(
     module = load_module(source)
     dataset = _dataset(source, data)
     assert source.manifest.preprocessing is not None
-    train_set = dataset.train.tensors(source.manifest.preprocessing)
-    held_out = dataset.test.tensors(source.manifest.preprocessing)
+    train_set, held_out = read_splits(dataset, source.manifest.preprocessing)
     started = time.perf_counter()
     before = _Before(source, module, held_out)
     cut = _Cut(module, []) if sparsity and keep is None and speedup is None else _cut(before, train_set, keep, speedup)
@@ -121,7 +121,7 @@ class _Before:
         old_ms, new_ms = paired_latency(self.graph, graph, self.sample)
         macs = macs_of(module, torch.from_numpy(self.sample))
         return {
-            **judged.figures(),
+            **judged.record(),
             "drop": (self.top1 - judged.top1) * 100,
             "speedup": old_ms / new_ms,
             "latency_before_ms": old_ms,

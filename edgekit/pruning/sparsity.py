@@ -33,7 +33,7 @@ class Mask24:
     def __call__(self) -> None:
         """Zero what the masks say, in place."""
         for _, weight, mask in self.layers:
-            weight.mul_(mask)
+            weight.mul_(mask.to(weight.device))
 
     @property
     def share(self) -> float:

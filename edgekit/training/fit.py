@@ -111,7 +111,9 @@ def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> Non
 
 def _key(module: nn.Module, data: Tensors, config: FitConfig) -> str:
     """What a checkpoint belongs to: the same settings, samples and starting weights."""
-    digest = hashlib.sha256(msgspec.json.encode([asdict(config), list(data.ids)]))
+    digest = hashlib.sha256(msgspec.json.encode([asdict(config), data.x.shape]))
+    digest.update(np.ascontiguousarray(data.x))
+    digest.update(np.ascontiguousarray(data.y))
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -128,8 +130,12 @@ class _Run:
         self.key = _key(module, data, config)
         self.average = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        total = config.epochs * self.steps
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, config.lr, total_steps=config.epochs * self.steps, pct_start=config.warmup
+            self.optimizer,
+            config.lr,
+            total_steps=max(total, 2),
+            pct_start=min(max(config.warmup, 1.5 / total), 0.9),  # a warm-up of exactly one step divides by zero
         )
 
     def epoch(self, epoch: int, advance: Callable[[int, str], None], note: str) -> float:

@@ -11,20 +11,29 @@ import msgspec
 import torch
 
 from edgekit.bundle import Bundle
-from edgekit.data import load
-from edgekit.errors import OutputExists
+from edgekit.data import Dataset, Tensors, check_damaged, load
+from edgekit.errors import DataError, OutputExists
 from edgekit.evaluation import accuracy
-from edgekit.manifest import FORMAT, Manifest, ModelConfig, history_entry
+from edgekit.manifest import FORMAT, ImagePreprocessing, Manifest, ModelConfig, history_entry
 from edgekit.models import DEFAULT, PRESETS
 from edgekit.models.module import create, macs, parameters, write_model
 from edgekit.progress import say
 
 from .fit import FitConfig, answers, fit
 
-__all__ = ["train"]
+__all__ = ["read_splits", "train"]
 
 #: The shortest training that ends well: small sets need more epochs to see as many steps.
 EPOCHS = 40
+
+
+def read_splits(dataset: Dataset, preprocessing: ImagePreprocessing) -> tuple[Tensors, Tensors]:
+    """(train, held-out) in memory. Raises `DataError` for too many damaged images, or too few to train on."""
+    train_set, held_out = dataset.train.tensors(preprocessing), dataset.test.tensors(preprocessing)
+    check_damaged(train_set, held_out)
+    if len(train_set.y) < 2:
+        raise DataError(f"{dataset.spec} has {len(train_set.y)} images to train on", "add images: one folder a class")
+    return train_set, held_out
 
 
 def train(
@@ -57,7 +66,7 @@ def train(
     torch.manual_seed(seed)
     module = create(model_config)
     config = FitConfig(epochs, lr or PRESETS[model].lr, batch, seed=seed, augmentation=dataset.augmentation)
-    train_set, held_out = dataset.train.tensors(preprocessing), dataset.test.tensors(preprocessing)
+    train_set, held_out = read_splits(dataset, preprocessing)
     say(f"{model}: {parameters(module):,} parameters, {len(train_set.y):,} samples to train on, {len(held_out.y):,} held out")
     target.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = target.with_name(f"{target.name}.checkpoint")
@@ -65,7 +74,7 @@ def train(
     curve = fit(module, train_set, held_out, config, checkpoint=checkpoint)
     judged = accuracy(held_out.y, answers(module, held_out.x), len(dataset.labels))
     figures = {
-        **judged.figures(),
+        **judged.record(),
         "parameters": parameters(module),
         "macs": macs(module, torch.from_numpy(held_out.x[:1])),
         "seconds": round(time.perf_counter() - started, 1),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgekit.data import Dataset, load
+from edgekit.data import Dataset, check_damaged, load
 from edgekit.data.dataset import digest_of, stratified
 from edgekit.errors import DataError, EdgekitError, UsageError
 from edgekit.manifest import ImagePreprocessing
@@ -187,7 +187,14 @@ def test_more_than_a_twentieth_damaged_is_a_wrong_folder(folder: Path) -> None:
     (folder / "cat" / "cut.png").write_bytes(good[: len(good) // 2])
     (folder / "cat" / "empty.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"2 of 32 .* over 5%"):
-        load(f"folder:{folder}").all.tensors(SMALL)
+        check_damaged(load(f"folder:{folder}").all.tensors(SMALL))
+
+
+def test_damage_is_counted_over_all_splits_together(folder: Path) -> None:
+    """One damaged picture of 31 is few, even where it is one of six in its split."""
+    (folder / "cat" / "empty.png").write_bytes(b"")
+    dataset = load(f"folder:{folder}")
+    check_damaged(dataset.train.tensors(SMALL), dataset.test.tensors(SMALL))
 
 
 def test_a_dangling_link_is_a_damaged_image(folder: Path) -> None:

@@ -101,7 +101,7 @@ def test_mask_keeps_the_two_largest_of_four():
 def test_a_missed_budget_exits_3_and_keeps_the_best(cli, trained_bundle: Bundle, tmp_path: Path):
     outcome = cli("prune", trained_bundle.path, "--out", tmp_path / "p.edge", "--speedup", "90", "--epochs", "1", "--json")
     assert outcome.code == 3
-    assert outcome.json["speedup"] > 1
+    assert outcome.json["speedup"] < 90
     assert "asked 90x" in outcome.json["error"]
     assert Bundle.open(tmp_path / "p.edge")
 

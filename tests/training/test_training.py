@@ -155,6 +155,34 @@ def test_an_out_that_exists_is_refused_before_any_work(cli, tmp_path: Path):
     assert "not overwritten" in json.loads(outcome.out)["error"]
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 5, 10])
+def test_a_cycle_of_any_length_works(few_digits: str, epochs: int):
+    """A warm-up of exactly one step once divided by zero (5 steps at a warm-up of 0.2)."""
+    dataset = load(few_digits)
+    tensors = dataset.test.tensors(dataset.preprocessing)
+    curve = fit(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), tensors, tensors, FitConfig(epochs, 0.01, batch=80)
+    )
+    assert len(curve) == epochs
+
+
+def test_a_checkpoint_of_other_pictures_is_not_resumed(tmp_path: Path, few_digits: str, capfd: pytest.CaptureFixture[str]):
+    dataset = load(few_digits)
+    tensors = dataset.test.tensors(dataset.preprocessing)
+
+    def run(data):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+        return fit(module, data, tensors, FitConfig(2, 0.01), checkpoint=tmp_path / "c")
+
+    run(tensors)
+    capfd.readouterr()
+    run(tensors)
+    assert "resuming after epoch 2" in capfd.readouterr().err
+    run(tensors._replace(x=tensors.x + 1))
+    assert "belongs to other settings or data" in capfd.readouterr().err
+
+
 def test_fit_config_is_checked():
     with pytest.raises(UsageError):
         FitConfig(epochs=1, lr=0.0)

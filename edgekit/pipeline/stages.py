@@ -1,0 +1,347 @@
+"""The stages of a recipe: each names a verb and its options. A new stage is a struct here and a name in `AnyStage`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+
+import edgekit
+from edgekit.bundle import IDENTITY, Bundle
+from edgekit.data import load
+from edgekit.data.samples import write_samples
+from edgekit.errors import DataError
+from edgekit.files import sha256_file
+
+__all__ = [
+    "Bench",
+    "Build",
+    "Context",
+    "Eval",
+    "Explain",
+    "Made",
+    "Prune",
+    "Quantize",
+    "Report",
+    "Samples",
+    "Scan",
+    "Stage",
+    "Train",
+]
+
+
+class Made(NamedTuple):
+    """What a stage wrote (paths in the output folder), the figures to remember, and whether it found its work done."""
+
+    outputs: list[str]
+    figures: dict[str, Any]
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a recipe runs, and what holds for all its stages."""
+
+    folder: Path
+    data: str | None
+    seed: int
+    on_event: Callable[[str], None] | None
+
+    def bundle(self, name: str) -> Bundle:
+        """An earlier stage's bundle. What the model is gets checked here; a damaged engine or figure is its stage's to mend."""
+        bundle = Bundle.open(self.path(name), verify=False)
+        for file in IDENTITY:
+            if bundle.has(file):
+                bundle.file(file)
+        return bundle
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.edge"
+
+    def resolve(self, name: str) -> Path:
+        """A folder that an earlier stage wrote, else a path of the user's."""
+        return self.folder / name if (self.folder / name).exists() else Path(name)
+
+    def content(self, spec: str | None) -> str:
+        """Digest of what ``spec`` names: a data set, a folder or a file."""
+        if spec is None:
+            return ""
+        path = self.resolve(spec)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            return " ".join(f"{p.relative_to(path)}={sha256_file(p)}" for p in files)
+        return sha256_file(path) if path.is_file() else load(spec).digest
+
+
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, tag_field="run", omit_defaults=True):
+    """Fields left out are not passed on: the verb's own defaults hold. ``always`` stages look for themselves what is done."""
+
+    always = False
+
+    def label(self) -> str:
+        """What the stage is called, on screen and in the state file."""
+        raise TypeError(type(self).__name__)
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return ()
+
+    def contents_read(self, context: Context) -> dict[str, str]:
+        """Digests of what decides the result beside the bundles and the options."""
+        return {}
+
+    def run(self, context: Context) -> Made:
+        raise TypeError(type(self).__name__)
+
+    def options(self, *without: str) -> dict[str, Any]:
+        """The options that the recipe states, but for those the stage resolves itself."""
+        stated = {name: getattr(self, name) for name in self.__struct_fields__ if name not in without}
+        return {name: value for name, value in stated.items() if value is not None}
+
+
+class Train(Stage, frozen=True):
+    out: str
+    data: str | None = None
+    model: str | None = None
+    epochs: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    size: int | None = None
+    seed: int | None = None
+
+    def label(self) -> str:
+        return f"train {self.out}"
+
+    def contents_read(self, context: Context) -> dict[str, str]:
+        return {
+            "data": context.content(self.data or context.data),
+            "seed": str(context.seed if self.seed is None else self.seed),
+        }
+
+    def run(self, context: Context) -> Made:
+        options = {"data": context.data, "seed": context.seed, **self.options("out")}
+        made = edgekit.train(out=context.path(self.out), **options)
+        return Made([f"{self.out}.edge"], {"top1": made.manifest.history[-1].figures["top1"]})
+
+
+class Prune(Stage, frozen=True):
+    bundle: str
+    out: str
+    keep: float | None = None
+    speedup: float | None = None
+    max_drop: float | None = None
+    sparsity: str | None = None
+    data: str | None = None
+    epochs: int | None = None
+    seed: int | None = None
+
+    def label(self) -> str:
+        return f"prune {self.out}"
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return (self.bundle,)
+
+    def contents_read(self, context: Context) -> dict[str, str]:
+        seed = context.seed if self.seed is None else self.seed
+        return {"data": context.content(self.data), "seed": str(seed)}
+
+    def run(self, context: Context) -> Made:
+        options = {"seed": context.seed, **self.options("bundle", "out")}
+        made = edgekit.prune(context.bundle(self.bundle), out=context.path(self.out), **options)
+        return Made([f"{self.out}.edge"], {"top1": made.manifest.history[-1].figures["top1"]})
+
+
+class Quantize(Stage, frozen=True):
+    bundle: str
+    out: str
+    calib: str | None = None
+    max_drop: float | None = None
+    min_snr: float | None = None
+    share: float | None = None
+    method: str | None = None
+    samples: int | None = None
+    data: str | None = None
+    seed: int | None = None
+
+    def label(self) -> str:
+        return f"quantize {self.out}"
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return (self.bundle,)
+
+    def contents_read(self, context: Context) -> dict[str, str]:
+        seed = context.seed if self.seed is None else self.seed
+        return {"calib": context.content(self.calib), "data": context.content(self.data), "seed": str(seed)}
+
+    def run(self, context: Context) -> Made:
+        options = {"seed": context.seed, **self.options("bundle", "out")}
+        edgekit.quantize(context.bundle(self.bundle), out=context.path(self.out), **options)
+        return Made([f"{self.out}.edge"], {})
+
+
+class Eval(Stage, frozen=True):
+    bundles: tuple[str, ...]
+    data: str | None = None
+    backend: str | None = None
+
+    def label(self) -> str:
+        return " ".join(["eval", *self.bundles, *(f"{k}={v}" for k, v in self.options("bundles").items())])
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return self.bundles
+
+    def contents_read(self, context: Context) -> dict[str, str]:
+        return {"data": context.content(self.data or context.data)}
+
+    def run(self, context: Context) -> Made:
+        options = {"data": context.data, **self.options("bundles")}
+        found = {name: edgekit.evaluate(context.bundle(name), save=True, **options)["top1"] for name in self.bundles}
+        return Made([], found)
+
+
+class Build(Stage, frozen=True):
+    bundle: str
+    target: str
+    precision: str | None = None
+    batch: str | None = None
+
+    always = True  # `build` has a cache of its own, which knows TensorRT's version as well
+
+    def label(self) -> str:
+        return f"build {self.bundle} for {self.target}"
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return (self.bundle,)
+
+    def run(self, context: Context) -> Made:
+        built = edgekit.build(context.bundle(self.bundle), **self.options("bundle"))
+        file = built.engine or built.kit
+        return Made([str(Path(file).relative_to(context.folder))] if file else [], built.figures(), built.cached)
+
+
+class Bench(Stage, frozen=True):
+    bundles: tuple[str, ...]
+    scenario: str | None = None
+    seconds: float | None = None
+    threads: int | None = None
+    backend: str | None = None
+    precision: str | None = None
+    batch: int | None = None
+    rate: float | None = None
+
+    def label(self) -> str:
+        return " ".join(["bench", *self.bundles, *(f"{k}={v}" for k, v in self.options("bundles", "seconds").items())])
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return self.bundles
+
+    def run(self, context: Context) -> Made:
+        files, figures = [], {}
+        for name in self.bundles:
+            result = edgekit.bench(context.bundle(name), **self.options("bundles"))
+            files.append(str(Path(result["file"]).relative_to(context.folder)))
+            figures[name] = {key: result["latency_ms"][key] for key in ("p50", "p99")}
+        return Made(files, figures)
+
+
+class Samples(Stage, frozen=True):
+    """Held-out pictures as files."""
+
+    out: str
+    count: Annotated[int, msgspec.Meta(ge=1)] = 20
+    data: str | None = None
+
+    def label(self) -> str:
+        return f"samples {self.out}"
+
+    def contents_read(self, context: Context) -> dict[str, str]:
+        return {"data": context.content(self.data or context.data)}
+
+    def run(self, context: Context) -> Made:
+        paths = write_samples(load(str(self.data or context.data)), context.folder / self.out, self.count)
+        return Made([str(path.relative_to(context.folder)) for path in paths], {})
+
+
+class Explain(Stage, frozen=True):
+    bundle: str
+    images: str
+    out: str
+    method: str | None = None
+    label_: str | None = msgspec.field(name="label", default=None)
+    samples: int | None = None
+    precision: str | None = None
+
+    def label(self) -> str:
+        return f"explain {self.out}"
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return (self.bundle,)
+
+    def contents_read(self, context: Context) -> dict[str, str]:
+        return {"images": context.content(self.images)}
+
+    def run(self, context: Context) -> Made:
+        options = self.options("bundle", "images", "out", "label_") | ({"label": self.label_} if self.label_ else {})
+        folder = context.folder / self.out
+        answer = edgekit.explain(context.bundle(self.bundle), [context.resolve(self.images)], out=folder, **options)
+        overlays = [Path(image["overlay"]) for image in answer["images"] if image.get("overlay")]
+        return Made([str(p.relative_to(context.folder)) for p in [*overlays, folder / "explanation.json"]], {})
+
+
+class Report(Stage, frozen=True):
+    bundles: tuple[str, ...]
+    out: str = "report.html"
+    explanations: str | None = None
+
+    def label(self) -> str:
+        return f"report {self.out}"
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return self.bundles
+
+    def contents_read(self, context: Context) -> dict[str, str]:
+        """The page shows derived files and history as well: the whole manifest counts."""
+        shown = {name: sha256_file(context.path(name) / "manifest.json") for name in self.bundles}
+        return {**shown, "explanations": context.content(self.explanations)}
+
+    def run(self, context: Context) -> Made:
+        explanations = context.resolve(self.explanations) if self.explanations else None
+        page = context.folder / self.out
+        edgekit.report([context.bundle(name) for name in self.bundles], out=page, explanations=explanations)
+        return Made([self.out], {"report": str(page)})
+
+
+class Scan(Stage, frozen=True):
+    bundle: str
+    source: str
+    codes: bool | None = None
+    out: str = "scan.jsonl"
+
+    always = True  # the point of it is to see the runtime answer
+
+    def label(self) -> str:
+        return f"scan {self.source} with {self.bundle}"
+
+    def bundles_read(self) -> tuple[str, ...]:
+        return (self.bundle,)
+
+    def run(self, context: Context) -> Made:
+        from edgekit.scanner import scan
+
+        events = context.folder / self.out
+        events.unlink(missing_ok=True)
+        source = str(context.resolve(self.source))
+        summary = scan(context.bundle(self.bundle), source=source, sinks=[f"jsonl:{events}"], codes=bool(self.codes))
+        if not summary.inferred:
+            raise DataError(
+                f"none of the {summary.captured} images in {source} could be read", "see the reasons in " + str(events)
+            )
+        lines = events.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            json.loads(line)
+            if context.on_event:
+                context.on_event(line)
+        return Made([self.out], {"captured": summary.captured, "inferred": summary.inferred, "events": str(events)})
