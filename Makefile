@@ -25,7 +25,8 @@ imports: $(INSTALLED)
 pytest: $(INSTALLED)
 	$(BIN)/pytest
 
-# One environment for all: the tested versions of constraints.txt. torch is pinned there to a build for the CPU.
+# One environment for all: the tested versions of constraints.txt. torch comes first and pinned: a range would let
+# another package pull its newest build. Where the index offers a build for the CPU only, point pip at it (PIP_INDEX_URL).
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
 	  { echo "edgekit is tested on Python 3.10 to 3.12; choose one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }

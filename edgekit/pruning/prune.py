@@ -97,7 +97,7 @@ def prune(
         **asdict(config),
     }
     entry = source.entry("prune", {**options, "data_digest": dataset.digest}, figures)
-    manifest = msgspec.structs.replace(source.manifest, name=target.name.split(".")[0], files={})
+    manifest = msgspec.structs.replace(source.manifest, name=target.name.removesuffix(".edge"), files={})
     pruned = write_model(target, cut.module, held_out.x, manifest, entry)
     checkpoint.unlink(missing_ok=True)
     _gate(pruned, figures, speedup, max_drop)

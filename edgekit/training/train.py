@@ -84,7 +84,7 @@ def train(
     settings = {"data": data, "data_digest": dataset.digest, "model": model, **asdict(config)}
     manifest = Manifest(
         format=FORMAT,
-        name=target.name.split(".")[0],
+        name=target.name.removesuffix(".edge"),
         task="image-classification",
         inputs=(),
         outputs=(),
