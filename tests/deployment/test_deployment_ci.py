@@ -82,5 +82,6 @@ def test_the_workflow_runs_the_script_and_names_no_host() -> None:
     text = WORKFLOW.read_text()
     assert "deploy/ci/build_engines.sh" in text
     assert "://" not in text + SCRIPT.read_text()
+    assert "-c constraints.txt" in text
     assert os.access(SCRIPT, os.X_OK)
     assert subprocess.run(["sh", "-n", SCRIPT], check=False).returncode == 0
