@@ -42,7 +42,8 @@ def quantize(
     """Quantize a bundle to int8, as an explicit Q/DQ graph for TensorRT.
 
     Without a budget, everything that TensorRT likes in int8 becomes int8. A budget keeps the fewest layers float that
-    meet it; the best found is written even where it does not, with exit code 3. Ranges come from training samples,
+    meet it; the best found is written even where it does not, with exit code 3, and so is a graph below 10 dB where no
+    --max-drop or --min-snr is stated. --max-drop holds on the test split too. Ranges come from training samples,
     the SNR from others; a calibration.json gives the same graph again without data.
 
     \b

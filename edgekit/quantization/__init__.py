@@ -15,6 +15,14 @@ frozen.py       the same graph again from calibration.json
 quantize.py     the verb
 """
 
+from edgekit.errors import MissingExtra
+
+try:  # once, in front of every module of this room
+    import onnx as _onnx  # noqa: F401
+    import onnxruntime as _onnxruntime  # noqa: F401
+except ModuleNotFoundError as error:
+    raise MissingExtra("onnx", error.name or "onnx") from None
+
 from .frozen import rebuild
 from .quantize import layer_table, quantize
 from .record import Calibration

@@ -9,17 +9,13 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper, version_converter
 
-from edgekit.errors import GraphError, MissingExtra
+from edgekit.errors import GraphError
 
-try:
-    import onnx
-    from onnx import helper, numpy_helper, version_converter
-except ImportError:
-    raise MissingExtra("onnx", "onnx") from None
-
-__all__ = ["MIN_OPSET", "attribute", "constants", "consumers", "prepare", "prune", "set_constant", "weight_view"]
+__all__ = ["MIN_OPSET", "attribute", "constants", "consumers", "prepare", "prune", "set_constant"]
 
 Array = NDArray[Any]
 MIN_OPSET = 13  # the first with a scale per channel
@@ -119,12 +115,6 @@ def prune(model: onnx.ModelProto, outputs: list[str]) -> None:
         graph.output.extend(copies_out)
 
 
-def weight_view(op: str, weight: Array, groups: int) -> Array:
-    """A view with the output channels on axes 0 and 2 as (groups, other, channels a group, ...), for `ConvTranspose`."""
-    assert op == "ConvTranspose"
-    return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-
-
 def _refuse_quantized(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type in _QUANTIZED:
@@ -140,7 +130,7 @@ def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         try:
             model = version_converter.convert_version(model, TARGET_OPSET)
         except Exception as error:  # noqa: BLE001  the converter raises bare RuntimeErrors
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise GraphError(
                 f"the graph has opset {opset}, int8 needs {MIN_OPSET} or later, and it cannot be converted: {reason}",
                 f"export the model again with opset {TARGET_OPSET}",
@@ -250,19 +240,17 @@ def _scaled(node: onnx.NodeProto, weight: Array, factor: Array) -> Array:
     if node.op_type == "Gemm":
         return wide * (factor[:, None] if attribute(node, "transB", 0) else factor[None, :])
     groups = int(attribute(node, "group", 1))
-    view = weight_view(node.op_type, wide, groups)
+    # ConvTranspose: (inputs, outputs a group, ...), so the output channels lie on axes 0 and 2 of this view
+    view = wide.reshape(groups, wide.shape[0] // groups, *wide.shape[1:])
     return (view * factor.reshape(groups, 1, -1, *[1] * (view.ndim - 3))).reshape(wide.shape)
 
 
-def _set_weight(graph: onnx.GraphProto, node: onnx.NodeProto, weight: Array, bias: Array | None) -> None:
+def _set_weight(graph: onnx.GraphProto, node: onnx.NodeProto, weight: Array, bias: Array) -> None:
     names = [node.input[0], f"{node.name}.weight", f"{node.name}.bias"]
     set_constant(graph, names[1], weight.astype(np.float32))
-    if bias is not None:
-        set_constant(graph, names[2], bias.astype(np.float32))
-    elif len(node.input) > 2:
-        names[2] = node.input[2]
+    set_constant(graph, names[2], bias.astype(np.float32))
     del node.input[:]
-    node.input.extend(names if bias is not None or len(names) > 2 else names[:2])
+    node.input.extend(names)
 
 
 def _fold_gemm_factors(graph: onnx.GraphProto) -> None:

@@ -34,6 +34,7 @@ __all__ = ["layer_table", "quantize"]
 #: int8 error itself, which doubles the noise power: 3 dB. A wrong scale or layout costs far more.
 GOLDEN_MARGIN_DB = 3.0
 GOLDEN_LIMIT_DB = 60.0
+#: The error has a third of the outputs' amplitude: no int8 graph worth having, unless the caller states what is enough.
 POOR_DB = 10.0
 
 
@@ -59,7 +60,8 @@ def quantize(
     (dB at the output) or ``share`` (of the multiply-accumulates, 0..1) say how much may stay float; none: nothing does.
     ``method``: auto, mse, entropy, percentile or minmax.
 
-    Returns the new bundle; its last history entry has the figures. Raises `BudgetNotMet` with the best found written,
+    Returns the new bundle; its last history entry has the figures. Raises `BudgetNotMet` with the best found written: also
+    where ``max_drop`` is exceeded on the test split, and, with neither ``max_drop`` nor ``min_snr`` stated, below 10 dB.
     `GraphError` where the graph cannot be quantized, `DataError` for samples that do not fit, `UsageError`, `OutputExists`.
     """
     budget = Budget(max_drop, min_snr, share).checked()
@@ -78,16 +80,18 @@ def quantize(
                 "a calibration.json already says which layers are int8, and how", "leave out --method and the budget"
             )
         result = rebuild_result(opened, Path(calib))
-        labelled = data
+        labelled, judged = data, None
     else:
-        pool = gather(opened, calib, samples, seed)
+        wanted = max_drop is not None
+        pool = gather(opened, calib, samples, seed, labelled=wanted)
         if data is not None:
-            pool = pool._replace(labelled=from_dataset(opened, data, samples, seed).labelled)
+            pool = pool._replace(labelled=from_dataset(opened, data, samples if wanted else 1, seed, labelled=wanted).labelled)
         config["data_digest"] = pool.data_digest  # evaluation then stays off the train split
         result = calibrate(opened, pool, budget, method, seed)
+        judged = budget
         known = pool.labelled.targets is not None and len(pool.labelled) > 0
         labelled = (data or pool.source) if known else None
-    return _finish(opened, out, config, result, labelled)
+    return _finish(opened, out, config, result, labelled, judged)
 
 
 def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
@@ -110,9 +114,14 @@ def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _finish(
-    parent: Bundle, out: str | os.PathLike[str], config: dict[str, Any], result: Result, labelled: str | None
+    parent: Bundle,
+    out: str | os.PathLike[str],
+    config: dict[str, Any],
+    result: Result,
+    labelled: str | None,
+    budget: Budget | None,
 ) -> Bundle:
-    """Check the graph, measure it as the device would, write the bundle; raise where the budget is not met."""
+    """Check the graph, measure it as the device would, write the bundle; raise where ``budget`` is not met (None: no gate)."""
     check(onnx.load_model_from_string(result.graph))
     golden_db = _golden_db(parent, result.graph)
     limit = round(min(golden_db - GOLDEN_MARGIN_DB, GOLDEN_LIMIT_DB), 1)
@@ -124,17 +133,42 @@ def _finish(
             figures["top1"] = evaluate(trial, labelled)["top1"]
         if parent.graph == FLOAT_GRAPH:
             figures["top1_float"] = evaluate(parent, labelled)["top1"]
-    if figures["snr_db"] < POOR_DB:
-        say(f"the int8 outputs are only {figures['snr_db']:.1f} dB from the float ones: leave layers float with --min-snr")
     written = _write(parent, out, config, result, figures, tolerance)
     check_golden(written, INT8_GRAPH)
-    if result.missed:
+    missed, hint = _missed(result, figures, budget)
+    if missed:
         raise BudgetNotMet(
-            result.missed,
-            "the best found is written; relax the budget, or give more and better calibration samples",
+            missed,
+            hint,
             {"bundle": str(written.path), **figures},
         )
     return written
+
+
+def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> tuple[str, str]:
+    """(what is missed, hint), or two empty texts. The test split only judges: it chose nothing.
+
+    Frozen ranges (``budget`` None) give a graph that was judged when they were made, perhaps by a budget that they do not
+    record: a poor one is said, not refused.
+    """
+    if result.missed:
+        return result.missed, "the best found is written; relax the budget, or give more and better calibration samples"
+    if budget is not None and budget.max_drop is not None:
+        lost = 100 * (figures.get("top1_float", 0.0) - figures["top1"])
+        if "top1_float" in figures and lost > budget.max_drop + 1e-9:
+            return (
+                f"top-1 drops by {lost:.2f} points on the test split, {budget.max_drop:g} were allowed",
+                "the best found is written; state a smaller --max-drop to leave more layers float, or retrain",
+            )
+        return "", ""
+    worst = min(figures["snr_db"], figures["golden_snr_db"])
+    if worst >= POOR_DB or (budget is not None and budget.min_snr is not None):
+        return "", ""
+    poor = f"the int8 outputs are only {worst:.1f} dB from the float ones, {POOR_DB:g} is the least that is usable"
+    if budget is None:
+        say(poor)
+        return "", ""
+    return poor, "the best found is written; leave layers float: --min-snr DB (a smaller DB accepts it as it is)"
 
 
 def _golden_db(bundle: Bundle, graph: bytes) -> float:

@@ -92,9 +92,10 @@ def training_data(bundle: Bundle) -> str | None:
     return None
 
 
-def gather(bundle: Bundle, calib: str | os.PathLike[str] | None, count: int, seed: int) -> Pool:
+def gather(bundle: Bundle, calib: str | os.PathLike[str] | None, count: int, seed: int, *, labelled: bool = True) -> Pool:
     """``count`` samples for ``calib``: a data spec, a folder of ``.npz``, or None for what the bundle was trained on.
 
+    ``labelled``: also read the samples that accuracy is measured on; else ``labelled`` only says whether labels are known.
     Raises `UsageError` where there is nothing to calibrate with, `DataError` for samples that do not fit the model.
     """
     if calib is None:
@@ -113,10 +114,10 @@ def gather(bundle: Bundle, calib: str | os.PathLike[str] | None, count: int, see
             f"--calib {spec!r} is neither a folder of .npz, nor a calibration.json, nor a data set",
             f"a data set is one of: {', '.join(f'{name}:PATH' if needs else name for name, (_, needs) in SOURCES.items())}",
         )
-    return from_dataset(bundle, spec, count, seed)
+    return from_dataset(bundle, spec, count, seed, labelled=labelled)
 
 
-def from_dataset(bundle: Bundle, spec: str, count: int, seed: int) -> Pool:
+def from_dataset(bundle: Bundle, spec: str, count: int, seed: int, *, labelled: bool = True) -> Pool:
     """A stratified, seeded draw from the train split, class after class in turn; damaged images are named and skipped."""
     preprocessing, labels = bundle.manifest.preprocessing, bundle.manifest.labels
     if preprocessing is None or len(bundle.manifest.inputs) != 1:
@@ -125,7 +126,9 @@ def from_dataset(bundle: Bundle, spec: str, count: int, seed: int) -> Pool:
             "add --calib DIR with one .npz a sample, one array an input name",
         )
     dataset = load(spec)
-    order = _stratified(dataset.train.targets, seed)[: count + LABELLED]
+    # A fourth beside ``count`` keeps `_parted` from shortening the calibration: the same samples with and without labels.
+    rest = max(LABELLED if labelled else HELD_OUT, -(-count // 4))
+    order = _stratified(dataset.train.targets, seed)[: count + rest]
     split, preprocess, name = dataset.train.take(order), Preprocessor(preprocessing), bundle.manifest.inputs[0].name
     read = _remembering(lambda i: {name: preprocess(split.read(i))})
     kept: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx
 
@@ -65,22 +65,3 @@ def most_harmful_first(rows: list[Sensitivity], macs: Mapping[str, int]) -> list
         return float(10.0 ** (-row.alone_db / 10)) / max(macs[row.layer], 1)
 
     return [row.layer for row in sorted(rows, key=harm, reverse=True)]
-
-
-def table(
-    rows: list[Sensitivity], placement: Placement, macs: Mapping[str, int], chosen: Collection[str]
-) -> list[dict[str, Any]]:
-    """For people and JSON: the worst layer first."""
-    total = max(sum(macs.values()), 1)
-    kinds = {layer.name: layer.op for layer in placement.layers}
-    return [
-        {
-            "layer": row.layer,
-            "op": kinds[row.layer],
-            "type": "int8" if row.layer in chosen else "float",
-            "macs": round(macs[row.layer] / total, 4),
-            "alone_db": round(row.alone_db, 2),
-            "gain_db": round(row.gain_db, 2),
-        }
-        for row in sorted(rows, key=lambda row: row.alone_db)
-    ]

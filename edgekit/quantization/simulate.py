@@ -10,18 +10,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
-from edgekit.errors import GraphError, MissingExtra
+from edgekit.errors import GraphError
 
 from .prepare import prune
 from .statistics import Statistics
-
-try:
-    import onnxruntime as ort
-except ImportError:
-    raise MissingExtra("onnx", "onnxruntime") from None
 
 __all__ = ["Array", "Feeds", "Noise", "Simulator", "exposed", "observe", "signal_to_noise"]
 
@@ -42,7 +38,7 @@ class Simulator:
             self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
             raise GraphError(
-                f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}", "import it again: edgekit import MODEL.onnx"
+                f"ONNX Runtime refuses the graph: {_first(error)}", "import it again: edgekit import MODEL.onnx"
             ) from None
         self.outputs = [value.name for value in self._session.get_outputs()]
 
@@ -51,9 +47,14 @@ class Simulator:
             return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
         except Exception as error:  # noqa: BLE001  as above
             raise GraphError(
-                f"ONNX Runtime failed on a calibration sample: {str(error).splitlines()[0]}",
+                f"ONNX Runtime failed on a calibration sample: {_first(error)}",
                 "check the samples' shapes against: edgekit inspect B",
             ) from None
+
+
+def _first(error: BaseException) -> str:
+    """An error's first line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def exposed(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:

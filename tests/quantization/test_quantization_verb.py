@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from onnx import numpy_helper
 
 import edgekit
 from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
-from edgekit.errors import BudgetNotMet, BundleError, DataError, OutputExists, UsageError
+from edgekit.errors import BudgetNotMet, BundleError, DataError, GraphError, OutputExists, UsageError
 from edgekit.quantization import layer_table, read_calibration, rebuild
+from edgekit.quantization.samples import gather
+from edgekit.quantization.simulate import Simulator
 from edgekit.runtime import Model, check_golden
 
 Cli = Callable[..., Any]
@@ -229,7 +232,7 @@ def test_one_sample_is_enough_and_constants_do_no_harm(tiny_bundle: Bundle, tmp_
     folder = tmp_path / "one"
     folder.mkdir()
     np.savez(folder / "zeros.npz", x=np.zeros((1, 3, 32, 32), np.float32))
-    entry = edgekit.quantize(tiny_bundle, out=tmp_path / "t8.edge", calib=folder).last("quantize")
+    entry = edgekit.quantize(tiny_bundle, out=tmp_path / "t8.edge", calib=folder, min_snr=0).last("quantize")
     assert entry is not None
     assert entry.figures["measured_on"] == "golden inputs"
 
@@ -282,3 +285,45 @@ def test_a_changed_scale_is_noticed(frozen: Path, digits_bundle: Bundle, tmp_pat
     (tmp_path / "bad.json").write_text(json.dumps(content))
     with pytest.raises(edgekit.EdgekitError, match="differs from the recorded"):
         edgekit.quantize(digits_bundle, out=tmp_path / "x.edge", calib=tmp_path / "bad.json")
+
+
+def test_a_poor_graph_is_written_and_said_to_be_poor(cli: Cli, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "faint"
+    folder.mkdir()
+    for i in range(5):  # a thousandth of the golden inputs: their ranges clip everything
+        np.savez(folder / f"{i}.npz", x=np.random.default_rng(i).normal(0, 1e-3, (1, 3, 32, 32)).astype(np.float32))
+    outcome = cli("quantize", tiny_bundle.path, "--out", tmp_path / "t8.edge", "--calib", folder, "--json")
+    assert outcome.code == 3
+    assert outcome.json["golden_snr_db"] < 10
+    assert "least that is usable" in outcome.json["error"]
+    assert Bundle.open(tmp_path / "t8.edge").has(INT8_GRAPH)
+    edgekit.quantize(tiny_bundle, out=tmp_path / "accepted.edge", calib=folder, min_snr=0)
+    again = edgekit.quantize(tiny_bundle, out=tmp_path / "again.edge", calib=tmp_path / "t8.edge" / CALIBRATION)
+    assert again.has(INT8_GRAPH)  # frozen ranges were judged when they were made
+
+
+def test_max_drop_holds_on_the_test_split(digits_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluated(bundle: Bundle, data: str) -> dict[str, float]:
+        return {"top1": 0.95 if bundle.has(INT8_GRAPH) else 0.97}
+
+    monkeypatch.setattr(sys.modules["edgekit.quantization.quantize"], "evaluate", evaluated)
+    edgekit.quantize(digits_bundle, out=tmp_path / "two.edge", calib="digits", max_drop=2.0)
+    with pytest.raises(BudgetNotMet, match=r"drops by 2\.00 points on the test split, 1 were allowed"):
+        edgekit.quantize(digits_bundle, out=tmp_path / "one.edge", calib="digits", max_drop=1.0)
+    assert Bundle.open(tmp_path / "one.edge").has(INT8_GRAPH)
+
+
+@pytest.mark.parametrize("count", [16, 1000])
+def test_labelled_samples_are_read_only_when_asked_for(digits_bundle: Bundle, count: int) -> None:
+    many, few = (gather(digits_bundle, "digits", count, 0, labelled=labelled) for labelled in (True, False))
+    assert (few.calibration.ids, few.held_out.ids) == (many.calibration.ids, many.held_out.ids)
+    assert len(few.calibration) + len(few.labelled) < len(many.calibration) + len(many.labelled)
+
+
+def test_an_error_without_words_is_still_named(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mute(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", mute)
+    with pytest.raises(GraphError, match="RuntimeError"):
+        Simulator(onnx.load_model_from_string(tiny_bundle.file(FLOAT_GRAPH).read_bytes()))
