@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from edgekit.errors import MissingExtra
+
 if TYPE_CHECKING:
     from .builder import build
     from .importer import import_onnx
@@ -33,4 +35,7 @@ __all__ = ["Target", "build", "estimate", "import_onnx", "load_targets", "summar
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'edgekit.compiler' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    try:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise MissingExtra.of(error) from None

@@ -44,7 +44,7 @@ def network_flags(trt: Any) -> int:
 
 def precision_flags(trt: Any, precision: str) -> list[str]:
     """Builder flags that allow a precision. Only weakly typed TensorRT needs them; a strongly typed one rejects them."""
-    if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+    if hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED"):
         return []
     wanted = {"fp16": ["FP16"], "int8": ["INT8", "FP16"]}.get(precision, [])
     return [name for name in wanted if hasattr(trt.BuilderFlag, name)]
@@ -222,18 +222,22 @@ def check(trt: Any, plan: bytes, golden: Path, tolerance: dict[str, Any], cuda: 
     with np.load(golden, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     inputs = {name[6:]: array for name, array in arrays.items() if name.startswith("input/")}
-    profiles = [engine.get_tensor_profile_shape(name, 0) for name in inputs]
-    least, most = max(int(p[0][0]) for p in profiles), min(int(p[2][0]) for p in profiles)
-    samples = min(len(array) for array in inputs.values())
+    batched = [name for name, array in inputs.items() if array.ndim]  # a scalar goes along with every batch
+    profiles = [engine.get_tensor_profile_shape(name, 0) for name in batched]
+    least = max([int(p[0][0]) for p in profiles] or [1])
+    most = min([int(p[2][0]) for p in profiles] or [1])
+    samples = min([len(inputs[name]) for name in batched] or [1])
     found: dict[str, list[Any]] = {}
     for start in range(0, samples, most):
         rows = [min(i, samples - 1) for i in range(start, start + max(least, min(most, samples - start)))]
-        part = {name: array[rows] for name, array in inputs.items()}  # the last sample fills up a fixed batch
+        part = {
+            name: array[rows] if array.ndim else array for name, array in inputs.items()
+        }  # the last sample fills up a fixed batch
         for name, array in _run(trt, engine, part, cuda).items():
-            found.setdefault(name, []).append(array)
+            found.setdefault(name, []).append(np.atleast_1d(array))
     relative, snr = 0.0, 200.0
     for name, blocks in found.items():
-        truth = arrays["output/" + name].astype(np.float64)
+        truth = np.atleast_1d(arrays["output/" + name]).astype(np.float64)
         error = np.concatenate(blocks)[: len(truth)].astype(np.float64) - truth
         if not np.isfinite(error).all():
             raise BuildError(f"output {name} is not finite")
@@ -299,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         _write(out / (spec["target"] + ".engine"), plan)
         _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
-    except (BuildError, OSError, ImportError, KeyError, ValueError) as error:
+    except (BuildError, OSError, ImportError, LookupError, ValueError) as error:
         sys.stderr.write(f"\nerror: {type(error).__name__}: {error}\n")
         return 1
     sys.stderr.write("\n")

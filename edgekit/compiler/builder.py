@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from edgekit.version import __version__
 from . import child
 from .kit import SCRIPT, make_kit
 from .shapes import Profiles, profiles_for
-from .targets import PRECISIONS, Target, target_named
+from .targets import PRECISIONS, JetPack, Target, target_named
 
 __all__ = ["BuildResult", "build"]
 
-RECIPE = 1  # raise it where the same inputs would now give another engine
+RECIPE = 2  # raise it where the same inputs would now give another engine
 #: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
@@ -86,7 +86,7 @@ def build(
         return _result(opened, chosen, found, cached=True, seconds=time.perf_counter() - started)
     with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
         folder = Path(name)
-        answer = child.call("compilation:compile_graph", _request(opened, chosen, spec), folder, timeout_s)
+        answer = child.call("compilation:compile_graph", _request(opened, chosen, spec), folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
         files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder)
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
@@ -118,13 +118,29 @@ def _check_precision(bundle: Bundle, target: Target, precision: str) -> None:
 def _tensorrt_version(target: Target) -> str:
     """The version that will compile: installed TensorRT-RTX here, the JetPacks' on a device."""
     if target.kind == "device":
-        return ", ".join(f"{entry.tensorrt} (JetPack {entry.jetpack})" for entry in target.tensorrt)
+        return _listed(target.tensorrt)
     for name in _RTX_DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     raise MissingExtra("rtx", "tensorrt_rtx")
+
+
+def _listed(entries: Iterable[JetPack]) -> str:
+    return ", ".join(f"{entry.tensorrt} (JetPack {entry.jetpack})" for entry in entries)
+
+
+def _readers(target: Target, opset: int) -> tuple[tuple[JetPack, ...], list[str]]:
+    """(the JetPacks whose TensorRT reads a graph of this opset, a note for each of the others)."""
+    able = tuple(entry for entry in target.tensorrt if opset <= entry.opset)
+    notes = [
+        f"not for JetPack {entry.jetpack}: TensorRT {entry.tensorrt} "
+        + (f"reads opset {entry.opset} at most, the graph has {opset}" if entry.opset else "is older than the kit's 8.6")
+        for entry in target.tensorrt
+        if entry not in able
+    ]
+    return able, notes
 
 
 def _flags(bundle: Bundle) -> list[str]:
@@ -195,6 +211,7 @@ def _outputs(
         "graph_sha256": answer["graph_sha256"],
         "golden": msgspec.to_builtins(_tolerance(bundle, answer["precision"])),
         "golden_snr_db": answer["golden_snr_db"],
+        "opset": answer["opset"],
         "seconds": answer.get("seconds"),
         "graph_seconds": answer["graph_seconds"],
         "notes": list(answer["notes"]),
@@ -206,7 +223,10 @@ def _outputs(
             record["notes"].append("TensorRT-RTX documents int8 for weights only: expect no int8 speed")
     else:
         golden = bundle.file(GOLDEN).read_bytes() if bundle.has(GOLDEN) else None
-        data = make_kit(target, record, graph, golden)
+        able, unable = _readers(target, answer["opset"])
+        record["tensorrt"] = _listed(able) or "none"
+        record["notes"] += unable
+        data = make_kit(target, able, record, graph, golden)
         name, record["kit_sha256"] = f"engines/{target.name}.kit.zip", hashlib.sha256(data).hexdigest()
         record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")
     return {name: data}, {**record, "file": name, "size_bytes": len(data)}

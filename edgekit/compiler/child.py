@@ -1,6 +1,6 @@
 """Native parsers run in a child process: a crash, a hang or a memory bomb in one costs an error line, not the caller.
 
-`call` starts ``python -m edgekit.compiler.child MODULE:FUNCTION FOLDER``; the function gets the request (JSON) and the
+`call` starts ``python -m edgekit.compiler.child MODULE:FUNCTION FOLDER BYTES``; the function gets the request (JSON) and the
 folder that both sides share, and returns the answer (JSON). Errors of edgekit cross over as they are.
 """
 
@@ -21,18 +21,23 @@ from edgekit.errors import EdgekitError, GraphError, MissingExtra
 
 __all__ = ["call"]
 
-ADDRESS_SPACE = 32 << 30  # bytes; TensorRT's libraries map gigabytes, a hostile graph asks for terabytes
+ADDRESS_SPACE = 32 << 30  # bytes; a hostile graph asks for terabytes
 _LONGEST = 300  # characters of an unforeseen error's message
 
 
-def call(function: str, request: Mapping[str, Any], folder: Path, timeout_s: float) -> dict[str, Any]:
+def call(
+    function: str, request: Mapping[str, Any], folder: Path, timeout_s: float, address_space: int = ADDRESS_SPACE
+) -> dict[str, Any]:
     """Run ``MODULE:FUNCTION`` of this room in a child; returns its answer.
+
+    ``address_space``: bytes it may map, 0 for no limit: a CUDA context reserves addresses for all memory of the machine,
+    so TensorRT beside a GPU fails under any limit that would help.
 
     Raises the child's `EdgekitError`; `GraphError` where the child crashed or took longer than ``timeout_s``.
     """
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
-    command = [sys.executable, "-m", "edgekit.compiler.child", function, str(folder)]
+    command = [sys.executable, "-m", "edgekit.compiler.child", function, str(folder), str(address_space)]
     # cwd is our own folder, so that no module of the caller's folder shadows a library
     process = subprocess.Popen(  # noqa: S603  our own interpreter and module
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -76,7 +81,9 @@ def _rebuilt(error: Mapping[str, str]) -> EdgekitError:
 
 def _described(error: BaseException) -> dict[str, str]:
     if isinstance(error, MissingExtra):
-        return {"kind": "MissingExtra", "extra": error.extra, "module": error.message.split("'")[1]}
+        return {"kind": "MissingExtra", "extra": error.extra, "module": error.module}
+    if isinstance(error, ModuleNotFoundError):
+        return _described(MissingExtra.of(error))
     if isinstance(error, EdgekitError):
         return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
     if isinstance(error, MemoryError):
@@ -86,14 +93,14 @@ def _described(error: BaseException) -> dict[str, str]:
     return {"kind": "GraphError", "message": message, "hint": "this is a defect of edgekit; EDGEKIT_DEBUG=1 shows where"}
 
 
-def _limit_memory() -> None:
+def _limit_memory(address_space: int) -> None:
     try:
         import resource
     except ImportError:  # not on Windows
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard == resource.RLIM_INFINITY or hard > ADDRESS_SPACE:
-        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, hard))
+    if address_space and (hard == resource.RLIM_INFINITY or hard > address_space):
+        resource.setrlimit(resource.RLIMIT_AS, (address_space, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -108,7 +115,7 @@ def _quiet_natives(folder: Path) -> None:
 def main() -> None:
     module, name = sys.argv[1].split(":")
     folder = Path(sys.argv[2])
-    _limit_memory()
+    _limit_memory(int(sys.argv[3]))
     if not os.environ.get("EDGEKIT_DEBUG"):
         _quiet_natives(folder)
     try:

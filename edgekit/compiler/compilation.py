@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgekit.errors import EdgekitError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.progress import say
 
-from . import build_engine, precision
+from . import build_engine, passes, precision
 
 __all__ = ["MIN_FP16_SNR_DB", "compile_graph"]
 
@@ -32,12 +32,14 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write ``graph.onnx`` (typed) and, where ``request["engine"]``, ``plan.engine`` into ``folder``.
 
     Returns what was chosen: ``precision``, ``notes``, ``golden_snr_db`` (ONNX Runtime's, None where the graph is one
-    that an earlier stage checked), ``tensorrt``, ``seconds`` in TensorRT, ``graph_sha256``.
+    that an earlier stage checked), ``tensorrt``, ``seconds`` in TensorRT, ``graph_sha256``, ``opset``.
     """
     started = time.perf_counter()
     graph, chosen = _typed_graph(request)
     (folder / "graph.onnx").write_bytes(graph)
-    answer: dict[str, Any] = {**chosen, "graph_sha256": hashlib.sha256(graph).hexdigest(), "graph_seconds": _since(started)}
+    opset = passes.opset(onnx.load_model_from_string(graph))
+    answer: dict[str, Any] = {**chosen, "graph_sha256": hashlib.sha256(graph).hexdigest(), "opset": opset}
+    answer["graph_seconds"] = _since(started)
     if request["engine"]:
         plan, version, seconds = _engine(graph, {**request, "precision": chosen["precision"]})
         (folder / "plan.engine").write_bytes(plan)
@@ -80,8 +82,7 @@ def _half_graph(path: Path, golden: Path) -> tuple[bytes, float, int]:
     snr_db = min(precision.against_golden(form, inputs, outputs).snr_db for form in (twin, graph))
     if snr_db < MIN_FP16_SNR_DB:
         raise GoldenError(f"{snr_db:.1f} dB against the golden outputs, {MIN_FP16_SNR_DB:g} dB are needed")
-    kept = sum(node.op_type not in precision.HALF_OPS and node.op_type != "Cast" for node in made.graph.node)
-    return graph, round(snr_db, 2), kept
+    return graph, round(snr_db, 2), precision.kept_float32(model, peaks)
 
 
 def _golden(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:

@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import onnx
-from onnx import TensorProto
-
 from edgekit.errors import GraphError, MissingExtra
 
 try:
     import onnx.shape_inference
+    from onnx import TensorProto
 except ImportError:
     raise MissingExtra("onnx", "onnx") from None
 

@@ -43,8 +43,14 @@ def import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  onnx and ONNX Runtime raise anything on hostile files
         if os.environ.get("EDGEKIT_DEBUG"):
             traceback.print_exc()
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise GraphError(f"the graph cannot be imported: {first}", "check it with onnx.checker, or export it again") from None
+        raise GraphError(
+            f"the graph cannot be imported: {_first(error)[:300]}", "check it with onnx.checker, or export it again"
+        ) from None
+
+
+def _first(error: BaseException) -> str:
+    """An error's first line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def _outputs(run: Any, feeds: Feeds) -> Feeds:
         return dict(zip(names, run.run(names, feeds), strict=True))
     except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
         raise GraphError(
-            f"ONNX Runtime fails on the graph: {str(error).splitlines()[0][:300]}", "check the shapes: --shape NAME:1x3x48x320"
+            f"ONNX Runtime fails on the graph: {_first(error)[:300]}", "check the shapes: --shape NAME:1x3x48x320"
         ) from None
 
 
@@ -162,11 +168,12 @@ def _feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], notes: 
         for kind in ("normal", "uniform", "small"):
             trials = [_random(model, sizes, kind, seed) for seed in range(SEEDS)]
             try:
-                once, twice = _outputs(run, trials[0]), _outputs(run, trials[0])
+                truths = [_outputs(run, feeds) for feeds in trials]
+                once, twice = truths[0], _outputs(run, trials[0])
             except GraphError as error:
                 failure = failure or error
                 continue
-            if any(not np.isfinite(value).all() for value in once.values() if value.dtype.kind in "fc"):
+            if any(not np.isfinite(value).all() for truth in truths for value in truth.values() if value.dtype.kind in "fc"):
                 failure = failure or GraphError("the graph's outputs are not finite on random inputs", "check its weights")
                 continue
             if any(compare_arrays(once[n], twice[n]).relative > MAX_RELATIVE for n in once):

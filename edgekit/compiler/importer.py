@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.errors import GraphError, UsageError
+from edgekit.files import sha256_file
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
 from edgekit.progress import say
 
@@ -86,8 +86,4 @@ def _checked_file(path: Path) -> str:
         raise GraphError(
             f"{path.name} has {size} bytes; a graph has 1 to {MAX_BYTES}", "keep large weights as external data beside the file"
         )
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_file(path)

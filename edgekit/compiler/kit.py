@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from .targets import Target
+from .targets import JetPack, Target
 
 __all__ = ["SCRIPT", "make_kit"]
 
@@ -20,8 +20,13 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can state: the same in
 _GRAPH = "graph.onnx"
 
 
-def make_kit(target: Target, record: Mapping[str, Any], graph: bytes, golden: bytes | None) -> bytes:
-    """A stored (not deflated: zlib's versions differ) zip of the typed graph, build.json, golden.npz, script and README."""
+def make_kit(
+    target: Target, readers: Sequence[JetPack], record: Mapping[str, Any], graph: bytes, golden: bytes | None
+) -> bytes:
+    """A stored (not deflated: zlib's versions differ) zip of the typed graph, build.json, golden.npz, script and README.
+
+    ``readers``: the JetPacks whose TensorRT reads the graph.
+    """
     files = {_GRAPH: graph, "build_engine.py": SCRIPT.read_bytes()}
     if golden is not None:
         files["golden.npz"] = golden
@@ -29,11 +34,11 @@ def make_kit(target: Target, record: Mapping[str, Any], graph: bytes, golden: by
         **{k: record[k] for k in ("target", "precision", "profiles", "flags", "golden", "key")},
         "graph": _GRAPH,
         "compute_capability": target.sm,
-        "tensorrt": [msgspec.to_builtins(entry) for entry in target.tensorrt],
+        "tensorrt": [msgspec.to_builtins(entry) for entry in readers],
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
     files["build.json"] = msgspec.json.format(msgspec.json.encode(spec), indent=1) + b"\n"
-    files["README.txt"] = _readme(target, spec, golden is not None).encode()
+    files["README.txt"] = _readme(target, readers, spec, golden is not None).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, data in sorted(files.items()):
@@ -52,8 +57,9 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def _readme(target: Target, spec: Mapping[str, Any], golden: bool) -> str:
-    versions = "\n".join(f"    JetPack {e.jetpack}: TensorRT {e.tensorrt}, CUDA {e.cuda}" for e in target.tensorrt)
+def _readme(target: Target, readers: Sequence[JetPack], spec: Mapping[str, Any], golden: bool) -> str:
+    versions = "\n".join(f"    JetPack {e.jetpack}: TensorRT {e.tensorrt}, CUDA {e.cuda}" for e in readers)
+    versions = versions or "    no JetPack of this device: their TensorRT does not read the graph, see engines/ of the bundle"
     legacy = {"fp16": "--fp16", "int8": "--int8 --fp16"}.get(spec["precision"], "")
     check = "Afterwards it runs the engine on golden.npz and refuses one that misses the stated tolerance."
     return f"""Build kit: {spec["target"]} ({target.title}, SM {target.sm}), precision {spec["precision"]}

@@ -10,7 +10,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from edgekit.errors import EdgekitError
 from edgekit.runtime.onnxruntime import session
 
 __all__ = [
@@ -133,12 +132,13 @@ def fold_constants(model: onnx.ModelProto) -> bool:
     known = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
     outputs = {o.name for o in graph.output}
     constant = {i.name for i in graph.initializer}
+    shapes: dict[str, NDArray[np.int64]] = {}
     folded: list[onnx.NodeProto] = []
     rest: list[onnx.NodeProto] = []
     for node in graph.node:
         shape = _static_shape(node, known)
         if shape is not None and not outputs & set(node.output):
-            graph.initializer.append(numpy_helper.from_array(shape, node.output[0]))
+            shapes[node.output[0]] = shape
             constant.add(node.output[0])
         elif not outputs & set(node.output) and _foldable(node, constant, known):
             folded.append(node)
@@ -150,13 +150,14 @@ def fold_constants(model: onnx.ModelProto) -> bool:
     made = {name for node in folded for name in node.output if name}
     needed = {n for node in rest for n in node.input} | {n for node in rest for g in _subgraphs(node) for n in _used(g)}
     wanted = sorted(made & needed)
-    values = _evaluate(model, folded, wanted)
+    values = _evaluate(model, folded, wanted, shapes)
     if values is None:
-        return False
+        return False  # nothing was touched yet
     rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in rest]
     del graph.node[:]
     graph.node.extend(rest)
-    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in zip(wanted, values, strict=True))
+    found = {**shapes, **dict(zip(wanted, values, strict=True))}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in found.items())
     drop_dead(model)
     return True
 
@@ -190,8 +191,10 @@ def _foldable(node: onnx.NodeProto, constant: set[str], known: dict[str, onnx.Va
     return True
 
 
-def _evaluate(model: onnx.ModelProto, nodes: list[onnx.NodeProto], wanted: list[str]) -> list[NDArray[Any]] | None:
-    """Values of ``wanted`` by ONNX Runtime, None where it cannot run the nodes."""
+def _evaluate(
+    model: onnx.ModelProto, nodes: list[onnx.NodeProto], wanted: list[str], shapes: dict[str, NDArray[np.int64]]
+) -> list[NDArray[Any]] | None:
+    """Values of ``wanted`` by ONNX Runtime, None where it cannot run the nodes. ``shapes``: constants beside the graph's."""
     if not wanted:
         return []
     read = {name for node in nodes for name in node.input}
@@ -201,14 +204,17 @@ def _evaluate(model: onnx.ModelProto, nodes: list[onnx.NodeProto], wanted: list[
             "fold",
             [],
             [onnx.ValueInfoProto(name=n) for n in wanted],
-            [i for i in model.graph.initializer if i.name in read],
+            [
+                *(i for i in model.graph.initializer if i.name in read),
+                *(numpy_helper.from_array(value, name) for name, value in shapes.items() if name in read),
+            ],
         ),
         opset_imports=model.opset_import,
         ir_version=max(model.ir_version, 8),
     )
     try:
         values: list[NDArray[Any]] = session(part.SerializeToString()).run(wanted, {})
-    except (EdgekitError, RuntimeError, ValueError):
+    except Exception:  # noqa: BLE001  ONNX Runtime's Fail and InvalidArgument derive from Exception alone
         return None
     return values if all(isinstance(value, np.ndarray) for value in values) else None
 

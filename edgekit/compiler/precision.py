@@ -25,7 +25,7 @@ try:
 except ImportError:
     raise MissingExtra("onnx", "onnx") from None
 
-__all__ = ["HALF_OPS", "activation_peaks", "against_golden", "to_fp16"]
+__all__ = ["HALF_OPS", "activation_peaks", "against_golden", "kept_float32", "to_fp16"]
 
 MAX_ACTIVATION = 512.0
 MAX_WEIGHT = 65504.0
@@ -80,7 +80,7 @@ class _Caster:
         self.taken.add(fresh)
         return fresh
 
-    def _fits(self, node: onnx.NodeProto) -> bool:
+    def fits(self, node: onnx.NodeProto) -> bool:
         if node.op_type not in HALF_OPS or node.domain not in ("", "ai.onnx"):
             return False
         tensors = [n for n in (*node.input, *node.output) if n]
@@ -123,7 +123,7 @@ class _Caster:
 
     def run(self) -> onnx.ModelProto:
         for node in self.model.graph.node:
-            if self._fits(node):
+            if self.fits(node):
                 self._convert(node)
             else:
                 for name in (*node.input, *_captured(node)):
@@ -185,6 +185,17 @@ def to_fp16(model: onnx.ModelProto, peaks: Mapping[str, float], *, twin: bool = 
     check_model(made)
     onnx.shape_inference.infer_shapes(made, strict_mode=True)
     return made
+
+
+def kept_float32(model: onnx.ModelProto, peaks: Mapping[str, float]) -> int:
+    """How many nodes `to_fp16` leaves computing float32: by their operator, or for their range."""
+    caster = _Caster(model, peaks, twin=False)
+    return sum(
+        node.op_type not in ("Cast", "Constant")
+        and any(caster.types.get(name) == TensorProto.FLOAT for name in node.output)
+        and not caster.fits(node)
+        for node in model.graph.node
+    )
 
 
 def against_golden(graph: bytes, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> GoldenResult:

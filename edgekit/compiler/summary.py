@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
-from edgekit.errors import BundleError, UsageError
+from edgekit.errors import BundleError, MissingExtra, UsageError
 from edgekit.files import sha256_file
 from edgekit.manifest import TensorSpec
 
@@ -68,10 +68,13 @@ def _short(value: Any) -> bool:
 
 def _graph(bundle: Bundle, name: str) -> dict[str, Any]:
     """Opset, operators, parameters and MACs of a graph, dynamic axes at 1."""
-    import onnx
+    try:
+        import onnx
 
-    from .cost import graph_cost
-    from .passes import all_nodes, opset
+        from .cost import graph_cost
+        from .passes import all_nodes, opset
+    except ModuleNotFoundError as error:
+        raise MissingExtra.of(error) from None
 
     model = onnx.load_model(str(bundle.file(name)), load_external_data=False)
     cost = graph_cost(model)

@@ -17,10 +17,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["PRECISIONS", "Figure", "JetPack", "Target", "load_targets", "target_named", "target_rows"]
+__all__ = ["OPSETS", "PRECISIONS", "Figure", "JetPack", "Target", "load_targets", "target_named", "target_rows"]
 
 #: What `edgekit build` can make; a target may list more, which its hardware runs and edgekit does not build yet.
 PRECISIONS = ("fp32", "fp16", "int8")
+#: TensorRT version -> the newest opset whose operators its parser states to read, from that version on (onnx-tensorrt,
+#: docs/operators.md of each release). Before 8.6 the kit's script does not run, whatever the parser reads.
+OPSETS = {(8, 6): 17, (10, 0): 20}
 TARGETS = Path(__file__).with_name("targets.toml")
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Precision = Literal["fp32", "fp16", "int8", "fp8", "fp4"]
@@ -46,6 +49,12 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     python: str
     source: Annotated[str, msgspec.Meta(min_length=8)]
 
+    @property
+    def opset(self) -> int:
+        """The newest opset that a kit may have there; 0 where kits are not made for this TensorRT."""
+        version = tuple(int(part) for part in self.tensorrt.split("."))
+        return max((opset for since, opset in OPSETS.items() if version >= since), default=0)
+
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One table of ``targets.toml``; its comments state the units. Absent figures are per card, or not published."""
@@ -54,7 +63,6 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["rtx", "device"]
     sm: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d$")]
     precisions: tuple[Precision, ...]
-    alignment: dict[Precision, Annotated[int, msgspec.Meta(ge=1)]]
     dla: Annotated[int, msgspec.Meta(ge=0)] = 0
     memory_gb: Figure | None = None
     bandwidth_gbs: Figure | None = None
@@ -68,8 +76,6 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not set(self.alignment) <= set(self.precisions):
-            raise ValueError("alignment names a precision that the target lacks")
         if (self.kind == "device") != bool(self.tensorrt):
             raise ValueError("a device states the TensorRT of each JetPack, an rtx target states none")
 

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.compiler import build
+from edgekit.compiler import build, child
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
 from edgekit.runtime.golden import save_golden
@@ -246,3 +246,29 @@ def test_targets_lists_every_figure_with_its_source(cli: Callable[..., Any]) -> 
     nano = next(row for row in rows if row["name"] == "jetson-orin-nano")
     assert nano["bandwidth_gbs"] == {"value": 102, "source": "NVIDIA Jetson Orin Nano Super developer kit data sheet"}
     assert "jetson-orin-nano" in cli("targets").out
+
+
+def test_only_the_reader_of_foreign_files_has_an_address_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    set_to: list[int] = []
+    monkeypatch.setattr(
+        resource, "setrlimit", lambda what, limits: set_to.append(limits[0]) if what == resource.RLIMIT_AS else None
+    )
+    child._limit_memory(0)
+    assert not set_to
+    child._limit_memory(1 << 30)
+    assert set_to == [1 << 30]
+
+
+def test_an_engine_is_built_without_an_address_limit(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    call = child.call
+
+    def noted(*arguments: Any, address_space: int = child.ADDRESS_SPACE) -> dict[str, Any]:
+        asked.append(address_space)
+        return call(*arguments, address_space=address_space)
+
+    monkeypatch.setattr(child, "call", noted)
+    build(tiny_bundle, target="rtx-ada")
+    assert asked == [0]

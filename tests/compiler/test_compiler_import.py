@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import Bundle
-from edgekit.compiler import child, import_onnx
+from edgekit.compiler import child, foreign, import_onnx, passes
 from edgekit.compiler.passes import drop_dead, fold_constants, opset, simplify
 from edgekit.compiler.reading import check_model, read_model
 from edgekit.errors import EdgekitError, GraphError, OutputExists, UsageError
@@ -364,3 +366,81 @@ def test_errors_cross_from_the_child_as_they_are(tmp_path: Path) -> None:
     assert "x (nx4)" in caught.value.hint
     with pytest.raises(EdgekitError, match="AttributeError"):
         child.call("foreign:no_such_function", {}, tmp_path, 30)
+
+
+def test_what_cannot_be_folded_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Add", ["one", "one"], ["two"]),
+        helper.make_node("Mul", ["s", "two"], ["m"]),
+        helper.make_node("Reshape", ["x", "s"], ["r"]),
+        helper.make_node("Cast", ["m"], ["y"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+        [numpy_helper.from_array(np.array([1, 1], np.int64), "one")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    before = model.SerializeToString()
+
+    class Fail(Exception):  # ONNX Runtime's errors derive from Exception alone
+        pass
+
+    def refuse(*_: object) -> None:
+        raise Fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "session", refuse)
+        assert not passes.fold_constants(model)
+    assert model.SerializeToString() == before
+    assert passes.fold_constants(model)
+    onnx.checker.check_model(model)
+    (y,) = session(model.SerializeToString()).run(None, {"x": np.zeros((2, 3), np.float32)})
+    assert y.tolist() == [4, 6]
+
+
+def test_every_seed_must_stay_finite() -> None:
+    class Run:
+        calls = 0
+
+        def get_outputs(self) -> list[Any]:
+            return [onnx.ValueInfoProto(name="y")]
+
+        def run(self, names: list[str], feeds: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+            self.calls += 1
+            return [np.full(1, np.inf if self.calls == 2 else 1, np.float32)]  # the second seed of the first kind
+
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])
+    model = helper.make_model(helper.make_graph([], "g", [x], []))
+    run = Run()
+    foreign._feeds(run, model, {}, [])
+    assert run.calls > 4
+
+
+@pytest.mark.parametrize("hidden", ["onnx", "onnxruntime"])
+def test_without_onnx_each_command_names_the_extra(tiny_bundle: Any, tiny_onnx: Path, tmp_path: Path, hidden: str) -> None:
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / f"{hidden}.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{hidden}'\", name='{hidden}')"
+    )
+    path = os.pathsep.join([str(tmp_path / "hide"), *(p for p in sys.path if p)])
+    commands = [
+        ["import", tiny_onnx, "--out", tmp_path / "i.edge"],
+        ["quantize", tiny_bundle.path, "--out", tmp_path / "q.edge"],
+    ]
+    commands += [["build", tiny_bundle.path, "--target", "jetson-orin-nano"]]
+    if hidden == "onnx":
+        commands += [["inspect", tiny_bundle.path], ["estimate", tiny_bundle.path, "--target", "jetson-orin-nano"]]
+    for command in commands:
+        words = [sys.executable, "-c", "from edgekit.cli import main; main()", *map(str, command)]
+        done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, command
+        assert f"needs the Python module '{hidden}'" in done.stderr, (command, done.stderr)
+        assert "pip install 'edgekit[onnx]'" in done.stderr or (hidden, "edgekit[runtime]" in done.stderr) == (
+            "onnxruntime",
+            True,
+        )
+        assert "defect" not in done.stderr

@@ -19,7 +19,9 @@ import pytest
 
 from edgekit.bundle import Bundle
 from edgekit.compiler import build, build_engine
+from edgekit.compiler.builder import _readers
 from edgekit.compiler.kit import SCRIPT
+from edgekit.compiler.targets import target_named
 from edgekit.runtime.golden import load_golden, save_golden
 
 #: What each TensorRT's Python module has, of all that build_engine.py asks for (read from the bindings of each version).
@@ -272,3 +274,29 @@ def test_the_check_on_the_device_compares_every_golden_sample(tmp_path: Path, ba
 def test_golden_of_the_kit_is_the_bundles(tiny_bundle: Bundle, kit: Path) -> None:
     with np.load(io.BytesIO((kit / "golden.npz").read_bytes())) as file:
         np.testing.assert_array_equal(file["output/y"], load_golden(tiny_bundle)[1]["y"])
+
+
+def test_a_kit_names_only_the_jetpacks_that_read_it(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    nano = target_named("jetson-orin-nano")
+    able, notes = _readers(nano, 18)
+    assert [entry.tensorrt for entry in able] == ["10.3.0", "10.16.2"]
+    assert notes == ["not for JetPack 6.0: TensorRT 8.6.2 reads opset 17 at most, the graph has 18"]
+    result = build(tiny_bundle, target="jetson-xavier-nx")
+    assert "is older than the kit's 8.6" in result.note
+    assert result.tensorrt == "none"
+    assert build(tiny_bundle, target="jetson-xavier-nx").cached
+
+
+def test_a_scalar_input_goes_along_with_every_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = {"x": np.ones((4, 3), np.float32), "t": np.float32(2)}
+    (tmp_path / "golden.npz").write_bytes(save_golden(golden, {"y": golden["x"] * 2}))
+    gpu = Gpu(lambda a: a * 2, (1, 2))
+    gpu.get_tensor_profile_shape = lambda name, _: [(), (), ()] if name == "t" else [(1, 3), (2, 3), (2, 3)]
+    monkeypatch.setattr(build_engine, "_run", lambda trt, engine, feeds, cuda: {"y": feeds["x"] * feeds["t"]})
+    tolerance = {"kind": "snr_db", "limit": 40.0}
+    assert build_engine.check(gpu.module(), b"", tmp_path / "golden.npz", tolerance, gpu)["snr_db"] == 200.0
+
+
+def test_a_tensorrt_without_network_flags_gets_no_precision_flags_it_lacks() -> None:
+    trt = types.SimpleNamespace(BuilderFlag=types.SimpleNamespace(FP16=1))
+    assert build_engine.precision_flags(trt, "int8") == ["FP16"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.compiler.precision import activation_peaks, against_golden, to_fp16
+from edgekit.compiler.precision import activation_peaks, against_golden, kept_float32, to_fp16
 from edgekit.runtime.onnxruntime import session
 
 OPS = [
@@ -135,3 +135,23 @@ def test_the_errors_are_measured_against_golden(op: str) -> None:
     half = to_fp16(made, activation_peaks(made, {"x": x}))
     assert against_golden(half.SerializeToString(), {"x": x}, {"y": truth}).snr_db > 50
     assert against_golden(half.SerializeToString(), {"x": x}, {"y": truth + 1}).snr_db < 20
+
+
+def test_nodes_kept_for_their_range_are_counted_and_shapes_are_not() -> None:
+    weights = {"w": np.eye(4, dtype=np.float32), "huge": np.full((4, 4), 1e5, np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("MatMul", ["a", "huge"], ["b"]),
+        helper.make_node("Shape", ["b"], ["s"]),
+        helper.make_node("Reshape", ["a", "s"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    assert kept_float32(model, {}) == 1  # the MatMul with 1e5
+    assert kept_float32(model, {"a": 1e3}) == 3  # everything that touches a

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgekit.compiler import load_targets, target_named
-from edgekit.compiler.targets import TARGETS
+from edgekit.compiler.targets import TARGETS, JetPack
 from edgekit.errors import EdgekitError, UsageError
 
 
@@ -39,7 +39,6 @@ def test_a_near_miss_is_answered_with_the_near_name() -> None:
         ('title = "DGX', 'colour = "gold"\ntitle = "DGX', "colour"),
         ("value = 8,", "value = -8,", "value"),
         ("[rtx-ada]", "[rtx-ada", "targets"),
-        ("alignment = { fp16 = 8, int8 = 16 }", "alignment = { fp4 = 8 }", "alignment"),
     ],
 )
 def test_a_wrong_table_is_named(tmp_path: Path, old: str, new: str, why: str) -> None:
@@ -50,3 +49,8 @@ def test_a_wrong_table_is_named(tmp_path: Path, old: str, new: str, why: str) ->
     path.write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(EdgekitError, match=why):
         load_targets(path)
+
+
+@pytest.mark.parametrize(("tensorrt", "opset"), [("8.5.2", 0), ("8.6.2", 17), ("10.3.0", 20), ("10.16.2", 20), ("11.4.1", 20)])
+def test_each_tensorrt_reads_its_opsets(tensorrt: str, opset: int) -> None:
+    assert JetPack("1", tensorrt, "12", "3.10", "a test's own").opset == opset
