@@ -228,7 +228,8 @@ def _outputs(
         record["notes"] += unable
         data = make_kit(target, able, record, graph, golden)
         name, record["kit_sha256"] = f"engines/{target.name}.kit.zip", hashlib.sha256(data).hexdigest()
-        record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")
+        if able:
+            record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")
     return {name: data}, {**record, "file": name, "size_bytes": len(data)}
 
 
