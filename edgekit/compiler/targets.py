@@ -21,8 +21,8 @@ __all__ = ["OPSETS", "PRECISIONS", "Figure", "JetPack", "Target", "load_targets"
 
 #: What `edgekit build` can make; a target may list more, which its hardware runs and edgekit does not build yet.
 PRECISIONS = ("fp32", "fp16", "int8")
-#: TensorRT version -> the newest opset whose operators its parser states to read, from that version on (onnx-tensorrt,
-#: docs/operators.md of each release). Before 8.6 the kit's script does not run, whatever the parser reads.
+#: TensorRT version -> the newest opset that a kit may have, from that version on. Unconfirmed: not read in the documents
+#: of these releases (a later onnx-tensorrt is said to read 22), so 20 is on the safe side. The script is written for 8.6 on.
 OPSETS = {(8, 6): 17, (10, 0): 20}
 TARGETS = Path(__file__).with_name("targets.toml")
 Positive = Annotated[float, msgspec.Meta(gt=0)]
