@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 __all__ = [
+    "EXTRA_OF",
     "BackendError",
     "BudgetNotMet",
     "BundleError",
@@ -36,6 +37,25 @@ __all__ = [
     "SignatureError",
     "UsageError",
 ]
+
+
+#: Optional module -> the extra of pyproject.toml that brings it; the smallest, where several do.
+EXTRA_OF = {
+    "PIL": "scan",
+    "biip": "scan",
+    "cryptography": "sign",
+    "jinja2": "report",
+    "onnx": "onnx",
+    "onnx_ir": "train",
+    "onnxruntime": "runtime",
+    "onnxscript": "train",
+    "paho": "scan",
+    "safetensors": "train",
+    "tensorrt_rtx": "rtx",
+    "torch": "train",
+    "torch_pruning": "train",
+    "zxingcpp": "scan",
+}
 
 
 class EdgekitError(Exception):
@@ -83,11 +103,21 @@ class BackendError(EdgekitError):
 
 
 class MissingExtra(EdgekitError):
-    """``raise MissingExtra("rtx", "tensorrt_rtx")`` where an optional import failed."""
+    """``raise MissingExtra("rtx", "tensorrt_rtx")`` where an optional import failed, or ``raise MissingExtra.of(error)``.
+
+    ``extra`` is empty where no extra brings ``module``.
+    """
 
     def __init__(self, extra: str, module: str) -> None:
-        super().__init__(f"this needs the Python module '{module}', which is not installed", f"pip install 'edgekit[{extra}]'")
-        self.extra = extra
+        hint = f"pip install 'edgekit[{extra}]'" if extra else f"install {module}, or edgekit anew: pip install edgekit"
+        super().__init__(f"this needs the Python module '{module}', which is not installed", hint)
+        self.extra, self.module = extra, module
+
+    @classmethod
+    def of(cls, error: ImportError) -> MissingExtra:
+        """From the error of a failed import, which names the module; the extra by `EXTRA_OF`."""
+        module = error.name or "unknown"
+        return cls(EXTRA_OF.get(module.partition(".")[0], ""), module)
 
 
 class SignatureError(EdgekitError):

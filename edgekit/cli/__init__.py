@@ -83,6 +83,8 @@ def main(args: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     try:
         code: Any = cli.main(args=arguments, prog_name="edgekit", standalone_mode=False)
+    except SystemExit:  # shell completion and closed pipes end this way
+        raise
     except BaseException as error:  # noqa: BLE001  the one place where errors become words
         code = fail(error, as_json="--json" in arguments)
     sys.exit(code if isinstance(code, int) else 0)

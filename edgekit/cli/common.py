@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from edgekit.errors import BudgetNotMet, EdgekitError
+from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
 
 __all__ = ["Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table"]
 
@@ -92,11 +92,8 @@ def fail(error: BaseException, as_json: bool) -> int:
     elif isinstance(error, OSError):
         message, hint, code = _os_error(error)
     elif isinstance(error, ModuleNotFoundError) and error.name:
-        message, hint, code = (
-            f"this needs the Python module '{error.name}', which is not installed",
-            "pip install 'edgekit[demo]'",
-            1,
-        )
+        missing = MissingExtra.of(error)
+        message, hint, code = missing.message, missing.hint, missing.exit_code
     else:
         message, hint, code = f"{type(error).__name__}: {error}", "this is a defect of edgekit; EDGEKIT_DEBUG=1 shows where", 1
     if os.environ.get("EDGEKIT_DEBUG"):

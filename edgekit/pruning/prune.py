@@ -189,7 +189,7 @@ def _fit_config(bundle: Bundle, dataset: Dataset, epochs: int, seed: int) -> Fit
 
 def _gate(bundle: Bundle, figures: dict[str, Any], speedup: float | None, max_drop: float | None) -> None:
     result = {"bundle": str(bundle.path), **{k: figures[k] for k in ("top1", "drop", "speedup", "macs", "parameters")}}
-    if max_drop is not None and figures["drop"] > max_drop:
+    if max_drop is not None and figures["drop"] > max_drop + 1e-6:
         raise BudgetNotMet(
             f"top-1 fell by {figures['drop']:.2f} points, allowed {max_drop:g}; {bundle.path} is the best found",
             "keep more (--keep), or fine-tune longer (--epochs)",

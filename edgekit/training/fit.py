@@ -112,8 +112,8 @@ def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> Non
 def _key(module: nn.Module, data: Tensors, config: FitConfig) -> str:
     """What a checkpoint belongs to: the same settings, samples and starting weights."""
     digest = hashlib.sha256(msgspec.json.encode([asdict(config), data.x.shape]))
-    digest.update(np.ascontiguousarray(data.x))
-    digest.update(np.ascontiguousarray(data.y))
+    digest.update(np.ascontiguousarray(data.x).data)
+    digest.update(np.ascontiguousarray(data.y).data)
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
