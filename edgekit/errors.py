@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 __all__ = [
-    "EXTRA_OF",
     "BackendError",
     "BudgetNotMet",
     "BundleError",
@@ -40,7 +39,7 @@ __all__ = [
 
 
 #: Optional module -> the extra of pyproject.toml that brings it; the smallest, where several do.
-EXTRA_OF = {
+_EXTRA_OF = {
     "PIL": "scan",
     "biip": "scan",
     "cryptography": "sign",
@@ -115,9 +114,9 @@ class MissingExtra(EdgekitError):
 
     @classmethod
     def of(cls, error: ImportError) -> MissingExtra:
-        """From the error of a failed import, which names the module; the extra by `EXTRA_OF`."""
+        """From the error of a failed import, which names the module; the extra by `_EXTRA_OF`."""
         module = error.name or "unknown"
-        return cls(EXTRA_OF.get(module.partition(".")[0], ""), module)
+        return cls(_EXTRA_OF.get(module.partition(".")[0], ""), module)
 
 
 class SignatureError(EdgekitError):
