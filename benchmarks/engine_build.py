@@ -18,7 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from _machine import save
+
+from edgekit.bundle import MANIFEST
+from edgekit.manifest import decode_manifest, encode_manifest
 
 COMMAND = [sys.executable, "-c", "from edgekit.cli import main; main()"]
 
@@ -66,10 +70,10 @@ def measure(bundle: Path, target: str, precision: str, repeat: int) -> dict[str,
 
 def forget_engines(bundle: Path) -> None:
     """Take engines out of a copy's manifest, so that the first build is a first build."""
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["files"] = {name: digest for name, digest in manifest["files"].items() if not name.startswith("engines/")}
-    path.write_text(json.dumps(manifest), encoding="utf-8")
+    path = bundle / MANIFEST
+    manifest = decode_manifest(path.read_bytes(), bundle)
+    files = {name: digest for name, digest in manifest.files.items() if not name.startswith("engines/")}
+    path.write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files)))
 
 
 def main() -> None:

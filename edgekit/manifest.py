@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -94,7 +95,12 @@ class History(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``manifest.json``. ``golden`` maps a graph file to the tolerance it is held to; ``files`` maps names to sha256."""
+    """``manifest.json``. ``golden`` maps a graph file to the tolerance it is held to; ``files`` maps names to sha256.
+
+    ``seal`` is the sha256 of all the rest, so that a damaged label or mean is noticed as a damaged file is. It is set
+    when the manifest is encoded and checked when it is decoded. Whoever can write the file can renew it: against
+    forgery packs are signed.
+    """
 
     format: int
     name: str
@@ -107,6 +113,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     golden: dict[str, Tolerance] = {}
     files: dict[str, str] = {}
     history: tuple[History, ...] = ()
+    seal: str = ""
 
 
 class _Format(msgspec.Struct):
@@ -134,12 +141,22 @@ def decode_manifest(data: bytes, where: str | os.PathLike[str]) -> Manifest:
     bad = [name for name in manifest.files if not is_safe_name(name)]
     if bad:
         raise BundleError(f"{where}: the manifest names an unsafe file {bad[0]!r}", "do not trust this bundle")
-    return manifest
+    if manifest.seal != _seal(manifest):
+        raise BundleError(
+            f"{where}: the manifest is damaged or was edited: it does not fit its seal", "restore the bundle, or make it again"
+        )
+    return msgspec.structs.replace(manifest, seal="")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Manifest as indented JSON, one trailing newline."""
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+    """Manifest, sealed, as indented JSON with one trailing newline."""
+    sealed = msgspec.structs.replace(manifest, seal=_seal(manifest))
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n"
+
+
+def _seal(manifest: Manifest) -> str:
+    """sha256 over the compact JSON of everything but the seal, in the order of the fields and of the keys as they stand."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, seal=""))).hexdigest()
 
 
 def checked_encoding(manifest: Manifest, where: str | os.PathLike[str]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -120,21 +121,23 @@ def test_one_flipped_byte_in_any_file_is_refused(tiny_bundle: Bundle) -> None:
     Bundle.open(tiny_bundle.path)
 
 
-def test_a_flipped_byte_in_the_manifest_never_gives_another_file(tiny_bundle: Bundle) -> None:
-    """The manifest itself is unsigned (packs are signed): a flip is refused, or changes no file that is read."""
-    path = tiny_bundle.path / MANIFEST
-    good = path.read_bytes()
-    refused = 0
-    places = range(0, len(good), 3)
-    for at in places:
-        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
-        try:
-            opened = Bundle.open(tiny_bundle.path)
-        except BundleError:
-            refused += 1
-        else:
-            assert set(opened.manifest.files.values()) == set(tiny_bundle.manifest.files.values())
-    assert refused > len(places) // 3
+@pytest.mark.parametrize("bit", [1, 4, 32])
+def test_a_flipped_byte_in_the_manifest_is_refused(tiny_bundle: Bundle, bit: int) -> None:
+    """Whatever it hits, a label, a mean, a figure; only the case of an exponent (1e-05, 1E-05) says the same."""
+    good = (tiny_bundle.path / MANIFEST).read_bytes()
+    taken = 0
+    for at in range(len(good) - 1):
+        with contextlib.suppress(BundleError):
+            assert decode_manifest(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :], "here") == tiny_bundle.manifest
+            taken += 1
+    assert taken <= good.count(b"e-0")
+
+
+def test_a_manifest_without_its_seal_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a.edge")
+    edit(tmp_path / "a.edge", seal="")
+    with pytest.raises(BundleError, match="does not fit its seal"):
+        Bundle.open(tmp_path / "a.edge")
 
 
 @pytest.mark.parametrize("name", [FLOAT_GRAPH, MANIFEST])

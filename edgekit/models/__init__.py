@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DEFAULT", "PRESETS", "Preset"]
+from edgekit.errors import UsageError
+
+__all__ = ["DEFAULT", "PRESETS", "Preset", "preset_named"]
 
 
 class Preset(NamedTuple):
@@ -23,3 +25,11 @@ PRESETS: dict[str, Preset] = {
     "depthwise": Preset("edgekit.models.cnn:Depthwise", "compact depthwise-separable residual net, 28 px and up", 5e-3),
 }
 DEFAULT = "depthwise"
+
+
+def preset_named(name: str) -> Preset:
+    """The preset called ``name``. Raises `UsageError` that lists all."""
+    if name not in PRESETS:
+        known = "; ".join(f"{key}: {preset.summary}" for key, preset in PRESETS.items())
+        raise UsageError(f"there is no model {name!r}", f"choose one of: {known}")
+    return PRESETS[name]

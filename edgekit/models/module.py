@@ -22,7 +22,7 @@ from edgekit.runtime import compare_arrays
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
 
-from . import PRESETS
+from . import preset_named
 
 try:
     import onnx
@@ -44,10 +44,7 @@ OLDEST_OPSET = 17
 
 def create(config: ModelConfig) -> nn.Module:
     """A preset with fresh weights. Raises `UsageError` for an unknown name or argument."""
-    if config.name not in PRESETS:
-        known = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
-        raise UsageError(f"there is no model {config.name!r}", f"choose one of: {known}")
-    module, _, name = PRESETS[config.name].home.partition(":")
+    module, _, name = preset_named(config.name).home.partition(":")
     try:
         built: nn.Module = getattr(importlib.import_module(module), name)(**config.args)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgekit.errors import UsageError
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.manifest import is_safe_name
 
 from .stages import Bench, Build, Eval, Explain, Prune, Quantize, Report, Samples, Scan, Train
@@ -39,7 +39,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_recipe(path: str | os.PathLike[str] | None = None) -> Recipe:
-    """Read and check a recipe, the built-in one without ``path``. Raises `UsageError` that names the key at fault."""
+    """Read and check a recipe, the built-in one without ``path``. Raises `UsageError` that names the key at fault.
+
+    `DataError` for data that is not there.
+    """
     file = Path(path) if path is not None else BUILT_IN
     try:
         recipe = msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), Recipe)
@@ -52,7 +55,10 @@ def read_recipe(path: str | os.PathLike[str] | None = None) -> Recipe:
 
 
 def _check_names(recipe: Recipe, file: Path) -> None:
-    """Every bundle a stage reads must be made by a stage before it; outputs and stages are each there once."""
+    """Every bundle a stage reads must be made by a stage before it; outputs and stages are each there once.
+
+    Models, targets and data must be there as well: hours of training come before the stage that would notice.
+    """
     if not _plain(recipe.name):
         raise UsageError(f"{file}: the name {recipe.name!r}", "name is a plain word; it names the output folder")
     written: set[str] = set()
@@ -72,8 +78,10 @@ def _check_names(recipe: Recipe, file: Path) -> None:
             if out in written:
                 raise UsageError(f"{where} writes {out!r} again", "give each output its own name")
             written.add(out)
-        if isinstance(stage, Train | Samples | Eval) and not (stage.data or recipe.data):
-            raise UsageError(f"{where} has no data", 'add data = "digits" at the top, or to the stage')
+        try:
+            stage.check(recipe.data)
+        except EdgekitError as error:
+            raise type(error)(f"{where}: {error.message}", error.hint) from None
 
 
 def _plain(name: str) -> bool:

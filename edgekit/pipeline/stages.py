@@ -12,10 +12,12 @@ import msgspec
 
 import edgekit
 from edgekit.bundle import IDENTITY, Bundle
-from edgekit.data import load
+from edgekit.compiler import target_named
+from edgekit.data import find, load
 from edgekit.data.samples import write_samples
-from edgekit.errors import DataError
+from edgekit.errors import DataError, UsageError
 from edgekit.files import sha256_file
+from edgekit.models import DEFAULT, preset_named
 
 __all__ = [
     "Bench",
@@ -89,6 +91,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.low
     def bundles_read(self) -> tuple[str, ...]:
         return ()
 
+    def check(self, data: str | None) -> None:
+        """Raise `UsageError` or `DataError` for a name that leads nowhere, before anything runs; ``data`` is the recipe's."""
+
     def contents_read(self, context: Context) -> dict[str, str]:
         """Digests of what decides the result beside the bundles and the options."""
         return {}
@@ -100,6 +105,12 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.low
         """The options that the recipe states, but for those the stage resolves itself."""
         stated = {name: getattr(self, name) for name in self.__struct_fields__ if name not in without}
         return {name: value for name, value in stated.items() if value is not None}
+
+
+def _check_data(spec: str | None) -> None:
+    if not spec:
+        raise UsageError("there is no data", 'add data = "digits" at the top, or to the stage')
+    find(spec)
 
 
 class Train(Stage, frozen=True):
@@ -114,6 +125,10 @@ class Train(Stage, frozen=True):
 
     def label(self) -> str:
         return f"train {self.out}"
+
+    def check(self, data: str | None) -> None:
+        _check_data(self.data or data)
+        preset_named(self.model or DEFAULT)
 
     def contents_read(self, context: Context) -> dict[str, str]:
         return {
@@ -143,6 +158,10 @@ class Prune(Stage, frozen=True):
 
     def bundles_read(self) -> tuple[str, ...]:
         return (self.bundle,)
+
+    def check(self, data: str | None) -> None:
+        if self.data:
+            find(self.data)
 
     def contents_read(self, context: Context) -> dict[str, str]:
         seed = context.seed if self.seed is None else self.seed
@@ -193,6 +212,9 @@ class Eval(Stage, frozen=True):
     def bundles_read(self) -> tuple[str, ...]:
         return self.bundles
 
+    def check(self, data: str | None) -> None:
+        _check_data(self.data or data)
+
     def contents_read(self, context: Context) -> dict[str, str]:
         return {"data": context.content(self.data or context.data)}
 
@@ -209,6 +231,9 @@ class Build(Stage, frozen=True):
     batch: str | None = None
 
     always = True  # `build` has a cache of its own, which knows TensorRT's version as well
+
+    def check(self, data: str | None) -> None:
+        target_named(self.target)
 
     def label(self) -> str:
         return f"build {self.bundle} for {self.target}"
@@ -256,6 +281,9 @@ class Samples(Stage, frozen=True):
 
     def label(self) -> str:
         return f"samples {self.out}"
+
+    def check(self, data: str | None) -> None:
+        _check_data(self.data or data)
 
     def contents_read(self, context: Context) -> dict[str, str]:
         return {"data": context.content(self.data or context.data)}

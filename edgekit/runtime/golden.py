@@ -27,10 +27,18 @@ class GoldenResult(NamedTuple):
 
 
 def compare_arrays(golden: NDArray[Any], found: NDArray[Any]) -> GoldenResult:
-    """Errors of ``found`` against ``golden`` of the same shape; a NaN or a wrong shape counts as infinitely far."""
-    if golden.shape != found.shape or not np.isfinite(found).all():
-        return GoldenResult(float("inf"), float("-inf"))
-    reference, error = golden.astype(np.float64), found.astype(np.float64) - golden
+    """Errors of ``found`` against ``golden`` of the same shape.
+
+    Infinities that agree (a masked logit) count as right; a NaN on either side, or another shape, as infinitely far.
+    """
+    wrong = GoldenResult(float("inf"), float("-inf"))
+    if golden.shape != found.shape:
+        return wrong
+    finite = np.isfinite(golden) & np.isfinite(found)
+    if not (finite | (golden == found)).all():
+        return wrong
+    reference = golden[finite].astype(np.float64)
+    error = found[finite].astype(np.float64) - reference
     relative = float(np.abs(error).max(initial=0.0) / max(np.abs(reference).max(initial=0.0), 1e-12))
     noise = float((error**2).sum())
     snr = 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max((reference**2).sum(), 1e-30) / noise)))

@@ -13,7 +13,7 @@ from edgekit.runtime import Model
 from .codes import BUDGET_MS, CodeReader
 from .outbox import Outbox, default_outbox
 from .scanner import Scanner, Summary
-from .sinks import open_sink
+from .sinks import open_sink, without_secrets
 from .sources import open_source
 from .stop import Stop
 
@@ -42,7 +42,7 @@ def scan(
     if bundle is None and not codes:
         raise UsageError("there is nothing to read with", "name a bundle, or add --codes")
     if repeated := [spec for i, spec in enumerate(sinks) if spec in sinks[:i]]:
-        raise UsageError(f"the sink {repeated[0]} is named twice", "name each sink once")
+        raise UsageError(f"the sink {without_secrets(repeated[0])} is named twice", "name each sink once")
     stop = stop or Stop()
     with contextlib.ExitStack() as stack:
         frames = open_source(source, watch=watch, stop=stop)

@@ -6,7 +6,7 @@ Every epoch draws from its own generator, seeded by (seed, epoch), so a resumed 
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgekit.data import Tensors
 from edgekit.data.augment import augment
 from edgekit.errors import EdgekitError, MissingExtra, UsageError
+from edgekit.files import atomic_write
 from edgekit.progress import bar, say
 
 try:
@@ -174,13 +175,9 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if not callable(v)},
         }
-        beside = path.with_name(f".{path.name}.writing")
-        try:
-            torch.save(state, beside)
-            os.replace(beside, path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+        buffer = io.BytesIO()  # not the file: on a full disk torch.save raises no OSError
+        torch.save(state, buffer)
+        atomic_write(path, buffer.getvalue())
 
     def resume(self, path: Path | None, label: str) -> list[dict[str, float]]:
         """Load ``path`` if it belongs to this run; the curve so far, empty for a fresh start."""

@@ -165,7 +165,14 @@ def test_the_built_in_recipe_is_valid_and_can_be_shown(cli):
         ('name = "x"\n[[stage]]\nrun = "train"\nout = "a"\ndata = "digits"\nepoch = 3', "unknown field `epoch`"),
         ('name = "x"\n[[stage]]\nrun = "fly"\nout = "a"', "Invalid value 'fly'"),
         ('name = "x"\n[[stage]]\nrun = "train"\nout = "a"\ndata = "digits"\nepochs = "many"', "Expected `int"),
-        ('name = "x"\n[[stage]]\nrun = "train"\nout = "a"', "has no data"),
+        ('name = "x"\n[[stage]]\nrun = "train"\nout = "a"', "there is no data"),
+        ('name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "a"\nmodel = "resnet"', "there is no model 'resnet'"),
+        ('name = "x"\ndata = "digitz"\n[[stage]]\nrun = "train"\nout = "a"', "there is no data set 'digitz'"),
+        (
+            'name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "a"\n'
+            + '[[stage]]\nrun = "build"\nbundle = "a"\ntarget = "rtx-adda"',
+            "there is no target 'rtx-adda'",
+        ),
         ('name = "x"\n[[stage]]\nrun = "build"\nbundle = "b"\ntarget = "rtx-ada"', "no earlier stage writes"),
         ('name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "../a"', "plain name"),
         ('name = "x"\ndata = "digits"\n' + '[[stage]]\nrun = "train"\nout = "a"\n' * 2, "is there twice"),
@@ -187,6 +194,15 @@ def test_a_mistaken_recipe_is_named_before_anything_runs(cli, tmp_path: Path, te
     assert outcome.code == 2
     assert words in outcome.err
     assert len(outcome.err.strip().splitlines()) <= 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_is_named_before_anything_runs(cli, tmp_path: Path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('name = "x"\ndata = "folder:/no/such"\n[[stage]]\nrun = "train"\nout = "a"')
+    outcome = cli("pipeline", recipe, "--out", tmp_path / "out")
+    assert outcome.code == 1
+    assert "stage 1 (train a): there is no folder /no/such" in outcome.err
     assert not (tmp_path / "out").exists()
 
 

@@ -194,4 +194,9 @@ def test_errors_are_measured_as_defined() -> None:
     assert result.snr_db == pytest.approx(20.0)
     for wrong in (np.array([3.0, np.nan]), np.array([[3.0, -4.0]]), np.array([3.0])):
         assert compare_arrays(golden, wrong) == (float("inf"), float("-inf"))
+        assert compare_arrays(wrong, golden) == (float("inf"), float("-inf"))
+    masked = np.array([3.0, -np.inf])
+    assert compare_arrays(masked, masked) == (0.0, 200.0)
+    for wrong in (-masked, np.array([3.0, -9.0]), np.array([np.nan, -np.inf])):
+        assert compare_arrays(masked, wrong).relative == float("inf")
     assert compare_arrays(np.array([250], np.uint8), np.array([5], np.uint8)).relative == pytest.approx(0.98)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from edgekit.errors import DataError
+from edgekit.errors import DataError, UsageError
 from edgekit.scanner import Outbox, open_sink
 
 Cli = Callable[..., Any]
@@ -54,6 +55,43 @@ def test_jsonl_appends_and_a_torn_line_stays_alone(kit: Any, tmp_path: Path) -> 
     lines = path.read_text().splitlines()
     assert lines[2] == '{"torn'
     assert json.loads(lines[3]) == event(2)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "http://me:hunter2@:80/x",
+        "http://me:hunter2@host:port/x",
+        "http://me:hun/ter2@host/x",
+        "https://[me:hunter2@host/x",
+        "ftp://me:hunter2@host/x",
+        "mqtt://me:hunter2@host",
+        "mqtt://me:hunter2@host:port/topic",
+        "mqtt://me:hun/ter2@host/topic",
+        "mqtt://me:hunter2@host/topic?protocol=6",
+        "http:///x?token=hunter2",
+    ],
+)
+def test_errors_name_no_password(spec: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        open_sink(spec, lambda: pytest.fail("no outbox is needed"))
+    assert not re.search("hun|ter2", caught.value.message + caught.value.hint)
+
+
+def test_a_sink_named_twice_names_no_password(cli: Cli, tmp_path: Path) -> None:
+    spec = "http://me:hunter2@host/x?token=hunter3"
+    outcome = cli("scan", "--codes", "--source", tmp_path, "--sink", spec, "--sink", spec)
+    assert outcome.code == 2
+    assert "http://***@host/x is named twice" in outcome.err
+    assert "hunter" not in outcome.err
+
+
+def test_a_token_in_a_query_is_not_shown_and_tells_sinks_apart(outbox: Outbox) -> None:
+    sinks = [open_sink(f"http://127.0.0.1:1/x?token={token}", lambda: outbox) for token in ("one", "two")]
+    assert sinks[0].name != sinks[1].name
+    assert not any("token" in sink.name for sink in sinks)
+    for sink in sinks:
+        sink.close()
 
 
 def test_sqlite_keeps_each_event_once(tmp_path: Path) -> None:

@@ -99,6 +99,21 @@ def test_a_stopped_training_resumes_to_the_same_weights(tmp_path: Path, few_digi
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
+def test_a_full_disk_during_training_is_named(tmp_path: Path, few_digits: str):
+    """RLIMIT_FSIZE stands for the full disk: writing beyond it fails with EFBIG, and nothing is left half written."""
+    script = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from edgekit.cli import main; main()"
+    )
+    arguments = ["train", "--data", few_digits, "--out", str(tmp_path / "m.edge"), "--epochs", "2"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr
+    assert "defect" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path, few_digits: str, capfd: pytest.CaptureFixture[str]):
     out = tmp_path / "m.edge"
     out.with_name("m.edge.checkpoint").write_bytes(b"no checkpoint")

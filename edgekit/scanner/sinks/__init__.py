@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from edgekit.errors import UsageError
 from edgekit.scanner.events import Event
 from edgekit.scanner.outbox import Outbox
 
-__all__ = ["FLUSH_S", "SINKS", "Sink", "open_sink"]
+__all__ = ["FLUSH_S", "SINKS", "Sink", "open_sink", "without_secrets"]
 
 #: How long `Sink.flush` goes on without a delivery before it leaves the rest on disk for the next run.
 FLUSH_S = 5.0
@@ -47,11 +48,17 @@ SINKS: dict[str, tuple[str, str]] = {
 _FORMS = "jsonl:PATH, jsonl:- (stdout), sqlite:PATH, mqtt://HOST:PORT/TOPIC, http(s)://HOST/PATH"
 
 
+def without_secrets(spec: str) -> str:
+    """An address as it may be shown: no user, no password, no query (which may hold a token)."""
+    return re.sub(r"(?<=//).*@", "***@", spec).partition("?")[0]
+
+
 def open_sink(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     """The sink that ``spec`` names. Raises `UsageError` for an unknown scheme or an incomplete address."""
     scheme, colon, rest = spec.partition(":")
     if scheme.lower() not in SINKS or not colon or not rest.strip("/"):
-        what = f"there is no sink {spec!r}" if scheme.lower() not in SINKS or not colon else f"the sink {spec!r} says not where"
+        known = scheme.lower() in SINKS and colon
+        what = f"the sink {spec!r} does not say where" if known else f"there is no sink {without_secrets(spec)!r}"
         raise UsageError(what, f"choose one of: {_FORMS}")
     module, function = SINKS[scheme.lower()]
     sink: Sink = getattr(importlib.import_module(module), function)(spec, outbox)

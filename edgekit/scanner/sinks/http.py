@@ -7,6 +7,7 @@ later. Redirects are not followed: urllib would turn the POST into a GET and los
 from __future__ import annotations
 
 import base64
+import hashlib
 import http.client
 import urllib.error
 import urllib.parse
@@ -17,12 +18,13 @@ from typing import Any
 from edgekit.errors import UsageError
 from edgekit.scanner.outbox import Outbox
 
-from . import Sink
+from . import Sink, without_secrets
 from .forward import ForwardSink, Refused, Undelivered
 
 __all__ = ["HttpTransport", "open_http"]
 
 TIMEOUT_S = 5.0
+_FORM = "write http://HOST:PORT/PATH; in user and password, write / @ ? # as %2F %40 %3F %23"
 _NEVER = frozenset({400, 413, 422})
 
 
@@ -31,14 +33,16 @@ def open_http(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     try:
         url = urllib.parse.urlsplit(spec)
         host, port = url.hostname, url.port
-    except ValueError as error:
-        raise UsageError(f"the sink {spec!r} is no address: {error}", "write http://HOST:PORT/PATH") from None
+    except ValueError:  # its words may quote a part of the password
+        raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
     if not host:
-        raise UsageError(f"the sink {spec!r} names no host", "write http://HOST:PORT/PATH")
+        raise UsageError(f"the sink {without_secrets(spec)!r} names no host", _FORM)
     where = f"[{host}]" if ":" in host else host
     address = urllib.parse.urlunsplit(url._replace(netloc=f"{where}:{port}" if port else where, fragment=""))
     user, password = urllib.parse.unquote(url.username or ""), urllib.parse.unquote(url.password or "")
-    return ForwardSink(address, HttpTransport(address, user, password), outbox())
+    # The outbox knows the sink by its name: a query, which may hold a token, counts there but is not shown.
+    query = f"?{hashlib.sha256(url.query.encode()).hexdigest()[:8]}" if url.query else ""
+    return ForwardSink(without_secrets(address) + query, HttpTransport(address, user, password), outbox())
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -15,7 +15,7 @@ from typing import Any
 from edgekit.errors import MissingExtra, UsageError
 from edgekit.scanner.outbox import Outbox
 
-from . import Sink
+from . import Sink, without_secrets
 from .forward import ForwardSink, Refused, Undelivered
 
 try:
@@ -29,7 +29,7 @@ __all__ = ["MqttTransport", "open_mqtt"]
 TIMEOUT_S = 5.0
 KEEPALIVE_S = 30
 _PROTOCOLS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
-_FORM = "write mqtt://HOST:PORT/TOPIC; a topic for publishing has no + or #"
+_FORM = "write mqtt://HOST:PORT/TOPIC; a topic has no + or #; in user and password, write / @ ? # as %2F %40 %3F %23"
 # Reason codes of a PUBACK (MQTT 5, 3.4.2.1) about the message itself; all others may pass.
 _NEVER = frozenset({0x90, 0x99})  # topic name invalid, payload format invalid
 
@@ -39,15 +39,17 @@ def open_mqtt(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     try:
         url = urllib.parse.urlsplit(spec)
         host, port = url.hostname, url.port or 1883
-    except ValueError as error:
-        raise UsageError(f"the sink {spec!r} is no address: {error}", _FORM) from None
+    except ValueError:  # its words may quote a part of the password
+        raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
     topic = urllib.parse.unquote(url.path.removeprefix("/"))
     if not host or not topic or "#" in spec or set(topic) & {"+", "#", "\0"}:
-        raise UsageError(f"the sink {spec!r} names no host and topic to publish to", _FORM)
+        raise UsageError(f"the sink {without_secrets(spec)!r} names no host and topic to publish to", _FORM)
     options = urllib.parse.parse_qs(url.query)
     protocol = options.pop("protocol", ["5"])[0]
     if options or protocol not in _PROTOCOLS:
-        raise UsageError(f"the sink {spec!r} has an unknown option", f"there is ?protocol= with {' or '.join(_PROTOCOLS)}")
+        raise UsageError(
+            f"the sink {without_secrets(spec)!r} has an unknown option", f"there is ?protocol= with {' or '.join(_PROTOCOLS)}"
+        )
     user, password = (urllib.parse.unquote(part) if part is not None else None for part in (url.username, url.password))
     where = f"[{host}]" if ":" in host else host
     transport = MqttTransport(host, port, topic, user, password, _PROTOCOLS[protocol])
