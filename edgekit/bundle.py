@@ -124,23 +124,34 @@ class Bundle:
 
     def file(self, name: str) -> Path:
         """The path of a file, its hash checked on first use. Raises `BundleError` where it is absent or damaged."""
-        expected = self.manifest.files.get(name)
-        if expected is None:
+        path = self._path(name)
+        if name not in self._checked:
+            self._check(name, sha256_file(path))
+        return path
+
+    def read(self, name: str) -> bytes:
+        """The contents of a file, hashed as they were read: what is checked is what is used. Raises as `file` does."""
+        data = self._path(name).read_bytes()
+        self._check(name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _path(self, name: str) -> Path:
+        if name not in self.manifest.files:
             raise BundleError(f"{self.path} has no {name}", f"it holds: {', '.join(sorted(self.manifest.files)) or 'nothing'}")
         path = self.path / name
-        if name not in self._checked:
-            if any(
-                part.is_symlink() for part in (path, *[self.path / p for p in PurePosixPath(name).parents if str(p) != "."])
-            ):
-                raise BundleError(f"{path} is a symbolic link", "do not trust this bundle")
-            if not path.is_file():
-                raise BundleError(f"{path} is missing", "restore the bundle, or make it again")
-            if sha256_file(path) != expected:
-                raise BundleError(
-                    f"{path} is damaged: its sha256 is not the manifest's", "restore the bundle, or make it again"
-                )
-            self._checked.add(name)
+        folders = [self.path / parent for parent in PurePosixPath(name).parents if str(parent) != "."]
+        if any(part.is_symlink() for part in (path, *folders)):
+            raise BundleError(f"{path} is a symbolic link", "do not trust this bundle")
+        if not path.is_file():
+            raise BundleError(f"{path} is missing", "restore the bundle, or make it again")
         return path
+
+    def _check(self, name: str, digest: str) -> None:
+        if digest != self.manifest.files[name]:
+            raise BundleError(
+                f"{self.path / name} is damaged: its sha256 is not the manifest's", "restore the bundle, or make it again"
+            )
+        self._checked.add(name)
 
     def size_bytes(self) -> int:
         """Size of the files that a device needs to run the model's graph."""
@@ -192,6 +203,9 @@ class Bundle:
     def extend(self, files: Mapping[str, bytes], entry: History | None = None) -> Bundle:
         """Add or replace derived files, and a history entry; returns the bundle as it is now.
 
+        The entry takes the place of an earlier one of the same stage and config (a repeated eval or bench), so that a
+        bundle which is measured every day does not grow.
+
         All new contents are on disk before anything changes, so a full disk changes nothing. A replaced file leaves the
         manifest before it changes on disk and comes back after, so that a crash between the steps costs the derived
         file, never the bundle.
@@ -207,7 +221,10 @@ class Bundle:
             after = before | {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
             replaced = before.keys() != manifest.files.keys()
             without = msgspec.structs.replace(manifest, files=before)
-            history = (*manifest.history, entry) if entry else manifest.history
+            history = manifest.history
+            if entry:
+                kept = (e for e in history if (e.stage, e.config, e.parent) != (entry.stage, entry.config, entry.parent))
+                history = (*kept, entry)
             manifest = msgspec.structs.replace(manifest, files=dict(sorted(after.items())), history=history)
             contents = {self.path / name: data for name, data in files.items()}
             index = self.path / MANIFEST

@@ -13,6 +13,7 @@ from .data import Dataset, Split, check_damaged, load
 from .errors import UsageError
 from .progress import say, track
 from .runtime import Model
+from .runtime.model import Precision
 
 __all__ = ["Accuracy", "accuracy", "evaluate", "evaluation_split"]
 
@@ -50,7 +51,7 @@ def evaluation_split(bundle: Bundle, dataset: Dataset) -> Split:
     A folder that has changed since training counts as trained on: better a smaller test than one learnt by heart.
     """
     trained_on = [entry.config for entry in bundle.manifest.history if "data_digest" in entry.config]
-    if any(config["data_digest"] == dataset.digest for config in trained_on):
+    if any(dataset.digest in (config["data_digest"], config.get("labelled_digest")) for config in trained_on):
         return dataset.test
     if any(config.get("data") == dataset.spec for config in trained_on):
         say(f"{dataset.spec} has changed since training: judged on its held-out split")
@@ -59,10 +60,17 @@ def evaluation_split(bundle: Bundle, dataset: Dataset) -> Split:
 
 
 def evaluate(
-    bundle: Bundle | str | os.PathLike[str], data: str, *, backend: str = "auto", threads: int = 1, save: bool = False
+    bundle: Bundle | str | os.PathLike[str],
+    data: str,
+    *,
+    backend: str = "auto",
+    precision: Precision = "auto",
+    threads: int = 1,
+    save: bool = False,
 ) -> dict[str, Any]:
     """Top-1, macro F1, confusion and the damaged images of ``data`` (a spec), through ``backend``.
 
+    ``precision``: which graph of the bundle; ``auto`` takes int8 where there is one.
     ``save`` records the figures in the bundle's history, where the report finds them.
     Raises `UsageError` where the data set has a class that the model does not know, `DataError` for damaged data.
     """
@@ -80,15 +88,15 @@ def evaluate(
     check_damaged(tensors)
     truth = np.array([labels.index(label) for label in dataset.labels])[tensors.y]
     answers = np.empty(len(truth), np.int64)
-    with Model.open(opened.path, backend, threads=threads) as model:
+    with Model.open(opened.path, backend, precision=precision, threads=threads) as model:
         source, target = model.inputs[0], model.outputs[0].name
         step = 64 if isinstance(source.shape[0], str) else 1
         for start in track(range(0, len(truth), step), "evaluating"):
             batch = tensors.x[start : start + step]
             answers[start : start + step] = model.run({source.name: batch})[target].argmax(1)
-        described = model.runner.describe()
+        described = {"graph": model.runner.graph, **model.runner.describe()}
     judged = accuracy(truth, answers, len(labels))
     if save:
-        config = {"data": data, "graph": opened.graph, **described}
+        config = {"data": data, **described}
         opened.extend({}, opened.entry("eval", config, {**judged.record(), "samples": len(truth)}))
     return {**judged.figures(), "samples": len(truth), "damaged": list(tensors.damaged), "data": data, **described}

@@ -11,7 +11,12 @@ from pathlib import Path
 
 from .errors import EdgekitError
 
-__all__ = ["atomic_write", "locked", "sha256_file", "staged", "sync_path"]
+__all__ = ["atomic_write", "locked", "printable", "sha256_file", "staged", "sync_path"]
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path as text that every encoding takes: bytes that are no UTF-8 appear as ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def sha256_file(path: Path) -> str:

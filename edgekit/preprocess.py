@@ -16,13 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError, InputError
+from .files import printable
 from .manifest import ImagePreprocessing
 
-__all__ = ["MAX_PIXELS", "Frame", "Preprocessor", "canonical_frame", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Frame", "Preprocessor", "canonical_frame", "read_image"]
 
 Frame = NDArray[Any]
 Float = NDArray[np.float32]
 MAX_PIXELS = 64_000_000
+#: What training and the scanner take for an image in a folder.
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
 _BAND = 8  # output rows per matrix product: each touches only the input rows under its triangle
 _ONE_BAND = 4096  # a resize matrix of up to this many entries is faster as one dense product
@@ -65,16 +68,18 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
     """
     from PIL import Image, ImageOps
 
+    name = printable(Path(path).name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about bombs; max_pixels refuses them
             with Image.open(path) as opened:
                 if opened.width * opened.height > max_pixels:
-                    raise DataError(
-                        f"{Path(path).name}: {opened.width} x {opened.height} exceeds {max_pixels} pixels", "scale it down"
-                    )
+                    raise DataError(f"{name}: {opened.width} x {opened.height} exceeds {max_pixels} pixels", "scale it down")
                 image = ImageOps.exif_transpose(opened)
                 if image.mode in ("I", "F"):
+                    # Pillow reads 16-bit PGM (and, in older versions, PNG) as I; elsewhere the range is anybody's guess.
+                    if image.mode == "F" or opened.format not in ("PNG", "PPM"):
+                        raise DataError(f"{name} has 32-bit pixels, whose range is not known", "convert it to 8 or 16 bits")
                     array = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
                 elif image.mode in ("L", "I;16", "I;16B", "I;16L"):
                     array = np.asarray(image)
@@ -84,7 +89,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  decoders raise anything on hostile bytes
-        raise DataError(f"{Path(path).name} cannot be decoded as an image: {error}", "remove or replace the file") from None
+        raise DataError(f"{name} cannot be decoded as an image: {error}", "remove or replace the file") from None
     return canonical_frame(array)
 
 

@@ -516,7 +516,7 @@ def test_two_writers_at_once_keep_both_files(tmp_path: Path) -> None:
     from edgekit.bundle import Bundle
     bundle = Bundle.open(sys.argv[1])
     for i in range(20):
-        bundle.extend({f"bench/{sys.argv[2]}{i}.json": b"{}"}, bundle.entry("bench", {"i": i}, {}))
+        bundle.extend({f"bench/{sys.argv[2]}{i}.json": b"{}"}, bundle.entry("bench", {sys.argv[2]: i}, {}))
     """
     writers = [
         subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(bundle.path), name], stderr=subprocess.PIPE)
@@ -543,6 +543,14 @@ def test_atomic_write_replaces_or_keeps(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, previous)
     assert contents(tmp_path) == {"f": b"old"}
     assert oct((tmp_path / "f").stat().st_mode & 0o777) == "0o644"
+
+
+def test_a_repeated_measurement_takes_the_place_of_the_earlier(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "a.edge")
+    for data, top1 in (("a", 0.1), ("b", 0.2), ("a", 0.3)):
+        bundle = bundle.extend({}, bundle.entry("eval", {"data": data}, {"top1": top1}))
+    found = [(entry.config["data"], entry.figures["top1"]) for entry in Bundle.open(bundle.path).manifest.history]
+    assert found == [("b", 0.2), ("a", 0.3)]
 
 
 def test_nan_figures_become_null(tmp_path: Path) -> None:

@@ -189,11 +189,20 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "value", "read"), [("I;16", 0x1234, 0x12), ("I", 0xABCD, 0xAB), ("I", 70000, 255), ("F", 512.0, 2)]
+    ("name", "kind", "value", "read"),
+    [("a.tif", np.uint16, 0x1234, 0x12), ("a.png", np.uint16, 0xABCD, 0xAB), ("a.pgm", np.int32, 0xABCD, 0xAB)],
 )
-def test_deep_greys_keep_their_upper_byte(tmp_path: Path, mode: str, value: float, read: int) -> None:
-    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-    Image.fromarray(np.full((3, 5), value, kind)).save(tmp_path / "deep.tif")
-    frame = read_image(tmp_path / "deep.tif")
+def test_deep_greys_keep_their_upper_byte(tmp_path: Path, name: str, kind: type, value: int, read: int) -> None:
+    Image.fromarray(np.full((3, 5), value, kind)).save(tmp_path / name)
+    frame = read_image(tmp_path / name)
     assert (frame == read).all()
     assert frame.shape == (3, 5)
+
+
+@pytest.mark.parametrize(("kind", "value"), [(np.int32, 200), (np.float32, 0.5)])
+def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path, kind: type, value: float) -> None:
+    """Taken as 16 bits, a float picture in 0..1 would be black, and nobody would be told."""
+    Image.fromarray(np.full((3, 5), value, kind)).save(tmp_path / "deep.tif")
+    with pytest.raises(DataError, match="32-bit pixels") as caught:
+        read_image(tmp_path / "deep.tif")
+    assert caught.value.hint == "convert it to 8 or 16 bits"

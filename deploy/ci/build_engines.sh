@@ -60,5 +60,6 @@ fi
 # What a later run, or another machine, has to reproduce.
 (
     cd "$out"
-    sha256sum int8.edge/model.int8.onnx int8.edge/engines/* "$name.edge.zip" | tee sha256sums.txt
+    sha256sum int8.edge/model.int8.onnx int8.edge/engines/* "$name.edge.zip" >sha256sums.txt
+    cat sha256sums.txt
 )

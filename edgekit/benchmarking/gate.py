@@ -31,6 +31,7 @@ class Earlier(msgspec.Struct, frozen=True):
     samples_ms: list[float]
     device: dict[str, Any]
     trustworthy: bool
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.samples_ms) < 16 or min(self.samples_ms) <= 0 or self.latency_ms.get("p50", 0) <= 0:
@@ -110,6 +111,7 @@ def differences(earlier: Earlier, now: dict[str, Any]) -> list[str]:
     """What differs beside the model, in words: ``cpu: A, now B``."""
     pairs = [(key, earlier.device.get(key), now["device"].get(key)) for key in _DEVICE]
     pairs += [(key, getattr(earlier, key), now[key]) for key in ("backend", "threads", "batch")]
+    pairs += [("rate", earlier.rate, now.get("rate"))]
     old, new = earlier.device.get("versions", {}), now["device"]["versions"]
     pairs += [(key, old.get(key), new.get(key)) for key in sorted({*old, *new} - {"edgekit"})]
     return [f"{key}: {was}, now {here}" for key, was, here in pairs if was != here]

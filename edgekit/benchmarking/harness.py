@@ -15,7 +15,7 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, BudgetNotMet, UsageError
 from edgekit.progress import say
 from edgekit.runtime import Model
-from edgekit.runtime.backends import Runner
+from edgekit.runtime.backends import Runner, open_runner
 from edgekit.runtime.model import Precision
 
 from .device import Sensors, fingerprint, resident_mb
@@ -74,6 +74,8 @@ def bench(
         graph = _graph(opened, precision)
         name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
         earlier = load_earlier(against, name) if against is not None else None
+        if earlier and scenario == "server":
+            rate = rate or earlier.rate  # latencies under another load would tell nothing
         measured = _measure(model, scenario, seconds, batch, rate)
     result = {
         "model": opened.manifest.name,
@@ -141,6 +143,7 @@ def _graph(bundle: Bundle, precision: str) -> str:
 @contextlib.contextmanager
 def _opened(bundle: Bundle, backend: str, precision: Precision, threads: int) -> Iterator[tuple[Model, dict[str, Any]]]:
     """The model, open, and what opening it cost: ``cold_start_ms`` (with hash check and first inference), ``memory``."""
+    open_runner(bundle, backend)  # imports the backend: once a process, and not the model's cost
     before, start = resident_mb(), time.perf_counter()
     with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
         loaded = time.perf_counter()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.errors import UsageError
 from edgekit.progress import say, track
 
 from .statistics import coefficient_of_variation, percentiles
@@ -30,6 +31,7 @@ WINDOWS = 20
 MIN_ITERATIONS = 100
 #: A run that is short of `MIN_ITERATIONS` may go on for this many times the seconds asked for.
 PATIENCE = 5
+FEWEST_ARRIVALS = 10
 #: Left to itself, ``server`` offers this share of what the model could serve: busy, but with a queue that empties.
 SERVER_LOAD = 0.7
 _SPIN_S = 0.0005  # sleeping overshoots by up to this, so the last stretch before an arrival is spun
@@ -140,7 +142,7 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
 
     Latency runs from arrival to answer. ``extra``: ``rate`` offered, ``utilisation``, ``service_ms`` and ``queue``
     (``wait_ms`` percentiles, ``longest``: most that still waited when another came). The schedule is seeded: two runs at one
-    rate see the same arrivals.
+    rate see the same arrivals. Raises `UsageError` where so few come that there is nothing to measure.
     """
     service_s = float(np.mean(_stretch(call, 0.2, 10))) / 1e9
     rate = rate or SERVER_LOAD / service_s
@@ -149,10 +151,18 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
     schedule = np.cumsum(gaps).astype(np.int64).tolist()
     started, finished = np.empty(count, np.int64), np.empty(count, np.int64)
     limit = int(seconds * PATIENCE * 1e9)
+    if schedule[FEWEST_ARRIVALS - 1] > limit:
+        raise UsageError(
+            f"at {rate:.4g} arrivals a second there are under {FEWEST_ARRIVALS} in {seconds * PATIENCE:g} s",
+            "raise --rate or --seconds",
+        )
     say(f"server, {rate:.4g} arrivals a second, {seconds:g} s")
     with _no_collector():
         begin = perf_counter_ns()
         for i, arrival in enumerate(schedule):
+            if arrival > limit:  # a low rate: `MIN_ITERATIONS` would take too long
+                count = i
+                break
             now = perf_counter_ns() - begin
             while now < arrival:
                 if arrival - now > 2e9 * _SPIN_S:

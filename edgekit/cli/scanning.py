@@ -72,6 +72,7 @@ def scan(
     from edgekit.scanner import stop_on_signals
 
     as_json = bool(click.get_current_context().params["as_json"])
+    sinks = tuple("jsonl:-" if sink.lower() == "jsonl:-" else sink for sink in sinks)
     if as_json and "jsonl:-" in sinks:
         raise UsageError("--json and --sink jsonl:- both want stdout", "leave one of them out, or write jsonl:PATH")
     targets = sinks or (() if as_json else ("jsonl:-",))

@@ -63,13 +63,9 @@ def eval_(bundle: Path, data: str, backend: str, save: bool) -> Answer:
 def _text(bundle: str, figures: dict[str, Any]) -> str:
     names = {"top1": "top-1", "macro_f1": "macro F1", "macs": "MACs"}
 
-    def words(value: object) -> str:
-        return (
-            f"{value:.2%}"
-            if isinstance(value, float) and value <= 1
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value)
-        )
+    def words(key: str, value: object) -> str:
+        if key in ("top1", "macro_f1"):
+            return f"{value:.2%}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
 
-    return f"{bundle}: " + ", ".join(f"{names.get(key, key)} {words(value)}" for key, value in figures.items())
+    return f"{bundle}: " + ", ".join(f"{names.get(key, key)} {words(key, value)}" for key, value in figures.items())

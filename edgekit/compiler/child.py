@@ -40,7 +40,12 @@ def call(
     command = [sys.executable, "-m", "edgekit.compiler.child", function, str(folder), str(address_space)]
     # cwd is our own folder, so that no module of the caller's folder shadows a library
     process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the parent, which kills the child: no traceback of its own
     )
     try:
         code = process.wait(timeout_s)

@@ -61,7 +61,10 @@ def parse_batch(batch: int | str | None) -> Axis | None:
     """``4`` -> exactly 4 samples at once; ``1..8`` -> one engine for 1 to 8, fastest at 8."""
     if batch is None:
         return None
-    return _axis(str(batch), "--batch", str(batch), ranges=True)
+    try:
+        return _axis(str(batch), "--batch", str(batch), ranges=True)
+    except UsageError as error:
+        raise UsageError(error.message, "write --batch 4, or --batch 1..8") from None
 
 
 def shape_text(axes: Iterable[object]) -> str:

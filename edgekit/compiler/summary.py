@@ -16,7 +16,7 @@ from edgekit.manifest import TensorSpec
 __all__ = ["summarise"]
 
 MAX_RECORD_BYTES = 1 << 20
-_DERIVED = (".engine", ".zip")
+_DERIVED = (".engine", ".kit.zip")
 
 
 def summarise(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -25,8 +25,10 @@ def summarise(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises `UsageError` where there is nothing at ``path``, `BundleError` for a damaged bundle or an engine without record.
     """
     where = Path(path)
-    if where.is_file() and where.suffix in _DERIVED:
+    if where.is_file() and where.name.endswith(_DERIVED):
         return _engine(where)
+    if where.is_file() and where.suffix == ".zip":
+        raise UsageError(f"{where} is a packed bundle", f"edgekit verify {where} --pub P says what is inside")
     if not where.exists():
         raise UsageError(f"there is nothing at {where}", "give a bundle (NAME.edge) or an engine inside one")
     return _bundle(Bundle.open(where))

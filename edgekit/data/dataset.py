@@ -80,7 +80,8 @@ def check_damaged(*parts: Tensors) -> None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """``test`` is held out from training for good; ``all`` is every sample, for judging models trained on other data."""
+    """``test`` is held out from training for good. ``all`` judges models trained on other data: every sample, or the
+    test folder where the data comes with one."""
 
     spec: str
     labels: tuple[str, ...]

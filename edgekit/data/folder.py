@@ -9,13 +9,12 @@ import numpy as np
 
 from edgekit.errors import DataError
 from edgekit.manifest import ImagePreprocessing
-from edgekit.preprocess import read_image
+from edgekit.preprocess import IMAGE_SUFFIXES, read_image
 
 from .dataset import Dataset, Split, digest_of, stratified
 
-__all__ = ["IMAGE_SUFFIXES", "load"]
+__all__ = ["load"]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TEST_SHARE = 0.2
 SIZE = 96
 
@@ -34,7 +33,8 @@ def load(path: str) -> Dataset:
         train, digests = _split(train_root, labels)
         test, test_digests = _split(test_root, labels)
         # A picture that is in both would be learnt by heart: it stays in test only.
-        train = train.take(i for i, digest in enumerate(digests) if digest not in set(test_digests))
+        held_out = set(test_digests)
+        train = train.take(i for i, digest in enumerate(digests) if digest not in held_out)
         every, digests = test, digests + test_digests
     else:
         labels = _classes(root)

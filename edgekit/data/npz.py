@@ -77,10 +77,12 @@ def _fit(images: NDArray[Any], targets: NDArray[Any]) -> bool:
 
 def _classes(path: str, targets: NDArray[Any], names: NDArray[Any] | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Class names and the index (N,) of each sample. Raises `DataError` where ``classes`` do not cover the labels."""
-    values, indices = np.unique(targets, return_inverse=True)
+    values, indices = np.unique(_text(targets), return_inverse=True)
+    if len(values) < 2:
+        raise DataError(f"{path} has {len(values)} classes", "two or more are needed to tell them apart")
     if names is None:
         return tuple(str(value) for value in values), indices.astype(np.int64)
-    labels = tuple(str(name) for name in names.ravel())
+    labels = tuple(str(name) for name in _text(names).ravel())
     if targets.dtype.kind in "iu" and len(values) and int(values[0]) >= 0 and int(values[-1]) < len(labels):
         return labels, targets.astype(np.int64)
     if set(map(str, values)) <= set(labels):
@@ -89,3 +91,8 @@ def _classes(path: str, targets: NDArray[Any], names: NDArray[Any] | None) -> tu
         f"{path} names {len(labels)} classes, but its labels run from {values[0]} to {values[-1]}",
         f"labels are indices 0..{len(labels) - 1} into classes, or their names",
     )
+
+
+def _text(names: NDArray[Any]) -> NDArray[Any]:
+    """Byte strings (numpy's S, from C or HDF5) as text; all else as it is."""
+    return np.char.decode(names, "utf-8", "backslashreplace") if names.dtype.kind == "S" else names

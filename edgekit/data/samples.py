@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 
-from edgekit.errors import MissingExtra
+from edgekit.errors import DataError, MissingExtra, OutputExists
+from edgekit.files import atomic_write
+from edgekit.progress import say
 
 from .dataset import Dataset
 
@@ -15,7 +18,10 @@ __all__ = ["write_samples"]
 
 
 def write_samples(dataset: Dataset, folder: str | os.PathLike[str], count: int) -> list[Path]:
-    """Write ``count`` pictures of the test split, evenly spread over the classes, as ``NNN-LABEL.png``; returns the paths."""
+    """Write ``count`` pictures of the test split, evenly spread over the classes, as ``NNN-LABEL.png``; returns the paths.
+
+    Damaged images are named and left out. Raises `OutputExists` where another file of such a name is there already.
+    """
     try:
         from PIL import Image
     except ImportError:
@@ -28,6 +34,16 @@ def write_samples(dataset: Dataset, folder: str | os.PathLike[str], count: int) 
     for number, index in enumerate(chosen):
         label = dataset.labels[int(dataset.test.targets[index])].replace("/", "_")
         path = target / f"{number:03d}-{label}.png"
-        Image.fromarray(dataset.test.read(int(index))).save(path)
+        try:
+            frame = dataset.test.read(int(index))
+        except DataError as error:
+            say(f"skipped {dataset.test.ids[int(index)]}: {error.message}")
+            continue
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "PNG")
+        if not path.is_file() or path.read_bytes() != buffer.getvalue():  # the same picture: left by a run that was cut off
+            if os.path.lexists(path):
+                raise OutputExists(path)
+            atomic_write(path, buffer.getvalue())
         paths.append(path)
     return paths

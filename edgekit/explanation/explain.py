@@ -14,11 +14,10 @@ import msgspec
 import numpy as np
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle
-from edgekit.data.folder import IMAGE_SUFFIXES
 from edgekit.errors import DataError, InputError, OutputExists, UsageError
-from edgekit.files import atomic_write
+from edgekit.files import atomic_write, printable
 from edgekit.manifest import ImagePreprocessing
-from edgekit.preprocess import Frame, read_image
+from edgekit.preprocess import IMAGE_SUFFIXES, Frame, read_image
 from edgekit.progress import say, track
 from edgekit.runtime import Model
 
@@ -78,12 +77,12 @@ def explain(
         for file in track(files, f"explaining by {method}"):
             try:
                 frame = read_image(file)
-                row, png = judge(frame, file.name)
+                row, png = judge(frame, printable(file.name))
             except (DataError, InputError) as error:
-                skipped.append(str(file))
-                say(f"skipped {file}: {error.message}")
+                skipped.append(printable(file))
+                say(f"skipped {printable(file)}: {error.message}")
                 continue
-            rows.append({"source": str(file), **row, "overlay": pictures.write(file, png)})
+            rows.append({"source": printable(file), **row, "overlay": pictures.write(file, png)})
         described = model.runner.describe()
     if not rows:
         raise DataError(f"none of {len(files)} images can be read; the first is {files[0]}", "give PNG or JPEG files")
@@ -125,7 +124,7 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
         precision = "float"  # score and faithfulness come from the same weights as the map
     if precision != "auto":
         bundle.file(FLOAT_GRAPH if precision == "float" else INT8_GRAPH)
-    if not 2 <= samples <= 1_000_000:
+    if not 50 <= samples <= 20_000:
         raise UsageError(f"{samples} samples are too few or too many", "choose --samples from 50 to 20000")
     return Settings(method, precision, None if label is None else labels.index(label), samples)
 
@@ -135,7 +134,8 @@ def _files(images: Sequence[Source]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, images):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            shown = (p for p in path.iterdir() if not p.name.startswith("."))
+            inside = sorted(p for p in shown if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
                 raise DataError(f"{path} holds no images", f"add images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             found += inside
@@ -149,15 +149,20 @@ def _files(images: Sequence[Source]) -> list[Path]:
 
 
 class _Pictures:
-    """Names and writes one picture an image; equal stems are numbered, and no source is ever overwritten."""
+    """Names and writes one picture an image; equal stems are numbered.
+
+    Only what an earlier explanation wrote here is replaced, as its ``explanation.json`` lists it; sources never are.
+    Raises `OutputExists` where that file is somebody else's.
+    """
 
     def __init__(self, folder: Path, method: str, sources: Sequence[Path]) -> None:
         self._folder, self._method = folder, method
         self._taken = {source.resolve() for source in sources}
         self._names: set[str] = set()
+        self._ours = _earlier_pictures(folder / JSON)
 
     def write(self, source: Path, png: bytes) -> str:
-        name = next(n for n in self._candidates(source.stem) if n not in self._names and self._free(n))
+        name = next(n for n in self._candidates(printable(source.stem).replace("\\", "_")) if n not in self._names and self._free(n, png))
         self._names.add(name)
         atomic_write(self._folder / name, png)
         return name
@@ -169,8 +174,34 @@ class _Pictures:
             yield f"{stem}-{number}.{self._method}.png"
             number += 1
 
-    def _free(self, name: str) -> bool:
-        return (self._folder / name).resolve() not in self._taken
+    def _free(self, name: str, png: bytes) -> bool:
+        path = self._folder / name
+        if path.resolve() in self._taken:
+            return False
+        # The same picture: left by an explanation that was cut off before it wrote its record.
+        return name in self._ours or not os.path.lexists(path) or (path.is_file() and path.read_bytes() == png)
+
+
+def _earlier_pictures(record: Path) -> set[str]:
+    """The pictures that an earlier explanation lists. Raises `OutputExists` where ``record`` is none."""
+    try:
+        return {image.overlay for image in msgspec.json.decode(record.read_bytes(), type=_Record).images}
+    except FileNotFoundError:
+        return set()
+    except (OSError, msgspec.DecodeError):
+        raise OutputExists(record) from None
+
+
+class _Image(msgspec.Struct):
+    overlay: str
+
+
+class _Record(msgspec.Struct):
+    """What marks an ``explanation.json`` as ours."""
+
+    method: str
+    digest: str
+    images: list[_Image]
 
 
 class _Judge:

@@ -21,7 +21,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["BUILT_IN", "AnyStage", "Recipe", "read_recipe"]
+__all__ = ["BUILT_IN", "STATE", "AnyStage", "Recipe", "read_recipe"]
+
+#: The file of the output folder in which `run.py` notes what is done.
+STATE = "pipeline.json"
 
 BUILT_IN = Path(__file__).with_name("recipes") / "digits.toml"
 
@@ -73,7 +76,7 @@ def _check_names(recipe: Recipe, file: Path) -> None:
         labels.add(stage.label())
         out = getattr(stage, "out", None)
         if out is not None:
-            if not _plain(out):
+            if not _plain(out) or out == STATE:
                 raise UsageError(f"{where} writes {out!r}", "out is a plain name inside the output folder")
             if out in written:
                 raise UsageError(f"{where} writes {out!r} again", "give each output its own name")

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ from edgekit.files import atomic_write, locked, sha256_file
 from edgekit.progress import say
 from edgekit.version import __version__
 
-from .recipe import Recipe, read_recipe
+from .recipe import STATE, Recipe, read_recipe
 from .stages import Bench, Build, Context, Eval, Made, Prune, Quantize, Report, Scan, Stage, Train
 
 __all__ = ["pipeline"]
-
-STATE = "pipeline.json"
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -76,15 +74,14 @@ class _Run:
             if before.missed:
                 raise BudgetNotMet(before.missed, "change the recipe; the earlier result was kept", before.figures)
             return
-        self._clear(before)
-        self._claim(label, stage)
         say(f"{head} ...")
         started = time.perf_counter()
         missed: BudgetNotMet | None = None
-        try:
-            made = stage.run(self.context)
-        except BudgetNotMet as error:  # the best that was found is there all the same
-            missed, made = error, Made(self._claimed(stage), error.result)
+        with self._replacing(stage):
+            try:
+                made = stage.run(self.context)
+            except BudgetNotMet as error:  # the best that was found is there all the same
+                missed, made = error, Made(list(stage.claims()), error.result)
         digests = {name: self._digest(name) for name in made.outputs}
         done = Done(key, digests, made.figures, missed.message if missed else "")
         self._record(label, done, "kept" if made.cached else "run", time.perf_counter() - started)
@@ -121,26 +118,55 @@ class _Run:
         path = self.folder / name
         return self.context.bundle(path.stem).digest if path.suffix == ".edge" else sha256_file(path)
 
-    def _clear(self, before: Done | None) -> None:
-        """Make room for a stage that runs again. Only what the state file lists is removed; a folder only when empty."""
-        for name in before.outputs if before else ():
+    @contextlib.contextmanager
+    def _replacing(self, stage: Stage) -> Iterator[None]:
+        """Make room for a stage, and give the earlier result back where it fails: it may be hours of training.
+
+        Only what the state file lists is touched. What is about to be made is noted first, so that a stage cut off half
+        way may be made again; what is somebody else's is not, and the stage will refuse to overwrite it.
+        """
+        label = stage.label()
+        before = self._take_over(stage)
+        aside: dict[Path, Path] = {}
+        for name in before.outputs:
             path = self.folder / name
-            if path.suffix == ".edge" and path.is_dir():
-                shutil.rmtree(path)
-            elif not any(parent.suffix == ".edge" for parent in path.parents):  # files in bundles are replaced by their verbs
-                path.unlink(missing_ok=True)
-                if path.parent != self.folder:
-                    with contextlib.suppress(OSError):
-                        path.parent.rmdir()
-
-    def _claimed(self, stage: Stage) -> list[str]:
-        """The bundle that a stage is going to make, if it makes one."""
-        return [f"{stage.out}.edge"] if isinstance(stage, Train | Prune | Quantize) else []
-
-    def _claim(self, label: str, stage: Stage) -> None:
-        """Note what is about to be made, so that a stage cut off half way may be made again. Never someone else's."""
-        self.state[label] = Done("", {name: "" for name in self._claimed(stage) if not (self.folder / name).exists()})
+            if any(parent.suffix == ".edge" for parent in path.parents):
+                continue  # a file in a bundle: its verb replaces it
+            aside[path] = path.with_name(f".{path.name}.previous")
+            if os.path.lexists(path):
+                _remove(aside[path])
+                path.rename(aside[path])
+        claims = {name: "" for name in stage.claims() if not os.path.lexists(self.folder / name)}
+        self.state[label] = Done("", claims)
         self._save()
+        try:
+            yield
+        except BaseException:
+            for path, earlier in aside.items():
+                if os.path.lexists(earlier):
+                    _remove(path)
+                    earlier.rename(path)
+            self.state[label] = before
+            self._save()
+            raise
+        for path, earlier in aside.items():
+            _remove(earlier)
+            if path.parent != self.folder:
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()  # only where it is empty now
+
+    def _take_over(self, stage: Stage) -> Done:
+        """What this stage made before, with what it claims of stages that the recipe no longer has."""
+        before = self.state.get(stage.label(), Done(""))
+        labels = {other.label() for other in self.recipe.stage}
+        outputs = dict(before.outputs)
+        for label in self.state.keys() - labels:
+            gone = self.state[label]
+            outputs |= {name: gone.outputs[name] for name in stage.claims() if name in gone.outputs}
+            self.state[label] = msgspec.structs.replace(
+                gone, outputs={name: digest for name, digest in gone.outputs.items() if name not in outputs}
+            )
+        return msgspec.structs.replace(before, outputs=outputs)
 
     def _save(self) -> None:
         atomic_write(self.folder / STATE, msgspec.json.format(msgspec.json.encode(self.state)) + b"\n")
@@ -180,11 +206,25 @@ class _Run:
         return rows
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _read_state(path: Path) -> dict[str, Done]:
     """What is done, by label. Raises `BundleError` where the file is damaged: guessing could remove someone's files."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Done])
+        state = msgspec.json.decode(path.read_bytes(), type=dict[str, Done])
     except FileNotFoundError:
         return {}
     except (msgspec.DecodeError, OSError) as error:
         raise BundleError(f"{path} cannot be read: {error}", "remove it, or choose another --out") from None
+    root = path.parent.resolve()
+    for name in (name for done in state.values() for name in done.outputs):
+        where = Path(os.path.normpath(root / name))
+        # What is listed here may be removed: nothing outside, nothing through a link, not the folder itself.
+        if where == root or not where.is_relative_to(root) or not where.parent.resolve().is_relative_to(root):
+            raise BundleError(f"{path} lists {name!r}, which is not inside its folder", "do not trust this folder")
+    return state

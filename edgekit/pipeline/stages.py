@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import msgspec
 import edgekit
 from edgekit.bundle import IDENTITY, Bundle
 from edgekit.compiler import target_named
-from edgekit.data import find, load
+from edgekit.data import SOURCES, find, load
 from edgekit.data.samples import write_samples
-from edgekit.errors import DataError, UsageError
+from edgekit.errors import DataError, OutputExists, UsageError
 from edgekit.files import sha256_file
 from edgekit.models import DEFAULT, preset_named
 
@@ -72,11 +73,13 @@ class Context:
         """Digest of what ``spec`` names: a data set, a folder or a file."""
         if spec is None:
             return ""
+        if spec.partition(":")[0] in SOURCES:  # a folder of that name may lie here
+            return load(spec).digest
         path = self.resolve(spec)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file())
             return " ".join(f"{p.relative_to(path)}={sha256_file(p)}" for p in files)
-        return sha256_file(path) if path.is_file() else load(spec).digest
+        return sha256_file(path) if path.is_file() else ""  # its verb will say that it is not there
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, tag_field="run", omit_defaults=True):
@@ -89,6 +92,10 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.low
         raise TypeError(type(self).__name__)
 
     def bundles_read(self) -> tuple[str, ...]:
+        return ()
+
+    def claims(self) -> tuple[str, ...]:
+        """The outputs whose names are known ahead, as paths in the output folder."""
         return ()
 
     def check(self, data: str | None) -> None:
@@ -126,6 +133,9 @@ class Train(Stage, frozen=True):
     def label(self) -> str:
         return f"train {self.out}"
 
+    def claims(self) -> tuple[str, ...]:
+        return (f"{self.out}.edge",)
+
     def check(self, data: str | None) -> None:
         _check_data(self.data or data)
         preset_named(self.model or DEFAULT)
@@ -155,6 +165,9 @@ class Prune(Stage, frozen=True):
 
     def label(self) -> str:
         return f"prune {self.out}"
+
+    def claims(self) -> tuple[str, ...]:
+        return (f"{self.out}.edge",)
 
     def bundles_read(self) -> tuple[str, ...]:
         return (self.bundle,)
@@ -187,6 +200,9 @@ class Quantize(Stage, frozen=True):
 
     def label(self) -> str:
         return f"quantize {self.out}"
+
+    def claims(self) -> tuple[str, ...]:
+        return (f"{self.out}.edge",)
 
     def bundles_read(self) -> tuple[str, ...]:
         return (self.bundle,)
@@ -353,6 +369,9 @@ class Scan(Stage, frozen=True):
     def label(self) -> str:
         return f"scan {self.source} with {self.bundle}"
 
+    def claims(self) -> tuple[str, ...]:
+        return (self.out,)
+
     def bundles_read(self) -> tuple[str, ...]:
         return (self.bundle,)
 
@@ -360,7 +379,8 @@ class Scan(Stage, frozen=True):
         from edgekit.scanner import scan
 
         events = context.folder / self.out
-        events.unlink(missing_ok=True)
+        if os.path.lexists(events):  # an earlier run's is gone by now: `run.py` removes what the pipeline made
+            raise OutputExists(events)
         source = str(context.resolve(self.source))
         summary = scan(context.bundle(self.bundle), source=source, sinks=[f"jsonl:{events}"], codes=bool(self.codes))
         if not summary.inferred:

@@ -246,11 +246,20 @@ def _scaled(node: onnx.NodeProto, weight: Array, factor: Array) -> Array:
 
 
 def _set_weight(graph: onnx.GraphProto, node: onnx.NodeProto, weight: Array, bias: Array) -> None:
-    names = [node.input[0], f"{node.name}.weight", f"{node.name}.bias"]
+    names = [node.input[0], *(_free_name(graph, node, f"{node.name}.{part}") for part in ("weight", "bias"))]
     set_constant(graph, names[1], weight.astype(np.float32))
     set_constant(graph, names[2], bias.astype(np.float32))
     del node.input[:]
     node.input.extend(names)
+
+
+def _free_name(graph: onnx.GraphProto, node: onnx.NodeProto, name: str) -> str:
+    """``name``, with underscores where the graph uses it for something that is not this node's alone."""
+    uses = consumers(graph)
+    values = {*(i.name for i in graph.initializer), *(i.name for i in graph.input), *(o for n in graph.node for o in n.output)}
+    while name in values and not (name in node.input and uses[name] == 1):
+        name += "_"
+    return name
 
 
 def _fold_gemm_factors(graph: onnx.GraphProto) -> None:

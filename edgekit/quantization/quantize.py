@@ -85,8 +85,10 @@ def quantize(
         wanted = max_drop is not None
         pool = gather(opened, calib, samples, seed, labelled=wanted)
         if data is not None:
-            pool = pool._replace(labelled=from_dataset(opened, data, samples if wanted else 1, seed, labelled=wanted).labelled)
-        config["data_digest"] = pool.data_digest  # evaluation then stays off the train split
+            other = from_dataset(opened, data, samples if wanted else 1, seed, labelled=wanted)
+            pool = pool._replace(labelled=other.labelled)
+            config["labelled_digest"] = other.data_digest
+        config["data_digest"] = pool.data_digest  # evaluation then stays off both train splits
         result = calibrate(opened, pool, budget, method, seed)
         judged = budget
         known = pool.labelled.targets is not None and len(pool.labelled) > 0
@@ -130,9 +132,9 @@ def _finish(
     if labelled and parent.manifest.labels:
         with tempfile.TemporaryDirectory() as folder:
             trial = _write(parent, Path(folder) / "trial.edge", config, result, figures, tolerance)
+            # Both graphs of the one bundle, so that its history chooses the same samples for both.
             figures["top1"] = evaluate(trial, labelled)["top1"]
-        if parent.graph == FLOAT_GRAPH:
-            figures["top1_float"] = evaluate(parent, labelled)["top1"]
+            figures["top1_float"] = evaluate(trial, labelled, precision="float")["top1"]
     written = _write(parent, out, config, result, figures, tolerance)
     check_golden(written, INT8_GRAPH)
     missed, hint = _missed(result, figures, budget)
@@ -154,8 +156,8 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
     if result.missed:
         return result.missed, "the best found is written; relax the budget, or give more and better calibration samples"
     if budget is not None and budget.max_drop is not None:
-        lost = 100 * (figures.get("top1_float", 0.0) - figures["top1"])
-        if "top1_float" in figures and lost > budget.max_drop + 1e-9:
+        lost = 100 * (figures["top1_float"] - figures["top1"])
+        if lost > budget.max_drop + 1e-9:
             return (
                 f"top-1 drops by {lost:.2f} points on the test split, {budget.max_drop:g} were allowed",
                 "the best found is written; state a smaller --max-drop to leave more layers float, or retrain",
@@ -199,7 +201,7 @@ def _write(
         entry = parent.entry("quantize", config, figures)
         draft.manifest = msgspec.structs.replace(
             parent.manifest,
-            name=Path(out).stem,
+            name=Path(out).name.removesuffix(".edge"),
             golden={**parent.manifest.golden, INT8_GRAPH: tolerance},
             history=(*parent.manifest.history, entry),
         )

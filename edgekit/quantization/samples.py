@@ -86,8 +86,8 @@ class Pool(NamedTuple):
 def training_data(bundle: Bundle) -> str | None:
     """The data that the bundle was trained on, as its history says."""
     for entry in reversed(bundle.manifest.history):
-        found = entry.config.get("data")
-        if isinstance(found, str) and found.split(":")[0] in SOURCES:
+        found = entry.config.get("data")  # evaluations name data too, of any kind
+        if entry.stage in ("train", "prune") and isinstance(found, str) and found.split(":")[0] in SOURCES:
             return found
     return None
 
@@ -105,16 +105,15 @@ def gather(bundle: Bundle, calib: str | os.PathLike[str] | None, count: int, see
             f"{bundle.path} was not trained here, so there is no calibration data",
             "add --calib DIR with one .npz a sample, one array an input name",
         )
-    path = Path(calib)
-    if path.is_dir():
-        return _from_folder(bundle, path, count)
     spec = os.fspath(calib)
-    if spec.split(":")[0] not in SOURCES:
-        raise UsageError(
-            f"--calib {spec!r} is neither a folder of .npz, nor a calibration.json, nor a data set",
-            f"a data set is one of: {', '.join(f'{name}:PATH' if needs else name for name, (_, needs) in SOURCES.items())}",
-        )
-    return from_dataset(bundle, spec, count, seed, labelled=labelled)
+    if spec.split(":")[0] in SOURCES:  # also where a folder of that name lies here: ./digits names the folder
+        return from_dataset(bundle, spec, count, seed, labelled=labelled)
+    if Path(spec).is_dir():
+        return _from_folder(bundle, Path(spec), count)
+    raise UsageError(
+        f"--calib {spec!r} is neither a folder of .npz, nor a calibration.json, nor a data set",
+        f"a data set is one of: {', '.join(f'{name}:PATH' if needs else name for name, (_, needs) in SOURCES.items())}",
+    )
 
 
 def from_dataset(bundle: Bundle, spec: str, count: int, seed: int, *, labelled: bool = True) -> Pool:

@@ -25,6 +25,7 @@ class Runner(Protocol):
     """A context manager around one executable model. Nothing is loaded, and no GPU touched, before it is entered."""
 
     name: str
+    graph: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 

@@ -84,6 +84,8 @@ def check_golden(bundle: Bundle, graph: str | None = None, backend: str = "onnxr
     graph = graph or bundle.graph
     inputs, outputs = load_golden(bundle)
     worst = GoldenResult(0.0, 200.0)
+    if not outputs or not all(len(golden) for golden in outputs.values() if golden.ndim):
+        raise BundleError(f"{bundle.path / GOLDEN} holds no golden outputs", "make the bundle again")
     with open_runner(bundle, backend, graph) as runner:
         found = run_samples(runner, inputs)
     for name, golden in outputs.items():

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
-from edgekit.errors import BackendError, InputError, MissingExtra
+from edgekit.errors import BackendError, BundleError, InputError, MissingExtra
 from edgekit.manifest import TensorSpec
+
+from .onnx_wire import holds_external_data
 
 try:
     import onnxruntime as ort
@@ -65,7 +67,13 @@ class OnnxRuntimeRunner:
         self._session: Any = None
 
     def __enter__(self) -> OnnxRuntimeRunner:
-        self._session = session(str(self.bundle.file(self.graph)), self.threads)
+        graph = self.bundle.read(self.graph)
+        if holds_external_data(graph):
+            raise BundleError(
+                f"{self.bundle.path / self.graph} keeps weights in other files, which no hash covers",
+                "do not trust this bundle",
+            )
+        self._session = session(graph, self.threads)
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self._names = [spec.name for spec in self.outputs]

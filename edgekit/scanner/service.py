@@ -13,7 +13,7 @@ from edgekit.runtime import Model
 from .codes import BUDGET_MS, CodeReader
 from .outbox import Outbox, default_outbox
 from .scanner import Scanner, Summary
-from .sinks import open_sink, without_secrets
+from .sinks import Sink, open_sink
 from .sources import open_source
 from .stop import Stop
 
@@ -41,8 +41,6 @@ def scan(
     """
     if bundle is None and not codes:
         raise UsageError("there is nothing to read with", "name a bundle, or add --codes")
-    if repeated := [spec for i, spec in enumerate(sinks) if spec in sinks[:i]]:
-        raise UsageError(f"the sink {without_secrets(repeated[0])} is named twice", "name each sink once")
     stop = stop or Stop()
     with contextlib.ExitStack() as stack:
         frames = open_source(source, watch=watch, stop=stop)
@@ -60,9 +58,11 @@ def scan(
                 stack.callback(opened[0].close)
             return opened[0]
 
-        targets = []
+        targets: list[Sink] = []
         for spec in sinks:
             sink = open_sink(spec, the_outbox)
             stack.callback(sink.close)
+            if any(sink.name == other.name for other in targets):
+                raise UsageError(f"the sink {sink.name} is named twice", "name each sink once")
             targets.append(sink)
         return Scanner(source=frames, model=model, codes=reader, sinks=targets, stop=stop).run()

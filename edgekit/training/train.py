@@ -33,6 +33,10 @@ def read_splits(dataset: Dataset, preprocessing: ImagePreprocessing) -> tuple[Te
     check_damaged(train_set, held_out)
     if len(train_set.y) < 2:
         raise DataError(f"{dataset.spec} has {len(train_set.y)} images to train on", "add images: one folder a class")
+    if not len(held_out.y):
+        raise DataError(
+            f"none of the held-out images of {dataset.spec} can be read", "repair them: accuracy is measured on them"
+        )
     return train_set, held_out
 
 
@@ -55,7 +59,7 @@ def train(
     Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for an unknown model or data set.
     """
     target = Path(out)
-    if target.exists():
+    if os.path.lexists(target):
         raise OutputExists(target)
     dataset = load(data)
     preprocessing = dataset.preprocessing

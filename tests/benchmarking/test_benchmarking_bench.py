@@ -94,6 +94,24 @@ def test_server_queues(tiny_bundle: Bundle) -> None:
     assert answer["latency_ms"]["p50"] >= answer["service_ms"]["min"]
 
 
+def test_a_low_rate_ends_in_time_and_too_low_a_one_is_refused() -> None:
+    run = server(lambda: None, 0.1, rate=100)
+    assert 10 <= len(run.samples_ms) < 100
+    assert run.seconds <= 0.5
+    with pytest.raises(UsageError, match="arrivals a second"):
+        server(lambda: None, 0.1, rate=1)
+
+
+def test_a_server_is_compared_at_the_rate_of_the_earlier_run(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    first = edgekit.bench(tiny_bundle, scenario="server", rate=200, seconds=0.2)
+    kept = tmp_path / "kept.json"
+    kept.write_bytes(Path(first["file"]).read_bytes())
+    again = edgekit.bench(tiny_bundle, scenario="server", seconds=0.2, against=kept)
+    assert again["rate"] == 200
+    with pytest.raises(UsageError, match="rate: 200"):
+        edgekit.bench(tiny_bundle, scenario="server", rate=400, seconds=0.2, against=kept)
+
+
 def test_an_overloaded_server_says_so() -> None:
     run = server(lambda: time.sleep(0.002), 0.1, rate=100_000)
     assert run.extra["utilisation"] > 0.98

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,33 @@ def test_a_source_is_never_overwritten(digits_bundle: Bundle, digit: Path, tmp_p
     result = explain(digits_bundle, [digit, tmp_path / "four.occlusion.png"], out=tmp_path)
     assert (tmp_path / "four.occlusion.png").read_bytes() == digit.read_bytes()
     assert result["images"][0]["overlay"] == "four-2.occlusion.png"
+
+
+def test_only_pictures_of_an_earlier_explanation_are_replaced(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
+    out = tmp_path / "why"
+    out.mkdir()
+    (out / "four.occlusion.png").write_bytes(b"mine")
+    first = explain(digits_bundle, digit, out=out)
+    assert first["images"][0]["overlay"] == "four-2.occlusion.png"
+    again = explain(digits_bundle, digit, out=out, label="9")
+    assert again["images"][0]["overlay"] == "four-2.occlusion.png"
+    assert (out / "four.occlusion.png").read_bytes() == b"mine"
+    assert len(list(out.iterdir())) == 3
+    (out / "explanation.json").write_text('{"mine": true}')
+    with pytest.raises(OutputExists):
+        explain(digits_bundle, digit, out=out)
+    assert (out / "explanation.json").read_text() == '{"mine": true}'
+
+
+def test_a_name_that_is_no_utf8_is_shown_and_skipped(cli: Callable[..., Any], digits_bundle: Bundle, digit: Path) -> None:
+    folder = digit.parent / "odd"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(digit.read_bytes())
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xfe.png")).write_bytes(b"broken")
+    outcome = cli("explain", digits_bundle.path, folder, "--out", folder / "why", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["images"][0]["source"].endswith("\\xff.png")
+    assert outcome.json["skipped"][0].endswith("\\xfe.png")
 
 
 def test_what_cannot_be_explained_is_refused(

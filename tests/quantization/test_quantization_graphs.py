@@ -21,6 +21,7 @@ from edgekit.quantization.prepare import prepare
 from edgekit.quantization.recovery import correct_biases, weight_scales
 from edgekit.quantization.simulate import MAX_SNR_DB, Simulator, observe, signal_to_noise, with_reference
 from edgekit.quantization.statistics import METHODS, scale_of
+from edgekit.runtime.onnxruntime import session
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(0)
@@ -239,6 +240,30 @@ def test_bias_correction_restores_the_mean() -> None:
         return float(np.abs(np.mean(errors, axis=(0, 1, 3, 4))).max())
 
     assert bias(corrected) < bias(plain) / 10
+
+
+def test_folding_leaves_weights_that_others_use() -> None:
+    """Two convolutions share ``conv.weight``; the folded one of the node ``conv`` once took its name, and its place."""
+    r = np.random.default_rng(0)
+    ones = np.ones(4, np.float32)
+    known = {"conv.weight": r.normal(size=(4, 4, 1, 1)).astype(np.float32), "g": 3 * ones, "z": 0 * ones, "v": ones}
+    nodes = [
+        helper.make_node("Conv", ["x", "conv.weight"], ["a"], name="conv"),
+        helper.make_node("BatchNormalization", ["a", "g", "z", "z", "v"], ["b"], name="bn"),
+        helper.make_node("Conv", ["b", "conv.weight"], ["y"], name="second"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, [1, 4, 2, 2])],
+        [helper.make_tensor_value_info("y", 1, [1, 4, 2, 2])],
+        [numpy_helper.from_array(v, k) for k, v in known.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = r.normal(size=(1, 4, 2, 2)).astype(np.float32)
+    expected = session(model.SerializeToString()).run(None, {"x": x})[0]
+    found = session(prepare(model.SerializeToString()).SerializeToString()).run(None, {"x": x})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_quantized_graphs_are_refused() -> None:

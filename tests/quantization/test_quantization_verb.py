@@ -303,14 +303,32 @@ def test_a_poor_graph_is_written_and_said_to_be_poor(cli: Cli, tiny_bundle: Bund
 
 
 def test_max_drop_holds_on_the_test_split(digits_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluated(bundle: Bundle, data: str) -> dict[str, float]:
-        return {"top1": 0.95 if bundle.has(INT8_GRAPH) else 0.97}
+    def evaluated(bundle: Bundle, data: str, precision: str = "auto") -> dict[str, float]:
+        return {"top1": 0.97 if precision == "float" else 0.95}
 
     monkeypatch.setattr(sys.modules["edgekit.quantization.quantize"], "evaluate", evaluated)
     edgekit.quantize(digits_bundle, out=tmp_path / "two.edge", calib="digits", max_drop=2.0)
     with pytest.raises(BudgetNotMet, match=r"drops by 2\.00 points on the test split, 1 were allowed"):
         edgekit.quantize(digits_bundle, out=tmp_path / "one.edge", calib="digits", max_drop=1.0)
     assert Bundle.open(tmp_path / "one.edge").has(INT8_GRAPH)
+
+
+def test_both_graphs_are_judged_on_the_same_samples(digits_bundle: Bundle, few_digits: str, tmp_path: Path) -> None:
+    """With other calibration data than the training's, the float graph was once judged on all of it, the int8 on a part."""
+    made = edgekit.quantize(digits_bundle, out=tmp_path / "q.edge", calib=few_digits, samples=32)
+    figures = made.manifest.history[-1].figures
+    for precision, key in (("float", "top1_float"), ("int8", "top1")):
+        judged = edgekit.evaluate(made, few_digits, precision=precision)
+        assert judged["samples"] == 80
+        assert judged["top1"] == figures[key]
+    again = edgekit.quantize(made, out=tmp_path / "again.edge", calib=few_digits, samples=32)
+    assert again.manifest.history[-1].figures["top1_float"] == figures["top1_float"]
+
+
+def test_an_evaluation_does_not_change_what_calibrates(digits_bundle: Bundle, few_digits: str, tmp_path: Path) -> None:
+    edgekit.evaluate(digits_bundle, few_digits, save=True)
+    made = edgekit.quantize(Bundle.open(digits_bundle.path), out=tmp_path / "q.edge", samples=16)
+    assert read_calibration(made.file(CALIBRATION)).samples.source == "digits"
 
 
 @pytest.mark.parametrize("count", [16, 1000])

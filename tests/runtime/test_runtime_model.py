@@ -9,12 +9,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from edgekit.bundle import FLOAT_GRAPH, Bundle
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.data import load
 from edgekit.errors import BackendError, BundleError, GoldenError, InputError, UsageError
 from edgekit.manifest import TensorSpec, Tolerance
 from edgekit.runtime import Model, check_golden, compare_arrays, open_runner
-from edgekit.runtime.golden import load_golden, run_samples
+from edgekit.runtime.golden import load_golden, run_samples, save_golden
 
 
 def perturbed(graph: bytes, weight: str, by: float) -> bytes:
@@ -184,6 +184,16 @@ def test_golden_samples_run_in_the_batch_that_the_graph_takes(tiny_bundle: Bundl
     three = rewrite(tiny_bundle, "3.edge", fixed_batch(graph, 3))  # type: ignore[operator]
     with open_runner(three) as runner, pytest.raises(InputError):
         run_samples(runner, inputs)
+
+
+def test_a_golden_file_without_outputs_proves_nothing(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    inputs, _ = load_golden(tiny_bundle)
+    with Bundle.create(tmp_path / "empty.edge") as draft:
+        draft.write(FLOAT_GRAPH, tiny_bundle.read(FLOAT_GRAPH))
+        draft.write(GOLDEN, save_golden(inputs, {}))
+        draft.manifest = tiny_bundle.manifest
+    with pytest.raises(BundleError, match="no golden outputs"):
+        check_golden(Bundle.open(tmp_path / "empty.edge"))
 
 
 def test_errors_are_measured_as_defined() -> None:

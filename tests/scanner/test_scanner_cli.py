@@ -107,6 +107,19 @@ def test_odd_pictures_are_read_or_reported(cli: Cli, digits_bundle: Bundle, tmp_
     assert outcome.code == 0
 
 
+def test_a_damaged_file_whose_name_is_no_utf8_is_an_event(kit: Any, cli: Cli, digits_bundle: Bundle, tmp_path: Path) -> None:
+    """It once ended the scan: the reason held bytes that JSON does not take."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(b"broken")
+    Image.new("L", (28, 28)).save(folder / "good.png")
+    out = tmp_path / "events.jsonl"
+    assert cli("scan", digits_bundle.path, "--source", folder, "--sink", f"jsonl:{out}").code == 0
+    (damaged,) = [event for event in kit.read_events(out) if "label" not in event]
+    assert "\\xff.png" in damaged["reason"]
+    assert damaged["source"].endswith("\\xff.png")
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes that claims ``width`` x ``height`` pixels."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from edgekit.bundle import FLOAT_GRAPH, WEIGHTS, Bundle
@@ -112,6 +113,24 @@ def test_a_full_disk_during_training_is_named(tmp_path: Path, few_digits: str):
     assert "the disk is full" in done.stderr
     assert "defect" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_readable_held_out_image_nothing_is_trained(cli, tmp_path: Path):
+    """Its figures would be invented: 0% of nothing."""
+    for split, count in (("train", 30), ("val", 1)):
+        for label in "ab":
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)).save(
+                    folder / f"{label}{i}.png"
+                )
+    for file in (tmp_path / "data" / "val").rglob("*.png"):
+        file.write_bytes(b"broken")
+    outcome = cli("train", "--data", f"folder:{tmp_path / 'data'}", "--out", tmp_path / "m.edge", "--epochs", "1")
+    assert outcome.code == 1
+    assert "none of the held-out images" in outcome.err
+    assert not (tmp_path / "m.edge").exists()
 
 
 def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path, few_digits: str, capfd: pytest.CaptureFixture[str]):

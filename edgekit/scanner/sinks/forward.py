@@ -11,7 +11,6 @@ import threading
 import time
 from typing import Any, Protocol
 
-from edgekit.errors import EdgekitError
 from edgekit.progress import say
 from edgekit.scanner.events import Event, encode
 from edgekit.scanner.outbox import Outbox, Waiting
@@ -98,7 +97,7 @@ class ForwardSink:
     def _run(self) -> None:
         try:
             self._deliver_all()
-        except (EdgekitError, OSError) as error:  # the outbox itself failed: the scan must know, `send` says it
+        except Exception as error:  # noqa: BLE001  a thread that dies in silence loses events: `send` says it
             if not self._closing.is_set():
                 self._failure = error
         finally:

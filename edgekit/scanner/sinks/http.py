@@ -38,7 +38,9 @@ def open_http(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     if not host:
         raise UsageError(f"the sink {without_secrets(spec)!r} names no host", _FORM)
     where = f"[{host}]" if ":" in host else host
-    address = urllib.parse.urlunsplit(url._replace(netloc=f"{where}:{port}" if port else where, fragment=""))
+    netloc = f"{where}:{port}" if port else where
+    path, asked = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~?") for part in (url.path, url.query))
+    address = urllib.parse.urlunsplit((url.scheme, netloc, path, asked, ""))
     user, password = urllib.parse.unquote(url.username or ""), urllib.parse.unquote(url.password or "")
     # The outbox knows the sink by its name: a query, which may hold a token, counts there but is not shown.
     query = f"?{hashlib.sha256(url.query.encode()).hexdigest()[:8]}" if url.query else ""

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgekit.errors import DataError, MissingExtra, UsageError
-from edgekit.preprocess import read_image
+from edgekit.files import printable
+from edgekit.preprocess import IMAGE_SUFFIXES, read_image
 from edgekit.progress import say
 from edgekit.scanner.stop import Stop
 
 from . import Captured
 
-__all__ = ["IMAGE_SUFFIXES", "POLL_S", "open_files"]
+__all__ = ["POLL_S", "open_files"]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".h264", ".mjpeg"})
 #: A watched file is read once its size and time stood still for this long: a copy in progress is left alone.
 POLL_S = 0.25
@@ -113,12 +113,11 @@ def _watched(folder: Path, stop: Stop) -> Iterator[Captured]:
 
 
 def _capture(path: Path, seq: int) -> Captured:
-    # A name that is no UTF-8 stays readable: its odd bytes appear as \xNN.
-    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    name = printable(path)
     now = time.time()
     try:
         return Captured(read_image(path), name, seq, now)
     except DataError as error:
         return Captured(None, name, seq, now, error.message)
     except MemoryError:
-        return Captured(None, name, seq, now, f"{path.name} does not fit into memory")
+        return Captured(None, name, seq, now, f"{printable(path.name)} does not fit into memory")
