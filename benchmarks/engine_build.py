@@ -1,8 +1,9 @@
-"""How long an engine takes, first and with nothing changed: engine_build.py BUNDLE... [--target rtx-ada] [--repeat 5]
+"""How long an engine takes, first and with nothing changed: engine_build.py [BUNDLE...] [--target rtx-ada] [--repeat 5]
 
 ``process`` is the wall time of ``edgekit build`` from start to exit, ``inside`` what `edgekit.build` reports, ``python``
 an empty interpreter, all in seconds, medians of ``--repeat`` runs. Bundles are copied, never changed. Writes
-``results/engine_build.json``. Targets: first build of the digits CNN <= 3 s, cached <= 0.2 s inside the command.
+``results/engine_build.json``. Without bundles: the shipped presets of ``calibration/``. Targets: first build of the
+digits CNN <= 3 s, cached <= 0.2 s inside the command.
 """
 
 from __future__ import annotations
@@ -78,12 +79,18 @@ def forget_engines(bundle: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
+    shipped = sorted(Path(__file__).parents[1].glob("calibration/*/float.edge"))
+    parser.add_argument(
+        "bundles", type=Path, nargs="*", default=shipped, metavar="BUNDLE", help="default: calibration/*/float.edge"
+    )
     parser.add_argument("--target", default="rtx-ada")
     parser.add_argument("--precision", default="best")
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
-    results = {path.stem: measure(path, options.target, options.precision, options.repeat) for path in options.bundles}
+    results = {}
+    for path in options.bundles:
+        name = path.parent.name if path.stem == "float" else path.stem
+        results[name] = measure(path, options.target, options.precision, options.repeat)
     print(json.dumps(results, indent=1))
     print(save("engine_build", {"bundles": results}))
 

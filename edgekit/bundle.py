@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
-from .errors import BundleError, OutputExists
-from .files import atomic_write, locked, sha256_file, staged, sync_path
+from .errors import BundleError, OutputExists, UsageError
+from .files import atomic_write, locked, naming, sha256_file, staged, sync_path
 from .manifest import (
     MAX_MANIFEST_BYTES,
     History,
@@ -66,7 +66,8 @@ class Draft:
             raise ValueError(f"not a name for a bundle's file: {name!r}")
         file = self.path / name
         file.parent.mkdir(exist_ok=True)
-        file.write_bytes(data)
+        with naming(file):
+            file.write_bytes(data)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,12 @@ class Bundle:
 
     def has(self, name: str) -> bool:
         return name in self.manifest.files
+
+    def check_model(self) -> None:
+        """Hash the files that say what the model is. Derived ones (engines, figures) are checked when they are used."""
+        for name in IDENTITY:
+            if self.has(name):
+                self.file(name)
 
     def file(self, name: str) -> Path:
         """The path of a file, its hash checked on first use. Raises `BundleError` where it is absent or damaged."""
@@ -178,6 +185,8 @@ class Bundle:
         target = Path(out)
         if target.exists() or target.is_symlink():
             raise OutputExists(target)
+        if (target.parent / MANIFEST).is_file():
+            raise UsageError(f"{target} lies inside the bundle {target.parent}", "write it beside that bundle")
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:

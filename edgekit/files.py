@@ -11,12 +11,21 @@ from pathlib import Path
 
 from .errors import EdgekitError
 
-__all__ = ["atomic_write", "locked", "printable", "sha256_file", "staged", "sync_path"]
+__all__ = ["atomic_write", "locked", "naming", "printable", "sha256_file", "staged", "sync_path"]
 
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text that every encoding takes: bytes that are no UTF-8 appear as ``\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` of the block names ``path``: which disk is full is the first thing that one wants to know."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sha256_file(path: Path) -> str:
@@ -47,11 +56,12 @@ def staged(files: Mapping[Path, bytes]) -> Iterator[dict[Path, str]]:
     try:
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, names[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            with naming(path):
+                handle, names[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
             os.chmod(names[path], 0o644)
         yield names
     finally:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from edgekit import bundle as module
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle
-from edgekit.errors import BundleError, OutputExists
+from edgekit.errors import BundleError, OutputExists, UsageError
 from edgekit.manifest import (
     FORMAT,
     History,
@@ -543,6 +543,14 @@ def test_atomic_write_replaces_or_keeps(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, previous)
     assert contents(tmp_path) == {"f": b"old"}
     assert oct((tmp_path / "f").stat().st_mode & 0o777) == "0o644"
+
+
+def test_a_bundle_is_not_written_into_a_bundle(tmp_path: Path) -> None:
+    outer = make(tmp_path / "a.edge")
+    before = contents(outer.path)
+    with pytest.raises(UsageError, match="lies inside the bundle"):
+        make(outer.path / "b.edge")
+    assert contents(outer.path) == before
 
 
 def test_a_repeated_measurement_takes_the_place_of_the_earlier(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -87,4 +88,10 @@ def main(args: list[str] | None = None) -> None:
         raise
     except BaseException as error:  # noqa: BLE001  the one place where errors become words
         code = fail(error, as_json="--json" in arguments)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # a closed pipe or a full disk; what is left in the buffer must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
     sys.exit(code if isinstance(code, int) else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -87,7 +88,6 @@ def fail(error: BaseException, as_json: bool) -> int:
         message, hint, code = error.message, error.hint, error.exit_code
         result = error.result if isinstance(error, BudgetNotMet) else {}
     elif isinstance(error, BrokenPipeError):
-        sys.stderr.close()
         return 1
     elif isinstance(error, OSError):
         message, hint, code = _os_error(error)
@@ -99,7 +99,8 @@ def fail(error: BaseException, as_json: bool) -> int:
     if os.environ.get("EDGEKIT_DEBUG"):
         traceback.print_exception(error)
     if as_json:
-        click.echo(_json({**result, "error": message, "hint": hint}))
+        with contextlib.suppress(OSError):  # it may be stdout that failed
+            click.echo(_json({**result, "error": message, "hint": hint}))
     click.echo(f"error: {' '.join(message.split())}", err=True)
     if hint:
         click.echo(f"hint: {' '.join(hint.split())}", err=True)

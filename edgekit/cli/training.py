@@ -35,7 +35,10 @@ def train(data: str, model: str, out: Path, epochs: int, batch: int, lr: float |
     bundle = edgekit.train(data=data, out=out, model=model, epochs=epochs, batch=batch, lr=lr, size=size, seed=seed)
     figures = bundle.manifest.history[-1].figures
     shown = {key: figures[key] for key in ("top1", "macro_f1", "parameters", "macs", "seconds")}
-    return Answer({"bundle": str(bundle.path), **shown, "damaged": figures["damaged"]}, _text(str(bundle.path), shown))
+    text = _text(str(bundle.path), shown)
+    if figures["damaged"]:
+        text += f"\n{len(figures['damaged'])} damaged images were left out"
+    return Answer({"bundle": str(bundle.path), **shown, "damaged": figures["damaged"]}, text)
 
 
 @click.command(name="eval")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .builder import build
     from .importer import import_onnx
     from .roofline import estimate
+    from .shapes import parse_batch
     from .summary import summarise
     from .targets import Target, load_targets, target_named, target_rows
 
@@ -24,12 +25,23 @@ _HOMES = {
     "estimate": "roofline",
     "import_onnx": "importer",
     "load_targets": "targets",
+    "parse_batch": "shapes",
     "summarise": "summary",
     "target_named": "targets",
     "target_rows": "targets",
 }
 
-__all__ = ["Target", "build", "estimate", "import_onnx", "load_targets", "summarise", "target_named", "target_rows"]
+__all__ = [
+    "Target",
+    "build",
+    "estimate",
+    "import_onnx",
+    "load_targets",
+    "parse_batch",
+    "summarise",
+    "target_named",
+    "target_rows",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ folder that both sides share, and returns the answer (JSON). Errors of edgekit c
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ from edgekit.errors import EdgekitError, GraphError, MissingExtra
 __all__ = ["call"]
 
 ADDRESS_SPACE = 32 << 30  # bytes; a hostile graph asks for terabytes
+_ERRNO = 100  # exit codes above it: the answer could not be written, for this reason
 _LONGEST = 300  # characters of an unforeseen error's message
 
 
@@ -33,7 +35,7 @@ def call(
     ``address_space``: bytes it may map, 0 for no limit: a CUDA context reserves addresses for all memory of the machine,
     so TensorRT beside a GPU fails under any limit that would help.
 
-    Raises the child's `EdgekitError`; `GraphError` where the child crashed or took longer than ``timeout_s``.
+    Raises the child's `EdgekitError` or `OSError`; `GraphError` where the child crashed or took longer than ``timeout_s``.
     """
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
@@ -58,6 +60,8 @@ def call(
             process.kill()
             process.wait()
     answer = folder / "answer.json"
+    if code > _ERRNO:
+        raise OSError(code - _ERRNO, os.strerror(code - _ERRNO), str(folder))
     if code != 0 or not answer.is_file():
         raise GraphError(f"the native parser {_fate(code)} on this graph", "the file may be damaged; export it again")
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
@@ -75,7 +79,9 @@ def _fate(code: int) -> str:
         return f"crashed (signal {-code})"
 
 
-def _rebuilt(error: Mapping[str, str]) -> EdgekitError:
+def _rebuilt(error: Mapping[str, Any]) -> EdgekitError | OSError:
+    if error["kind"] == "OSError":
+        return OSError(error["errno"], error["strerror"], error["filename"] or None)
     if error["kind"] == "MissingExtra":
         return MissingExtra(error["extra"], error["module"])
     kind = getattr(edgekit.errors, error["kind"], GraphError)
@@ -84,13 +90,20 @@ def _rebuilt(error: Mapping[str, str]) -> EdgekitError:
     return raised
 
 
-def _described(error: BaseException) -> dict[str, str]:
+def _described(error: BaseException) -> dict[str, Any]:
     if isinstance(error, MissingExtra):
         return {"kind": "MissingExtra", "extra": error.extra, "module": error.module}
     if isinstance(error, ModuleNotFoundError):
         return _described(MissingExtra.of(error))
     if isinstance(error, EdgekitError):
         return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+    if isinstance(error, OSError) and error.errno:
+        return {
+            "kind": "OSError",
+            "errno": error.errno,
+            "strerror": error.strerror or "",
+            "filename": str(error.filename or ""),
+        }
     if isinstance(error, MemoryError):
         return {"kind": "GraphError", "message": "the graph needs more memory than allowed", "hint": "check its tensor sizes"}
     first = (str(error).splitlines() or [""])[0]
@@ -131,8 +144,11 @@ def main() -> None:
             sys.excepthook(type(error), error, error.__traceback__)
         answer = {"error": _described(error)}
     temporary = folder / "answer.tmp"
-    temporary.write_text(json.dumps(answer), encoding="utf-8")
-    temporary.replace(folder / "answer.json")
+    try:
+        temporary.write_text(json.dumps(answer), encoding="utf-8")
+        temporary.replace(folder / "answer.json")
+    except OSError as error:
+        os._exit(_ERRNO + (error.errno or errno.EIO))
     sys.stderr.flush()
     # Skips the destructors of native libraries: some crash at exit after good work.
     os._exit(0)

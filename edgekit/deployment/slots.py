@@ -23,7 +23,7 @@ from typing import Any, Literal
 import msgspec
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureError
+from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureError, UsageError
 from edgekit.files import atomic_write, locked, sync_path
 from edgekit.progress import say
 from edgekit.runtime import check_golden
@@ -82,6 +82,8 @@ def install(
             "no public key was given to check the pack with", "add --pub edgekit.pub, or --unsigned for a pack of your own"
         )
     folder = Path(root)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file", "name a folder: --root DIR")
     with open_pack(pack) as file, _checked(file, os.fspath(pack), pub) as (archive, _):
         archive.check()
         needed = os.fstat(file.fileno()).st_size + archive.total_bytes + RESERVE

@@ -162,7 +162,11 @@ class _Pictures:
         self._ours = _earlier_pictures(folder / JSON)
 
     def write(self, source: Path, png: bytes) -> str:
-        name = next(n for n in self._candidates(printable(source.stem).replace("\\", "_")) if n not in self._names and self._free(n, png))
+        name = next(
+            n
+            for n in self._candidates(printable(source.stem).replace("\\", "_"))
+            if n not in self._names and self._free(n, png)
+        )
         self._names.add(name)
         atomic_write(self._folder / name, png)
         return name

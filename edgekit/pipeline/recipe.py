@@ -6,8 +6,10 @@ A stage says what it reads, what it is called, and how it runs; `run.py` decides
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Annotated, get_args
 
 import msgspec
 
@@ -35,7 +37,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``data`` and ``seed`` are for every stage that does not state its own; ``out`` is the output folder."""
 
     name: str
-    stage: tuple[AnyStage, ...]
+    stage: Annotated[tuple[AnyStage, ...], msgspec.Meta(min_length=1)]
     data: str | None = None
     seed: int = 0
     out: str | None = None
@@ -51,10 +53,31 @@ def read_recipe(path: str | os.PathLike[str] | None = None) -> Recipe:
         recipe = msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), Recipe)
     except FileNotFoundError:
         raise UsageError(f"there is no recipe {file}", "write one: edgekit pipeline --show > my.toml") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+    except msgspec.ValidationError as error:
+        raise _mistake(str(error), file) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{file}: {error}", "the built-in recipe shows how: edgekit pipeline --show") from None
     _check_names(recipe, file)
     return recipe
+
+
+def _mistake(message: str, file: Path) -> UsageError:
+    """msgspec's words with stages counted from 1, and the names that would have been right."""
+    what, _, where = message.partition(" - at `$")
+    stage = re.match(r"\.stage\[(\d+)\]", where)
+    hint = "the built-in recipe shows how: edgekit pipeline --show"
+    if stage:
+        number = int(stage[1])
+        what = f"stage {number + 1}: {what}" + where.rstrip("`")[stage.end() :].replace(".", " in ", 1)
+        stages = tomllib.loads(file.read_text(encoding="utf-8"))["stage"]
+        kinds = {kind.__name__.lower(): kind for kind in get_args(AnyStage)}
+        run = stages[number].get("run") if isinstance(stages[number], dict) else None
+        hint = f"run is one of: {', '.join(kinds)}"
+        if run in kinds:
+            hint = f"a {run} stage takes: {', '.join(kinds[run].__struct_encode_fields__)}"
+    elif "unknown field" in what:
+        hint = f"at the top a recipe takes: {', '.join(Recipe.__struct_fields__)}"
+    return UsageError(f"{file}: {what}", hint)
 
 
 def _check_names(recipe: Recipe, file: Path) -> None:
@@ -81,6 +104,9 @@ def _check_names(recipe: Recipe, file: Path) -> None:
             if out in written:
                 raise UsageError(f"{where} writes {out!r} again", "give each output its own name")
             written.add(out)
+        for path in stage.paths_read():
+            if path is not None and path not in written and not Path(path).exists():
+                raise UsageError(f"{where} reads {path!r}, which no earlier stage writes and which is no path", "mind the name")
         try:
             stage.check(recipe.data)
         except EdgekitError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from edgekit.errors import BudgetNotMet, BundleError, EdgekitError
+from edgekit.errors import BudgetNotMet, BundleError, EdgekitError, OutputExists
 from edgekit.files import atomic_write, locked, sha256_file
 from edgekit.progress import say
 from edgekit.version import __version__
@@ -47,9 +47,12 @@ def pipeline(
     """
     loaded = read_recipe(recipe)
     folder = Path(out or loaded.out or Path("runs") / loaded.name)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExists(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=False):
         run = _Run(loaded, Context(folder, loaded.data, loaded.seed, on_event))
+        run.check_outputs()
         for number, stage in enumerate(loaded.stage, 1):
             run.stage(number, stage)
         return run.answer()
@@ -62,13 +65,20 @@ class _Run:
         self.finished: dict[str, Done] = {}
         self.report: list[dict[str, Any]] = []
 
+    def check_outputs(self) -> None:
+        """Raise `OutputExists` for a file of somebody else's where a stage is going to write, before any work."""
+        ours = {name for done in self.state.values() for name in done.outputs}
+        for name in (name for stage in self.recipe.stage for name in stage.claims()):
+            if name not in ours and os.path.lexists(self.folder / name):
+                raise OutputExists(self.folder / name)
+
     def stage(self, number: int, stage: Stage) -> None:
         """Run a stage, or keep what it made before."""
         label = stage.label()
         key = self._key(stage)
         before = self.state.get(label)
         head = f"[{number}/{len(self.recipe.stage)}] {label}"
-        if before and before.key == key and not stage.always and self._intact(before):
+        if before and before.key == key and not stage.always and self._intact(before) and stage.intact(self.context):
             say(f"{head}: nothing changed, kept")
             self._record(label, before, "kept", 0.0)
             if before.missed:

@@ -7,18 +7,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 import edgekit
-from edgekit.bundle import IDENTITY, Bundle
-from edgekit.compiler import target_named
+from edgekit.bundle import Bundle
+from edgekit.compiler import parse_batch, target_named
 from edgekit.data import SOURCES, find, load
 from edgekit.data.samples import write_samples
 from edgekit.errors import DataError, OutputExists, UsageError
 from edgekit.files import sha256_file
 from edgekit.models import DEFAULT, preset_named
+from edgekit.runtime.model import Precision
 
 __all__ = [
     "Bench",
@@ -35,6 +37,11 @@ __all__ = [
     "Stage",
     "Train",
 ]
+
+
+Positive = Annotated[int, Meta(ge=1)]
+Backend = Literal["auto", "onnxruntime"]
+Names = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
 class Made(NamedTuple):
@@ -57,9 +64,7 @@ class Context:
     def bundle(self, name: str) -> Bundle:
         """An earlier stage's bundle. What the model is gets checked here; a damaged engine or figure is its stage's to mend."""
         bundle = Bundle.open(self.path(name), verify=False)
-        for file in IDENTITY:
-            if bundle.has(file):
-                bundle.file(file)
+        bundle.check_model()
         return bundle
 
     def path(self, name: str) -> Path:
@@ -98,6 +103,14 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.low
         """The outputs whose names are known ahead, as paths in the output folder."""
         return ()
 
+    def paths_read(self) -> tuple[str | None, ...]:
+        """Files and folders beside the bundles: an earlier stage's, or the user's; None where the option is not stated."""
+        return ()
+
+    def intact(self, context: Context) -> bool:
+        """Whether what it wrote into bundles, beside the outputs it lists, is still there."""
+        return True
+
     def check(self, data: str | None) -> None:
         """Raise `UsageError` or `DataError` for a name that leads nowhere, before anything runs; ``data`` is the recipe's."""
 
@@ -124,10 +137,10 @@ class Train(Stage, frozen=True):
     out: str
     data: str | None = None
     model: str | None = None
-    epochs: int | None = None
-    batch: int | None = None
-    lr: float | None = None
-    size: int | None = None
+    epochs: Positive | None = None
+    batch: Annotated[int, Meta(ge=2)] | None = None
+    lr: Annotated[float, Meta(gt=0, lt=10)] | None = None
+    size: Annotated[int, Meta(ge=8, le=1024)] | None = None
     seed: int | None = None
 
     def label(self) -> str:
@@ -155,12 +168,12 @@ class Train(Stage, frozen=True):
 class Prune(Stage, frozen=True):
     bundle: str
     out: str
-    keep: float | None = None
-    speedup: float | None = None
-    max_drop: float | None = None
-    sparsity: str | None = None
+    keep: Annotated[float, Meta(gt=0, le=1)] | None = None
+    speedup: Annotated[float, Meta(gt=1, le=100)] | None = None
+    max_drop: Annotated[float, Meta(ge=0, le=100)] | None = None
+    sparsity: Literal["2:4"] | None = None
     data: str | None = None
-    epochs: int | None = None
+    epochs: Positive | None = None
     seed: int | None = None
 
     def label(self) -> str:
@@ -173,6 +186,8 @@ class Prune(Stage, frozen=True):
         return (self.bundle,)
 
     def check(self, data: str | None) -> None:
+        if self.keep is not None and self.speedup is not None:
+            raise UsageError("keep and speedup are both stated", "state one of them")
         if self.data:
             find(self.data)
 
@@ -190,16 +205,19 @@ class Quantize(Stage, frozen=True):
     bundle: str
     out: str
     calib: str | None = None
-    max_drop: float | None = None
-    min_snr: float | None = None
-    share: float | None = None
-    method: str | None = None
-    samples: int | None = None
+    max_drop: Annotated[float, Meta(ge=0, le=100)] | None = None
+    min_snr: Annotated[float, Meta(ge=0, le=200)] | None = None
+    share: Annotated[float, Meta(ge=0, le=1)] | None = None
+    method: Literal["auto", "mse", "entropy", "percentile", "minmax"] | None = None
+    samples: Positive | None = None
     data: str | None = None
     seed: int | None = None
 
     def label(self) -> str:
         return f"quantize {self.out}"
+
+    def paths_read(self) -> tuple[str | None, ...]:
+        return (None if self.calib is None or self.calib.partition(":")[0] in SOURCES else self.calib,)
 
     def claims(self) -> tuple[str, ...]:
         return (f"{self.out}.edge",)
@@ -218,9 +236,9 @@ class Quantize(Stage, frozen=True):
 
 
 class Eval(Stage, frozen=True):
-    bundles: tuple[str, ...]
+    bundles: Names
     data: str | None = None
-    backend: str | None = None
+    backend: Backend | None = None
 
     def label(self) -> str:
         return " ".join(["eval", *self.bundles, *(f"{k}={v}" for k, v in self.options("bundles").items())])
@@ -230,6 +248,16 @@ class Eval(Stage, frozen=True):
 
     def check(self, data: str | None) -> None:
         _check_data(self.data or data)
+
+    def intact(self, context: Context) -> bool:
+        """A bundle that was made again has no figures, though it is the same model."""
+        data = self.data or context.data
+        bundles = [context.bundle(name) for name in self.bundles]
+        judged = [
+            any(e.stage == "eval" and e.parent == b.digest and e.config.get("data") == data for e in b.manifest.history)
+            for b in bundles
+        ]
+        return all(judged)
 
     def contents_read(self, context: Context) -> dict[str, str]:
         return {"data": context.content(self.data or context.data)}
@@ -243,13 +271,14 @@ class Eval(Stage, frozen=True):
 class Build(Stage, frozen=True):
     bundle: str
     target: str
-    precision: str | None = None
+    precision: Literal["fp32", "fp16", "int8", "best"] | None = None
     batch: str | None = None
 
     always = True  # `build` has a cache of its own, which knows TensorRT's version as well
 
     def check(self, data: str | None) -> None:
         target_named(self.target)
+        parse_batch(self.batch)
 
     def label(self) -> str:
         return f"build {self.bundle} for {self.target}"
@@ -264,14 +293,14 @@ class Build(Stage, frozen=True):
 
 
 class Bench(Stage, frozen=True):
-    bundles: tuple[str, ...]
-    scenario: str | None = None
-    seconds: float | None = None
-    threads: int | None = None
-    backend: str | None = None
-    precision: str | None = None
-    batch: int | None = None
-    rate: float | None = None
+    bundles: Names
+    scenario: Literal["single-stream", "offline", "server"] | None = None
+    seconds: Annotated[float, Meta(ge=0.01, le=3600)] | None = None
+    threads: Annotated[int, Meta(ge=0)] | None = None
+    backend: Backend | None = None
+    precision: Precision | None = None
+    batch: Positive | None = None
+    rate: Annotated[float, Meta(gt=0)] | None = None
 
     def label(self) -> str:
         return " ".join(["bench", *self.bundles, *(f"{k}={v}" for k, v in self.options("bundles", "seconds").items())])
@@ -292,7 +321,7 @@ class Samples(Stage, frozen=True):
     """Held-out pictures as files."""
 
     out: str
-    count: Annotated[int, msgspec.Meta(ge=1)] = 20
+    count: Positive = 20
     data: str | None = None
 
     def label(self) -> str:
@@ -313,13 +342,16 @@ class Explain(Stage, frozen=True):
     bundle: str
     images: str
     out: str
-    method: str | None = None
+    method: Literal["activations", "gradcam", "lime", "occlusion"] | None = None
     label_: str | None = msgspec.field(name="label", default=None)
-    samples: int | None = None
-    precision: str | None = None
+    samples: Annotated[int, Meta(ge=50, le=20_000)] | None = None
+    precision: Precision | None = None
 
     def label(self) -> str:
         return f"explain {self.out}"
+
+    def paths_read(self) -> tuple[str | None, ...]:
+        return (self.images,)
 
     def bundles_read(self) -> tuple[str, ...]:
         return (self.bundle,)
@@ -331,17 +363,20 @@ class Explain(Stage, frozen=True):
         options = self.options("bundle", "images", "out", "label_") | ({"label": self.label_} if self.label_ else {})
         folder = context.folder / self.out
         answer = edgekit.explain(context.bundle(self.bundle), [context.resolve(self.images)], out=folder, **options)
-        overlays = [Path(image["overlay"]) for image in answer["images"] if image.get("overlay")]
+        overlays = [folder / image["overlay"] for image in answer["images"]]
         return Made([str(p.relative_to(context.folder)) for p in [*overlays, folder / "explanation.json"]], {})
 
 
 class Report(Stage, frozen=True):
-    bundles: tuple[str, ...]
+    bundles: Names
     out: str = "report.html"
     explanations: str | None = None
 
     def label(self) -> str:
         return f"report {self.out}"
+
+    def paths_read(self) -> tuple[str | None, ...]:
+        return (self.explanations,)
 
     def bundles_read(self) -> tuple[str, ...]:
         return self.bundles
@@ -368,6 +403,9 @@ class Scan(Stage, frozen=True):
 
     def label(self) -> str:
         return f"scan {self.source} with {self.bundle}"
+
+    def paths_read(self) -> tuple[str | None, ...]:
+        return (None if "://" in self.source else self.source,)
 
     def claims(self) -> tuple[str, ...]:
         return (self.out,)

@@ -150,7 +150,12 @@ def _dataset(bundle: Bundle, data: str | None) -> Dataset:
     spec = data or (trained.config.get("data") if trained else None)
     if not spec:
         raise DataError(f"{bundle.path} does not say what it was trained on", "name the data: --data SPEC")
-    dataset = load(str(spec))
+    try:
+        dataset = load(str(spec))
+    except DataError as error:
+        if data:
+            raise
+        raise DataError(f"the data it was trained on: {error.message}", "name the data: --data SPEC") from None
     if dataset.labels != bundle.manifest.labels:
         raise DataError(f"{spec} has other classes than {bundle.path}", "name the data it was trained on: --data SPEC")
     return dataset

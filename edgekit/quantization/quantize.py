@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -195,7 +194,7 @@ def _write(
     with Bundle.create(out) as draft:
         for name in (FLOAT_GRAPH, WEIGHTS, GOLDEN):
             if parent.has(name):
-                shutil.copyfile(parent.file(name), draft.path / name)
+                draft.write(name, parent.read(name))
         draft.write(INT8_GRAPH, result.graph)
         draft.write(CALIBRATION, result.calibration)
         entry = parent.entry("quantize", config, figures)

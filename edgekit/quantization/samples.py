@@ -124,7 +124,10 @@ def from_dataset(bundle: Bundle, spec: str, count: int, seed: int, *, labelled: 
             f"{bundle.path} has no preprocessing, so it cannot be calibrated with the images of {spec}",
             "add --calib DIR with one .npz a sample, one array an input name",
         )
-    dataset = load(spec)
+    try:
+        dataset = load(spec)
+    except DataError as error:
+        raise DataError(error.message, "name the data: --calib SPEC, or a folder of .npz") from None
     # A fourth beside ``count`` keeps `_parted` from shortening the calibration: the same samples with and without labels.
     rest = max(LABELLED if labelled else HELD_OUT, -(-count // 4))
     order = _stratified(dataset.train.targets, seed)[: count + rest]

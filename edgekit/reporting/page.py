@@ -43,7 +43,8 @@ def report(
     """Write one self-contained HTML page about one or several bundles.
 
     ``out`` is replaced atomically where it is an earlier report, and refused where it is any other file.
-    ``explanations`` is a folder that `edgekit.explain` wrote. Returns ``report`` (path), ``bundles``, ``size_bytes``.
+    ``explanations`` is a folder that `edgekit.explain` wrote. Returns ``bundle`` (the first), ``report`` (path), ``bundles``,
+    ``size_bytes``.
     Raises `BundleError` for a missing or damaged bundle, `OutputExists` for a foreign file at ``out``, `DataError` for
     a folder without explanations.
     """
@@ -59,7 +60,12 @@ def report(
         home.extend({REPORT: data})
     else:
         atomic_write(Path(out), data)
-    return {"report": str(out), "bundles": [str(bundle.path) for bundle in opened], "size_bytes": len(data)}
+    return {
+        "bundle": str(opened[0].path),
+        "report": str(out),
+        "bundles": [str(bundle.path) for bundle in opened],
+        "size_bytes": len(data),
+    }
 
 
 def _check_out(out: Path, opened: Sequence[Bundle]) -> Bundle | None:
@@ -238,7 +244,7 @@ def _size(value: float) -> str:
 def _ms(value: float | None) -> str | None:
     if value is None:
         return None
-    return f"{value * 1000:.3g} µs" if value < 0.1 else f"{value:.3g} ms"
+    return f"{value:.3g} ms"
 
 
 def _percent(value: float | None) -> str | None:

@@ -58,6 +58,7 @@ class Model:
         if precision not in _GRAPHS:
             raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(_GRAPHS)}")
         bundle = Bundle.open(path, verify=False)
+        bundle.check_model()
         return cls(bundle, open_runner(bundle, backend, _GRAPHS[precision], threads))
 
     def __enter__(self) -> Model:

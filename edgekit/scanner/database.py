@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from edgekit.errors import DataError
 __all__ = ["connect", "sqlite_errors"]
 
 BUSY_S = 5.0
+_LEAST_FREE = 1 << 16  # bytes; below, SQLite's "disk I/O error" is a full disk
 
 
 def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
@@ -55,7 +57,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         text = str(error)
-        if "full" in text:
+        if "full" in text or ("disk I/O" in text and shutil.disk_usage(path.parent).free < _LEAST_FREE):
             raise OSError(errno.ENOSPC, text, str(path)) from None
         if "readonly" in text:
             raise PermissionError(errno.EACCES, text, str(path)) from None

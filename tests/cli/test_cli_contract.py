@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 import edgekit.cli as package
+from edgekit.bundle import Bundle
 from edgekit.cli import COMMANDS
 from edgekit.cli import cli as group
 from edgekit.cli.common import Answer, answers, fail, table
@@ -204,3 +208,53 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert done.stdout.strip() in ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("targets --json >/dev/full", 1),
+        ("no-such-command --json >/dev/full", 2),
+        ("targets --json | true", None),
+        ("no-such-command --json | true", 2),
+        ("train --data digits --out . --json | true", 2),
+        ("targets >&-", None),
+    ],
+)
+def test_a_stdout_that_cannot_be_written_is_no_traceback(command: str, code: int | None, tmp_path: Path) -> None:
+    """Whether a pipe is closed before the answer comes is chance, so its code is 0 or 1; a wrong usage stays 2."""
+    script = f"'{sys.executable}' -c 'from edgekit.cli import main; main()' {command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.returncode in ((0, 1) if code is None else (code,))
+
+
+BUILD = "import edgekit, sys; from edgekit.cli import main; main(['build', sys.argv[1], '--target', 'rtx-ada'])"
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.6, 1.0])
+def test_ctrl_c_in_a_build_is_one_line(tiny_bundle: Bundle, after_s: float) -> None:
+    """The parser runs in a child; the terminal sends Ctrl-C to the whole group, and the child once told its own story."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(tiny_bundle.path)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(after_s)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    if "interrupted" in err:  # a signal while Python itself starts is out of our hands
+        assert "Traceback" not in err
+        assert process.returncode == 1
+    Bundle.open(tiny_bundle.path)
+
+
+def test_a_full_disk_in_a_build_is_named(tiny_bundle: Bundle) -> None:
+    limited = f"ulimit -f 8; exec '{sys.executable}' -c \"{BUILD}\" {tiny_bundle.path}"
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr
+    assert "defect" not in done.stderr
+    assert not list((tiny_bundle.path / "engines").glob("*"))
+    Bundle.open(tiny_bundle.path)

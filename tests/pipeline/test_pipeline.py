@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edgekit.bundle import Bundle
-from edgekit.errors import UsageError
+from edgekit.errors import BundleError, UsageError
 from edgekit.pipeline import pipeline, read_recipe
 
 RECIPE = """
@@ -158,6 +159,9 @@ def test_the_built_in_recipe_is_valid_and_can_be_shown(cli):
     assert 'run = "train"' in shown.out
 
 
+TRAIN = 'name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "a"\n'
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -177,7 +181,22 @@ def test_the_built_in_recipe_is_valid_and_can_be_shown(cli):
         ('name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "../a"', "plain name"),
         ('name = "x"\ndata = "digits"\n' + '[[stage]]\nrun = "train"\nout = "a"\n' * 2, "is there twice"),
         ("name = ", "Invalid value"),
-        ('name = "../x"\nstage = []', "plain word"),
+        ('name = "x"\nstage = []', "length >= 1"),
+        ('name = "x"\n[[stage]]\nrun = "trian"\nout = "a"', "run is one of: train, prune"),
+        (TRAIN + "epochs = -1", "`int` >= 1 in epochs"),
+        (TRAIN + '[[stage]]\nrun = "prune"\nbundle = "a"\nout = "b"\nkeep = 5.0', "<= 1.0 in keep"),
+        (TRAIN + '[[stage]]\nrun = "prune"\nbundle = "a"\nout = "b"\nkeep = 0.5\nspeedup = 2.0', "both stated"),
+        (TRAIN + '[[stage]]\nrun = "quantize"\nbundle = "a"\nout = "b"\nmethod = "magic"', "'magic' in method"),
+        (TRAIN + '[[stage]]\nrun = "quantize"\nbundle = "a"\nout = "b"\ncalib = "nowhere"', "reads 'nowhere'"),
+        (TRAIN + '[[stage]]\nrun = "eval"\nbundles = []', "length >= 1 in bundles"),
+        (TRAIN + '[[stage]]\nrun = "eval"\nbundles = ["a"]\nbackend = "abacus"', "'abacus' in backend"),
+        (TRAIN + '[[stage]]\nrun = "bench"\nbundles = ["a"]\nscenario = "race"', "'race' in scenario"),
+        (TRAIN + '[[stage]]\nrun = "bench"\nbundles = ["a"]\nseconds = -3.0', "in seconds"),
+        (TRAIN + '[[stage]]\nrun = "build"\nbundle = "a"\ntarget = "rtx-ada"\nbatch = "1..x"', "--batch 1..8"),
+        (TRAIN + '[[stage]]\nrun = "scan"\nbundle = "a"\nsource = "nowhere"', "reads 'nowhere'"),
+        (TRAIN + '[[stage]]\nrun = "scan"\nbundle = "a"\nsource = "."\nout = "pipeline.json"', "plain name"),
+        (TRAIN + '[[stage]]\nrun = "explain"\nbundle = "a"\nimages = "nowhere"\nout = "w"', "reads 'nowhere'"),
+        (TRAIN.replace('"x"', '"../x"'), "plain word"),
         ('name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "a:b"', "plain name"),
         ('name = "x"\ndata = "digits"\n[[stage]]\nrun = "samples"\nout = "a"\ncount = 0', ">= 1"),
         (
@@ -209,3 +228,142 @@ def test_missing_data_is_named_before_anything_runs(cli, tmp_path: Path):
 def test_a_missing_recipe():
     with pytest.raises(UsageError, match="there is no recipe"):
         read_recipe("no-such.toml")
+
+
+def test_a_state_file_that_lists_what_lies_outside_is_refused(copy: tuple[Path, Path], tmp_path: Path):
+    """What it lists may be removed, and the folder may be somebody else's."""
+    recipe, out = copy
+    mine = tmp_path / "mine.edge"
+    mine.mkdir()
+    (out / "link").symlink_to(tmp_path)
+    for name in ("../mine.edge", str(mine), "link/mine.edge", ".", ""):
+        (out / "pipeline.json").write_text(json.dumps({"train small": {"key": "", "outputs": {name: ""}}}))
+        with pytest.raises(BundleError, match="not inside its folder"):
+            pipeline(recipe, out=out)
+        assert mine.is_dir()
+
+
+def test_a_stage_that_fails_gives_the_earlier_result_back(copy: tuple[Path, Path]):
+    recipe, out = copy
+    before = Bundle.open(out / "small.edge").digest
+    recipe.write_text(recipe.read_text().replace("epochs = 2", "epochs = 2\nlr = 99.0"))
+    with pytest.raises(UsageError, match="lr"):
+        pipeline(recipe, out=out)
+    assert Bundle.open(out / "small.edge").digest == before
+    assert not list(out.glob(".*.previous"))
+    recipe.write_text(recipe.read_text().replace("lr = 99.0", "lr = 0.002"))
+    assert how(pipeline(recipe, out=out))["train"] == "run"
+    assert Bundle.open(out / "small.edge").digest != before
+    assert not list(out.glob(".*.previous"))
+
+
+def test_a_run_that_was_killed_is_made_up_for(copy: tuple[Path, Path]):
+    """What kill -9 leaves: the earlier result set aside, the new one claimed and perhaps half there."""
+    recipe, out = copy
+    state = json.loads((out / "pipeline.json").read_text())
+    state["train small"] = {"key": "", "outputs": {"small.edge": ""}}
+    (out / "pipeline.json").write_text(json.dumps(state))
+    (out / "small.edge").rename(out / ".small.edge.previous")
+    done = how(pipeline(recipe, out=out))
+    assert done["train"] == "run"
+    assert done["quantize"] == "kept"  # the same weights again
+    assert not list(out.glob(".*.previous"))
+
+
+def test_a_stage_may_change_its_verb(copy: tuple[Path, Path]):
+    recipe, out = copy
+    stage = 'run = "quantize"\nbundle = "small"\nout = "small8"'
+    recipe.write_text(
+        recipe.read_text().replace(stage, 'run = "prune"\nbundle = "small"\nout = "small8"\nkeep = 0.7\nepochs = 1')
+    )
+    done = how(pipeline(recipe, out=out))
+    assert (done["train"], done["prune"]) == ("kept", "run")
+    assert Bundle.open(out / "small8.edge").last("prune") is not None
+
+
+@pytest.mark.parametrize(("file", "trained"), [("scan.jsonl", False), ("small8.edge", False), ("images/000-0.png", True)])
+def test_a_file_of_the_users_in_the_way_is_not_replaced(cli, tmp_path: Path, few_digits: str, file: str, trained: bool):
+    """Where its name is known ahead, it is named before anything is trained."""
+    recipe = tmp_path / "few.toml"
+    recipe.write_text(RECIPE.format(data=few_digits, epochs=1))
+    mine = tmp_path / "out" / file
+    mine.parent.mkdir(parents=True)
+    mine.write_text("keep me")
+    outcome = cli("pipeline", recipe, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert f"{mine} exists already and is not overwritten" in outcome.err
+    assert mine.read_text() == "keep me"
+    assert (tmp_path / "out/small.edge").exists() == trained
+
+
+def test_a_folder_named_like_a_data_set_changes_nothing(tmp_path: Path, few_digits: str, monkeypatch: pytest.MonkeyPatch):
+    """The built-in recipe into a folder ``digits`` once read its own output as the data, and never kept a stage."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('name = "x"\ndata = "digits"\n[[stage]]\nrun = "samples"\nout = "images"\ncount = 3')
+    assert how(pipeline(recipe, out="digits"))["samples"] == "run"
+    assert how(pipeline(recipe, out="digits"))["samples"] == "kept"
+
+
+def test_a_damaged_test_image_is_left_out_of_the_samples(tmp_path: Path):
+    for label in "ab":
+        (tmp_path / "data/val" / label).mkdir(parents=True)
+        (tmp_path / "data/train" / label).mkdir(parents=True)
+        for i in range(3):
+            for split in ("train", "val"):
+                shade = np.full((8, 8), 10 * i + len(split) + ord(label), np.uint8)
+                Image.fromarray(shade).save(tmp_path / "data" / split / label / f"{i}.png")
+    (tmp_path / "data/val/a/1.png").write_bytes(b"broken")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'name = "x"\ndata = "folder:{tmp_path}/data"\n[[stage]]\nrun = "samples"\nout = "images"\ncount = 6')
+    pipeline(recipe, out=tmp_path / "out")
+    assert len(list((tmp_path / "out/images").glob("*.png"))) == 5
+
+
+def test_a_bundle_that_is_made_again_is_judged_again(copy: tuple[Path, Path]):
+    """The figures of `eval` lie in the bundle's history; they once vanished from the report."""
+    recipe, out = copy
+    manifest = out / "small8.edge/manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"single-stream", b"single-stroam"))
+    done = how(pipeline(recipe, out=out))
+    assert done["quantize"] == done["eval"] == "run"
+    assert Bundle.open(out / "small8.edge").last("eval") is not None
+
+
+def test_an_out_that_is_a_file(cli, tmp_path: Path):
+    (tmp_path / "out").write_text("mine")
+    assert cli("pipeline", "--out", tmp_path / "out").code == 2
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_missed_budget_is_told_again(cli, copy: tuple[Path, Path]):
+    recipe, out = copy
+    stage = '[[stage]]\nrun = "quantize"'
+    missed = '[[stage]]\nrun = "prune"\nbundle = "small"\nout = "less"\nspeedup = 90.0\nepochs = 1\n'
+    recipe.write_text(recipe.read_text().replace(stage, missed + stage))
+    first, again = (cli("pipeline", recipe, "--out", out, "--json") for _ in range(2))
+    assert first.code == again.code == 3
+    assert "fine-tuning" in first.err
+    assert "fine-tuning" not in again.err
+    assert again.json["error"] == first.json["error"]
+    assert Bundle.open(out / "less.edge").last("prune") is not None
+
+
+@pytest.mark.slow
+def test_the_built_in_recipe_reaches_its_figures(cli, tmp_path: Path):
+    """The main job: >= 98.8% float, at most half of the MACs, a drop of at most half a point after pruning and int8."""
+    outcome = cli("pipeline", "--out", tmp_path / "out", "--json")
+    assert outcome.code == 0, outcome.err
+    answer = outcome.json
+    top1 = {row["stage"].split()[-1]: row["top1"] for row in answer["table"]}
+    assert top1["textbook"] >= 0.97
+    assert top1["depthwise"] >= 0.988
+    assert top1["depthwise"] - top1["depthwise-int8"] <= 0.005 + 1e-9
+    pruned = Bundle.open(tmp_path / "out/depthwise-half.edge").last("prune")
+    assert pruned is not None
+    assert pruned.figures["macs_share"] <= 0.5
+    assert [Path(path).name for path in answer["engines"]] == ["rtx-ada.engine"]
+    assert [Path(path).name for path in answer["kits"]] == ["jetson-orin-nano.kit.zip"]
+    assert len(Path(answer["events"]).read_text().splitlines()) == 20
+    assert len(list((tmp_path / "out/explanations").glob("*.png"))) == 20
+    assert (tmp_path / "out/report.html").stat().st_size > 100_000

@@ -119,7 +119,8 @@ def test_the_command_writes_one_file_without_network(cli: Callable[..., Any], fa
     out = tmp_path / "r.html"
     answer = cli("report", *[b.path for b in family], "--out", out, "--json")
     assert answer.code == 0
-    assert answer.json == {"report": str(out), "bundles": [str(b.path) for b in family], "size_bytes": out.stat().st_size}
+    paths = [str(b.path) for b in family]
+    assert answer.json == {"bundle": paths[0], "report": str(out), "bundles": paths, "size_bytes": out.stat().st_size}
     assert out.stat().st_size < 1_000_000
     page = Page(out)
     links = [

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, MANIFEST, Bundle
 from edgekit.data import load
 from edgekit.errors import BackendError, BundleError, GoldenError, InputError, UsageError
 from edgekit.manifest import TensorSpec, Tolerance
@@ -194,6 +194,15 @@ def test_a_golden_file_without_outputs_proves_nothing(tiny_bundle: Bundle, tmp_p
         draft.manifest = tiny_bundle.manifest
     with pytest.raises(BundleError, match="no golden outputs"):
         check_golden(Bundle.open(tmp_path / "empty.edge"))
+
+
+@pytest.mark.parametrize("name", [FLOAT_GRAPH, GOLDEN, MANIFEST])
+def test_a_damaged_model_is_not_opened(tiny_bundle: Bundle, name: str) -> None:
+    data = bytearray((tiny_bundle.path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tiny_bundle.path / name).write_bytes(data)
+    with pytest.raises(BundleError):
+        Model.open(tiny_bundle.path)
 
 
 def test_errors_are_measured_as_defined() -> None:

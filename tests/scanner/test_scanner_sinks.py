@@ -70,6 +70,10 @@ def test_jsonl_appends_and_a_torn_line_stays_alone(kit: Any, tmp_path: Path) -> 
         "mqtt://me:hun/ter2@host/topic",
         "mqtt://me:hunter2@host/topic?protocol=6",
         "http:///x?token=hunter2",
+        "http://me/hunter2@host/x",
+        "http://me:p@ss/hunter2@host/x",
+        "mqtt://me/hunter2@host/topic",
+        "mqtts://me:hunter2@host/topic",
     ],
 )
 def test_errors_name_no_password(spec: str) -> None:
@@ -110,6 +114,16 @@ def test_a_token_in_a_query_is_not_shown_and_tells_sinks_apart(outbox: Outbox) -
     assert not any("token" in sink.name for sink in sinks)
     for sink in sinks:
         sink.close()
+
+
+def test_jsonl_does_not_write_into_a_database(tmp_path: Path) -> None:
+    sink = open_sink(f"sqlite:{tmp_path / 'events.db'}", lambda: pytest.fail("no outbox is needed"))
+    sink.send(event(0))
+    sink.close()
+    before = (tmp_path / "events.db").read_bytes()
+    with pytest.raises(DataError, match="is an SQLite database"):
+        open_sink(f"jsonl:{tmp_path / 'events.db'}", lambda: pytest.fail("no outbox is needed"))
+    assert (tmp_path / "events.db").read_bytes() == before
 
 
 def test_sqlite_keeps_each_event_once(tmp_path: Path) -> None:

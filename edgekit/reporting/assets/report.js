@@ -16,20 +16,22 @@
   });
   const round = (value) => Number(Number(value).toPrecision(4)).toString();
 
-  // Names beside the points, moved to the free side and left out where they would cover another.
+  // Names beside the points, moved to a free side and left out where they would cover another; the last bundle's, which
+  // is usually the one that ships, has the first choice.
   const names = {
     id: "names",
     afterDatasetsDraw(chart) {
-      const { ctx, chartArea } = chart, taken = [];
+      const { ctx, chartArea } = chart, points = chart.getDatasetMeta(0).data;
+      const taken = points.map((p) => ({ l: p.x - 7, r: p.x + 7, t: p.y - 7, b: p.y + 7 }));
       ctx.save();
       ctx.font = `12px ${Chart.defaults.font.family}`;
       ctx.fillStyle = style("--ink");
       ctx.textBaseline = "middle";
-      chart.getDatasetMeta(0).data.forEach((point, i) => {
-        let text = chart.data.datasets[0].data[i].name;
+      points.map((point, i) => [point, chart.data.datasets[0].data[i].name]).reverse().forEach(([point, text]) => {
         if (text.length > 26) text = text.slice(0, 25) + "…";
         const width = ctx.measureText(text).width;
-        const sides = [[10, 0], [-10 - width, 0], [-width / 2, -15], [-width / 2, 15]];
+        const sides = [-16, 16, -30, 30].flatMap((dy) => [[-width / 2, dy], [10, dy], [-10 - width, dy]]);
+        sides.unshift([10, 0], [-10 - width, 0]);
         for (const [dx, dy] of sides) {
           const box = { l: point.x + dx, r: point.x + dx + width, t: point.y + dy - 8, b: point.y + dy + 8 };
           const inside = box.l >= chartArea.left && box.r <= chartArea.right + 8;

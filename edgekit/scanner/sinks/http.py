@@ -35,7 +35,7 @@ def open_http(spec: str, outbox: Callable[[], Outbox]) -> Sink:
         host, port = url.hostname, url.port
     except ValueError:  # its words may quote a part of the password
         raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
-    if not host:
+    if not host or "@" in url.path:  # an @ there is the end of a password with a / in it
         raise UsageError(f"the sink {without_secrets(spec)!r} names no host", _FORM)
     where = f"[{host}]" if ":" in host else host
     netloc = f"{where}:{port}" if port else where

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgekit.errors import DataError
 from edgekit.scanner.events import Event, encode
 from edgekit.scanner.outbox import Outbox
 
@@ -26,7 +27,8 @@ def open_jsonl(spec: str, outbox: Callable[[], Outbox]) -> Sink:
 class JsonlSink:
     """Every line goes to the operating system before `send` returns, so it outlives the process; `flush` syncs to disk.
 
-    Raises `OSError` for a path that cannot be written. On a full disk the half-written line is taken back.
+    Raises `DataError` for a database, `OSError` for a path that cannot be written. On a full disk the half-written line
+    is taken back.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +39,9 @@ class JsonlSink:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._regular = stat.S_ISREG(os.fstat(self._handle).st_mode)
         size = os.fstat(self._handle).st_size
+        if self._regular and os.pread(self._handle, 16, 0).startswith(b"SQLite format 3"):
+            os.close(self._handle)
+            raise DataError(f"{path} is an SQLite database", f"write sqlite:{path}, or name another file")
         if self._regular and size and os.pread(self._handle, 1, size - 1) != b"\n":
             self._write(b"\n")  # a line torn by a power cut stays alone; it is not ours to remove
 

@@ -42,7 +42,7 @@ def open_mqtt(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     except ValueError:  # its words may quote a part of the password
         raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
     topic = urllib.parse.unquote(url.path.removeprefix("/"))
-    if not host or not topic or "#" in spec or set(topic) & {"+", "#", "\0"}:
+    if not host or not topic or "@" in url.path or "#" in spec or set(topic) & {"+", "#", "\0"}:
         raise UsageError(f"the sink {without_secrets(spec)!r} names no host and topic to publish to", _FORM)
     options = urllib.parse.parse_qs(url.query)
     protocol = options.pop("protocol", ["5"])[0]
