@@ -46,16 +46,25 @@ def _text(answer: dict[str, Any]) -> str:
         {
             "stage": row["stage"],
             "top-1": None if row["top1"] is None else f"{row['top1']:.2%}",
-            "p50 ms": None if row["p50_ms"] is None else f"{row['p50_ms']:.3f}",
-            "p99 ms": None if row["p99_ms"] is None else f"{row['p99_ms']:.3f}",
+            "p50 ms": _ms(row["p50_ms"], row["trustworthy"]),
+            "p99 ms": _ms(row["p99_ms"], row["trustworthy"]),
             "parameters": None if row["parameters"] is None else f"{row['parameters']:,}",
             "graph kB": f"{row['size_bytes'] / 1000:.1f}",
             "engine": row["engine"],
+            "kit": row["kit"],
         }
         for row in answer["table"]
     ]
     lines = ["", table(rows), "", "latency: ONNX Runtime on this machine's CPU, one thread, batch 1"]
+    if any(row["trustworthy"] is False for row in answer["table"]):
+        lines.append("*: disturbed, do not rely on it; the report says by what, `edgekit bench` measures again")
     lines += [f"engine: {path}" for path in answer["engines"]]
     lines += [f"build kit: {path}" for path in answer["kits"]]
     lines += [f"report: {answer['report']}"] if answer["report"] else []
     return "\n".join(lines)
+
+
+def _ms(value: float | None, trustworthy: bool | None) -> str | None:
+    if value is None:
+        return None
+    return f"{value:.3f}{'*' if trustworthy is False else ''}"

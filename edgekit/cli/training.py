@@ -12,7 +12,7 @@ from .common import Answer, answers, bundle_argument, out_option
 
 @click.command()
 @click.option("--data", required=True, metavar="SPEC", help="digits | folder:PATH | npz:PATH")
-@click.option("--model", default="depthwise", show_default=True, metavar="NAME", help="depthwise | textbook")
+@click.option("--model", default="depthwise", show_default=True, metavar="NAME", help="textbook | depthwise")
 @out_option("The bundle to write, for example digits.edge.")
 @click.option("--epochs", default=40, show_default=True, type=click.IntRange(1), help="Passes over the training split.")
 @click.option("--batch", default=128, show_default=True, type=click.IntRange(2), help="Samples a step.")

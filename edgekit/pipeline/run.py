@@ -187,9 +187,9 @@ class _Run:
         self._save()
 
     def _table(self) -> list[dict[str, Any]]:
-        """One row a bundle: stage, top-1, latency, parameters, graph size, engines."""
+        """One row a bundle: stage, top-1, latency, parameters, graph size, engines and build kits by target."""
         top1: dict[str, float] = {}
-        latency: dict[str, dict[str, float]] = {}
+        latency: dict[str, dict[str, Any]] = {}
         for stage in self.recipe.stage:
             if isinstance(stage, Eval):
                 top1 |= self.finished[stage.label()].figures
@@ -201,16 +201,19 @@ class _Run:
                 continue
             bundle = self.context.bundle(stage.out)
             figures = [entry.figures for entry in reversed(bundle.manifest.history)]
-            engines = [Path(f).name.partition(".")[0] for f in bundle.manifest.files if f.endswith((".engine", ".kit.zip"))]
+            engines = [Path(file).stem for file in bundle.manifest.files if file.endswith(".engine")]
+            kits = [Path(file).name.removesuffix(".kit.zip") for file in bundle.manifest.files if file.endswith(".kit.zip")]
             rows.append(
                 {
                     "stage": stage.label(),
                     "top1": top1.get(stage.out, next((f["top1"] for f in figures if f.get("top1") is not None), None)),
                     "p50_ms": latency.get(stage.out, {}).get("p50"),
                     "p99_ms": latency.get(stage.out, {}).get("p99"),
+                    "trustworthy": latency.get(stage.out, {}).get("trustworthy"),
                     "parameters": next((f["parameters"] for f in figures if f.get("parameters")), None),
                     "size_bytes": bundle.size_bytes(),
                     "engine": ", ".join(engines) or None,
+                    "kit": ", ".join(kits) or None,
                 }
             )
         return rows

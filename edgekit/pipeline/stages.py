@@ -314,6 +314,7 @@ class Bench(Stage, frozen=True):
             result = edgekit.bench(context.bundle(name), **self.options("bundles"))
             files.append(str(Path(result["file"]).relative_to(context.folder)))
             figures[name] = {key: result["latency_ms"][key] for key in ("p50", "p99")}
+            figures[name]["trustworthy"] = result["trustworthy"]
         return Made(files, figures)
 
 

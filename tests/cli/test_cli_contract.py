@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -24,7 +24,11 @@ from edgekit.bundle import Bundle
 from edgekit.cli import COMMANDS
 from edgekit.cli import cli as group
 from edgekit.cli.common import Answer, answers, fail, table
+from edgekit.data import SOURCES
 from edgekit.errors import BudgetNotMet, BundleError
+from edgekit.models import PRESETS
+from edgekit.pipeline.stages import Backend
+from edgekit.runtime.backends import BACKENDS
 
 CLI = Path(package.__file__).parent
 #: Commands whose module lies in the package; `test_no_command_is_missing` holds the list to be complete.
@@ -185,6 +189,26 @@ def test_answers_read_as_text() -> None:
     assert "1, 2" in text
     assert table([]) == ""
     assert table([{"name": "x", "ms": 1.0}, {"name": "long", "ms": None}]).splitlines()[-1] == "long   -"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "names"),
+    [
+        ("train", "--model", list(PRESETS)),
+        ("train", "--data", list(SOURCES)),
+        ("eval", "--data", list(SOURCES)),
+        ("eval", "--backend", ["auto", *BACKENDS]),
+    ],
+)
+def test_help_lists_what_there_is(command: str, option: str, names: list[str]) -> None:
+    """A new model, data set or backend is a line in its dict; help that is written by hand must not lag behind."""
+    parameters = group.get_command(click.Context(group), command).params
+    (found,) = [p for p in parameters if option in p.opts]
+    assert [part.strip().partition(":")[0] for part in found.help.split("|")] == names
+
+
+def test_recipes_know_every_backend() -> None:
+    assert get_args(Backend) == ("auto", *BACKENDS)
 
 
 # Processes: the shell's view
