@@ -21,7 +21,8 @@ def pipeline(recipe: Path | None, out: Path | None, show: bool) -> Answer:
     """The whole way by a recipe: train, prune, quantize, build, bench, report, scan.
 
     Without a recipe: the built-in one, on 5,000 real handwritten digits. Run it again and only what changed is done
-    again; interrupted training goes on where it stopped.
+    again; interrupted training goes on where it stopped. Paths in a recipe start at the current folder, bundles and
+    pictures that its stages make lie in the output folder.
 
     \b
     Examples:

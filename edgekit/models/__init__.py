@@ -13,7 +13,7 @@ __all__ = ["DEFAULT", "PRESETS", "Preset", "preset_named"]
 
 
 class Preset(NamedTuple):
-    """``home`` is ``module:Class``; ``lr`` the peak learning rate that suits it (AdamW, batch 64)."""
+    """``home`` is ``module:Class``; ``lr`` the peak learning rate that suits it (AdamW, batch 128)."""
 
     home: str
     summary: str
