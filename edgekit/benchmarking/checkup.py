@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import edgekit
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.errors import EdgekitError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance
 from edgekit.runtime import BACKENDS, check_golden
 from edgekit.runtime.golden import save_golden
+from edgekit.version import __version__
 
 from .device import Sensors, fingerprint
 
@@ -75,7 +75,7 @@ def doctor(root: str | os.PathLike[str] = "/") -> dict[str, Any]:
     checks += [_check(f"backend {b['backend']}", b["works"], b["reason"] or "runs", b["install"]) for b in backends]
     checks += [_check(f"extra {e['extra']}", e["ready"], _extra_words(e), e["install"]) for e in extras]
     return {
-        "edgekit": edgekit.__version__,
+        "edgekit": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,

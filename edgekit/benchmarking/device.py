@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import edgekit
+from edgekit.version import __version__
 
 __all__ = ["Load", "Sensors", "fingerprint", "package_versions", "resident_mb"]
 
@@ -47,7 +47,7 @@ def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    versions["edgekit"] = edgekit.__version__  # metadata of an editable install may be older than the code
+    versions["edgekit"] = __version__  # metadata of an editable install may be older than the code
     return versions
 
 
