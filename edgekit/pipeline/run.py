@@ -19,7 +19,8 @@ from edgekit.progress import say
 from edgekit.version import __version__
 
 from .recipe import STATE, Recipe, read_recipe
-from .stages import Bench, Build, Context, Eval, Made, Prune, Quantize, Report, Scan, Stage, Train
+from .stage import Context, Made, Stage
+from .stages import Bench, Build, Eval, Prune, Quantize, Report, Scan, Train
 
 __all__ = ["pipeline"]
 
