@@ -6,6 +6,7 @@ folder that both sides share, and returns the answer (JSON). Errors of edgekit c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -13,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,24 @@ def call(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
     command = [sys.executable, "-m", "edgekit.compiler.child", function, str(folder), str(address_space)]
     # cwd is our own folder, so that no module of the caller's folder shadows a library
-    process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-        command,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the parent, which kills the child: no traceback of its own
-    )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with _uninterrupted():
+            process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the parent, which kills the child: no traceback of its own
+            )
         code = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         raise GraphError(
             f"the graph took longer than {timeout_s:g} s and was stopped", "raise --timeout, or simplify the graph"
         ) from None
     finally:
-        if process.poll() is None:
+        if process is not None and process.poll() is None:
             process.kill()
             process.wait()
     answer = folder / "answer.json"
@@ -68,6 +71,16 @@ def call(
     if "error" in found:
         raise _rebuilt(found["error"])
     return found
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: inside `Popen` it would leave a child that nobody knows."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _fate(code: int) -> str:
