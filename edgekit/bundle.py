@@ -40,6 +40,7 @@ __all__ = [
     "WEIGHTS",
     "Bundle",
     "Draft",
+    "refuse_inside_bundle",
 ]
 
 MANIFEST = "manifest.json"
@@ -185,8 +186,7 @@ class Bundle:
         target = Path(out)
         if target.exists() or target.is_symlink():
             raise OutputExists(target)
-        if (target.parent / MANIFEST).is_file():
-            raise UsageError(f"{target} lies inside the bundle {target.parent}", "write it beside that bundle")
+        refuse_inside_bundle(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
@@ -246,6 +246,14 @@ class Bundle:
                 os.replace(names[index], index)
             sync_path(self.path)
         return Bundle(self.path, manifest)
+
+
+def refuse_inside_bundle(path: str | os.PathLike[str]) -> None:
+    """Raise `UsageError` where ``path``, about to be written, lies inside a bundle: only `Bundle.extend` writes there."""
+    target = Path(os.path.abspath(path))
+    for folder in target.parents:
+        if (folder == target.parent or folder.suffix == ".edge") and (folder / MANIFEST).is_file():
+            raise UsageError(f"{path} lies inside the bundle {folder}", "write it beside that bundle")
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -440,6 +440,8 @@ def test_a_bundle_is_not_written_into_a_bundle(tmp_path: Path) -> None:
     before = contents(outer.path)
     with pytest.raises(UsageError, match="lies inside the bundle"):
         make(outer.path / "b.edge")
+    with pytest.raises(UsageError, match="lies inside the bundle"):
+        make(outer.path / "deep" / "b.edge")
     assert contents(outer.path) == before
 
 

@@ -153,7 +153,7 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
     limit = int(seconds * PATIENCE * 1e9)
     if schedule[FEWEST_ARRIVALS - 1] > limit:
         raise UsageError(
-            f"at {rate:.4g} arrivals a second there are under {FEWEST_ARRIVALS} in {seconds * PATIENCE:g} s",
+            f"{rate:.4g} arrivals a second are under {FEWEST_ARRIVALS} even in {PATIENCE} times the {seconds:g} s",
             "raise --rate or --seconds",
         )
     say(f"server, {rate:.4g} arrivals a second, {seconds:g} s")

@@ -19,7 +19,11 @@ import click
 
 from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
 
-__all__ = ["Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table"]
+__all__ = ["SEED", "Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table"]
+
+
+#: What torch and numpy both take.
+SEED = click.IntRange(0, 2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def _os_error(error: OSError) -> tuple[str, str, int]:
         return f"the disk is full{where}; nothing was left half written", "free some space and run the command again", 1
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission{where}: {error.strerror}", "choose another path, or change its permissions", 1
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"a file is in the way{where}: {error.strerror}", "name a path below folders only", 2
     return f"{error.strerror or error}{where}", "check the path", 1
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import Answer, answers, bundle_argument, out_option
+from .common import SEED, Answer, answers, bundle_argument, out_option
 
 
 @click.command()
@@ -18,7 +18,7 @@ from .common import Answer, answers, bundle_argument, out_option
 @click.option("--sparsity", type=click.Choice(["2:4"]), help="Zero two of every four weights (Ampere and later).")
 @click.option("--data", metavar="SPEC", help="Fine-tune on this.  [default: what B was trained on]")
 @click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Epochs of fine-tuning.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same machine: same weights.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Same seed, same machine: same weights.")
 @answers
 def prune(
     bundle: Path,

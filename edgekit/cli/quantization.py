@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import Answer, answers, bundle_argument, out_option, table
+from .common import SEED, Answer, answers, bundle_argument, out_option, table
 
 __all__ = ["quantize"]
 
@@ -25,7 +25,7 @@ _SHOWN = 12
 @click.option("--method", default="auto", metavar="NAME", help="auto, mse, entropy, percentile or minmax.  [default: auto]")
 @click.option("--samples", default=256, show_default=True, help="Calibration samples.")
 @click.option("--data", metavar="SPEC", help="Labelled data for --max-drop and top-1, where --calib has no labels.")
-@click.option("--seed", default=0, show_default=True, help="Which samples are drawn.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Which samples are drawn.")
 @answers
 def quantize(
     bundle: Path,

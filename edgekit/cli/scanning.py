@@ -35,7 +35,9 @@ __all__ = ["scan"]
     help="Where events wait for mqtt and http sinks that are down. Default: in $STATE_DIRECTORY or the user's state folder.",
 )
 @click.option("--backend", default="auto", show_default=True, help="What runs the model.")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="CPU cores for the model, 0 for all.")
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(0, 1024), help="CPU cores for the model, 0 for all."
+)
 @click.option(
     "--code-budget-ms",
     default=100.0,

@@ -18,7 +18,9 @@ from .common import Answer, answers, bundle_argument, out_option
 @click.option("--batch", default=128, show_default=True, type=click.IntRange(2), help="Samples a step.")
 @click.option("--lr", type=click.FloatRange(0, 10, min_open=True), help="Peak learning rate.  [default: the model's]")
 @click.option("--size", type=click.IntRange(8, 1024), help="Input height and width, pixels.  [default: the data set's]")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same machine: same weights.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Same seed, same machine: same weights."
+)
 @answers
 def train(data: str, model: str, out: Path, epochs: int, batch: int, lr: float | None, size: int | None, seed: int) -> Answer:
     """Train a compact model and write it as a bundle.
@@ -60,7 +62,10 @@ def eval_(bundle: Path, data: str, backend: str, save: bool) -> Answer:
 
     figures = edgekit.evaluate(bundle, data, backend=backend, save=save)
     shown = {key: figures[key] for key in ("top1", "macro_f1", "samples", "backend")}
-    return Answer({"bundle": str(bundle), **figures}, _text(str(bundle), shown))
+    text = _text(str(bundle), shown)
+    if figures["damaged"]:
+        text += f"\n{len(figures['damaged'])} damaged images were left out"
+    return Answer({"bundle": str(bundle), **figures}, text)
 
 
 def _text(bundle: str, figures: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write ``model.onnx`` and ``golden.npz`` into ``folder``; returns inputs, outputs, shape, dynamic, figures, notes."""
     try:
         return _import_graph(request, folder)
-    except EdgekitError:
+    except (EdgekitError, OSError):
         raise
     except Exception as error:  # noqa: BLE001  onnx and ONNX Runtime raise anything on hostile files
         if os.environ.get("EDGEKIT_DEBUG"):

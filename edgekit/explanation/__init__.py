@@ -3,6 +3,6 @@
 Occlusion and LIME need only the runtime, so they explain the very graph that ships. PyTorch loads for Grad-CAM alone.
 """
 
-from .explain import METHODS, explain
+from .explain import METHODS, RECORD, explain
 
-__all__ = ["METHODS", "explain"]
+__all__ = ["METHODS", "RECORD", "explain"]

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle, refuse_inside_bundle
 from edgekit.errors import DataError, InputError, OutputExists, UsageError
 from edgekit.files import atomic_write, printable
 from edgekit.manifest import ImagePreprocessing
@@ -24,11 +24,11 @@ from edgekit.runtime import Model
 from .faithfulness import deletion
 from .question import Question
 
-__all__ = ["METHODS", "explain"]
+__all__ = ["METHODS", "RECORD", "explain"]
 
 METHODS = ("activations", "gradcam", "lime", "occlusion")
 PRECISIONS = ("auto", "float", "int8")
-JSON = "explanation.json"
+RECORD = "explanation.json"
 
 Source = str | os.PathLike[str]
 
@@ -65,10 +65,11 @@ def explain(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     settings = _settings(opened, method, label, precision, samples)
-    files = _files([images] if isinstance(images, str | os.PathLike) else images)
     folder = Path(out)
+    files = _files([images] if isinstance(images, str | os.PathLike) else images, folder)
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)
+    refuse_inside_bundle(folder / RECORD)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     pictures = _Pictures(folder, method, files)
@@ -89,9 +90,8 @@ def explain(
     layers = judge.layers()
     graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
     result = {
-        "out": str(folder),
         "method": method,
-        "bundle": str(opened.path),
+        "bundle": printable(opened.path),
         "digest": opened.digest,
         "graph": WEIGHTS if method == "gradcam" else graph,
         "images": rows,
@@ -99,8 +99,8 @@ def explain(
         **({"layers": layers} if layers else {}),
         **described,
     }
-    atomic_write(folder / JSON, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    return result
+    atomic_write(folder / RECORD, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    return {"out": str(folder), **result}
 
 
 def _settings(bundle: Bundle, method: str, label: str | None, precision: str, samples: int) -> Settings:
@@ -129,12 +129,17 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
     return Settings(method, precision, None if label is None else labels.index(label), samples)
 
 
-def _files(images: Sequence[Source]) -> list[Path]:
-    """Files as given, folders as their images. Raises `DataError` for what is not there."""
+def _files(images: Sequence[Source], out: Path) -> list[Path]:
+    """Files as given, folders as their images, without what an earlier explanation put into ``out``.
+
+    Raises `DataError` for what is not there.
+    """
     found: list[Path] = []
     for path in map(Path, images):
         if path.is_dir():
             shown = (p for p in path.iterdir() if not p.name.startswith("."))
+            made = _earlier_pictures(path / RECORD) if path.resolve() == out.resolve() else set()
+            shown = (p for p in shown if p.name not in made)
             inside = sorted(p for p in shown if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
                 raise DataError(f"{path} holds no images", f"add images ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -159,7 +164,7 @@ class _Pictures:
         self._folder, self._method = folder, method
         self._taken = {source.resolve() for source in sources}
         self._names: set[str] = set()
-        self._ours = _earlier_pictures(folder / JSON)
+        self._ours = _earlier_pictures(folder / RECORD)
 
     def write(self, source: Path, png: bytes) -> str:
         name = next(
@@ -192,7 +197,7 @@ def _earlier_pictures(record: Path) -> set[str]:
         return {image.overlay for image in msgspec.json.decode(record.read_bytes(), type=_Record).images}
     except FileNotFoundError:
         return set()
-    except (OSError, msgspec.DecodeError):
+    except msgspec.DecodeError:
         raise OutputExists(record) from None
 
 

@@ -16,7 +16,7 @@ import msgspec
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.manifest import is_safe_name
 
-from .stages import Bench, Build, Eval, Explain, Prune, Quantize, Report, Samples, Scan, Train
+from .stages import Bench, Build, Eval, Explain, Prune, Quantize, Report, Samples, Scan, Seed, Train
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,7 +39,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     stage: Annotated[tuple[AnyStage, ...], msgspec.Meta(min_length=1)]
     data: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     out: str | None = None
 
 
@@ -87,12 +87,15 @@ def _check_names(recipe: Recipe, file: Path) -> None:
     """
     if not _plain(recipe.name):
         raise UsageError(f"{file}: the name {recipe.name!r}", "name is a plain word; it names the output folder")
-    written: set[str] = set()
+    outputs: set[str] = set()
     labels: set[str] = set()
+    bundles: set[str] = set()
+    quantized: set[str] = set()
+    pictures: set[str] = set()
     for number, stage in enumerate(recipe.stage, 1):
         where = f"{file}: stage {number} ({stage.label()})"
         for name in stage.bundles_read():
-            if name not in written:
+            if name not in bundles:
                 raise UsageError(f"{where} reads {name!r}, which no earlier stage writes", "mind the order of the stages")
         if stage.label() in labels:
             raise UsageError(f"{where} is there twice", "join the two, or give them other names or options")
@@ -101,11 +104,19 @@ def _check_names(recipe: Recipe, file: Path) -> None:
         if out is not None:
             if not _plain(out) or out == STATE:
                 raise UsageError(f"{where} writes {out!r}", "out is a plain name inside the output folder")
-            if out in written:
+            if out in outputs:
                 raise UsageError(f"{where} writes {out!r} again", "give each output its own name")
-            written.add(out)
+            if not isinstance(stage, Train | Prune | Quantize) and out.endswith((".edge", ".checkpoint")):
+                raise UsageError(f"{where} writes {out!r}", "names that end so are for bundles; choose another")
+            outputs.add(out)
+            kind = bundles if isinstance(stage, Train | Prune | Quantize) else pictures
+            kind.add(out)
+        if isinstance(stage, Quantize):
+            quantized.add(stage.out)
+        if getattr(stage, "precision", None) == "int8" and (float_ones := set(stage.bundles_read()) - quantized):
+            raise UsageError(f"{where}: {min(float_ones)!r} has no int8 graph", "name a bundle that a quantize stage makes")
         for path in stage.paths_read():
-            if path is not None and path not in written and not Path(path).exists():
+            if path is not None and path not in pictures and not Path(path).exists():
                 raise UsageError(f"{where} reads {path!r}, which no earlier stage writes and which is no path", "mind the name")
         try:
             stage.check(recipe.data)

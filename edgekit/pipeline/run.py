@@ -5,33 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from edgekit.errors import BudgetNotMet, BundleError, EdgekitError, OutputExists
-from edgekit.files import atomic_write, locked, sha256_file
+from edgekit.bundle import refuse_inside_bundle
+from edgekit.errors import BudgetNotMet, EdgekitError, OutputExists
+from edgekit.files import locked, sha256_file
 from edgekit.progress import say
 from edgekit.version import __version__
 
 from .recipe import STATE, Recipe, read_recipe
 from .stage import Context, Made, Stage
-from .stages import Bench, Build, Eval, Prune, Quantize, Report, Scan, Train
+from .stages import Bench, Build, Eval, Explain, Prune, Quantize, Report, Samples, Scan, Train
+from .state import Done, State
 
 __all__ = ["pipeline"]
-
-
-class Done(msgspec.Struct, frozen=True):
-    """A finished stage: its key, what it wrote, what it answered; ``missed`` names a budget that was not met."""
-
-    key: str
-    outputs: dict[str, str] = {}  # path in the output folder -> digest
-    figures: dict[str, Any] = {}
-    missed: str = ""
 
 
 def pipeline(
@@ -50,9 +42,10 @@ def pipeline(
     folder = Path(out or loaded.out or Path("runs") / loaded.name)
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)
+    refuse_inside_bundle(folder / STATE)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=False):
-        run = _Run(loaded, Context(folder, loaded.data, loaded.seed, on_event))
+        run = _Run(loaded, folder, on_event)
         run.check_outputs()
         for number, stage in enumerate(loaded.stage, 1):
             run.stage(number, stage)
@@ -60,42 +53,49 @@ def pipeline(
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, context: Context) -> None:
-        self.recipe, self.context, self.folder = recipe, context, context.folder
-        self.state = _read_state(context.folder / STATE)
+    def __init__(self, recipe: Recipe, folder: Path, on_event: Callable[[str], None] | None) -> None:
+        pictures = frozenset(stage.out for stage in recipe.stage if isinstance(stage, Samples | Explain))
+        self.recipe, self.folder = recipe, folder
+        self.state = State(folder)
+        self.context = Context(folder, recipe.data, recipe.seed, on_event, pictures, self.state.claim)
+        self.labels = {stage.label() for stage in recipe.stage}
         self.finished: dict[str, Done] = {}
         self.report: list[dict[str, Any]] = []
 
     def check_outputs(self) -> None:
         """Raise `OutputExists` for a file of somebody else's where a stage is going to write, before any work."""
-        ours = {name for done in self.state.values() for name in done.outputs}
-        for name in (name for stage in self.recipe.stage for name in stage.claims()):
-            if name not in ours and os.path.lexists(self.folder / name):
-                raise OutputExists(self.folder / name)
+        for stage in self.recipe.stage:
+            for name in stage.claims():
+                path = self.folder / name
+                if os.path.lexists(path) and not self.state.owns(name):
+                    raise OutputExists(path)
+                if path.parent.exists() and not path.parent.is_dir():
+                    raise OutputExists(path.parent)
 
     def stage(self, number: int, stage: Stage) -> None:
         """Run a stage, or keep what it made before."""
         label = stage.label()
         key = self._key(stage)
-        before = self.state.get(label)
+        before = self.state.done.get(label)
         head = f"[{number}/{len(self.recipe.stage)}] {label}"
         if before and before.key == key and not stage.always and self._intact(before) and stage.intact(self.context):
             say(f"{head}: nothing changed, kept")
-            self._record(label, before, "kept", 0.0)
+            self._report(label, before, "kept", 0.0)
             if before.missed:
                 raise BudgetNotMet(before.missed, "change the recipe; the earlier result was kept", before.figures)
             return
         say(f"{head} ...")
         started = time.perf_counter()
         missed: BudgetNotMet | None = None
-        with self._replacing(stage):
+        with self.state.replacing(label, stage.claims(), self.labels):
             try:
                 made = stage.run(self.context)
             except BudgetNotMet as error:  # the best that was found is there all the same
                 missed, made = error, Made(list(stage.claims()), error.result)
-        digests = {name: self._digest(name) for name in made.outputs}
-        done = Done(key, digests, made.figures, missed.message if missed else "")
-        self._record(label, done, "kept" if made.cached else "run", time.perf_counter() - started)
+            digests = {name: self._digest(name) for name in made.outputs}
+            done = Done(key, digests, made.figures, missed.message if missed else "")
+            self.state.finish(label, done)
+        self._report(label, done, "kept" if made.cached else "run", time.perf_counter() - started)
         if missed:
             raise missed
 
@@ -129,63 +129,9 @@ class _Run:
         path = self.folder / name
         return self.context.bundle(path.stem).digest if path.suffix == ".edge" else sha256_file(path)
 
-    @contextlib.contextmanager
-    def _replacing(self, stage: Stage) -> Iterator[None]:
-        """Make room for a stage, and give the earlier result back where it fails: it may be hours of training.
-
-        Only what the state file lists is touched. What is about to be made is noted first, so that a stage cut off half
-        way may be made again; what is somebody else's is not, and the stage will refuse to overwrite it.
-        """
-        label = stage.label()
-        before = self._take_over(stage)
-        aside: dict[Path, Path] = {}
-        for name in before.outputs:
-            path = self.folder / name
-            if any(parent.suffix == ".edge" for parent in path.parents):
-                continue  # a file in a bundle: its verb replaces it
-            aside[path] = path.with_name(f".{path.name}.previous")
-            if os.path.lexists(path):
-                _remove(aside[path])
-                path.rename(aside[path])
-        claims = {name: "" for name in stage.claims() if not os.path.lexists(self.folder / name)}
-        self.state[label] = Done("", claims)
-        self._save()
-        try:
-            yield
-        except BaseException:
-            for path, earlier in aside.items():
-                if os.path.lexists(earlier):
-                    _remove(path)
-                    earlier.rename(path)
-            self.state[label] = before
-            self._save()
-            raise
-        for path, earlier in aside.items():
-            _remove(earlier)
-            if path.parent != self.folder:
-                with contextlib.suppress(OSError):
-                    path.parent.rmdir()  # only where it is empty now
-
-    def _take_over(self, stage: Stage) -> Done:
-        """What this stage made before, with what it claims of stages that the recipe no longer has."""
-        before = self.state.get(stage.label(), Done(""))
-        labels = {other.label() for other in self.recipe.stage}
-        outputs = dict(before.outputs)
-        for label in self.state.keys() - labels:
-            gone = self.state[label]
-            outputs |= {name: gone.outputs[name] for name in stage.claims() if name in gone.outputs}
-            self.state[label] = msgspec.structs.replace(
-                gone, outputs={name: digest for name, digest in gone.outputs.items() if name not in outputs}
-            )
-        return msgspec.structs.replace(before, outputs=outputs)
-
-    def _save(self) -> None:
-        atomic_write(self.folder / STATE, msgspec.json.format(msgspec.json.encode(self.state)) + b"\n")
-
-    def _record(self, label: str, done: Done, how: str, seconds: float) -> None:
-        self.finished[label] = self.state[label] = done
+    def _report(self, label: str, done: Done, how: str, seconds: float) -> None:
+        self.finished[label] = done
         self.report.append({"stage": label, "how": how, "seconds": round(seconds, 2)})
-        self._save()
 
     def _table(self) -> list[dict[str, Any]]:
         """One row a bundle: stage, top-1, latency, parameters, graph size, engines and build kits by target."""
@@ -218,27 +164,3 @@ class _Run:
                 }
             )
         return rows
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _read_state(path: Path) -> dict[str, Done]:
-    """What is done, by label. Raises `BundleError` where the file is damaged: guessing could remove someone's files."""
-    try:
-        state = msgspec.json.decode(path.read_bytes(), type=dict[str, Done])
-    except FileNotFoundError:
-        return {}
-    except (msgspec.DecodeError, OSError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", "remove it, or choose another --out") from None
-    root = path.parent.resolve()
-    for name in (name for done in state.values() for name in done.outputs):
-        where = Path(os.path.normpath(root / name))
-        # What is listed here may be removed: nothing outside, nothing through a link, not the folder itself.
-        if where == root or not where.is_relative_to(root) or not where.parent.resolve().is_relative_to(root):
-            raise BundleError(f"{path} lists {name!r}, which is not inside its folder", "do not trust this folder")
-    return state

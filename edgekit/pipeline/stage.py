@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +14,10 @@ import msgspec
 
 from edgekit.bundle import Bundle
 from edgekit.data import SOURCES, load
-from edgekit.files import sha256_file
+from edgekit.errors import OutputExists
+from edgekit.files import printable, sha256_file
 
-__all__ = ["Context", "Made", "Stage"]
+__all__ = ["Context", "Made", "Stage", "staging_name"]
 
 
 class Made(NamedTuple):
@@ -32,6 +36,8 @@ class Context:
     data: str | None
     seed: int
     on_event: Callable[[str], None] | None
+    pictures: frozenset[str]  # folders that stages of the recipe make
+    claim: Callable[[Iterable[str]], None]  # notes outputs before they appear
 
     def bundle(self, name: str) -> Bundle:
         """An earlier stage's bundle. What the model is gets checked here; a damaged engine or figure is its stage's to mend."""
@@ -43,8 +49,30 @@ class Context:
         return self.folder / f"{name}.edge"
 
     def resolve(self, name: str) -> Path:
-        """A folder that an earlier stage wrote, else a path of the user's."""
-        return self.folder / name if (self.folder / name).exists() else Path(name)
+        """A folder that a stage of the recipe makes, else a path of the user's."""
+        return self.folder / name if name in self.pictures else Path(name)
+
+    @contextlib.contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        """A hidden folder whose files move to the folder ``name`` when the block ends: a stage that is cut off leaves none.
+
+        Raises `OutputExists` for another file of that name there, before anything moves.
+        """
+        work, target = self.folder / staging_name(name), self.folder / name
+        work.mkdir()
+        try:
+            yield work
+            files = sorted(work.iterdir())
+            for file in files:
+                there = target / file.name
+                if os.path.lexists(there) and not (there.is_file() and there.read_bytes() == file.read_bytes()):
+                    raise OutputExists(there)
+            self.claim([f"{name}/{file.name}" for file in files])
+            target.mkdir(exist_ok=True)
+            for file in files:
+                file.replace(target / file.name)
+        finally:
+            shutil.rmtree(work)
 
     def content(self, spec: str | None) -> str:
         """Digest of what ``spec`` names: a data set, a folder or a file."""
@@ -55,8 +83,12 @@ class Context:
         path = self.resolve(spec)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file())
-            return " ".join(f"{p.relative_to(path)}={sha256_file(p)}" for p in files)
+            return " ".join(f"{printable(p.relative_to(path))}={sha256_file(p)}" for p in files)
         return sha256_file(path) if path.is_file() else ""  # its verb will say that it is not there
+
+
+def staging_name(name: str) -> str:
+    return f".{name}.making"
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, tag_field="run", omit_defaults=True):

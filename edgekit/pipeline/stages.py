@@ -15,11 +15,12 @@ from edgekit.compiler import parse_batch, target_named
 from edgekit.data import SOURCES, find, load
 from edgekit.data.samples import write_samples
 from edgekit.errors import DataError, OutputExists, UsageError
+from edgekit.explanation import RECORD
 from edgekit.files import sha256_file
 from edgekit.models import DEFAULT, preset_named
 from edgekit.runtime.model import Precision
 
-from .stage import Context, Made, Stage
+from .stage import Context, Made, Stage, staging_name
 
 __all__ = [
     "Bench",
@@ -36,6 +37,7 @@ __all__ = [
 
 
 Positive = Annotated[int, Meta(ge=1)]
+Seed = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Backend = Literal["auto", "onnxruntime"]
 Names = Annotated[tuple[str, ...], Meta(min_length=1)]
 
@@ -54,7 +56,7 @@ class Train(Stage, frozen=True):
     batch: Annotated[int, Meta(ge=2)] | None = None
     lr: Annotated[float, Meta(gt=0, lt=10)] | None = None
     size: Annotated[int, Meta(ge=8, le=1024)] | None = None
-    seed: int | None = None
+    seed: Seed | None = None
 
     def label(self) -> str:
         return f"train {self.out}"
@@ -87,7 +89,7 @@ class Prune(Stage, frozen=True):
     sparsity: Literal["2:4"] | None = None
     data: str | None = None
     epochs: Positive | None = None
-    seed: int | None = None
+    seed: Seed | None = None
 
     def label(self) -> str:
         return f"prune {self.out}"
@@ -124,10 +126,17 @@ class Quantize(Stage, frozen=True):
     method: Literal["auto", "mse", "entropy", "percentile", "minmax"] | None = None
     samples: Positive | None = None
     data: str | None = None
-    seed: int | None = None
+    seed: Seed | None = None
 
     def label(self) -> str:
         return f"quantize {self.out}"
+
+    def check(self, data: str | None) -> None:
+        if sum(value is not None for value in (self.max_drop, self.min_snr, self.share)) > 1:
+            raise UsageError("max_drop, min_snr and share: more than one is stated", "state one budget")
+        for spec in (self.calib, self.data):
+            if spec is not None and (spec is self.data or spec.partition(":")[0] in SOURCES):
+                find(spec)
 
     def paths_read(self) -> tuple[str | None, ...]:
         return (None if self.calib is None or self.calib.partition(":")[0] in SOURCES else self.calib,)
@@ -209,11 +218,17 @@ class Bench(Stage, frozen=True):
     bundles: Names
     scenario: Literal["single-stream", "offline", "server"] | None = None
     seconds: Annotated[float, Meta(ge=0.01, le=3600)] | None = None
-    threads: Annotated[int, Meta(ge=0)] | None = None
+    threads: Annotated[int, Meta(ge=0, le=1024)] | None = None
     backend: Backend | None = None
     precision: Precision | None = None
     batch: Positive | None = None
-    rate: Annotated[float, Meta(gt=0)] | None = None
+    rate: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+
+    def check(self, data: str | None) -> None:
+        if self.rate is not None and self.scenario != "server":
+            raise UsageError("a rate is for the server scenario", 'add scenario = "server"')
+        if self.batch is not None and self.scenario != "offline":
+            raise UsageError("a batch is for the offline scenario", 'add scenario = "offline"')
 
     def label(self) -> str:
         return " ".join(["bench", *self.bundles, *(f"{k}={v}" for k, v in self.options("bundles", "seconds").items())])
@@ -241,6 +256,9 @@ class Samples(Stage, frozen=True):
     def label(self) -> str:
         return f"samples {self.out}"
 
+    def claims(self) -> tuple[str, ...]:
+        return (staging_name(self.out),)
+
     def check(self, data: str | None) -> None:
         _check_data(self.data or data)
 
@@ -248,8 +266,9 @@ class Samples(Stage, frozen=True):
         return {"data": context.content(self.data or context.data)}
 
     def run(self, context: Context) -> Made:
-        paths = write_samples(load(str(self.data or context.data)), context.folder / self.out, self.count)
-        return Made([str(path.relative_to(context.folder)) for path in paths], {})
+        with context.staging(self.out) as work:
+            paths = write_samples(load(str(self.data or context.data)), work, self.count)
+        return Made([f"{self.out}/{path.name}" for path in paths], {})
 
 
 class Explain(Stage, frozen=True):
@@ -264,6 +283,13 @@ class Explain(Stage, frozen=True):
     def label(self) -> str:
         return f"explain {self.out}"
 
+    def claims(self) -> tuple[str, ...]:
+        return (staging_name(self.out), f"{self.out}/{RECORD}")
+
+    def check(self, data: str | None) -> None:
+        if self.method == "gradcam" and self.precision == "int8":
+            raise UsageError("gradcam explains the float weights", "leave precision out, or choose occlusion or lime")
+
     def paths_read(self) -> tuple[str | None, ...]:
         return (self.images,)
 
@@ -275,10 +301,10 @@ class Explain(Stage, frozen=True):
 
     def run(self, context: Context) -> Made:
         options = self.options("bundle", "images", "out", "label_") | ({"label": self.label_} if self.label_ else {})
-        folder = context.folder / self.out
-        answer = edgekit.explain(context.bundle(self.bundle), [context.resolve(self.images)], out=folder, **options)
-        overlays = [folder / image["overlay"] for image in answer["images"]]
-        return Made([str(p.relative_to(context.folder)) for p in [*overlays, folder / "explanation.json"]], {})
+        with context.staging(self.out) as work:
+            answer = edgekit.explain(context.bundle(self.bundle), [context.resolve(self.images)], out=work, **options)
+        names = [*(image["overlay"] for image in answer["images"]), RECORD]
+        return Made([f"{self.out}/{name}" for name in names], {})
 
 
 class Report(Stage, frozen=True):
@@ -288,6 +314,9 @@ class Report(Stage, frozen=True):
 
     def label(self) -> str:
         return f"report {self.out}"
+
+    def claims(self) -> tuple[str, ...]:
+        return (self.out,)
 
     def paths_read(self) -> tuple[str | None, ...]:
         return (self.explanations,)
@@ -309,7 +338,7 @@ class Report(Stage, frozen=True):
 
 class Scan(Stage, frozen=True):
     bundle: str
-    source: str
+    source: Annotated[str, Meta(min_length=1)]
     codes: bool | None = None
     out: str = "scan.jsonl"
 
@@ -319,7 +348,7 @@ class Scan(Stage, frozen=True):
         return f"scan {self.source} with {self.bundle}"
 
     def paths_read(self) -> tuple[str | None, ...]:
-        return (None if "://" in self.source else self.source,)
+        return (self.source,)
 
     def claims(self) -> tuple[str, ...]:
         return (self.out,)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgekit.bundle import FLOAT_GRAPH, Bundle
+from edgekit.bundle import FLOAT_GRAPH, Bundle, refuse_inside_bundle
 from edgekit.data import Dataset, Tensors, load
 from edgekit.errors import BudgetNotMet, DataError, OutputExists, UsageError
 from edgekit.evaluation import accuracy
@@ -64,6 +64,7 @@ def prune(
     target = Path(out)
     if os.path.lexists(target):
         raise OutputExists(target)
+    refuse_inside_bundle(target)
     _check(keep, speedup, sparsity)
     module = load_module(source)
     dataset = _dataset(source, data)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import onnx
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, WEIGHTS, Bundle
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, WEIGHTS, Bundle, refuse_inside_bundle
 from edgekit.errors import BudgetNotMet, GraphError, OutputExists, UsageError
 from edgekit.evaluation import evaluate
 from edgekit.manifest import Tolerance
@@ -71,6 +71,7 @@ def quantize(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if os.path.lexists(out):
         raise OutputExists(out)
+    refuse_inside_bundle(out)
     config = {"calib": None if calib is None else os.fspath(calib), "method": method, "samples": samples, "seed": seed}
     config |= {name: value for name, value in budget._asdict().items() if value is not None}
     if calib is not None and Path(calib).suffix == ".json":

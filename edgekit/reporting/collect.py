@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.files import printable
 from edgekit.manifest import History
 
 from .figures import MAKERS, confusion, latest, mapping, number, numbers, own_entries, words
@@ -118,7 +119,7 @@ def collect(bundle: Bundle, name: str) -> BundleView:
     files = tuple((file, bundle.file(file).stat().st_size, digest) for file, digest in manifest.files.items())
     return BundleView(
         name=name,
-        path=str(bundle.path),
+        path=printable(bundle.path),
         task=manifest.task,
         digest=bundle.digest,
         stage=stages[-1] if stages else "unknown",

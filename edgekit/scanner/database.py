@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import DataError
 
 __all__ = ["connect", "sqlite_errors"]
@@ -23,6 +24,7 @@ def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
     WAL with ``synchronous=FULL``: a commit that returned is on disk (https://sqlite.org/pragma.html#pragma_synchronous).
     Raises `DataError` where the file is no such database, `OSError` where it cannot be written.
     """
+    refuse_inside_bundle(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))

@@ -62,7 +62,13 @@ def scan(
         for spec in sinks:
             sink = open_sink(spec, the_outbox)
             stack.callback(sink.close)
-            if any(sink.name == other.name for other in targets):
+            if any(_place(sink) == _place(other) for other in targets):
                 raise UsageError(f"the sink {sink.name} is named twice", "name each sink once")
             targets.append(sink)
         return Scanner(source=frames, model=model, codes=reader, sinks=targets, stop=stop).run()
+
+
+def _place(sink: Sink) -> str:
+    """Where a sink writes, whichever way its path was spelled."""
+    kind, _, path = sink.name.partition(":")
+    return f"{kind}:{os.path.abspath(path)}" if kind in ("jsonl", "sqlite") and path != "-" else sink.name

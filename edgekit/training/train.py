@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from edgekit.bundle import Bundle
+from edgekit.bundle import Bundle, refuse_inside_bundle
 from edgekit.data import Dataset, Tensors, check_damaged, load
 from edgekit.errors import DataError, OutputExists
 from edgekit.evaluation import accuracy
@@ -61,6 +61,7 @@ def train(
     target = Path(out)
     if os.path.lexists(target):
         raise OutputExists(target)
+    refuse_inside_bundle(target)
     dataset = load(data)
     preprocessing = dataset.preprocessing
     if size:

@@ -261,6 +261,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
         ("no-such-command --json | true", 2),
         ("train --data digits --out . --json | true", 2),
         ("targets >&-", None),
+        ("scan --codes --source . >&-", 1),
     ],
 )
 def test_a_stdout_that_cannot_be_written_is_no_traceback(command: str, code: int | None, tmp_path: Path) -> None:
@@ -291,6 +292,15 @@ def test_ctrl_c_in_a_build_is_one_line_and_ends_the_child(tiny_bundle: Bundle) -
     assert "Traceback" not in err
     assert not any(Path(f"/proc/{pid}").exists() for pid in found)
     Bundle.open(tiny_bundle.path)
+
+
+def test_a_file_in_the_way_is_wrong_usage(cli: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for command in (["report", tiny_bundle.path], ["pack", tiny_bundle.path], ["keygen"]):
+        outcome = cli(*command, "--out", tmp_path / "file" / "x")
+        assert outcome.code == 2, command
+        assert "a file is in the way" in outcome.err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_full_disk_in_a_build_is_named(tiny_bundle: Bundle) -> None:

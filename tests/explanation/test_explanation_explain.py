@@ -114,7 +114,7 @@ def test_each_method_writes_a_picture_an_image(
     assert 0.5 < row["score"] <= 1
     with Image.open(out / row["overlay"]) as picture:
         assert picture.width > picture.height > 300
-    assert json.loads((out / "explanation.json").read_text()) == answer.json
+    assert {"out": str(out), **json.loads((out / "explanation.json").read_text())} == answer.json
     if method == "activations":
         assert [layer["name"] for layer in answer.json["layers"]] == ["conv1", "relu1", "conv2", "relu2", "gemm"]
     else:
@@ -172,6 +172,16 @@ def test_only_pictures_of_an_earlier_explanation_are_replaced(digits_bundle: Bun
     with pytest.raises(OutputExists):
         explain(digits_bundle, digit, out=out)
     assert (out / "explanation.json").read_text() == '{"mine": true}'
+
+
+def test_pictures_beside_their_explanations_are_explained_once(digits_bundle: Bundle, digit: Path) -> None:
+    folder = digit.parent / "both"
+    folder.mkdir()
+    digit.rename(folder / digit.name)
+    for _ in range(2):
+        assert len(explain(digits_bundle, folder, out=folder)["images"]) == 1
+    with pytest.raises(UsageError, match="lies inside the bundle"):
+        explain(digits_bundle, folder, out=digits_bundle.path / "why")
 
 
 def test_a_name_that_is_no_utf8_is_shown_and_skipped(cli: Callable[..., Any], digits_bundle: Bundle, digit: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +197,12 @@ TRAIN = 'name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "a"\n'
         (TRAIN + '[[stage]]\nrun = "build"\nbundle = "a"\ntarget = "rtx-ada"\nbatch = "1..x"', "--batch 1..8"),
         (TRAIN + '[[stage]]\nrun = "scan"\nbundle = "a"\nsource = "nowhere"', "reads 'nowhere'"),
         (TRAIN + '[[stage]]\nrun = "scan"\nbundle = "a"\nsource = "."\nout = "pipeline.json"', "plain name"),
+        (TRAIN + '[[stage]]\nrun = "scan"\nbundle = "a"\nsource = "a"', "reads 'a'"),
+        (TRAIN + '[[stage]]\nrun = "samples"\nout = "a.edge"', "for bundles"),
+        (TRAIN + '[[stage]]\nrun = "quantize"\nbundle = "a"\nout = "b"\nshare = 0.5\nmin_snr = 9.0', "state one budget"),
+        (TRAIN + '[[stage]]\nrun = "bench"\nbundles = ["a"]\nrate = 5.0', "server scenario"),
+        (TRAIN + '[[stage]]\nrun = "bench"\nbundles = ["a"]\nprecision = "int8"', "has no int8 graph"),
+        (TRAIN + "seed = -1", "in seed"),
         (TRAIN + '[[stage]]\nrun = "explain"\nbundle = "a"\nimages = "nowhere"\nout = "w"', "reads 'nowhere'"),
         (TRAIN.replace('"x"', '"../x"'), "plain word"),
         ('name = "x"\ndata = "digits"\n[[stage]]\nrun = "train"\nout = "a:b"', "plain name"),
@@ -250,38 +258,67 @@ def test_a_stage_that_fails_gives_the_earlier_result_back(copy: tuple[Path, Path
     with pytest.raises(UsageError, match="lr"):
         pipeline(recipe, out=out)
     assert Bundle.open(out / "small.edge").digest == before
-    assert not list(out.glob(".*.previous"))
+    assert not list(out.glob(".*.edgekit-previous"))
     recipe.write_text(recipe.read_text().replace("lr = 99.0", "lr = 0.002"))
     assert how(pipeline(recipe, out=out))["train"] == "run"
     assert Bundle.open(out / "small.edge").digest != before
-    assert not list(out.glob(".*.previous"))
+    assert not list(out.glob(".*.edgekit-previous"))
 
 
-def test_a_run_that_was_killed_is_made_up_for(copy: tuple[Path, Path]):
-    """What kill -9 leaves: the earlier result set aside, the new one claimed and perhaps half there."""
+KILLED = """
+import os, sys
+from edgekit.cli import main
+from edgekit.pipeline import stages
+run = getattr(stages, sys.argv[3]).run
+def run_and_die(self, context):
+    if sys.argv[4] == "after":
+        run(self, context)
+    else:
+        context.path("small").mkdir(exist_ok=True)  # half of a bundle
+    os.kill(os.getpid(), 9)
+getattr(stages, sys.argv[3]).run = run_and_die
+main(["pipeline", sys.argv[1], "--out", sys.argv[2]])
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("stage", ["Train", "Samples", "Report"])
+def test_kill_9_in_a_rerun_loses_nothing_and_leaves_nothing(copy: tuple[Path, Path], stage: str, when: str):
+    """Hours of training stay, though a changed recipe was at work on it: with the old recipe they are kept."""
     recipe, out = copy
-    state = json.loads((out / "pipeline.json").read_text())
-    state["train small"] = {"key": "", "outputs": {"small.edge": ""}}
-    (out / "pipeline.json").write_text(json.dumps(state))
-    (out / "small.edge").rename(out / ".small.edge.previous")
-    done = how(pipeline(recipe, out=out))
-    assert done["train"] == "run"
-    assert done["quantize"] == "kept"  # the same weights again
-    assert not list(out.glob(".*.previous"))
+    old = recipe.read_text()
+    files = {str(p.relative_to(out)) for p in out.rglob("*")}
+    new = {
+        "Train": ("epochs = 2", "epochs = 3"),
+        "Samples": ("count = 5", "count = 4"),
+        "Report": ('"small", "small8"]', '"small"]'),
+    }
+    recipe.write_text(new[stage][1].join(old.rsplit(new[stage][0], 1)))
+    killed = subprocess.run([sys.executable, "-c", KILLED, recipe, out, stage, when], capture_output=True, check=False)
+    assert killed.returncode == -9
+    recipe.write_text(old)
+    again = how(pipeline(recipe, out=out))
+    assert [stage for stage, was in again.items() if was == "run"] == ["scan"]
+    assert {str(p.relative_to(out)) for p in out.rglob("*")} - {"small.edge.checkpoint"} == files
 
 
-def test_a_stage_may_change_its_verb(copy: tuple[Path, Path]):
+def test_a_stage_may_change_its_verb_and_back(copy: tuple[Path, Path]):
     recipe, out = copy
+    old = recipe.read_text()
     stage = 'run = "quantize"\nbundle = "small"\nout = "small8"'
-    recipe.write_text(
-        recipe.read_text().replace(stage, 'run = "prune"\nbundle = "small"\nout = "small8"\nkeep = 0.7\nepochs = 1')
-    )
+    recipe.write_text(old.replace(stage, 'run = "prune"\nbundle = "small"\nout = "small8"\nkeep = 0.7\nepochs = 1'))
     done = how(pipeline(recipe, out=out))
     assert (done["train"], done["prune"]) == ("kept", "run")
     assert Bundle.open(out / "small8.edge").last("prune") is not None
+    recipe.write_text(old)
+    done = how(pipeline(recipe, out=out))
+    assert (done["train"], done["quantize"]) == ("kept", "run")
+    assert Bundle.open(out / "small8.edge").last("prune") is None
 
 
-@pytest.mark.parametrize(("file", "trained"), [("scan.jsonl", False), ("small8.edge", False), ("images/000-0.png", True)])
+@pytest.mark.parametrize(
+    ("file", "trained"), [("scan.jsonl", False), ("small8.edge", False), ("report.html", False), ("images/000-0.png", True)]
+)
 def test_a_file_of_the_users_in_the_way_is_not_replaced(cli, tmp_path: Path, few_digits: str, file: str, trained: bool):
     """Where its name is known ahead, it is named before anything is trained."""
     recipe = tmp_path / "few.toml"

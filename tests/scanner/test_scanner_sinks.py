@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from edgekit.bundle import Bundle
 from edgekit.errors import DataError, UsageError
 from edgekit.scanner import Outbox, open_sink
 
@@ -74,6 +75,12 @@ def test_jsonl_appends_and_a_torn_line_stays_alone(kit: Any, tmp_path: Path) -> 
         "http://me:p@ss/hunter2@host/x",
         "mqtt://me/hunter2@host/topic",
         "mqtts://me:hunter2@host/topic",
+        "http:/me:hunter2@host/x",
+        "http:me:hunter2@host/x",
+        "http:\\\\me:hunter2@host/x",
+        "mqtt:me:hunter2@host/t",
+        "http://me:7777#hunter2@127.0.0.1/x",
+        "mqtt://host/t?user=a@b&token=hunter2",
     ],
 )
 def test_errors_name_no_password(spec: str) -> None:
@@ -91,11 +98,29 @@ def test_a_sink_named_twice_names_no_password(cli: Cli, tmp_path: Path) -> None:
     assert "hunter" not in outcome.err
 
 
-def test_two_spellings_of_one_sink_are_refused(cli: Cli, pictures: Path) -> None:
-    specs = ["--sink", "http://127.0.0.1:9/x", "--sink", "http://me:hunter2@127.0.0.1:9/x"]
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("http://127.0.0.1:9/x", "http://me:hunter2@127.0.0.1:9/x"),
+        ("http://127.0.0.1/", "http://127.0.0.1:80"),
+        ("jsonl:{0}/e.jsonl", "jsonl:{0}/./e.jsonl"),
+    ],
+)
+def test_two_spellings_of_one_sink_are_refused(cli: Cli, pictures: Path, tmp_path: Path, one: str, other: str) -> None:
+    specs = [part for spec in (one, other) for part in ("--sink", spec.format(tmp_path))]
     outcome = cli("scan", "--codes", "--source", pictures, *specs)
     assert outcome.code == 2
-    assert "http://127.0.0.1:9/x is named twice" in outcome.err
+    assert "is named twice" in outcome.err
+    assert "hunter" not in outcome.err
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "sqlite"])
+def test_no_sink_writes_into_a_bundle(cli: Cli, tiny_bundle: Bundle, pictures: Path, kind: str) -> None:
+    for name in ("manifest.json", "events", "bench/events"):
+        outcome = cli("scan", "--codes", "--source", pictures, "--sink", f"{kind}:{tiny_bundle.path / name}")
+        assert outcome.code == 2
+        assert "lies inside the bundle" in outcome.err
+    Bundle.open(tiny_bundle.path)
 
 
 def test_a_path_that_is_no_ascii_is_sent_encoded(kit: Any, cli: Cli, pictures: Path, tmp_path: Path) -> None:
@@ -109,9 +134,10 @@ def test_a_path_that_is_no_ascii_is_sent_encoded(kit: Any, cli: Cli, pictures: P
 
 
 def test_a_token_in_a_query_is_not_shown_and_tells_sinks_apart(outbox: Outbox) -> None:
-    sinks = [open_sink(f"http://127.0.0.1:1/x?token={token}", lambda: outbox) for token in ("one", "two")]
-    assert sinks[0].name != sinks[1].name
-    assert not any("token" in sink.name for sink in sinks)
+    forms = ("x?token={}", "x;token={}", "x?mail=a@b.c&token={}")
+    sinks = [open_sink(f"http://127.0.0.1:1/{f.format(t)}", lambda: outbox) for f in forms for t in ("one", "two")]
+    assert len({sink.name for sink in sinks}) == 6
+    assert not any("token" in sink.name or "one" in sink.name for sink in sinks)
     for sink in sinks:
         sink.close()
 

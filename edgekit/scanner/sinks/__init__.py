@@ -49,8 +49,14 @@ _FORMS = "jsonl:PATH, jsonl:- (stdout), sqlite:PATH, mqtt://HOST:PORT/TOPIC, htt
 
 
 def without_secrets(spec: str) -> str:
-    """An address as it may be shown: no user, no password, no query (which may hold a token)."""
-    return re.sub(r"(?<=//).*@", "***@", spec).partition("?")[0]
+    """An address as an error may show it: no user, no password, no query (which may hold a token).
+
+    For text that may not be an address at all, so nothing behind the scheme is trusted once an @ follows.
+    """
+    scheme, _, rest = spec.partition(":")
+    if not rest.startswith("//") or "@" in rest:
+        return f"{scheme}:..."
+    return f"{scheme}:{re.split('[?#;]', rest)[0]}"
 
 
 def open_sink(spec: str, outbox: Callable[[], Outbox]) -> Sink:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -35,16 +36,22 @@ def open_http(spec: str, outbox: Callable[[], Outbox]) -> Sink:
         host, port = url.hostname, url.port
     except ValueError:  # its words may quote a part of the password
         raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
-    if not host or "@" in url.path:  # an @ there is the end of a password with a / in it
-        raise UsageError(f"the sink {without_secrets(spec)!r} names no host", _FORM)
-    where = f"[{host}]" if ":" in host else host
-    netloc = f"{where}:{port}" if port else where
-    path, asked = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~?") for part in (url.path, url.query))
+    # An @ or # behind the host is the end of a password with a / or # in it.
+    if not host or "@" in url.path or "#" in spec:
+        raise UsageError(f"the sink {without_secrets(spec)!r} names no host, or has a / @ ? # in its password", _FORM)
+    where = f"[{host}]" if ":" in host else host.rstrip(".")
+    netloc = where if port in (None, {"http": 80, "https": 443}[url.scheme]) else f"{where}:{port}"
+    # A file name's odd bytes arrive as surrogates; they are sent as they are.
+    path, asked = (
+        urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~?", errors="surrogateescape") for part in (url.path or "/", url.query)
+    )
     address = urllib.parse.urlunsplit((url.scheme, netloc, path, asked, ""))
     user, password = urllib.parse.unquote(url.username or ""), urllib.parse.unquote(url.password or "")
-    # The outbox knows the sink by its name: a query, which may hold a token, counts there but is not shown.
-    query = f"?{hashlib.sha256(url.query.encode()).hexdigest()[:8]}" if url.query else ""
-    return ForwardSink(without_secrets(address) + query, HttpTransport(address, user, password), outbox())
+    # The outbox knows the sink by its name: what may hold a token counts there but is not shown.
+    shown = re.split("[?;]", address)[0]
+    hidden = address[len(shown) :]
+    name = f"{shown}?{hashlib.sha256(hidden.encode()).hexdigest()[:8]}" if hidden else shown
+    return ForwardSink(name, HttpTransport(address, user, password), outbox())
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

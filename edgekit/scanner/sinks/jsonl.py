@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import DataError
 from edgekit.scanner.events import Event, encode
 from edgekit.scanner.outbox import Outbox
@@ -34,6 +35,7 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         self.name = f"jsonl:{path}"
         self._sent = 0
+        refuse_inside_bundle(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -80,12 +82,15 @@ class StdoutSink:
         self._sent = 0
 
     def send(self, event: Event) -> None:
+        if sys.stdout is None:
+            raise DataError("stdout is closed", "name a file: --sink jsonl:PATH")
         sys.stdout.buffer.write(encode(event) + b"\n")
         sys.stdout.buffer.flush()
         self._sent += 1
 
     def flush(self, patience_s: float = FLUSH_S) -> None:
-        sys.stdout.buffer.flush()
+        if sys.stdout is not None:
+            sys.stdout.buffer.flush()
 
     def status(self) -> dict[str, Any]:
         return {"sink": self.name, "sent": self._sent}
