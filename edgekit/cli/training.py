@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import Answer, answers, bundle_argument, out_option
+from .common import SEED, Answer, answers, bundle_argument, out_option
 
 
 @click.command()
@@ -18,9 +18,7 @@ from .common import Answer, answers, bundle_argument, out_option
 @click.option("--batch", default=128, show_default=True, type=click.IntRange(2), help="Samples a step.")
 @click.option("--lr", type=click.FloatRange(0, 10, min_open=True), help="Peak learning rate.  [default: the model's]")
 @click.option("--size", type=click.IntRange(8, 1024), help="Input height and width, pixels.  [default: the data set's]")
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Same seed, same machine: same weights."
-)
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Same seed, same machine: same weights.")
 @answers
 def train(data: str, model: str, out: Path, epochs: int, batch: int, lr: float | None, size: int | None, seed: int) -> Answer:
     """Train a compact model and write it as a bundle.

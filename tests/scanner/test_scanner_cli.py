@@ -155,7 +155,7 @@ def bomb(width: int, height: int) -> bytes:
         (["--codes", "--source", "a.png", "--sink", "jsonl:x", "--sink", "jsonl:x"], 2, "twice"),
         (["--codes", "--source", "a.png", "--sink", "jsonl:/dev/full"], 1, "disk is full"),
         (["--codes", "--source", "a.png", "--sink", "jsonl:empty"], 1, "empty"),
-        (["--codes", "--source", "a.png", "--sink", "jsonl:a.png/x"], 1, "a.png"),
+        (["--codes", "--source", "a.png", "--sink", "jsonl:a.png/x"], 2, "a.png"),
         (["--codes", "--source", "a.png", "--sink", "sqlite:a.png"], 1, "no usable SQLite"),
         (["--codes", "--source", "a.png", "--sink", "sqlite:empty"], 1, "empty"),
         (["--codes", "--source", "a.png", "--code-budget-ms", "nan"], 2, "budget"),
