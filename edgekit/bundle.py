@@ -40,6 +40,7 @@ __all__ = [
     "WEIGHTS",
     "Bundle",
     "Draft",
+    "new_path",
     "refuse_inside_bundle",
 ]
 
@@ -183,10 +184,7 @@ class Bundle:
         import shutil  # these two cost milliseconds, and the device only reads
         import tempfile
 
-        target = Path(out)
-        if target.exists() or target.is_symlink():
-            raise OutputExists(target)
-        refuse_inside_bundle(target)
+        target = new_path(out)
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
@@ -246,6 +244,15 @@ class Bundle:
                 os.replace(names[index], index)
             sync_path(self.path)
         return Bundle(self.path, manifest)
+
+
+def new_path(out: str | os.PathLike[str]) -> Path:
+    """``out`` as a path for a new bundle. Raises `OutputExists` where it is there, `UsageError` inside another bundle."""
+    target = Path(out)
+    if os.path.lexists(target):
+        raise OutputExists(target)
+    refuse_inside_bundle(target)
+    return target
 
 
 def refuse_inside_bundle(path: str | os.PathLike[str]) -> None:

@@ -77,15 +77,7 @@ def bench(
         if earlier and scenario == "server":
             rate = rate or earlier.rate  # latencies under another load would tell nothing
         measured = _measure(model, scenario, seconds, batch, rate)
-    result = {
-        "model": opened.manifest.name,
-        "digest": opened.digest,
-        "graph": graph,
-        "precision": "int8" if graph == INT8_GRAPH else "float",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **measured,
-        **costs,
-    }
+    result = {**_subject(opened, graph), **measured, **costs}
     comparison = judge(earlier, result, limit, force=force) if earlier else None
     failed = comparison is not None and comparison["passed"] is False
     overwrites = against is not None and _same(opened.path / name, Path(against))
@@ -97,6 +89,17 @@ def bench(
     if comparison and failed:
         raise _gate_failed(comparison, answer)
     return answer
+
+
+def _subject(bundle: Bundle, graph: str) -> dict[str, Any]:
+    """What was measured, and when."""
+    return {
+        "model": bundle.manifest.name,
+        "digest": bundle.digest,
+        "graph": graph,
+        "precision": "int8" if graph == INT8_GRAPH else "float",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _save(bundle: Bundle, name: str, result: dict[str, Any], config: dict[str, Any]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
 import numpy as np
 
 from edgekit.errors import DataError, MissingExtra, OutputExists
-from edgekit.files import atomic_write
 from edgekit.progress import say
 
 from .dataset import Dataset
@@ -20,7 +18,7 @@ __all__ = ["write_samples"]
 def write_samples(dataset: Dataset, folder: str | os.PathLike[str], count: int) -> list[Path]:
     """Write ``count`` pictures of the test split, evenly spread over the classes, as ``NNN-LABEL.png``; returns the paths.
 
-    Damaged images are named and left out. Raises `OutputExists` where another file of such a name is there already.
+    Damaged images are named and left out. Raises `OutputExists` where a file of such a name is there already.
     """
     try:
         from PIL import Image
@@ -39,11 +37,8 @@ def write_samples(dataset: Dataset, folder: str | os.PathLike[str], count: int) 
         except DataError as error:
             say(f"skipped {dataset.test.ids[int(index)]}: {error.message}")
             continue
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "PNG")
-        if not path.is_file() or path.read_bytes() != buffer.getvalue():  # the same picture: left by a run that was cut off
-            if os.path.lexists(path):
-                raise OutputExists(path)
-            atomic_write(path, buffer.getvalue())
+        if os.path.lexists(path):
+            raise OutputExists(path)
+        Image.fromarray(frame).save(path)
         paths.append(path)
     return paths

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import MissingExtra, OutputExists, SignatureError
 
 __all__ = ["TRAILER_BYTES", "Signature", "check_signature", "key_id_of", "keygen", "read_trailer", "sign_file"]
@@ -42,6 +43,7 @@ def keygen(out: str | os.PathLike[str]) -> dict[str, Any]:
     """
     ed25519, serialization = _cryptography()
     folder = Path(out)
+    refuse_inside_bundle(folder / "edgekit.key")
     secret, public = folder / "edgekit.key", folder / "edgekit.pub"
     for path in (secret, public):
         if path.exists() or path.is_symlink():

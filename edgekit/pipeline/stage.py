@@ -56,17 +56,15 @@ class Context:
     def staging(self, name: str) -> Iterator[Path]:
         """A hidden folder whose files move to the folder ``name`` when the block ends: a stage that is cut off leaves none.
 
-        Raises `OutputExists` for another file of that name there, before anything moves.
+        Raises `OutputExists` for a file of that name there, before anything moves.
         """
         work, target = self.folder / staging_name(name), self.folder / name
         work.mkdir()
         try:
             yield work
             files = sorted(work.iterdir())
-            for file in files:
-                there = target / file.name
-                if os.path.lexists(there) and not (there.is_file() and there.read_bytes() == file.read_bytes()):
-                    raise OutputExists(there)
+            if there := next((path for file in files if os.path.lexists(path := target / file.name)), None):
+                raise OutputExists(there)
             self.claim([f"{name}/{file.name}" for file in files])
             target.mkdir(exist_ok=True)
             for file in files:

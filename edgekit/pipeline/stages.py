@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +13,7 @@ import edgekit
 from edgekit.compiler import parse_batch, target_named
 from edgekit.data import SOURCES, find, load
 from edgekit.data.samples import write_samples
-from edgekit.errors import DataError, OutputExists, UsageError
+from edgekit.errors import DataError, UsageError
 from edgekit.explanation import RECORD
 from edgekit.files import sha256_file
 from edgekit.models import DEFAULT, preset_named
@@ -360,8 +359,6 @@ class Scan(Stage, frozen=True):
         from edgekit.scanner import scan
 
         events = context.folder / self.out
-        if os.path.lexists(events):  # an earlier run's is gone by now: `run.py` removes what the pipeline made
-            raise OutputExists(events)
         source = str(context.resolve(self.source))
         summary = scan(context.bundle(self.bundle), source=source, sinks=[f"jsonl:{events}"], codes=bool(self.codes))
         if not summary.inferred:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgekit.bundle import FLOAT_GRAPH, Bundle, refuse_inside_bundle
+from edgekit.bundle import FLOAT_GRAPH, Bundle, new_path
 from edgekit.data import Dataset, Tensors, load
-from edgekit.errors import BudgetNotMet, DataError, OutputExists, UsageError
+from edgekit.errors import BudgetNotMet, DataError, UsageError
 from edgekit.evaluation import accuracy
 from edgekit.models import PRESETS
 from edgekit.models.module import export_onnx, parameters, write_model
@@ -61,10 +60,7 @@ def prune(
     ``max_drop`` is missed; the best found is written all the same.
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    target = Path(out)
-    if os.path.lexists(target):
-        raise OutputExists(target)
-    refuse_inside_bundle(target)
+    target = new_path(out)
     _check(keep, speedup, sparsity)
     module = load_module(source)
     dataset = _dataset(source, data)
@@ -73,9 +69,6 @@ def prune(
     started = time.perf_counter()
     before = _Before(source, module, held_out)
     cut = _Cut(module, []) if sparsity and keep is None and speedup is None else _cut(before, train_set, keep, speedup)
-    for step in cut.steps:
-        share = step.macs / before.macs
-        say(f"cut {step.root}: {step.before} -> {step.after} channels, KL {step.kl:.3f}, {share:.0%} of the MACs left")
     mask = Mask24(cut.module) if sparsity else None
     if mask:
         mask()
@@ -173,6 +166,8 @@ def _cut(before: _Before, train_set: Tensors, keep: float | None, speedup: float
     say("measuring what each cut costs")
     for step in cut_path(module, samples, frozenset({last}), budget):
         steps.append(step)
+        share = step.macs / total
+        say(f"cut {step.root}: {step.before} -> {step.after} channels, KL {step.kl:.3f}, {share:.0%} of the MACs left")
         # Speed is what was asked for, so speed is measured; with too few MACs gone it cannot be there yet.
         if speedup and step.macs * 0.6 * speedup <= total:
             graph = export_onnx(step.module, samples[:2])

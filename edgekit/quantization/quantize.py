@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import onnx
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, WEIGHTS, Bundle, refuse_inside_bundle
-from edgekit.errors import BudgetNotMet, GraphError, OutputExists, UsageError
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, WEIGHTS, Bundle, new_path
+from edgekit.errors import BudgetNotMet, GraphError, UsageError
 from edgekit.evaluation import evaluate
 from edgekit.manifest import Tolerance
 from edgekit.progress import say
@@ -69,9 +69,7 @@ def quantize(
     if samples < 1:
         raise UsageError(f"--samples {samples} is no number of samples", "give 1 or more; 256 is usual")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    if os.path.lexists(out):
-        raise OutputExists(out)
-    refuse_inside_bundle(out)
+    new_path(out)
     config = {"calib": None if calib is None else os.fspath(calib), "method": method, "samples": samples, "seed": seed}
     config |= {name: value for name, value in budget._asdict().items() if value is not None}
     if calib is not None and Path(calib).suffix == ".json":

@@ -53,16 +53,21 @@ class Model:
 
         ``backend``: a name from `BACKENDS` or ``auto``. ``precision``: which graph of the bundle; ``auto`` takes int8
         where the bundle was quantized. ``threads``: CPU cores for one inference, 0 for all.
-        Raises `BundleError` for a damaged bundle, `BackendError` where nothing can run it, `UsageError` for an unknown name.
+        Files are read and hashed when the model is entered. Raises, here or there, `BundleError` for a damaged bundle,
+        `BackendError` where nothing can run it, `UsageError` for an unknown name.
         """
         if precision not in _GRAPHS:
             raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(_GRAPHS)}")
         bundle = Bundle.open(path, verify=False)
-        bundle.check_model()
         return cls(bundle, open_runner(bundle, backend, _GRAPHS[precision], threads))
 
     def __enter__(self) -> Model:
-        self.runner.__enter__()
+        self.runner.__enter__()  # hashes the graph as it reads it
+        try:
+            self.bundle.check_model()
+        except BaseException:
+            self.runner.__exit__(None, None, None)
+            raise
         self._input = self.runner.inputs[0].name
         self._output = self.runner.outputs[0].name
         self._open = True

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import msgspec
 import torch
 
-from edgekit.bundle import Bundle, refuse_inside_bundle
+from edgekit.bundle import Bundle, new_path
 from edgekit.data import Dataset, Tensors, check_damaged, load
-from edgekit.errors import DataError, OutputExists
+from edgekit.errors import DataError
 from edgekit.evaluation import accuracy
 from edgekit.manifest import FORMAT, ImagePreprocessing, Manifest, ModelConfig, history_entry
 from edgekit.models import DEFAULT, PRESETS
@@ -58,10 +57,7 @@ def train(
     the held-out split after the last epoch; nothing is chosen by it.
     Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for an unknown model or data set.
     """
-    target = Path(out)
-    if os.path.lexists(target):
-        raise OutputExists(target)
-    refuse_inside_bundle(target)
+    target = new_path(out)
     dataset = load(data)
     preprocessing = dataset.preprocessing
     if size:

@@ -25,7 +25,7 @@ from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, B
 from edgekit.deployment import archive as archive_module
 from edgekit.deployment import contents, keygen, pack, verify
 from edgekit.deployment.signing import TRAILER_BYTES, sign_file
-from edgekit.errors import BundleError, EdgekitError, OutputExists, SignatureError
+from edgekit.errors import BundleError, EdgekitError, OutputExists, SignatureError, UsageError
 
 
 @pytest.fixture
@@ -112,6 +112,12 @@ def test_a_failed_pack_leaves_nothing(tmp_path: Path, tiny_bundle: Bundle, keys)
 
 
 # keys
+
+
+def test_keys_are_not_put_into_a_bundle(tiny_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="lies inside the bundle"):
+        keygen(tiny_bundle.path / "keys")
+    assert not (tiny_bundle.path / "keys").exists()
 
 
 def test_keygen_never_overwrites_and_keeps_the_secret(tmp_path: Path) -> None:

@@ -201,8 +201,8 @@ def test_a_damaged_model_is_not_opened(tiny_bundle: Bundle, name: str) -> None:
     data = bytearray((tiny_bundle.path / name).read_bytes())
     data[len(data) // 2] ^= 1
     (tiny_bundle.path / name).write_bytes(data)
-    with pytest.raises(BundleError):
-        Model.open(tiny_bundle.path)
+    with pytest.raises(BundleError), Model.open(tiny_bundle.path):
+        pass
 
 
 def test_errors_are_measured_as_defined() -> None:

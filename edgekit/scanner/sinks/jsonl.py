@@ -79,18 +79,17 @@ class StdoutSink:
     name = "jsonl:-"
 
     def __init__(self) -> None:
+        if sys.stdout is None:
+            raise DataError("stdout is closed", "name a file: --sink jsonl:PATH")
         self._sent = 0
 
     def send(self, event: Event) -> None:
-        if sys.stdout is None:
-            raise DataError("stdout is closed", "name a file: --sink jsonl:PATH")
         sys.stdout.buffer.write(encode(event) + b"\n")
         sys.stdout.buffer.flush()
         self._sent += 1
 
     def flush(self, patience_s: float = FLUSH_S) -> None:
-        if sys.stdout is not None:
-            sys.stdout.buffer.flush()
+        sys.stdout.buffer.flush()
 
     def status(self) -> dict[str, Any]:
         return {"sink": self.name, "sent": self._sent}
