@@ -35,9 +35,7 @@ def train(data: str, model: str, out: Path, epochs: int, batch: int, lr: float |
     bundle = edgekit.train(data=data, out=out, model=model, epochs=epochs, batch=batch, lr=lr, size=size, seed=seed)
     figures = bundle.manifest.history[-1].figures
     shown = {key: figures[key] for key in ("top1", "macro_f1", "parameters", "macs", "seconds")}
-    text = _text(str(bundle.path), shown)
-    if figures["damaged"]:
-        text += f"\n{len(figures['damaged'])} damaged images were left out"
+    text = _text(str(bundle.path), shown, figures["damaged"])
     return Answer({"bundle": str(bundle.path), **shown, "damaged": figures["damaged"]}, text)
 
 
@@ -60,13 +58,11 @@ def eval_(bundle: Path, data: str, backend: str, save: bool) -> Answer:
 
     figures = edgekit.evaluate(bundle, data, backend=backend, save=save)
     shown = {key: figures[key] for key in ("top1", "macro_f1", "samples", "backend")}
-    text = _text(str(bundle), shown)
-    if figures["damaged"]:
-        text += f"\n{len(figures['damaged'])} damaged images were left out"
+    text = _text(str(bundle), shown, figures["damaged"])
     return Answer({"bundle": str(bundle), **figures}, text)
 
 
-def _text(bundle: str, figures: dict[str, Any]) -> str:
+def _text(bundle: str, figures: dict[str, Any], damaged: list[str]) -> str:
     names = {"top1": "top-1", "macro_f1": "macro F1", "macs": "MACs"}
 
     def words(key: str, value: object) -> str:
@@ -74,4 +70,5 @@ def _text(bundle: str, figures: dict[str, Any]) -> str:
             return f"{value:.2%}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
-    return f"{bundle}: " + ", ".join(f"{names.get(key, key)} {words(key, value)}" for key, value in figures.items())
+    text = f"{bundle}: " + ", ".join(f"{names.get(key, key)} {words(key, value)}" for key, value in figures.items())
+    return text + (f"\ndamaged images left out: {len(damaged)}" if damaged else "")
