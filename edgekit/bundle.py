@@ -37,6 +37,7 @@ __all__ = [
     "INT8_GRAPH",
     "MANIFEST",
     "REPORT",
+    "TOKENIZER",
     "WEIGHTS",
     "Bundle",
     "Draft",
@@ -51,9 +52,10 @@ INT8_GRAPH = "model.int8.onnx"
 CALIBRATION = "calibration.json"
 GOLDEN = "golden.npz"
 REPORT = "report.html"
+TOKENIZER = "tokenizer.json"
 
 #: Files that say what the model is; everything else is derived from them.
-IDENTITY = (WEIGHTS, FLOAT_GRAPH, INT8_GRAPH, CALIBRATION, GOLDEN)
+IDENTITY = (WEIGHTS, FLOAT_GRAPH, INT8_GRAPH, CALIBRATION, GOLDEN, TOKENIZER)
 
 
 @dataclass

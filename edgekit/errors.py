@@ -41,6 +41,7 @@ __all__ = [
 #: Optional module -> the extra of pyproject.toml that brings it; the smallest, where several do.
 _EXTRA_OF = {
     "PIL": "scan",
+    "accelerate": "distributed",
     "biip": "scan",
     "cryptography": "sign",
     "jinja2": "report",
@@ -48,11 +49,17 @@ _EXTRA_OF = {
     "onnx_ir": "train",
     "onnxruntime": "runtime",
     "onnxscript": "train",
+    "optuna": "search",
     "paho": "scan",
+    "kornia": "train",
     "safetensors": "train",
+    "seglearn": "watch",
+    "tensorboardX": "logs",
     "tensorrt_rtx": "rtx",
+    "tokenizers": "text",
     "torch": "train",
     "torch_pruning": "train",
+    "transformers": "finetune",
     "zxingcpp": "scan",
 }
 

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
-from .data import Dataset, Split, check_damaged, load
+from .bundle import TOKENIZER, Bundle
+from .data import Dataset, Split, Tensors, check_damaged, load
+from .data.tensors import batches
 from .errors import UsageError
+from .manifest import Task
+from .preprocess import make_preprocessor
 from .progress import say, track
 from .runtime import Model
+from .runtime.ctc import read_line
 from .runtime.model import Precision
 
-__all__ = ["Accuracy", "accuracy", "evaluate", "evaluation_split"]
+__all__ = [
+    "Accuracy",
+    "Judgement",
+    "LineAccuracy",
+    "accuracy",
+    "character_errors",
+    "evaluate",
+    "evaluation_split",
+    "judge",
+    "line_accuracy",
+]
 
 RECORDED_CLASSES = 200
 
@@ -45,6 +60,54 @@ def accuracy(truth: NDArray[np.int64], answers: NDArray[np.int64], classes: int)
     return Accuracy(float(right.sum() / max(len(truth), 1)), float(f1.mean()) if len(f1) else 0.0, confusion)
 
 
+class LineAccuracy(NamedTuple):
+    """``cer``: insertions, deletions and substitutions over the characters there are. ``top1``: lines without an error."""
+
+    cer: float
+    top1: float
+
+    def figures(self) -> dict[str, Any]:
+        return {"top1": self.top1, "cer": self.cer}
+
+    def record(self) -> dict[str, Any]:
+        return self.figures()
+
+
+Judgement = Accuracy | LineAccuracy
+
+
+def line_accuracy(read: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> LineAccuracy:
+    """Figures from what was read and what stands there, a sequence of character indices a line."""
+    errors, characters = character_errors(read, wanted)
+    right = sum(list(a) == list(b) for a, b in zip(read, wanted, strict=True))
+    return LineAccuracy(errors / max(characters, 1), right / max(len(wanted), 1))
+
+
+def character_errors(read: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """(edits that would mend all lines, characters there are)."""
+    edits = sum(_edit_distance(a, b) for a, b in zip(read, wanted, strict=True))
+    return edits, sum(map(len, wanted))
+
+
+def _edit_distance(found: Sequence[int], wanted: Sequence[int]) -> int:
+    """Insertions, deletions and substitutions that turn ``found`` into ``wanted`` (Levenshtein 1966)."""
+    row = list(range(len(wanted) + 1))
+    for i, a in enumerate(found, 1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(wanted, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
+    return row[-1]
+
+
+def judge(task: Task, outputs: NDArray[Any], truth: NDArray[np.int64], classes: int, beam: int = 1) -> Judgement:
+    """Figures from a model's logits: (N, classes) and (N,), or of a reader (N, steps, alphabet) and (N, L), -1 behind ends."""
+    if task != "text-recognition":
+        return accuracy(truth, outputs.argmax(1), classes)
+    scores = np.exp(outputs - outputs.max(2, keepdims=True))
+    scores /= scores.sum(2, keepdims=True)
+    return line_accuracy([read_line(s, beam)[0] for s in scores], [[int(c) for c in row if c >= 0] for row in truth])
+
+
 def evaluation_split(bundle: Bundle, dataset: Dataset) -> Split:
     """What the bundle may be judged on: the held-out split of data it was trained on, all of any other data.
 
@@ -66,37 +129,46 @@ def evaluate(
     backend: str = "auto",
     precision: Precision = "auto",
     threads: int = 1,
+    beam: int = 1,
     save: bool = False,
 ) -> dict[str, Any]:
-    """Top-1, macro F1, confusion and the damaged images of ``data`` (a spec), through ``backend``.
+    """Top-1, macro F1 and confusion (of a reader: lines right and character error rate) on ``data`` (a spec).
 
-    ``precision``: which graph of the bundle; ``auto`` takes int8 where there is one.
+    ``precision``: which graph of the bundle; ``auto`` takes int8 where there is one. ``beam``: a reader's beam width.
     ``save`` records the figures in the bundle's history, where the report finds them.
     Raises `UsageError` where the data set has a class that the model does not know, `DataError` for damaged data.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    labels = opened.manifest.labels
+    labels, task = opened.manifest.labels, opened.manifest.task
     if not labels or opened.manifest.preprocessing is None:
         raise UsageError(f"{opened.path} has no classes to evaluate", "eval is for trained bundles; use compare for raw graphs")
     dataset = load(data)
+    if dataset.task != task:
+        raise UsageError(f"{opened.path} does {task}, {data} is for {dataset.task}", "evaluate on data of its kind")
     if unknown := [label for label in dataset.labels if label not in labels]:
         raise UsageError(
             f"{data} has the class {unknown[0]!r}, the model knows {', '.join(labels[:8])} ...",
             "evaluate on data with its classes",
         )
-    tensors = evaluation_split(opened, dataset).tensors(opened.manifest.preprocessing)
+    tokenizer = opened.read(TOKENIZER) if opened.has(TOKENIZER) else None
+    tensors = evaluation_split(opened, dataset).tensors(make_preprocessor(opened.manifest.preprocessing, tokenizer))
     check_damaged(tensors)
-    truth = np.array([labels.index(label) for label in dataset.labels])[tensors.y]
-    answers = np.empty(len(truth), np.int64)
+    own = np.array([labels.index(label) for label in dataset.labels])
+    truth = np.where(tensors.y < 0, -1, own[tensors.y])
     with Model.open(opened.path, backend, precision=precision, threads=threads) as model:
-        source, target = model.inputs[0], model.outputs[0].name
-        step = 64 if isinstance(source.shape[0], str) else 1
-        for start in track(range(0, len(truth), step), "evaluating"):
-            batch = tensors.x[start : start + step]
-            answers[start : start + step] = model.run({source.name: batch})[target].argmax(1)
+        outputs = _outputs(model, tensors)
         described = {"graph": model.runner.graph, **model.runner.describe()}
-    judged = accuracy(truth, answers, len(labels))
+    judged = judge(task, outputs, truth, len(labels), beam)
     if save:
-        config = {"data": data, **described}
+        config = {"data": data, **({"beam": beam} if beam > 1 else {}), **described}
         opened.extend({}, opened.entry("eval", config, {**judged.record(), "samples": len(truth)}))
     return {**judged.figures(), "samples": len(truth), "damaged": list(tensors.damaged), "data": data, **described}
+
+
+def _outputs(model: Model, tensors: Tensors) -> NDArray[Any]:
+    """The model's first output for all samples, by batches where its first axis allows."""
+    source, target = model.inputs[0], model.outputs[0].name
+    step = 64 if isinstance(source.shape[0], str) else 1
+    orders = [np.arange(i, min(i + step, len(tensors.y))) for i in range(0, len(tensors.y), step)]
+    found = [model.run({source.name: x})[target] for x in track(batches(tensors.x, orders), "evaluating", len(orders))]
+    return np.concatenate(found)

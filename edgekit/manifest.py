@@ -21,7 +21,11 @@ __all__ = [
     "ImagePreprocessing",
     "Manifest",
     "ModelConfig",
+    "Preprocessing",
+    "SeriesPreprocessing",
+    "Task",
     "TensorSpec",
+    "TextPreprocessing",
     "Tolerance",
     "checked_encoding",
     "decode_manifest",
@@ -47,7 +51,8 @@ class ImagePreprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     """uint8 (H, W, 3) RGB -> float32 (1, channels, height, width): resize, then ``(x / 255 - mean) / std``.
 
     ``fit`` says what happens to another aspect ratio: ``stretch`` ignores it, ``crop`` cuts the centre,
-    ``letterbox`` pads with black.
+    ``letterbox`` pads with black, ``line`` (of text) scales to the height, starts at the left and pads with black at the
+    right; a longer line is squeezed.
     """
 
     width: int
@@ -55,7 +60,7 @@ class ImagePreprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     channels: Literal[1, 3]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    fit: Literal["stretch", "crop", "letterbox"] = "stretch"
+    fit: Literal["stretch", "crop", "letterbox", "line"] = "stretch"
 
     def __post_init__(self) -> None:
         if not (0 < self.width <= 8192 and 0 < self.height <= 8192):
@@ -64,6 +69,41 @@ class ImagePreprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             raise ValueError(f"mean and std need {self.channels} values each")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
+
+
+class TextPreprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="kind"):
+    """str -> int64 (1, length) token ids, by the bundle's ``tokenizer.json``; cut, or padded at the end with ``pad``."""
+
+    length: int
+    pad: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.length <= 8192 or self.pad < 0:
+            raise ValueError(f"length must lie in 1..8192 and pad not be negative, not {self.length} and {self.pad}")
+
+
+class SeriesPreprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="series", tag_field="kind"):
+    """float (T, channels) -> float32 (1, length, channels + 1): ``(x - mean) / std``; cut, or padded at the end with zeros.
+
+    The last channel is 1 where there is a sample and 0 where there is padding, so that a model can tell them apart.
+    """
+
+    length: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not (0 < self.length <= 65536 and 0 < self.channels <= 1024):
+            raise ValueError(f"length must lie in 1..65536 and channels in 1..1024, not {self.length} and {self.channels}")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std need {self.channels} values each")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+
+
+Preprocessing = ImagePreprocessing | TextPreprocessing | SeriesPreprocessing
+Task = Literal["image-classification", "text-classification", "series-classification", "text-recognition", "tensor"]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,7 +135,9 @@ class History(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``manifest.json``. ``golden`` maps a graph file to the tolerance it is held to; ``files`` maps names to sha256.
+    """``manifest.json``. ``labels`` are the classes; of a text reader the alphabet, the first of them CTC's blank, "".
+
+    ``golden`` maps a graph file to the tolerance it is held to; ``files`` maps names to sha256.
 
     ``seal`` is the sha256 of all the rest, so that a damaged label or mean is noticed as a damaged file is. It is set
     when the manifest is encoded and checked when it is decoded. Whoever can write the file can renew it: against
@@ -104,11 +146,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: int
     name: str
-    task: Literal["image-classification", "tensor"]
+    task: Task
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     model: ModelConfig | None = None
-    preprocessing: ImagePreprocessing | None = None
+    preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] = ()
     golden: dict[str, Tolerance] = {}
     files: dict[str, str] = {}

@@ -13,6 +13,7 @@ import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, BudgetNotMet, UsageError
+from edgekit.manifest import ImagePreprocessing
 from edgekit.progress import say
 from edgekit.runtime import Model
 from edgekit.runtime.backends import Runner, open_runner
@@ -255,9 +256,9 @@ def _batches(runner: Runner, one: Feeds, golden: Feeds | None, asked: int | None
 
 
 def _end_to_end(model: Model, golden: Feeds | None, seconds: float) -> dict[str, Any] | None:
-    """``Model(frame)``, preprocessing and decoding included, for a frame of the model's own size; None without one."""
+    """``Model(frame)``, preprocessing and decoding included, for a frame of the model's own size; None of other models."""
     spec = model.bundle.manifest.preprocessing
-    if spec is None:
+    if not isinstance(spec, ImagePreprocessing):
         return None
     frame = frame_for(spec, golden)
     warm_up(lambda: model(frame), limit_s=0.5, least_s=0.1)

@@ -1,22 +1,51 @@
-"""Data sets by spec: ``digits``, ``folder:PATH``, ``npz:PATH``. numpy only; frames are decoded when they are needed."""
+"""Data sets by spec: ``digits``, ``folder:PATH``, ``spam``, ``labels`` ... numpy only; samples are decoded when needed."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from edgekit.errors import DataError, UsageError
 
-from .dataset import MAX_DAMAGED_SHARE, Dataset, Split, Tensors, check_damaged
+from .dataset import MAX_DAMAGED_SHARE, Dataset, Split, check_damaged
+from .tensors import Tensors
 
-__all__ = ["MAX_DAMAGED_SHARE", "SOURCES", "Dataset", "Split", "Tensors", "check_damaged", "find", "load"]
+__all__ = [
+    "MAX_DAMAGED_SHARE",
+    "SOURCES",
+    "Dataset",
+    "Source",
+    "Split",
+    "Tensors",
+    "check_damaged",
+    "find",
+    "known_specs",
+    "load",
+]
 
-#: name -> (module with ``load(path) -> Dataset``, takes a path)
-SOURCES: dict[str, tuple[str, bool]] = {
-    "digits": ("edgekit.data.digits", False),
-    "folder": ("edgekit.data.folder", True),
-    "npz": ("edgekit.data.npz", True),
+
+class Source(NamedTuple):
+    """``module`` has ``load(path) -> Dataset``; ``path``: whether a spec must name one, may, or must not."""
+
+    module: str
+    path: Literal["required", "optional", "none"] = "none"
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source("edgekit.data.digits"),
+    "spam": Source("edgekit.data.spam"),
+    "labels": Source("edgekit.data.labels", "optional"),
+    "watch": Source("edgekit.data.watch", "optional"),
+    "folder": Source("edgekit.data.folder", "required"),
+    "csv": Source("edgekit.data.csv_file", "required"),
+    "npz": Source("edgekit.data.npz", "required"),
 }
+
+
+def known_specs() -> str:
+    """Every kind of spec, as a person writes it."""
+    return ", ".join(f"{name}:PATH" if source.path == "required" else name for name, source in SOURCES.items())
 
 
 def find(spec: str) -> tuple[str, str]:
@@ -26,15 +55,15 @@ def find(spec: str) -> tuple[str, str]:
     """
     name, colon, path = spec.partition(":")
     if name not in SOURCES:
-        known = ", ".join(f"{key}:PATH" if takes_path else key for key, (_, takes_path) in SOURCES.items())
-        raise UsageError(f"there is no data set {spec!r}", f"choose one of: {known}")
-    module, takes_path = SOURCES[name]
-    if takes_path != bool(colon and path):
-        raise UsageError(f"{spec!r} is not a data set", f"write {name}:PATH" if takes_path else f"write {name}, without a path")
-    if takes_path and not Path(path).exists():
+        raise UsageError(f"there is no data set {spec!r}", f"choose one of: {known_specs()}")
+    source = SOURCES[name]
+    if (source.path == "required" and not path) or (colon and (source.path == "none" or not path)):
+        cure = f"write {name}:PATH" if source.path == "required" else f"write {name}, without a path"
+        raise UsageError(f"{spec!r} is not a data set", cure)
+    if source.path == "required" and not Path(path).exists():
         wanted = "folder:PATH wants one folder a class: PATH/CLASS/*.jpg" if name == "folder" else "mind the path"
         raise DataError(f"there is no {'folder' if name == 'folder' else 'file'} {path}", wanted)
-    return module, path
+    return source.module, path
 
 
 def load(spec: str) -> Dataset:
@@ -42,5 +71,5 @@ def load(spec: str) -> Dataset:
     module, path = find(spec)
     dataset: Dataset = importlib.import_module(module).load(path)
     if not len(dataset.test) or not len(dataset.all):
-        raise DataError(f"{spec} has no images to test on", "add images: one folder a class, several images each")
+        raise DataError(f"{spec} has no samples to test on", "add samples: several a class")
     return dataset

@@ -1,42 +1,40 @@
-"""What a data set is: named classes, a train and a test split, frames decoded on demand."""
+"""What a data set is: a task, named classes, a train and a test split, samples decoded on demand."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
-from edgekit.manifest import ImagePreprocessing
-from edgekit.preprocess import Frame, Preprocessor
-from edgekit.progress import say
+from edgekit.manifest import Preprocessing, Task
+from edgekit.preprocess import Preprocess, make_preprocessor
 
-__all__ = ["MAX_DAMAGED_SHARE", "Dataset", "Split", "Tensors", "check_damaged", "digest_of", "stratified"]
+from .tensors import KEEP_BYTES, Tensors, read_tensors
 
-#: Above this share of undecodable images a data set is refused: it is not a few bad files but a wrong folder.
+__all__ = ["MAX_DAMAGED_SHARE", "Dataset", "Split", "check_damaged", "digest_of", "encode_lines", "stratified"]
+
+#: Above this share of undecodable samples a data set is refused: it is not a few bad files but a wrong folder.
 MAX_DAMAGED_SHARE = 0.05
-
-
-class Tensors(NamedTuple):
-    """A split in memory: ``x`` float32 (N, C, H, W), ``y`` int64 (N,), ``ids`` of the N, ``damaged`` ids left out."""
-
-    x: NDArray[np.float32]
-    y: NDArray[np.int64]
-    ids: tuple[str, ...]
-    damaged: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Samples with ids and class indices; ``read(i)`` decodes frame i to uint8 (H, W) or (H, W, 3)."""
+    """Samples with ids and what they are.
+
+    ``targets``: int64 (N,) class indices, or for text readers (N, L) indices into the alphabet, -1 behind the line's end.
+    ``read(i)`` gives sample i: a uint8 frame (H, W) or (H, W, 3), a str, or a float32 series (T, C); threads may share it.
+    ``groups``: samples with equal entries (one content, one person) never straddle a split; empty: each stands alone.
+    """
 
     ids: tuple[str, ...]
-    targets: NDArray[np.int64]  # (N,)
-    read: Callable[[int], Frame] = field(repr=False)
+    targets: NDArray[np.int64]
+    read: Callable[[int], Any] = field(repr=False)
+    groups: tuple[object, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,35 +43,31 @@ class Split:
         """The samples at ``indices``, in that order."""
         chosen = [int(i) for i in indices]
         read = self.read
-        return Split(tuple(self.ids[i] for i in chosen), self.targets[chosen], lambda i: read(chosen[i]))
+        groups = tuple(self.groups[i] for i in chosen) if self.groups else ()
+        return Split(tuple(self.ids[i] for i in chosen), self.targets[chosen], lambda i: read(chosen[i]), groups)
 
-    def tensors(self, preprocessing: ImagePreprocessing) -> Tensors:
-        """Decode and preprocess all of it, with the function that the device uses.
+    def tensors(self, preprocessing: Preprocessing | Preprocess, keep_bytes: int = KEEP_BYTES) -> Tensors:
+        """Decode and preprocess all of it, with the function that the device uses; `Tensors` says what stays in memory.
 
-        Damaged images are named, left out and counted; `check_damaged` says whether they are too many.
+        Damaged samples are named, left out and counted; `check_damaged` says whether they are too many.
         """
-        preprocess = Preprocessor(preprocessing)
-        x = np.empty((len(self), preprocessing.channels, preprocessing.height, preprocessing.width), np.float32)
-        kept: list[int] = []
-        damaged: list[str] = []
-        for i in range(len(self)):
-            try:
-                x[len(kept)] = preprocess(self.read(i))[0]
-            except DataError as error:
-                damaged.append(self.ids[i])
-                say(f"skipped {self.ids[i]}: {error.message}")
-            else:
-                kept.append(i)
-        return Tensors(x[: len(kept)], self.targets[kept], tuple(self.ids[i] for i in kept), tuple(damaged))
+        preprocess = preprocessing if callable(preprocessing) else make_preprocessor(preprocessing)
+        return read_tensors(self.ids, self.targets, self.read, preprocess, keep_bytes)
+
+    def part(self, share: float, seed: int = 0) -> tuple[Split, Split]:
+        """(rest, part): ``share`` of each class set aside, whole groups only. Readers' lines are drawn without classes."""
+        classes = self.targets if self.targets.ndim == 1 else np.zeros(len(self), np.int64)
+        rest, part = stratified(classes, self.groups or range(len(self)), share, seed)
+        return self.take(rest), self.take(part)
 
 
 def check_damaged(*parts: Tensors) -> None:
-    """Raise `DataError` where more than `MAX_DAMAGED_SHARE` of all the images in ``parts`` could not be read, or all."""
+    """Raise `DataError` where more than `MAX_DAMAGED_SHARE` of all the samples in ``parts`` could not be read, or all."""
     damaged = [name for part in parts for name in part.damaged]
     total = len(damaged) + sum(len(part.y) for part in parts)
     if len(damaged) > MAX_DAMAGED_SHARE * total:
         raise DataError(
-            f"{len(damaged)} of {total} images cannot be read, over {MAX_DAMAGED_SHARE:.0%}; the first is {damaged[0]}",
+            f"{len(damaged)} of {total} samples cannot be read, over {MAX_DAMAGED_SHARE:.0%}; the first is {damaged[0]}",
             "repair or remove them",
         )
 
@@ -81,7 +75,10 @@ def check_damaged(*parts: Tensors) -> None:
 @dataclass(frozen=True)
 class Dataset:
     """``test`` is held out from training for good. ``all`` judges models trained on other data: every sample, or the
-    test folder where the data comes with one."""
+    test folder where the data comes with one.
+
+    ``labels``: the classes; for ``text-recognition`` the alphabet, the first entry CTC's blank, "".
+    """
 
     spec: str
     labels: tuple[str, ...]
@@ -89,8 +86,9 @@ class Dataset:
     train: Split
     test: Split
     all: Split
-    preprocessing: ImagePreprocessing
-    augmentation: str = "none"  # the policy that suits this kind of image
+    preprocessing: Preprocessing
+    augmentation: str = "none"  # the policy that suits this kind of data
+    task: Task = "image-classification"
 
 
 def digest_of(parts: Iterable[bytes | str]) -> str:
@@ -102,7 +100,23 @@ def digest_of(parts: Iterable[bytes | str]) -> str:
     return digest.hexdigest()
 
 
-def stratified(targets: NDArray[np.int64], groups: Sequence[object], test_share: float) -> tuple[list[int], list[int]]:
+def encode_lines(lines: Sequence[str], labels: Sequence[str]) -> NDArray[np.int64]:
+    """Lines of text -> int64 (N, longest) indices into the alphabet ``labels``, -1 behind each line's end.
+
+    Raises `DataError` for a character that the alphabet lacks.
+    """
+    index = {character: i for i, character in enumerate(labels)}
+    if strange := sorted({c for line in lines for c in line} - index.keys()):
+        raise DataError(f"the character {strange[0]!r} is not in the alphabet", "add it to the alphabet, or leave it out")
+    out = np.full((len(lines), max(map(len, lines), default=0)), -1, np.int64)
+    for row, line in zip(out, lines, strict=True):
+        row[: len(line)] = [index[c] for c in line]
+    return out
+
+
+def stratified(
+    targets: NDArray[np.int64], groups: Sequence[object], test_share: float, seed: int = 0
+) -> tuple[list[int], list[int]]:
     """Indices of (train, test): ``test_share`` of each class, the same on every machine.
 
     Samples of one group (equal content) stay on one side, also where the group spans classes: the first class decides.
@@ -116,7 +130,7 @@ def stratified(targets: NDArray[np.int64], groups: Sequence[object], test_share:
         for i in np.flatnonzero(targets == label):
             members.setdefault(groups[int(i)], []).append(int(i))
         order = list(members)
-        np.random.default_rng(int(label)).shuffle(order)
+        np.random.default_rng([seed, int(label)] if seed else int(label)).shuffle(order)
         wanted = round(test_share * sum(map(len, members.values()))) if len(order) > 1 else 0
         for key in order:
             group = members[key]

@@ -16,7 +16,7 @@ from .dataset import Dataset, Split, digest_of, stratified
 __all__ = ["load"]
 
 TEST_SHARE = 0.2
-SIZE = 96
+SIZE = 112
 
 
 def load(path: str) -> Dataset:
@@ -78,7 +78,7 @@ def _split(root: Path, labels: tuple[str, ...]) -> tuple[Split, list[str]]:
         targets += [target] * len(images)
     ids = tuple(str(p.relative_to(root)) for p in files)
     digests = [_digest(p) for p in files]
-    return Split(ids, np.array(targets, np.int64), lambda i: read_image(files[i])), digests
+    return Split(ids, np.array(targets, np.int64), lambda i: read_image(files[i]), tuple(digests)), digests
 
 
 def _is_image(path: Path) -> bool:

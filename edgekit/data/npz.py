@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +31,9 @@ def load(path: str) -> Dataset:
         held = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
         raise DataError(f"{path} holds {held or 'nothing'}", "wanted: images uint8 (N, H, W[, 1 or 3]) and labels (N,)")
     labels, indices = _classes(path, targets, arrays.get("classes"))
-    every = Split(tuple(f"{Path(path).name}/{i}" for i in range(len(images))), indices, lambda i: images[i])
-    train, test = stratified(every.targets, [image.tobytes() for image in images], TEST_SHARE)
+    digests = tuple(hashlib.sha256(image.tobytes()).digest() for image in images)
+    every = Split(tuple(f"{Path(path).name}/{i}" for i in range(len(images))), indices, lambda i: images[i], digests)
+    train, test = stratified(every.targets, digests, TEST_SHARE)
     channels: Literal[1, 3] = 1 if images.ndim == 3 or images.shape[3] == 1 else 3
     return Dataset(
         spec=f"npz:{path}",

@@ -110,9 +110,10 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
         raise UsageError(f"there is no method {method!r}", f"choose one of: {', '.join(METHODS)}")
     if precision not in PRECISIONS:
         raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(PRECISIONS)}")
-    if bundle.manifest.preprocessing is None:
+    if bundle.manifest.task != "image-classification" or not isinstance(bundle.manifest.preprocessing, ImagePreprocessing):
+        what = "takes raw tensors" if bundle.manifest.preprocessing is None else f"does {bundle.manifest.task}"
         raise UsageError(
-            f"{bundle.path} takes raw tensors, so there is no image to explain",
+            f"{bundle.path} {what}, so there is no image to explain",
             "explain is for image models: make one with edgekit train --data SPEC --out B",
         )
     if label is not None and label not in labels:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Depthwise", "SeparableBlock", "Textbook"]
+__all__ = ["Depthwise", "Residual", "ResidualBlock", "SeparableBlock", "Textbook"]
 
 
 class Textbook(nn.Module):
@@ -44,7 +44,7 @@ class Textbook(nn.Module):
 class SeparableBlock(nn.Module):
     """Depthwise 3x3 - BN - ReLU - pointwise 1x1 - BN - ReLU (MobileNet, arXiv:1704.04861), residual where shapes allow."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int | tuple[int, int] = 1) -> None:
         super().__init__()
         self.residual = stride == 1 and inputs == outputs
         self.depthwise = nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
@@ -72,6 +72,7 @@ class Depthwise(nn.Module):
         width: int = 28,
         widths: Sequence[int] = (16, 48, 96),
         depths: Sequence[int] = (3, 3),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         stride = 2 if min(height, width) > 48 else 1
@@ -83,11 +84,66 @@ class Depthwise(nn.Module):
             blocks.append(SeparableBlock(inputs, outputs, stride=2))
             blocks += [SeparableBlock(outputs, outputs) for _ in range(depth - 1)]
         self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.stem(x))  # (N, C, H, W)
-        # A pooling node, not a mean: TensorRT 8.6 does not read ReduceMean with its axes as an input.
-        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)  # (N, C)
-        logits: Tensor = self.classifier(x)  # (N, classes)
+        x = _pool(self.blocks(self.stem(x)))  # (N, C, H, W) -> (N, C)
+        logits: Tensor = self.classifier(self.dropout(x))  # (N, classes)
         return logits
+
+
+class ResidualBlock(nn.Module):
+    """Conv 3x3 - BN - ReLU - Conv 3x3 - BN, added to its input (ResNet, arXiv:1512.03385); a 1x1 convolution where shapes
+    differ, behind an average pool so that no pixel is skipped (ResNet-D, arXiv:1812.01187)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
+        short = [pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Identity() if same else nn.Sequential(*short)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class Residual(nn.Module):
+    """Plain residual net of dense 3x3 convolutions: what TensorRT fuses and its tensor cores fill best."""
+
+    def __init__(
+        self,
+        classes: int,
+        channels: int = 3,
+        height: int = 96,
+        width: int = 96,
+        widths: Sequence[int] = (16, 32, 64, 128),
+        depths: Sequence[int] = (1, 2, 1),
+    ) -> None:
+        super().__init__()
+        stride = 2 if min(height, width) > 48 else 1
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, stride, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        blocks: list[nn.Module] = []
+        for inputs, outputs, depth in zip(widths[:-1], widths[1:], depths, strict=True):
+            blocks.append(ResidualBlock(inputs, outputs, stride=2))
+            blocks += [ResidualBlock(outputs, outputs) for _ in range(depth - 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _pool(self.blocks(self.stem(x)))  # (N, C, H, W) -> (N, C)
+        logits: Tensor = self.classifier(self.dropout(x))  # (N, classes)
+        return logits
+
+
+def _pool(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C). A pooling node, not a mean: TensorRT 8.6 reads no ReduceMean with its axes as an input."""
+    return F.avg_pool2d(x, x.shape[2:]).flatten(1)

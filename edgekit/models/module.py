@@ -6,23 +6,26 @@ Pruned widths are stored nowhere but in the weights: `adopt_shapes` makes a fres
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from edgekit.bundle import FLOAT_GRAPH, GOLDEN, WEIGHTS, Bundle
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, TOKENIZER, WEIGHTS, Bundle
+from edgekit.data.tensors import Rows
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import History, Manifest, ModelConfig, TensorSpec, Tolerance
 from edgekit.runtime import compare_arrays
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
 
-from . import preset_named
+from . import is_custom, preset_named
 
 try:
     import onnx
@@ -43,16 +46,43 @@ OLDEST_OPSET = 17
 
 
 def create(config: ModelConfig) -> nn.Module:
-    """A preset with fresh weights. Raises `UsageError` for an unknown name or argument."""
+    """A preset, or the user's own module, with fresh weights.
+
+    A user's factory gets those of ``config.args`` that it has parameters for. Raises `UsageError` for an unknown name or
+    argument, or a factory that does not make an `nn.Module`.
+    """
     module, _, name = preset_named(config.name).home.partition(":")
+    args = config.args
     try:
-        built: nn.Module = getattr(importlib.import_module(module), name)(**config.args)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        if is_custom(config.name) and "" not in sys.path:
+            sys.path.insert(0, "")  # as `python -m` does: the user's code lies where the command is given
+        factory: Any = importlib.import_module(module)
+        for part in name.split("."):
+            factory = getattr(factory, part)
+        if is_custom(config.name):
+            args = _fitting(factory, args)
+        built: nn.Module = factory(**args)
+    except (ImportError, AttributeError) as error:
+        if not is_custom(config.name):
+            raise
         raise UsageError(
-            f"the model {config.name} does not take {config.args}: {reason}", "try another model or image size"
+            f"the model {config.name} cannot be imported: {error}", "mind the name: package.module:factory"
         ) from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"the model {config.name} does not take {args}: {reason}", "try another model or image size") from None
+    if not isinstance(built, nn.Module):
+        raise UsageError(f"{config.name} made a {type(built).__name__}", "the factory must return a torch.nn.Module")
     return built
+
+
+def _fitting(factory: Any, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``args`` that the factory has parameters for; all where it takes ``**kwargs``."""
+    parameters = inspect.signature(factory).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(args)
+    names = {p.name for p in parameters}
+    return {key: value for key, value in args.items() if key in names}
 
 
 def load(bundle: Bundle) -> nn.Module:
@@ -98,9 +128,15 @@ def parameters(module: nn.Module) -> int:
 
 
 def macs(module: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one sample in convolutions, linear layers and matrix products. ``example`` (N, C, H, W)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module.eval()(example[:1])
+    """Multiply-accumulates of one sample in convolutions, linear layers, recurrences and matrix products.
+
+    ``example`` (N, ...) is what the module takes.
+    """
+    # oneDNN runs an LSTM as one operator that the counter does not know; without it, it is the products it is made of.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the switch speaks of Intel GPUs
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+            module.eval()(example[:1])
     return int(counter.get_total_flops()) // 2
 
 
@@ -161,11 +197,16 @@ def _forget_origins(model: onnx.ModelProto) -> None:
 
 
 def write_model(
-    out: str | os.PathLike[str], module: nn.Module, samples: NDArray[np.float32], manifest: Manifest, entry: History
+    out: str | os.PathLike[str],
+    module: nn.Module,
+    samples: Rows,
+    manifest: Manifest,
+    entry: History,
+    tokenizer: bytes | None = None,
 ) -> Bundle:
     """Write a module as a new bundle; its graph must answer as torch does on real inputs (`FLOAT_TOLERANCE`).
 
-    ``samples`` float32 (N, C, H, W): `GOLDEN_SAMPLES` of them become the golden inputs. ``manifest`` gives name, model,
+    ``samples`` (N, ...), what the module takes: `GOLDEN_SAMPLES` become the golden inputs. ``manifest`` gives name, model,
     task, labels, preprocessing and earlier history; the rest is filled in here. Raises `GoldenError` where ONNX Runtime
     differs from torch; nothing is written then.
     """
@@ -185,9 +226,11 @@ def write_model(
         draft.write(FLOAT_GRAPH, graph)
         draft.write(GOLDEN, save_golden({"x": inputs}, {"y": outputs}))
         draft.write(WEIGHTS, safetensors.torch.save({k: v.contiguous() for k, v in module.state_dict().items()}))
+        if tokenizer is not None:
+            draft.write(TOKENIZER, tokenizer)
         draft.manifest = msgspec.structs.replace(
             manifest,
-            inputs=(TensorSpec("x", "float32", ("n", *inputs.shape[1:])),),
+            inputs=(TensorSpec("x", str(inputs.dtype), ("n", *inputs.shape[1:])),),
             outputs=(TensorSpec("y", "float32", ("n", *outputs.shape[1:])),),
             golden={FLOAT_GRAPH: FLOAT_TOLERANCE},
             history=(*manifest.history, msgspec.structs.replace(entry, figures=figures)),

@@ -10,20 +10,23 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle, new_path
 from edgekit.data import Dataset, Tensors, load
+from edgekit.data.augment import make_augmentation, policy_named
 from edgekit.errors import BudgetNotMet, DataError, UsageError
 from edgekit.evaluation import accuracy
-from edgekit.models import PRESETS
+from edgekit.manifest import Preprocessing
+from edgekit.models import preset_named
 from edgekit.models.module import export_onnx, parameters, write_model
 from edgekit.models.module import load as load_module
 from edgekit.models.module import macs as macs_of
 from edgekit.progress import say
 from edgekit.training import FitConfig, fit
 from edgekit.training.fit import answers
-from edgekit.training.train import read_splits
+from edgekit.training.objective import Classification
+from edgekit.training.plan import read_splits
 
 from .latency import paired_latency
 from .search import Step, cut_path
@@ -62,20 +65,40 @@ def prune(
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     target = new_path(out)
     _check(keep, speedup, sparsity)
+    if source.manifest.task not in ("image-classification", "tensor"):
+        raise UsageError(f"{source.path} does {source.manifest.task}; prune cuts image classifiers", "leave prune out")
     module = load_module(source)
     dataset = _dataset(source, data)
-    assert source.manifest.preprocessing is not None
-    train_set, held_out = read_splits(dataset, source.manifest.preprocessing)
+    preprocessing = source.manifest.preprocessing
+    assert preprocessing is not None
+    config = _fit_config(source, dataset, epochs, seed)
+    assert source.manifest.model is not None
+    resizes = preset_named(source.manifest.model.name).resizes
+    augmentation = make_augmentation(config.augmentation, preprocessing, resizes=resizes)
+    train_set, held_out, _ = read_splits(dataset, preprocessing, augmentation)
     started = time.perf_counter()
     before = _Before(source, module, held_out)
-    cut = _Cut(module, []) if sparsity and keep is None and speedup is None else _cut(before, train_set, keep, speedup)
+    cut = (
+        _Cut(module, [])
+        if sparsity and keep is None and speedup is None
+        else _cut(before, _samples(dataset, preprocessing), keep, speedup)
+    )
     mask = Mask24(cut.module) if sparsity else None
     if mask:
         mask()
-    config = _fit_config(source, dataset, epochs, seed)
     checkpoint = target.with_name(f"{target.name}.checkpoint")
     target.parent.mkdir(parents=True, exist_ok=True)
-    curve = fit(cut.module, train_set, held_out, config, checkpoint=checkpoint, label="fine-tuning", after_step=mask)
+    curve = fit(
+        cut.module,
+        train_set,
+        held_out,
+        config,
+        objective=Classification(len(dataset.labels), config.smoothing, policy_named(config.augmentation)),
+        augmentation=augmentation,
+        checkpoint=checkpoint,
+        label="fine-tuning",
+        after_step=mask,
+    )
     figures = {
         **before.against(cut.module, held_out, len(dataset.labels)),
         "cuts": [{"layer": s.root, "before": s.before, "after": s.after, "kl": s.kl} for s in cut.steps],
@@ -155,10 +178,15 @@ def _dataset(bundle: Bundle, data: str | None) -> Dataset:
     return dataset
 
 
-def _cut(before: _Before, train_set: Tensors, keep: float | None, speedup: float | None) -> _Cut:
+def _samples(dataset: Dataset, preprocessing: Preprocessing) -> Tensor:
+    """Training samples, unaugmented, that judge a cut."""
+    chosen = np.linspace(0, len(dataset.train) - 1, min(SAMPLES, len(dataset.train))).astype(int)
+    x = dataset.train.take(chosen).tensors(preprocessing).x
+    return torch.from_numpy(x[:])
+
+
+def _cut(before: _Before, samples: Tensor, keep: float | None, speedup: float | None) -> _Cut:
     """The first model on the path of cuts that meets the budget; the last one where none does."""
-    chosen = np.linspace(0, len(train_set.x) - 1, min(SAMPLES, len(train_set.x))).astype(int)
-    samples = torch.from_numpy(train_set.x[chosen])
     last = [name for name, layer in before.module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     module, total = before.module, before.macs
     budget = None if speedup else int((0.5 if keep is None else keep) * total)
@@ -185,8 +213,9 @@ def _fit_config(bundle: Bundle, dataset: Dataset, epochs: int, seed: int) -> Fit
     assert bundle.manifest.model is not None
     trained = bundle.last("train")
     batch = int(trained.config.get("batch", 128)) if trained else 128
-    rate = PRESETS[bundle.manifest.model.name].lr * 0.6  # high, as pruned nets need it; not so high that it starts anew
-    return FitConfig(epochs, rate, batch, seed=seed, augmentation=dataset.augmentation)
+    rate = preset_named(bundle.manifest.model.name).lr * 0.6  # high, as pruned nets need it; not so high that it starts anew
+    augmentation = str(trained.config.get("augmentation", dataset.augmentation)) if trained else dataset.augmentation
+    return FitConfig(epochs, rate, batch, seed=seed, augmentation=augmentation)
 
 
 def _gate(bundle: Bundle, figures: dict[str, Any], speedup: float | None, max_drop: float | None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
-from edgekit.manifest import ImagePreprocessing
+from edgekit.manifest import Preprocessing
 
 from .graph import Parameters
 from .statistics import BINS, Statistics
@@ -90,7 +90,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     method: str
     weight_method: str
     samples: Drawn
-    preprocessing: ImagePreprocessing | None
+    preprocessing: Preprocessing | None
     versions: dict[str, str]
     tensors: dict[str, TensorRecord]
     groups: dict[str, str]

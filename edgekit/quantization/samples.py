@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import Bundle
-from edgekit.data import MAX_DAMAGED_SHARE, SOURCES, load
+from edgekit.bundle import TOKENIZER, Bundle
+from edgekit.data import MAX_DAMAGED_SHARE, SOURCES, known_specs, load
 from edgekit.errors import DataError, UsageError
 from edgekit.manifest import TensorSpec
-from edgekit.preprocess import Preprocessor
+from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say, track
 
 from .record import digest
@@ -112,7 +112,7 @@ def gather(bundle: Bundle, calib: str | os.PathLike[str] | None, count: int, see
         return _from_folder(bundle, Path(spec), count)
     raise UsageError(
         f"--calib {spec!r} is neither a folder of .npz, nor a calibration.json, nor a data set",
-        f"a data set is one of: {', '.join(f'{name}:PATH' if needs else name for name, (_, needs) in SOURCES.items())}",
+        f"a data set is one of: {known_specs()}",
     )
 
 
@@ -121,7 +121,7 @@ def from_dataset(bundle: Bundle, spec: str, count: int, seed: int, *, labelled: 
     preprocessing, labels = bundle.manifest.preprocessing, bundle.manifest.labels
     if preprocessing is None or len(bundle.manifest.inputs) != 1:
         raise UsageError(
-            f"{bundle.path} has no preprocessing, so it cannot be calibrated with the images of {spec}",
+            f"{bundle.path} has no preprocessing, so it cannot be calibrated with the samples of {spec}",
             "add --calib DIR with one .npz a sample, one array an input name",
         )
     try:
@@ -130,8 +130,14 @@ def from_dataset(bundle: Bundle, spec: str, count: int, seed: int, *, labelled: 
         raise DataError(error.message, "name the data: --calib SPEC, or a folder of .npz") from None
     # A fourth beside ``count`` keeps `_parted` from shortening the calibration: the same samples with and without labels.
     rest = max(LABELLED if labelled else HELD_OUT, -(-count // 4))
-    order = _stratified(dataset.train.targets, seed)[: count + rest]
-    split, preprocess, name = dataset.train.take(order), Preprocessor(preprocessing), bundle.manifest.inputs[0].name
+    if dataset.task != bundle.manifest.task:
+        raise UsageError(f"{bundle.path} does {bundle.manifest.task}, {spec} is for {dataset.task}", "name data of its kind")
+    reads = dataset.task == "text-recognition"  # lines have no classes
+    classes = np.zeros(len(dataset.train), np.int64) if reads else dataset.train.targets
+    order = _stratified(classes, seed)[: count + rest]
+    tokenizer = bundle.read(TOKENIZER) if bundle.has(TOKENIZER) else None
+    split, preprocess = dataset.train.take(order), make_preprocessor(preprocessing, tokenizer)
+    name = bundle.manifest.inputs[0].name
     read = _remembering(lambda i: {name: preprocess(split.read(i))})
     kept: list[int] = []
     for i in track(range(len(split)), "reading samples"):
@@ -143,10 +149,10 @@ def from_dataset(bundle: Bundle, spec: str, count: int, seed: int, *, labelled: 
             kept.append(i)
     if len(split) - len(kept) > MAX_DAMAGED_SHARE * len(split):
         raise DataError(
-            f"{len(split) - len(kept)} of {len(split)} images cannot be read, over {MAX_DAMAGED_SHARE:.0%}",
+            f"{len(split) - len(kept)} of {len(split)} samples cannot be read, over {MAX_DAMAGED_SHARE:.0%}",
             "repair or remove them",
         )
-    known = all(label in labels for label in dataset.labels)
+    known = not reads and all(label in labels for label in dataset.labels)
     targets = np.array([labels.index(label) for label in dataset.labels])[split.targets] if known else None
     every = Samples(split.ids, read, _batchable(bundle.manifest.inputs), targets).take(kept)
     return _parted(spec, dataset.digest, "train", every, count)

@@ -93,7 +93,7 @@ def curve(entry: History) -> Curve | None:
         return None
     names = [n for n in dict.fromkeys(k for p in points for k in p) if any(number(p, n) is not None for p in points)]
     losses = [n for n in names if "loss" in n]
-    shares = [n for n in names if any(word in n for word in ("top1", "acc", "f1"))]
+    shares = [n for n in names if any(word in n for word in ("top1", "acc", "f1", "characters"))]
     if not losses and not shares:
         return None
     stated = [number(p, "epoch", "step") for p in points]

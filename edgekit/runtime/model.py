@@ -1,4 +1,4 @@
-"""`Model`: a bundle that answers. Frames in, predictions out."""
+"""`Model`: a bundle that answers. Frames, texts or series in, predictions out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, TOKENIZER, Bundle
 from edgekit.errors import InputError, UsageError
 from edgekit.manifest import TensorSpec
-from edgekit.preprocess import Frame, Preprocessor
+from edgekit.preprocess import Preprocess, make_preprocessor
 
 from .backends import Runner, open_runner
+from .ctc import read_line
 
 __all__ = ["Model", "Prediction"]
 
@@ -25,7 +26,11 @@ _GRAPHS: dict[str, str | None] = {"auto": None, "float": FLOAT_GRAPH, "int8": IN
 
 
 class Prediction(NamedTuple):
-    """One answer. ``scores`` is float32 (classes,), a softmax; ``latency_ms`` runs from frame to answer."""
+    """One answer; ``latency_ms`` runs from sample to answer.
+
+    Of a classifier: ``label``, its ``score``, and ``scores`` float32 (classes,), a softmax. Of a text reader: ``text``, the
+    mean probability of its characters as ``score``, and ``scores`` float32 (steps, alphabet).
+    """
 
     label: str | None
     score: float
@@ -41,30 +46,44 @@ class Model:
         self.bundle = bundle
         self.runner = runner
         self.labels = bundle.manifest.labels
-        spec = bundle.manifest.preprocessing
-        self._preprocess = Preprocessor(spec) if spec else None
+        self.beam = 1
+        self._reads = bundle.manifest.task == "text-recognition"
+        self._preprocess: Preprocess | None = None
         self._open = False
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], backend: str = "auto", *, precision: Precision = "auto", threads: int = 1
+        cls,
+        path: str | os.PathLike[str],
+        backend: str = "auto",
+        *,
+        precision: Precision = "auto",
+        threads: int = 1,
+        beam: int = 1,
     ) -> Model:
         """Open a bundle for inference.
 
         ``backend``: a name from `BACKENDS` or ``auto``. ``precision``: which graph of the bundle; ``auto`` takes int8
-        where the bundle was quantized. ``threads``: CPU cores for one inference, 0 for all.
+        where the bundle was quantized. ``threads``: CPU cores for one inference, 0 for all. ``beam``: how many readings a
+        text reader weighs against each other at each step; 1 is greedy.
         Files are read and hashed when the model is entered. Raises, here or there, `BundleError` for a damaged bundle,
         `BackendError` where nothing can run it, `UsageError` for an unknown name.
         """
         if precision not in _GRAPHS:
             raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(_GRAPHS)}")
+        if not 1 <= beam <= 1000:
+            raise UsageError(f"a beam of {beam}", "1 is greedy; 8 is wide")
         bundle = Bundle.open(path, verify=False)
-        return cls(bundle, open_runner(bundle, backend, _GRAPHS[precision], threads))
+        model = cls(bundle, open_runner(bundle, backend, _GRAPHS[precision], threads))
+        model.beam = beam
+        return model
 
     def __enter__(self) -> Model:
         self.runner.__enter__()  # hashes the graph as it reads it
         try:
             self.bundle.check_model()
+            spec = self.bundle.manifest.preprocessing
+            self._preprocess = make_preprocessor(spec, self._tokenizer()) if spec else None
         except BaseException:
             self.runner.__exit__(None, None, None)
             raise
@@ -85,43 +104,56 @@ class Model:
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self.runner.outputs
 
-    def preprocess(self, frame: Frame) -> NDArray[np.float32]:
-        """uint8 (H, W, 3) RGB or (H, W) grey, any size -> float32 (1, C, H, W), exactly as training saw it."""
+    def _tokenizer(self) -> bytes | None:
+        return self.bundle.read(TOKENIZER) if self.bundle.has(TOKENIZER) else None
+
+    def preprocess(self, sample: Any) -> NDArray[Any]:
+        """One sample -> the model's input, the batch axis in front, exactly as training saw it.
+
+        uint8 (H, W, 3) RGB or (H, W) grey, any size -> float32 (1, C, H, W); str -> int64 (1, T); float32 (T, C) -> float32
+        (1, T', C + 1).
+        """
+        if self._preprocess is None and (spec := self.bundle.manifest.preprocessing) is not None:
+            self._preprocess = make_preprocessor(spec, self._tokenizer())
         if self._preprocess is None:
             raise InputError(
                 f"{self.bundle.path} takes raw tensors: it has no preprocessing",
                 "use model.run({name: array}), or import it with labels",
             )
-        return self._preprocess(frame)
+        return self._preprocess(sample)
 
-    def __call__(self, frame: Frame) -> Prediction:
-        """One frame -> one `Prediction`. Raises `InputError` where the frame does not fit the model."""
+    def __call__(self, sample: Any) -> Prediction:
+        """One frame, text or series -> one `Prediction`. Raises `InputError` where it does not fit the model."""
         start = perf_counter_ns()
-        outputs = self.run({self._input if self._open else "": self.preprocess(frame)})
+        outputs = self.run({self._input if self._open else "": self.preprocess(sample)})
         return self._decode(outputs[self._output][0], start, 1)
 
-    def predict_batch(self, frames: Sequence[Frame]) -> list[Prediction]:
-        """Frames of any sizes -> predictions in the same order; ``latency_ms`` is each one's share of the batch.
+    def predict_batch(self, samples: Sequence[Any]) -> list[Prediction]:
+        """Frames of any sizes, texts or series -> predictions in the same order; ``latency_ms`` is each one's share.
 
-        Runs as one batch where the model's first axis is dynamic, else frame by frame.
+        Runs as one batch where the model's first axis is dynamic, else one by one.
         """
-        if not frames:
+        if not len(samples):
             return []
         if not self._open or not isinstance(self.inputs[0].shape[0], str):
-            return [self(frame) for frame in frames]
+            return [self(sample) for sample in samples]
         start = perf_counter_ns()
-        batch = np.concatenate([self.preprocess(frame) for frame in frames])
+        batch = np.concatenate([self.preprocess(sample) for sample in samples])
         rows = self.run({self._input: batch})[self._output]
-        return [self._decode(row, start, len(frames)) for row in rows]
+        return [self._decode(row, start, len(samples)) for row in rows]
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Raw tensors by name, zero preprocessing. Raises `InputError` that names the input which does not fit."""
         return self.runner.run(feeds)
 
     def _decode(self, logits: NDArray[Any], start: int, share: int) -> Prediction:
-        """Logits (classes,) -> `Prediction`."""
-        scores = np.exp(logits - logits.max(), dtype=np.float32)
-        scores /= scores.sum()
+        """Logits (classes,), or (steps, alphabet) of a reader -> `Prediction`."""
+        scores = np.exp(logits - logits.max(-1, keepdims=True), dtype=np.float32)
+        scores /= scores.sum(-1, keepdims=True)
+        if self._reads:
+            read, score = read_line(scores, self.beam)
+            text = "".join(self.labels[i] for i in read)
+            return Prediction(None, score, scores, text, (perf_counter_ns() - start) / 1e6 / share)
         best = int(scores.argmax())
         label = self.labels[best] if best < len(self.labels) else str(best)
         return Prediction(label, float(scores[best]), scores, None, (perf_counter_ns() - start) / 1e6 / share)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import BackendError, InputError, UsageError
+from edgekit.manifest import ImagePreprocessing, TextPreprocessing
 from edgekit.runtime import Model
 
 from .codes import CodeReader
@@ -76,9 +77,10 @@ class Scanner:
     ) -> None:
         if model is None and codes is None:
             raise UsageError("there is nothing to read with", "name a bundle, or add --codes")
-        if model is not None and model.bundle.manifest.preprocessing is None:
+        if model is not None and not isinstance(spec := model.bundle.manifest.preprocessing, ImagePreprocessing):
+            what = "raw tensors" if spec is None else "text" if isinstance(spec, TextPreprocessing) else "series"
             raise UsageError(
-                f"{model.bundle.path} takes raw tensors, not frames", "scan with a trained bundle, or run it with Model.run"
+                f"{model.bundle.path} takes {what}, not frames", "scan with a bundle trained on pictures, or run it with Model"
             )
         self._source, self._model, self._codes = source, model, codes
         self._sinks = tuple(sinks)

@@ -1,42 +1,54 @@
-"""The training loop: AdamW, one cycle, label smoothing, EMA weights, a checkpoint after every epoch.
+"""The training loop: AdamW or SGD, one cycle, EMA weights, a checkpoint after every epoch; on one device or on many.
 
-Every epoch draws from its own generator, seeded by (seed, epoch), so a resumed run continues as if never stopped.
+Every epoch draws from its own generator, seeded by (seed, epoch), so a run that was stopped at any step goes on from its
+last whole epoch and ends as if it had never been stopped.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.data import Tensors
-from edgekit.data.augment import augment
+from edgekit.data.augment import Augmentation, policy_named
+from edgekit.data.tensors import Rows, batches
 from edgekit.errors import EdgekitError, MissingExtra, UsageError
-from edgekit.files import atomic_write
 from edgekit.progress import bar, say
+
+from .checkpoint import load_checkpoint, run_key, save_checkpoint
+from .devices import Devices
+from .logs import Log, no_log
 
 try:
     import torch
-    import torch.nn.functional as F
     from torch import Tensor, nn
 except ImportError:
     raise MissingExtra("train", "torch") from None
 
-__all__ = ["FitConfig", "answers", "fit"]
+from .objective import Classification, Objective
+
+__all__ = ["FitConfig", "Watched", "answers", "fit", "outputs_of"]
+
+SHORT_RUN = 2000  # steps
+WARMUP_EPOCHS = 8  # at most
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """``lr`` is the peak of the cycle (Smith, arXiv:1708.07120), reached after ``warmup`` of the steps.
+    """``lr`` is the peak of the cycle (Smith, arXiv:1708.07120), reached after ``warmup`` of the steps, at
+    most `WARMUP_EPOCHS`.
 
-    ``ema`` averages the weights (Polyak): its decay grows to this value. ``smoothing`` is label smoothing
-    (arXiv:1512.00567). ``weight_decay`` is decoupled (AdamW, arXiv:1711.05101).
+    ``ema`` averages the weights (Polyak) over at most 1 / (1 - ema) steps, and over 15% of a
+    short run. ``smoothing`` is label smoothing.
+    ``weight_decay`` is decoupled (AdamW, arXiv:1711.05101); biases and norms have none. ``clip`` bounds the gradient's norm.
+    Pairs are blended (mixup, cutmix) until ``blend`` of the epochs. ``patience``: stop after so many epochs without a better
+    score on the validation split; 0: never.
     """
 
     epochs: int
@@ -44,61 +56,94 @@ class FitConfig:
     batch: int = 128
     weight_decay: float = 0.05
     smoothing: float = 0.1
-    ema: float = 0.995
+    ema: float = 0.998
     warmup: float = 0.2
     seed: int = 0
     augmentation: str = "none"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    clip: float = 5.0
+    blend: float = 0.85
+    patience: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or not 0 < self.lr < 10 or not 0 <= self.ema < 1:
+        if self.epochs < 1 or self.batch < 2 or not 0 < self.lr < 10 or not 0 <= self.ema < 1 or self.patience < 0:
             raise UsageError(
                 f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}", "wanted: epochs >= 1, batch >= 2, 0 < lr < 10"
             )
+        if self.optimizer not in ("adamw", "sgd"):
+            raise UsageError(f"there is no optimizer {self.optimizer!r}", "choose one of: adamw, sgd")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Samples scored after every epoch. ``choose``: the epoch that scores best is kept (a validation split); else the last
+    one is, and the score is only shown (a test split: nothing may be chosen by it)."""
+
+    tensors: Tensors
+    choose: bool = False
 
 
 def fit(
     module: nn.Module,
     data: Tensors,
-    held_out: Tensors,
+    watched: Watched | Tensors,
     config: FitConfig,
     *,
+    objective: Objective | None = None,
+    augmentation: Augmentation | None = None,
     checkpoint: Path | None = None,
     label: str = "training",
     after_step: Callable[[], None] | None = None,
+    log: Log = no_log,
+    on_epoch: Callable[[int, float], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``module`` in place; it ends with the averaged weights, in eval mode. Returns the curve, a row an epoch.
 
-    The curve's ``top1`` is on ``held_out`` and only shown: nothing is chosen by it. With ``checkpoint`` each epoch is
-    saved there and a run that was stopped goes on from it. ``after_step`` runs after each update (a mask).
+    ``data.x`` is what ``augmentation.read`` gave, what ``augmentation`` makes of a batch is what the module takes; without
+    one ``data.x`` is. With ``checkpoint`` each epoch is saved there and a run that was stopped goes on from it.
+    ``after_step`` runs after each update (a mask), ``on_epoch`` after each epoch with its score and may raise to stop.
     Raises `EdgekitError` where the loss is no longer finite; the last good checkpoint stays.
     """
-    if torch.cuda.is_available():
-        module.cuda()
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run(module, data, config, after_step)
+    if isinstance(watched, Tensors):
+        watched = Watched(watched)
+    devices = Devices()
+    policy = policy_named(config.augmentation)
+    objective = objective or Classification(int(data.y.max(initial=0)) + 1, config.smoothing, policy)
+    run = _Run(module, data, config, objective, augmentation, after_step, devices)
     curve = run.resume(checkpoint, label)
     with bar(label, config.epochs * run.steps) as advance:
         advance(len(curve) * run.steps, "")
         for epoch in range(len(curve), config.epochs):
-            note = f"  top-1 {curve[-1]['top1']:.2%}" if curve else ""
-            loss = run.epoch(epoch, advance, note)
-            if not np.isfinite(loss):
-                raise EdgekitError(f"the loss is no longer finite in epoch {epoch + 1}", f"lower --lr (now {config.lr:g})")
-            top1 = float((run.averaged_answers(held_out.x) == held_out.y).mean())
-            curve.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "lr": float(run.schedule.get_last_lr()[0])})
-            run.save(checkpoint, curve)
-    module.load_state_dict(run.average)
-    module.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            if run.weary(curve):
+                break
+            loss = run.epoch(epoch, advance, f"  {objective.metric} {curve[-1][objective.metric]:.2%}" if curve else "")
+            score = devices.share(run.score(watched.tensors) if devices.main else 0.0)
+            row = {"epoch": epoch + 1, "loss": loss, objective.metric: score, "lr": float(run.schedule.get_last_lr()[0])}
+            curve.append(row)
+            log(row)
+            run.note(score, epoch, watched.choose)
+            if devices.main:
+                save_checkpoint(checkpoint, run.state(curve))
+            if on_epoch:
+                on_epoch(epoch, score)
+    run.finish(watched.choose)
     return curve
 
 
-def answers(module: nn.Module, x: NDArray[np.float32], batch: int = 500) -> NDArray[np.int64]:
-    """Class indices int64 (N,) of float32 (N, C, H, W), in eval mode."""
+def outputs_of(module: nn.Module, x: Rows, batch: int = 250) -> NDArray[np.float32]:
+    """What ``module`` answers to (N, ...), in eval mode, on the device where its weights are."""
     module.eval()
     device = next(module.parameters()).device
+    orders = [np.arange(i, min(i + batch, len(x))) for i in range(0, len(x), batch)]
     with torch.no_grad():
-        parts = [module(torch.from_numpy(x[i : i + batch]).to(device)).argmax(1).cpu().numpy() for i in range(0, len(x), batch)]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        parts = [module(torch.from_numpy(rows).to(device)).float().cpu().numpy() for rows in batches(x, orders)]
+    return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
+
+
+def answers(module: nn.Module, x: Rows, batch: int = 500) -> NDArray[np.int64]:
+    """Class indices int64 (N,) of (N, ...), in eval mode."""
+    found: NDArray[np.int64] = outputs_of(module, x, batch).argmax(1)
+    return found
 
 
 def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
@@ -110,101 +155,160 @@ def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> Non
             average[name].copy_(trained[name])
 
 
-def _key(module: nn.Module, data: Tensors, config: FitConfig) -> str:
-    """What a checkpoint belongs to: the same settings, samples and starting weights."""
-    digest = hashlib.sha256(msgspec.json.encode([asdict(config), data.x.shape]))
-    digest.update(np.ascontiguousarray(data.x).data)
-    digest.update(np.ascontiguousarray(data.y).data)
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels decay, biases and norms do not. A module that knows better says so (`Pretrained`)."""
+    if hasattr(module, "parameter_groups"):
+        own: list[dict[str, Any]] = module.parameter_groups(lr, weight_decay)  # type: ignore[operator]
+        return own
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class _Run:
     """One training run: the module, its averaged weights, and where it is in the cycle."""
 
-    def __init__(self, module: nn.Module, data: Tensors, config: FitConfig, after_step: Callable[[], None] | None) -> None:
-        self.module, self.config, self.after_step = module, config, after_step
-        self.x, self.y = torch.from_numpy(data.x), torch.from_numpy(data.y)
-        self.batch = min(config.batch, len(data.x))
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Tensors,
+        config: FitConfig,
+        objective: Objective,
+        augmentation: Augmentation | None,
+        after_step: Callable[[], None] | None,
+        devices: Devices,
+    ) -> None:
+        self.key = run_key(module, data, asdict(config), objective)
+        self.module, self.config, self.objective, self.after_step = module, config, objective, after_step
+        self.augmentation, self.devices = augmentation, devices
+        module.to(devices.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.x, self.y = data.x, torch.from_numpy(data.y)
+        self.batch = devices.whole(min(config.batch, len(data.x)))
         self.steps = len(data.x) // self.batch
-        self.key = _key(module, data, config)
         self.average = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.best: dict[str, Tensor] | None = None
+        self.best_score, self.best_epoch = -math.inf, 0
+        groups = parameter_groups(module, config.lr, config.weight_decay)
+        if config.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         total = config.epochs * self.steps
+        self.decay = min(config.ema, 1 - 1 / max(20.0, 0.15 * total))
+        # A warm-up of exactly one step divides by zero.
+        warmup = min(max(min(config.warmup, WARMUP_EPOCHS / config.epochs), 1.5 / total), 0.9)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
-            config.lr,
+            [group["lr"] for group in groups],
             total_steps=max(total, 2),
-            pct_start=min(max(config.warmup, 1.5 / total), 0.9),  # a warm-up of exactly one step divides by zero
+            pct_start=warmup,
         )
+        self.parallel = devices.wrap(module)
 
     def epoch(self, epoch: int, advance: Callable[[int, str], None], note: str) -> float:
         """One pass over the shuffled data; returns the mean loss. ``advance`` hears of each step."""
-        config, device = self.config, next(self.module.parameters()).device
-        generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-        torch.manual_seed(config.seed * 100_003 + epoch)  # dropout draws from the global generator
-        order = torch.randperm(len(self.x), generator=generator)
-        self.module.train()
+        config, devices = self.config, self.devices
+        seed = config.seed * 100_003 + epoch
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed)).numpy()
+        torch.manual_seed(seed + 7_919 * devices.rank)  # augmentation and dropout draw from the global generator
+        self.objective.blend(epoch < config.blend * config.epochs)
+        self.parallel.train()
+        chosen = [order[i * self.batch : (i + 1) * self.batch][devices.rank :: devices.world] for i in range(self.steps)]
         total = 0.0
-        for step in range(self.steps):
-            rows = order[step * self.batch : (step + 1) * self.batch]
-            x = augment(self.x[rows], config.augmentation, generator).to(device, memory_format=torch.channels_last)
-            loss = F.cross_entropy(self.module(x), self.y[rows].to(device), label_smoothing=config.smoothing)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.module.parameters(), 5.0)
-            self.optimizer.step()
-            self.schedule.step()
-            if self.after_step:
-                self.after_step()
+        for step, (rows, samples) in enumerate(zip(chosen, batches(self.x, chosen), strict=True)):
+            x, y = torch.from_numpy(samples).to(devices.device), self.y[rows].to(devices.device)
+            total += self._step(self.augmentation(x) if self.augmentation else x, y)
+            if not math.isfinite(total):
+                raise EdgekitError(
+                    f"the loss is no longer finite in epoch {epoch + 1}, step {step + 1}",
+                    f"lower --lr (now {config.lr:g}); the last good epoch is in the checkpoint",
+                )
             done = epoch * self.steps + step
-            _average(self.average, self.module, min(config.ema, (1 + done) / (10 + done)))
-            total += loss.item()
+            _average(self.average, self.module, min(self.decay, (1 + done) / (10 + done)))
             advance(1, f"loss {total / (step + 1):.3f}{note}")
         return total / self.steps
 
-    def save(self, path: Path | None, curve: list[dict[str, float]]) -> None:
-        if path is None:
+    def _step(self, x: Tensor, y: Tensor) -> float:
+        if x.ndim == 4:
+            x = x.to(memory_format=torch.channels_last)
+        with self.devices.autocast():
+            loss = self.objective.loss(self.parallel, x, y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.after_step:
+            self.after_step()
+        return loss.item()
+
+    def score(self, tensors: Tensors) -> float:
+        """With the averaged weights; the trained ones are put back after."""
+        trained = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+        try:
+            self.module.load_state_dict(self.average)
+            return self.objective.score(outputs_of(self.module, tensors.x), tensors.y)
+        finally:
+            self.module.load_state_dict(trained)
+
+    def note(self, score: float, epoch: int, choose: bool) -> None:
+        """Remember the best epoch, and its weights where they will be chosen."""
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, epoch
+            if choose:
+                self.best = {name: tensor.clone() for name, tensor in self.average.items()}
+
+    def weary(self, curve: list[dict[str, float]]) -> bool:
+        return 0 < self.config.patience <= len(curve) - 1 - self.best_epoch
+
+    def finish(self, choose: bool) -> None:
+        self.module.load_state_dict(self.best if choose and self.best else self.average)
+        if not (choose and self.best):
+            self._settle()
+        self.module.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+    def _settle(self) -> None:
+        """After a short run, batch norms take their statistics anew: the averaged ones still remember the first steps."""
+        if self.config.epochs * self.steps > SHORT_RUN:
             return
-        state = {
+        chosen = np.array_split(np.arange(len(self.x)), max(1, len(self.x) // 250))[:8]
+        torch.manual_seed(self.config.seed)
+
+        def samples() -> Any:
+            for rows in batches(self.x, chosen):
+                x = torch.from_numpy(rows).to(self.devices.device)
+                yield self.augmentation(x) if self.augmentation else x
+
+        torch.optim.swa_utils.update_bn(samples(), self.module)
+
+    def state(self, curve: list[dict[str, float]]) -> dict[str, Any]:
+        return {
             "key": self.key,
             "curve": curve,
             "module": self.module.state_dict(),
             "average": self.average,
+            "best": self.best or {},
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
             "optimizer": self.optimizer.state_dict(),
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if not callable(v)},
         }
-        buffer = io.BytesIO()  # not the file: on a full disk torch.save raises no OSError
-        torch.save(state, buffer)
-        atomic_write(path, buffer.getvalue())
 
     def resume(self, path: Path | None, label: str) -> list[dict[str, float]]:
         """Load ``path`` if it belongs to this run; the curve so far, empty for a fresh start."""
-        if path is None or not path.is_file():
-            return []
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception:  # noqa: BLE001  a damaged checkpoint costs time, not the run
-            say(f"{path} cannot be read; starting again")
-            return []
-        if state.get("key") != self.key:
-            say(f"{path} belongs to other settings or data; starting again")
+        state = load_checkpoint(path, self.key)
+        if state is None:
             return []
         self.module.load_state_dict(state["module"])
         for name, tensor in state["average"].items():
             self.average[name].copy_(tensor)
+        self.best = state["best"] or None
+        self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         curve: list[dict[str, float]] = state["curve"]
         say(f"{label}: resuming after epoch {len(curve)} of {self.config.epochs}")
         return curve
-
-    def averaged_answers(self, x: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Answers with the averaged weights; the trained ones are put back after."""
-        trained = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-        try:
-            self.module.load_state_dict(self.average)
-            return answers(self.module, x)
-        finally:
-            self.module.load_state_dict(trained)

@@ -5,94 +5,158 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
 
-import msgspec
 import torch
+from torch import nn
 
 from edgekit.bundle import Bundle, new_path
-from edgekit.data import Dataset, Tensors, check_damaged, load
-from edgekit.errors import DataError
-from edgekit.evaluation import accuracy
-from edgekit.manifest import FORMAT, ImagePreprocessing, Manifest, ModelConfig, history_entry
-from edgekit.models import DEFAULT, PRESETS
-from edgekit.models.module import create, macs, parameters, write_model
+from edgekit.data.augment import make_augmentation, policy_named
+from edgekit.errors import UsageError
+from edgekit.evaluation import judge
+from edgekit.manifest import FORMAT, Manifest, history_entry
+from edgekit.models.module import macs, parameters, write_model
 from edgekit.progress import say
 
-from .fit import FitConfig, answers, fit
+from .devices import Devices
+from .fit import FitConfig, Watched, fit, outputs_of
+from .logs import tensorboard
+from .objective import Classification, Distillation, Reading, objective_for
+from .plan import Plan, Splits, class_weights, make_plan, read_splits
+from .teacher import load_teacher
 
-__all__ = ["read_splits", "train"]
+__all__ = ["fit_config", "train"]
 
-#: The shortest training that ends well: small sets need more epochs to see as many steps.
-EPOCHS = 40
-
-
-def read_splits(dataset: Dataset, preprocessing: ImagePreprocessing) -> tuple[Tensors, Tensors]:
-    """(train, held-out) in memory. Raises `DataError` for too many damaged images, or too few to train on."""
-    train_set, held_out = dataset.train.tensors(preprocessing), dataset.test.tensors(preprocessing)
-    check_damaged(train_set, held_out)
-    if len(train_set.y) < 2:
-        raise DataError(f"{dataset.spec} has {len(train_set.y)} images to train on", "add images: one folder a class")
-    if not len(held_out.y):
-        raise DataError(
-            f"none of the held-out images of {dataset.spec} can be read", "repair them: accuracy is measured on them"
-        )
-    return train_set, held_out
+PHOTO_BATCH = 64
 
 
 def train(
     *,
     data: str,
     out: str | os.PathLike[str],
-    model: str = DEFAULT,
-    epochs: int = EPOCHS,
-    batch: int = 128,
+    model: str | None = None,
+    epochs: int | None = None,
+    batch: int | None = None,
     lr: float | None = None,
     size: int | None = None,
     seed: int = 0,
+    augment: str | None = None,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    validation: float = 0.0,
+    patience: int = 0,
+    balance: bool = False,
+    teacher: str | os.PathLike[str] | Bundle | None = None,
+    logs: str | os.PathLike[str] | None = None,
 ) -> Bundle:
-    """Train a preset on a data set and write it as a new bundle.
+    """Train a model on a data set and write it as a new bundle.
 
-    ``data`` is a spec (`edgekit.data.load`), ``model`` a preset, ``size`` the input's height and width in pixels
-    (default: the data set's). Stopped runs resume from ``OUT.checkpoint``. The figures in the history are measured on
-    the held-out split after the last epoch; nothing is chosen by it.
-    Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for an unknown model or data set.
+    ``data`` is a spec (`edgekit.data.load`); ``model`` a preset, ``hf:FOLDER`` or ``package.module:factory`` (default: what
+    suits the data); ``size`` the height and width of pictures in pixels (default: the data set's); ``augment`` a policy.
+    ``validation`` is the share of the training split by which the best epoch is chosen, ``patience`` the epochs without a
+    better one after which training stops. ``balance`` weighs classes alike; ``teacher`` is a bundle to distil from; ``logs``
+    a folder for TensorBoard. Stopped runs resume from ``OUT.checkpoint``. The figures in the history are measured on the
+    held-out split after the last epoch; nothing is chosen by it.
+    Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for options that do not fit each other.
     """
     target = new_path(out)
-    dataset = load(data)
-    preprocessing = dataset.preprocessing
-    if size:
-        preprocessing = msgspec.structs.replace(preprocessing, width=size, height=size)
-    shape = {"channels": preprocessing.channels, "height": preprocessing.height, "width": preprocessing.width}
-    model_config = ModelConfig(model, {"classes": len(dataset.labels), **shape})
-    torch.manual_seed(seed)
-    module = create(model_config)
-    config = FitConfig(epochs, lr or PRESETS[model].lr, batch, seed=seed, augmentation=dataset.augmentation)
-    train_set, held_out = read_splits(dataset, preprocessing)
-    say(f"{model}: {parameters(module):,} parameters, {len(train_set.y):,} samples to train on, {len(held_out.y):,} held out")
+    if not 0 <= validation < 1:
+        raise UsageError(f"a validation share of {validation:g}", "give a share of the training split, for example 0.1")
+    if patience and not validation:
+        raise UsageError("--patience needs a validation split to judge by", "add --validation 0.1")
+    plan = make_plan(data, model, size, augment)
+    config = fit_config(plan, epochs, batch, lr, seed, optimizer=optimizer, patience=patience)
+    module = plan.module(seed)
+    augmentation = make_augmentation(plan.augmentation, plan.preprocessing, plan.tokenizer, resizes=plan.preset.resizes)
+    learnt = objective_for(plan.dataset.task, len(plan.dataset.labels), config.smoothing, policy_named(plan.augmentation))
+    objective = learnt if teacher is None else _taught(learnt, teacher, plan)
+    splits = read_splits(plan.dataset, plan.preprocessing, augmentation, plan.tokenizer, validation, seed)
+    if isinstance(learnt, Classification):
+        learnt.weigh(class_weights(splits.train.y, len(plan.dataset.labels), balance))
+    say(
+        f"{plan.model.name}: {parameters(module):,} parameters, {len(splits.train.y):,} samples to train on, "
+        f"{len(splits.held_out.y):,} held out"
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = target.with_name(f"{target.name}.checkpoint")
+    watched = Watched(splits.validation, choose=True) if splits.validation else Watched(splits.held_out)
     started = time.perf_counter()
-    curve = fit(module, train_set, held_out, config, checkpoint=checkpoint)
-    judged = accuracy(held_out.y, answers(module, held_out.x), len(dataset.labels))
-    figures = {
-        **judged.record(),
-        "parameters": parameters(module),
-        "macs": macs(module, torch.from_numpy(held_out.x[:1])),
-        "seconds": round(time.perf_counter() - started, 1),
-        "damaged": [*train_set.damaged, *held_out.damaged],
-        "curve": curve,
-    }
-    settings = {"data": data, "data_digest": dataset.digest, "model": model, **asdict(config)}
-    manifest = Manifest(
-        format=FORMAT,
-        name=target.name.removesuffix(".edge"),
-        task="image-classification",
-        inputs=(),
-        outputs=(),
-        model=model_config,
-        preprocessing=preprocessing,
-        labels=dataset.labels,
+    with tensorboard(logs) as log:
+        curve = fit(
+            module,
+            splits.train,
+            watched,
+            config,
+            objective=objective,
+            augmentation=augmentation,
+            checkpoint=checkpoint,
+            log=log,
+        )
+    settings = {"data": data, "data_digest": plan.dataset.digest, "model": model or plan.model.name, **asdict(config)}
+    settings |= {"validation": validation, "balance": balance}
+    figures = {"seconds": round(time.perf_counter() - started, 1), "curve": curve}
+    return _write(target, plan, module, splits, settings, figures)
+
+
+def _taught(learnt: Classification | Reading, teacher: str | os.PathLike[str] | Bundle, plan: Plan) -> Distillation:
+    if not isinstance(learnt, Classification):
+        raise UsageError(f"a teacher is for classifiers, {plan.dataset.spec} is for {plan.dataset.task}", "leave --teacher out")
+    module, digest = load_teacher(teacher, plan.dataset.labels, plan.preprocessing, plan.tokenizer)
+    return Distillation(learnt, module, digest)
+
+
+def fit_config(
+    plan: Plan,
+    epochs: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    *,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    patience: int = 0,
+) -> FitConfig:
+    """How a plan is trained: what is stated, else what suits its model and data."""
+    preset = plan.preset
+    rate = lr or preset.lr * (10 if optimizer == "sgd" else 1)
+    default = max(preset.epochs, policy_named(plan.augmentation).epochs)
+    return FitConfig(
+        epochs or default,
+        rate,
+        batch or (min(preset.batch, PHOTO_BATCH) if policy_named(plan.augmentation).crop else preset.batch),
+        seed=seed,
+        augmentation=plan.augmentation,
+        optimizer=optimizer,
+        patience=patience,
     )
-    bundle = write_model(target, module, held_out.x, manifest, history_entry("train", settings, figures))
-    checkpoint.unlink(missing_ok=True)
-    return bundle
+
+
+def _write(
+    target: Path, plan: Plan, module: nn.Module, splits: Splits, settings: dict[str, Any], figures: dict[str, Any]
+) -> Bundle:
+    """Judge the module on the held-out split and write it; only the main process does, the others wait for it."""
+    devices = Devices()
+    if devices.main:
+        held_out, checkpoint = splits.held_out, target.with_name(f"{target.name}.checkpoint")
+        judged = judge(plan.dataset.task, outputs_of(module, held_out.x), held_out.y, len(plan.dataset.labels))
+        figures = {
+            **judged.record(),
+            "parameters": parameters(module),
+            "macs": macs(module, torch.from_numpy(held_out.x[:1])),
+            "damaged": [name for part in splits if part is not None for name in part.damaged],
+            "processes": devices.world,
+            **figures,
+        }
+        manifest = Manifest(
+            format=FORMAT,
+            name=target.name.removesuffix(".edge"),
+            task=plan.dataset.task,
+            inputs=(),
+            outputs=(),
+            model=plan.model,
+            preprocessing=plan.preprocessing,
+            labels=plan.dataset.labels,
+        )
+        write_model(target, module, held_out.x, manifest, history_entry("train", settings, figures), plan.tokenizer)
+        checkpoint.unlink(missing_ok=True)
+    devices.wait()
+    return Bundle.open(target)

@@ -196,7 +196,7 @@ def test_answers_read_as_text() -> None:
 @pytest.mark.parametrize(
     ("command", "option", "names"),
     [
-        ("train", "--model", list(PRESETS)),
+        ("train", "--model", [*PRESETS, "hf", "package.module"]),
         ("train", "--data", list(SOURCES)),
         ("eval", "--data", list(SOURCES)),
         ("eval", "--backend", ["auto", *BACKENDS]),

@@ -80,7 +80,7 @@ def test_digits_look_like_digits() -> None:
 # specs
 
 
-@pytest.mark.parametrize("spec", ["", "nonsense", "digits:path", "folder", "folder:", "npz", "csv:x.csv"])
+@pytest.mark.parametrize("spec", ["", "nonsense", "digits:path", "folder", "folder:", "npz", "tsv:x.tsv"])
 def test_an_unknown_spec_lists_the_known(spec: str) -> None:
     with pytest.raises(UsageError) as caught:
         load(spec)
@@ -168,7 +168,7 @@ def test_one_class_or_an_empty_class_is_refused(tmp_path: Path) -> None:
 def test_one_image_a_class_leaves_nothing_to_test_on(tmp_path: Path) -> None:
     picture(tmp_path / "a" / "0.png", 0)
     picture(tmp_path / "b" / "0.png", 1)
-    with pytest.raises(DataError, match="no images to test on"):
+    with pytest.raises(DataError, match="no samples to test on"):
         load(f"folder:{tmp_path}")
 
 

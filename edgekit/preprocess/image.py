@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DataError, InputError
-from .files import printable
-from .manifest import ImagePreprocessing
+from edgekit.errors import DataError, InputError
+from edgekit.files import printable
+from edgekit.manifest import ImagePreprocessing
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Frame", "Preprocessor", "canonical_frame", "read_image"]
 
@@ -117,14 +117,14 @@ def _triangle(size_in: int, size_out: int, start: float, stop: float) -> list[tu
 
 
 class Preprocessor:
-    """Call with a frame, get float32 (1, C, H, W). Not thread-safe: it keeps the weights of recent frame sizes."""
+    """Call with a frame, get float32 (1, C, H, W). It keeps the weights of recent frame sizes; threads may share it."""
 
     def __init__(self, spec: ImagePreprocessing) -> None:
         self.spec = spec
         scale = [1.0 / (255.0 * s) for s in spec.std]
         self._scale = np.array(scale, np.float32)
         self._shift = np.array([-m / s for m, s in zip(spec.mean, spec.std, strict=True)], np.float32)
-        self._plans: OrderedDict[tuple[int, int], _Plan | None] = OrderedDict()
+        self._plans: OrderedDict[tuple[int, int], _Plan] = OrderedDict()
 
     def __call__(self, frame: Frame) -> Float:
         """uint8 frame, any size -> float32 (1, C, H, W). Raises `InputError` for what is no frame."""
@@ -144,12 +144,14 @@ class Preprocessor:
 
     def _plan(self, height: int, width: int) -> _Plan | None:
         key = (height, width)
-        if key not in self._plans:
-            same = key == (self.spec.height, self.spec.width)
-            self._plans[key] = None if same else _Plan(height, width, self.spec)
+        if key == (self.spec.height, self.spec.width):
+            return None
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = _Plan(height, width, self.spec)
             if len(self._plans) > _CACHED_SIZES:
                 self._plans.popitem(last=False)
-        return self._plans[key]
+        return plan
 
 
 def _luma(frame: NDArray[np.uint8]) -> NDArray[Any]:
@@ -178,8 +180,11 @@ class _Plan:
         elif spec.fit == "letterbox":
             scale = max(height / spec.height, width / spec.width)
             box_height, box_width = max(1, round(height / scale)), max(1, round(width / scale))
+        elif spec.fit == "line":
+            box_width = max(1, min(spec.width, round(width * spec.height / height)))
         self.box = (box_height, box_width)
-        self.offset = ((spec.height - box_height) // 2, (spec.width - box_width) // 2)
+        centred = ((spec.height - box_height) // 2, (spec.width - box_width) // 2)
+        self.offset = (0, 0) if spec.fit == "line" else centred
         self.rows = _triangle(height, box_height, top, bottom)
         self.columns = _triangle(width, box_width, left, right)
 
@@ -203,7 +208,7 @@ class _Plan:
             step = max(1, _GEMM // weight.size)
             for start in range(0, box_height, step):
                 small[start : start + step, out_columns] = tall[start : start + step, in_columns] @ weight.T
-        if self.offset == (0, 0) and (box_height, box_width) == (self.out_height, self.out_width):
+        if (box_height, box_width) == (self.out_height, self.out_width):
             return small
         padded = np.zeros((self.out_height, self.out_width, *tail), np.float32)
         padded[self.offset[0] : self.offset[0] + box_height, self.offset[1] : self.offset[1] + box_width] = small

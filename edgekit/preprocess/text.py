@@ -1,0 +1,41 @@
+"""Text -> token ids, with the ``tokenizers`` library and the tokenizer that the bundle carries. No transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import BundleError, InputError, MissingExtra
+from edgekit.manifest import TextPreprocessing
+
+__all__ = ["TextPreprocessor"]
+
+#: A text is cut here before it is tokenized: what lies behind could not fit into any model, but would cost time.
+CHARACTERS_A_TOKEN = 64
+
+
+class TextPreprocessor:
+    """Call with a str, get int64 (1, length)."""
+
+    def __init__(self, spec: TextPreprocessing, tokenizer: bytes) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise MissingExtra("text", "tokenizers") from None
+        self.spec = spec
+        try:
+            self._tokenizer = Tokenizer.from_buffer(tokenizer)
+        except Exception as error:  # noqa: BLE001  the library raises bare Exception
+            raise BundleError(f"tokenizer.json cannot be read: {error}", "restore the bundle, or make it again") from None
+        self._tokenizer.enable_truncation(spec.length)
+        self._tokenizer.no_padding()
+
+    def __call__(self, text: str) -> NDArray[np.int64]:
+        """Raises `InputError` for what is no str."""
+        if not isinstance(text, str):
+            raise InputError(f"a {type(text).__name__} arrived, the model takes a str", "pass the text itself")
+        clean = text[: self.spec.length * CHARACTERS_A_TOKEN].encode("utf-8", "replace").decode()  # no lone surrogates
+        ids = self._tokenizer.encode(clean).ids
+        out = np.full((1, self.spec.length), self.spec.pad, np.int64)
+        out[0, : len(ids)] = ids
+        return out

@@ -1,0 +1,61 @@
+"""Checkpoints: what a stopped run needs to go on, and the key that says which run it is."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from edgekit.data import Tensors
+from edgekit.files import atomic_write
+from edgekit.progress import say
+
+__all__ = ["load_checkpoint", "run_key", "save_checkpoint"]
+
+
+def run_key(module: nn.Module, data: Tensors, config: dict[str, Any], objective: object) -> str:
+    """What a checkpoint belongs to: the same settings, samples, objective and starting weights."""
+    about = [
+        config,
+        data.x.shape,
+        type(objective).__name__,
+        getattr(objective, "teacher_digest", ""),
+        hashlib.sha256("\0".join(data.ids).encode(errors="replace")).hexdigest(),
+    ]
+    digest = hashlib.sha256(msgspec.json.encode(about))
+    digest.update("\0".join(data.ids).encode(errors="replace"))
+    if isinstance(data.x, np.ndarray):
+        digest.update(np.ascontiguousarray(data.x).data)
+    digest.update(np.ascontiguousarray(data.y).data)
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path | None, state: dict[str, Any]) -> None:
+    if path is None:
+        return
+    buffer = io.BytesIO()  # not the file: on a full disk torch.save raises no OSError
+    torch.save(state, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path | None, key: str) -> dict[str, Any] | None:
+    """The state in ``path``, if it is there, whole, and belongs to the run called ``key``; says why not otherwise."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # noqa: BLE001  a damaged checkpoint costs time, not the run
+        say(f"{path} cannot be read; starting again")
+        return None
+    if not isinstance(state, dict) or state.get("key") != key:
+        say(f"{path} belongs to other settings or data; starting again")
+        return None
+    return state

@@ -1,0 +1,161 @@
+"""What will be trained: the data set, the model that fits it, and how its samples become the model's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edgekit.data import Dataset, Tensors, check_damaged, load
+from edgekit.data.augment import Augmentation, make_augmentation
+from edgekit.errors import DataError, UsageError
+from edgekit.manifest import ImagePreprocessing, ModelConfig, Preprocessing, TextPreprocessing
+from edgekit.models import DEFAULTS, Preset, is_custom, preset_named, sized, trust
+from edgekit.models.module import create
+from edgekit.preprocess import make_preprocessor
+from edgekit.progress import say
+
+from .tokenizer import fit_tokenizer
+
+__all__ = ["Plan", "Splits", "class_weights", "make_plan", "read_splits"]
+
+VOCABULARY = 10_000
+#: A class with so many times the samples of another is worth a word.
+UNBALANCED = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``model`` is what the bundle will say; ``tokenizer`` the bytes of a text model's ``tokenizer.json``; ``weights_from``
+    the folder of a checkpoint that the module starts from."""
+
+    dataset: Dataset
+    preset: Preset
+    model: ModelConfig
+    preprocessing: Preprocessing
+    augmentation: str
+    tokenizer: bytes | None = None
+    weights_from: str | None = None
+
+    def module(self, seed: int) -> nn.Module:
+        """The module with its starting weights, the same for the same seed."""
+        torch.manual_seed(seed)
+        module = create(self.model)
+        if self.weights_from is not None:
+            from edgekit.models.pretrained import load_weights
+
+            load_weights(module, self.weights_from)
+        return module
+
+
+class Splits(NamedTuple):
+    """``train`` as the augmentation reads it; ``held_out`` and ``validation`` (None without one) as the module takes them."""
+
+    train: Tensors
+    held_out: Tensors
+    validation: Tensors | None
+
+
+def make_plan(data: str, model: str | None = None, size: int | None = None, augment: str | None = None) -> Plan:
+    """Load the data set ``data`` and find the model for it; ``size`` is the height and width of pictures.
+
+    Raises `UsageError` for an unknown model or data set, or a model for another kind of data, `DataError` for missing data.
+    """
+    dataset = load(data)
+    name = model or DEFAULTS[dataset.task]
+    if is_custom(name):
+        trust(name)
+    preset = preset_named(name)
+    if preset.task not in ("any", dataset.task):
+        raise UsageError(
+            f"the model {name} is for {preset.task}, {data} is for {dataset.task}",
+            f"leave --model out, or take {DEFAULTS[dataset.task]}",
+        )
+    tokenizer, weights_from = None, None
+    own: dict[str, Any] = {}
+    preprocessing = dataset.preprocessing
+    augmentation = augment or dataset.augmentation
+    if size is not None:
+        if not isinstance(preprocessing, ImagePreprocessing) or dataset.task == "text-recognition":
+            raise UsageError(f"--size {size} is for pictures to classify, {data} is for {dataset.task}", "leave --size out")
+        preprocessing = msgspec.structs.replace(preprocessing, width=size, height=size)
+    if isinstance(preprocessing, ImagePreprocessing):
+        name = sized(name, min(preprocessing.height, preprocessing.width))
+        preset = preset_named(name)
+    if isinstance(preprocessing, TextPreprocessing):
+        if name.startswith("hf:"):
+            weights_from = name.removeprefix("hf:")
+            name = "pretrained"
+            augmentation = augment or "none"  # its tokens are not ours to drop
+            preprocessing, tokenizer, own = _pretrained(preprocessing, weights_from)
+        else:
+            tokenizer = fit_tokenizer(dataset.train.read(i) for i in range(len(dataset.train)))
+    args = {"classes": len(dataset.labels), **_described(preprocessing), **preset.args, **own}
+    make_augmentation(augmentation, preprocessing, tokenizer)  # refuses what does not fit before anything is read
+    return Plan(dataset, preset, ModelConfig(name, args), preprocessing, augmentation, tokenizer, weights_from)
+
+
+def _pretrained(spec: TextPreprocessing, folder: str) -> tuple[TextPreprocessing, bytes, dict[str, Any]]:
+    from edgekit.models.pretrained import read_checkpoint
+
+    checkpoint = read_checkpoint(folder)
+    spec = TextPreprocessing(min(spec.length, checkpoint.length), checkpoint.pad)
+    return spec, checkpoint.tokenizer, {"config": checkpoint.config}
+
+
+def _described(spec: Preprocessing) -> dict[str, Any]:
+    """The input, in the words of a preset's parameters."""
+    if isinstance(spec, ImagePreprocessing):
+        return {"channels": spec.channels, "height": spec.height, "width": spec.width}
+    if isinstance(spec, TextPreprocessing):
+        return {"vocabulary": VOCABULARY, "length": spec.length, "pad": spec.pad}
+    return {"channels": spec.channels, "length": spec.length}
+
+
+def read_splits(
+    dataset: Dataset,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    tokenizer: bytes | None = None,
+    validation: float = 0.0,
+    seed: int = 0,
+) -> Splits:
+    """Decode the splits; ``validation`` is the share of the training split set aside.
+
+    Raises `DataError` for too many damaged samples, or too few to train on.
+    """
+    preprocess = make_preprocessor(preprocessing, tokenizer)
+    kept, aside = dataset.train.part(validation, seed) if validation else (dataset.train, None)
+    splits = Splits(
+        kept.tensors(augmentation.read),
+        dataset.test.tensors(preprocess),
+        aside.tensors(preprocess) if aside is not None else None,
+    )
+    check_damaged(*(part for part in splits if part is not None))
+    if len(splits.train.y) < 2:
+        raise DataError(f"{dataset.spec} has {len(splits.train.y)} samples to train on", "add samples, several a class")
+    if not len(splits.held_out.y):
+        raise DataError(
+            f"none of the held-out samples of {dataset.spec} can be read", "repair them: accuracy is measured on them"
+        )
+    if splits.validation is not None and not len(splits.validation.y):
+        raise DataError(f"a validation split of {validation:g} of {dataset.spec} holds nothing", "raise --validation")
+    return splits
+
+
+def class_weights(targets: NDArray[np.int64], classes: int, balance: bool) -> NDArray[np.float32] | None:
+    """Weights that make every class count alike, mean 1 over the samples; None where ``balance`` is off."""
+    counts = np.bincount(targets, minlength=classes).astype(np.float64)
+    present = counts[counts > 0]
+    if not balance:
+        if len(present) and present.max() >= UNBALANCED * present.min():
+            times = present.max() / present.min()
+            say(f"the largest class has {times:.0f} times the samples of the smallest: --balance weighs them alike")
+        return None
+    weights = np.where(counts > 0, len(targets) / (len(present) * np.maximum(counts, 1)), 0.0)
+    return weights.astype(np.float32)
