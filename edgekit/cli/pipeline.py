@@ -15,30 +15,34 @@ from .common import Answer, answers, table
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Output folder.  [default: the recipe's, or runs/NAME]"
 )
+@click.option("--data", metavar="SPEC", help="Data in place of the recipe's own, for example folder:signs.")
 @click.option("--show", is_flag=True, help="Print the recipe instead of running it: a start for your own.")
 @answers
-def pipeline(recipe: Path | None, out: Path | None, show: bool) -> Answer:
+def pipeline(recipe: Path | None, out: Path | None, data: str | None, show: bool) -> Answer:
     """The whole way by a recipe: train, prune, quantize, build, bench, report, scan.
 
-    Without a recipe: the built-in one, on 5,000 real handwritten digits. Run it again and only what changed is done
+    RECIPE.toml is a file of yours, or the name of a built-in recipe: digits (the default, 5,000 real handwritten digits),
+    signs, medical, parcels (folders of pictures: name yours by --data), reading, spam, series. Run it again and only what changed is done
     again; interrupted training goes on where it stopped. Paths in a recipe start at the current folder, bundles and
     pictures that its stages make lie in the output folder.
 
     \b
     Examples:
       edgekit pipeline
+      edgekit pipeline signs --data folder:my-signs
       edgekit pipeline --show > my.toml
       edgekit pipeline my.toml --out runs/mine
     """
-    from edgekit.pipeline import BUILT_IN, read_recipe
     from edgekit.pipeline import pipeline as run
+    from edgekit.pipeline import read_recipe, recipe_file
 
     if show:
-        read_recipe(recipe)
-        text = (recipe or BUILT_IN).read_text(encoding="utf-8")
+        text = recipe_file(recipe).read_text(encoding="utf-8") if recipe_file(recipe).exists() else ""
+        if not text or recipe_file(recipe) == recipe:
+            read_recipe(recipe, data)
         return Answer({"recipe": text}, text.rstrip())
     as_json = bool(click.get_current_context().params["as_json"])
-    answer = run(recipe, out=out, on_event=None if as_json else click.echo)
+    answer = run(recipe, out=out, data=data, on_event=None if as_json else click.echo)
     return Answer(answer, _text(answer))
 
 

@@ -20,6 +20,7 @@ from edgekit.errors import EdgekitError, GoldenError, GraphError, MissingExtra, 
 from edgekit.progress import say
 
 from . import build_engine, passes, precision
+from .recurrences import reverse_forward_layers
 
 __all__ = ["MIN_FP16_SNR_DB", "compile_graph"]
 
@@ -41,7 +42,16 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {**chosen, "graph_sha256": hashlib.sha256(graph).hexdigest(), "opset": opset}
     answer["graph_seconds"] = _since(started)
     if request["engine"]:
-        plan, version, seconds = _engine(graph, {**request, "precision": chosen["precision"]})
+        wanted = {**request, "precision": chosen["precision"]}
+        try:
+            plan, version, seconds = _engine(graph, wanted)
+        except GraphError:
+            model = onnx.load_model_from_string(graph)
+            if not reverse_forward_layers(model):
+                raise
+            say("refused; trying again with forward recurrences as reverse ones")
+            plan, version, seconds = _engine(model.SerializeToString(deterministic=True), wanted)
+            answer["notes"] = [*answer["notes"], "recurrences run in reverse over the reversed sequence, which is the same"]
         (folder / "plan.engine").write_bytes(plan)
         answer |= {"tensorrt": version, "seconds": seconds}
     return answer

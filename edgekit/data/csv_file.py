@@ -22,7 +22,7 @@ from edgekit.errors import DataError
 from edgekit.files import printable
 from edgekit.manifest import Preprocessing, SeriesPreprocessing, Task, TextPreprocessing
 
-from .dataset import Dataset, Split, digest_of, stratified
+from .dataset import Dataset, Split, digest_of, one_group_out, stratified
 
 __all__ = ["MAX_STEPS", "TEST_SHARE", "load"]
 
@@ -141,20 +141,8 @@ def _sides(table: _Table, samples: _Samples, targets: NDArray[np.int64]) -> tupl
     groups = samples.people or samples.contents
     inside, outside = stratified(targets, groups, TEST_SHARE)
     if samples.people and not outside:
-        return _one_group_out(groups, targets)
+        return one_group_out(groups, targets)
     return inside, outside
-
-
-def _one_group_out(groups: list[str], targets: NDArray[np.int64]) -> tuple[list[int], list[int]]:
-    """For a few large groups, each above the share: the smallest that leaves every class in train is held out, if any."""
-    holders: dict[int, set[str]] = {}
-    classes: dict[str, list[int]] = {}
-    for group, target in zip(groups, targets.tolist(), strict=True):
-        holders.setdefault(target, set()).add(group)
-        classes.setdefault(group, []).append(target)
-    spare = [group for group in sorted(classes) if all(len(holders[target]) > 1 for target in classes[group])]
-    chosen = min(spare, key=lambda group: len(classes[group]), default=None)
-    return [i for i, g in enumerate(groups) if g != chosen], [i for i, g in enumerate(groups) if g == chosen]
 
 
 def _check_groups(table: _Table, samples: _Samples) -> None:

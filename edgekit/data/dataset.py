@@ -16,7 +16,7 @@ from edgekit.preprocess import Preprocess, make_preprocessor
 
 from .tensors import KEEP_BYTES, Tensors, read_tensors
 
-__all__ = ["MAX_DAMAGED_SHARE", "Dataset", "Split", "check_damaged", "digest_of", "encode_lines", "stratified"]
+__all__ = ["MAX_DAMAGED_SHARE", "Dataset", "Split", "check_damaged", "digest_of", "encode_lines", "one_group_out", "stratified"]
 
 #: Above this share of undecodable samples a data set is refused: it is not a few bad files but a wrong folder.
 MAX_DAMAGED_SHARE = 0.05
@@ -57,7 +57,10 @@ class Split:
     def part(self, share: float, seed: int = 0) -> tuple[Split, Split]:
         """(rest, part): ``share`` of each class set aside, whole groups only. Readers' lines are drawn without classes."""
         classes = self.targets if self.targets.ndim == 1 else np.zeros(len(self), np.int64)
-        rest, part = stratified(classes, self.groups or range(len(self)), share, seed)
+        groups = self.groups or range(len(self))
+        rest, part = stratified(classes, groups, share, seed)
+        if not part:  # a few people, each of them more than the share
+            rest, part = one_group_out(groups, classes)
         return self.take(rest), self.take(part)
 
 
@@ -138,3 +141,17 @@ def stratified(
             (test if out else train).extend(group)
             wanted -= len(group) if out else 0
     return sorted(train), sorted(test)
+
+
+def one_group_out(groups: Sequence[object], targets: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    """Indices of (train, test) for a few large groups, each above the share that is wanted: the smallest one that leaves
+    every class in train is held out, the first of equals; none where each class has but one group."""
+    holders: dict[int, set[object]] = {}
+    classes: dict[object, list[int]] = {}
+    for group, target in zip(groups, targets.tolist(), strict=True):
+        holders.setdefault(target, set()).add(group)
+        classes.setdefault(group, []).append(target)
+    spare = [group for group in classes if all(len(holders[target]) > 1 for target in classes[group])]
+    chosen = min(spare, key=lambda group: len(classes[group]), default=None)
+    held_out = [i for i, group in enumerate(groups) if group == chosen and spare]
+    return [i for i, group in enumerate(groups) if group != chosen or not spare], held_out

@@ -26,6 +26,7 @@ from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
 
 from . import is_custom, preset_named
+from .tidy import tidy
 
 try:
     import onnx
@@ -175,6 +176,7 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
             logger.setLevel(level)
     model: onnx.ModelProto = program.model_proto
     _forget_origins(model)
+    tidy(model)
     _lower_opset(model)
     data: bytes = model.SerializeToString(deterministic=True)
     return data

@@ -126,12 +126,12 @@ class Crnn(nn.Module):
             inputs = outputs
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(0.1)
-        self.rnn = nn.LSTM(inputs * (height // 16), hidden, num_layers=2, batch_first=True, bidirectional=True, dropout=0.1)
+        self.rnn = nn.LSTM(inputs * (height // 16), hidden, num_layers=2, bidirectional=True, dropout=0.1)
         self.classifier = nn.Linear(2 * hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (N, C, H, W) -> (N, 192, H / 16, W / 4)
-        x = x.permute(0, 3, 1, 2).flatten(2)  # (N, W / 4, 192 H / 16)
-        y, _ = self.rnn(self.dropout(x))  # (N, W / 4, 2 hidden)
-        logits: Tensor = self.classifier(self.dropout(y))  # (N, W / 4, alphabet)
-        return logits
+        x = x.permute(3, 0, 1, 2).flatten(2)  # (W / 4, N, 192 H / 16): steps first, as recurrences run
+        y, _ = self.rnn(self.dropout(x))  # (W / 4, N, 2 hidden)
+        logits: Tensor = self.classifier(self.dropout(y))  # (W / 4, N, alphabet)
+        return logits.transpose(0, 1)  # (N, W / 4, alphabet)

@@ -23,12 +23,27 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["BUILT_IN", "STATE", "AnyStage", "Recipe", "read_recipe"]
+__all__ = ["BUILT_IN", "STATE", "AnyStage", "Recipe", "built_in_recipes", "read_recipe", "recipe_file"]
 
 #: The file of the output folder in which `run.py` notes what is done.
 STATE = "pipeline.json"
 
-BUILT_IN = Path(__file__).with_name("recipes") / "digits.toml"
+_RECIPES = Path(__file__).with_name("recipes")
+BUILT_IN = _RECIPES / "digits.toml"
+
+
+def built_in_recipes() -> dict[str, Path]:
+    """The recipes that come with edgekit, by name."""
+    return {path.stem: path for path in sorted(_RECIPES.glob("*.toml"))}
+
+
+def recipe_file(recipe: str | os.PathLike[str] | None) -> Path:
+    """The file of a recipe: a path, or the name of a built-in one where no such file lies here; None: the digits."""
+    if recipe is None:
+        return BUILT_IN
+    path = Path(recipe)
+    return path if path.exists() else built_in_recipes().get(str(recipe), path)
+
 
 AnyStage = Train | Prune | Quantize | Eval | Build | Bench | Samples | Explain | Report | Scan
 
@@ -43,20 +58,26 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     out: str | None = None
 
 
-def read_recipe(path: str | os.PathLike[str] | None = None) -> Recipe:
-    """Read and check a recipe, the built-in one without ``path``. Raises `UsageError` that names the key at fault.
+def read_recipe(path: str | os.PathLike[str] | None = None, data: str | None = None) -> Recipe:
+    """Read and check a recipe: a file, the name of a built-in one, or the built-in digits without ``path``.
 
-    `DataError` for data that is not there.
+    ``data`` takes the place of the recipe's own. Raises `UsageError` that names the key at fault, `DataError` for data that
+    is not there.
     """
-    file = Path(path) if path is not None else BUILT_IN
+    file = recipe_file(path)
     try:
         recipe = msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), Recipe)
     except FileNotFoundError:
-        raise UsageError(f"there is no recipe {file}", "write one: edgekit pipeline --show > my.toml") from None
+        names = ", ".join(built_in_recipes())
+        raise UsageError(
+            f"there is no recipe {file}", f"write one: edgekit pipeline --show > my.toml; built in: {names}"
+        ) from None
     except msgspec.ValidationError as error:
         raise _mistake(str(error), file) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{file}: {error}", "the built-in recipe shows how: edgekit pipeline --show") from None
+    if data is not None:
+        recipe = msgspec.structs.replace(recipe, data=data)
     _check_names(recipe, file)
     return recipe
 

@@ -30,15 +30,17 @@ def pipeline(
     recipe: str | os.PathLike[str] | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
+    data: str | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe (default: the built-in digits recipe) into the folder ``out`` (default: ``runs/NAME``).
+    """Run a recipe (a file or a built-in one's name; default: digits) into the folder ``out`` (default: ``runs/NAME``).
 
+    ``data`` takes the place of the recipe's own.
     Finished stages are not run again while their options, inputs and outputs are unchanged. ``on_event`` hears each
     scan event, a line of JSON. Returns ``out``, ``stages`` (run or kept, seconds), ``table``, ``report``, ``engines``,
     ``kits``, ``events``. Raises what the stages raise; what was finished before stays finished.
     """
-    loaded = read_recipe(recipe)
+    loaded = read_recipe(recipe, data)
     folder = Path(out or loaded.out or Path("runs") / loaded.name)
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)

@@ -16,7 +16,7 @@ from edgekit.data.samples import write_samples
 from edgekit.errors import DataError, UsageError
 from edgekit.explanation import RECORD
 from edgekit.files import sha256_file
-from edgekit.models import DEFAULT, preset_named
+from edgekit.models import DEFAULT, check_model
 from edgekit.runtime.model import Precision
 
 from .stage import Context, Made, Stage, staging_name
@@ -56,6 +56,14 @@ class Train(Stage, frozen=True):
     lr: Annotated[float, Meta(gt=0, lt=10)] | None = None
     size: Annotated[int, Meta(ge=8, le=1024)] | None = None
     seed: Seed | None = None
+    augment: str | None = None
+    optimizer: Literal["adamw", "sgd"] | None = None
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] | None = None
+    smoothing: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    validation: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    patience: Annotated[int, Meta(ge=0)] | None = None
+    balance: bool | None = None
+    teacher: str | None = None
 
     def label(self) -> str:
         return f"train {self.out}"
@@ -63,9 +71,12 @@ class Train(Stage, frozen=True):
     def claims(self) -> tuple[str, ...]:
         return (f"{self.out}.edge",)
 
+    def bundles_read(self) -> tuple[str, ...]:
+        return (self.teacher,) if self.teacher else ()
+
     def check(self, data: str | None) -> None:
         _check_data(self.data or data)
-        preset_named(self.model or DEFAULT)
+        check_model(self.model or DEFAULT)
 
     def contents_read(self, context: Context) -> dict[str, str]:
         return {
@@ -74,7 +85,9 @@ class Train(Stage, frozen=True):
         }
 
     def run(self, context: Context) -> Made:
-        options = {"data": context.data, "seed": context.seed, **self.options("out")}
+        options = {"data": context.data, "seed": context.seed, **self.options("out", "teacher")}
+        if self.teacher:
+            options["teacher"] = context.bundle(self.teacher)
         made = edgekit.train(out=context.path(self.out), **options)
         return Made([f"{self.out}.edge"], {"top1": made.manifest.history[-1].figures["top1"]})
 

@@ -33,7 +33,7 @@ def test_the_mails_and_their_split_are_fixed(spam: Dataset) -> None:
 
 def test_what_it_is(spam: Dataset) -> None:
     assert (spam.spec, spam.labels, spam.task, spam.augmentation) == ("spam", ("ham", "spam"), "text-classification", "text")
-    assert spam.preprocessing == TextPreprocessing(length=128)
+    assert spam.preprocessing == TextPreprocessing(length=192)
     for i in range(0, len(spam.all), 7):
         subject, _, body = spam.all.read(i).partition("\n")
         assert len(subject) <= 150

@@ -38,7 +38,7 @@ def load(path: str = "") -> Dataset:
         train=every.take(train),
         test=every.take(test),
         all=every,
-        preprocessing=TextPreprocessing(length=128),
+        preprocessing=TextPreprocessing(length=192),
         augmentation="text",
         task="text-classification",
     )

