@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import click
 
-__all__ = ["bar", "say", "track"]
+__all__ = ["bar", "first", "say", "track"]
 
 T = TypeVar("T")
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks: all others that ``torchrun`` started beside it would only say it again."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def track(items: Iterable[T], label: str, length: int | None = None) -> Iterator[T]:
@@ -19,6 +25,9 @@ def track(items: Iterable[T], label: str, length: int | None = None) -> Iterator
 
     Off a terminal (CI, a pipe) only the label is printed, once.
     """
+    if not first():
+        yield from items
+        return
     with click.progressbar(items, length=length, label=label, file=sys.stderr, show_eta=True, show_pos=True) as shown:
         yield from shown
 
@@ -29,6 +38,9 @@ def bar(label: str, length: int) -> Iterator[Callable[[int, str], None]]:
 
     With a note of 30 characters it fits into 80 columns.
     """
+    if not first():
+        yield lambda steps, note: None
+        return
     with click.progressbar(
         length=length, label=label, file=sys.stderr, width=16, show_percent=False, show_pos=True, item_show_func=lambda n: n
     ) as shown:
@@ -37,4 +49,5 @@ def bar(label: str, length: int) -> Iterator[Callable[[int, str], None]]:
 
 def say(message: str) -> None:
     """One line for the person who waits."""
-    click.echo(message, err=True)
+    if first():
+        click.echo(message, err=True)

@@ -19,7 +19,10 @@ __all__ = ["COMMANDS", "cli", "main"]
 COMMANDS = {
     "pipeline": "pipeline",
     "train": "training",
+    "search": "search",
     "eval": "training",
+    "data": "data",
+    "augment": "data",
     "prune": "pruning",
     "quantize": "quantization",
     "import": "compiling",

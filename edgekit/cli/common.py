@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
+from edgekit.progress import first
 
 __all__ = ["SEED", "Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table"]
 
@@ -42,10 +43,8 @@ def answers(function: Callable[..., Answer]) -> Callable[..., int]:
     @functools.wraps(function)
     def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> int:
         answer = function(*args, **kwargs)
-        if as_json:
-            click.echo(_json(answer.data))
-        else:
-            click.echo(answer.text or lines(answer.data))
+        if first():  # of the processes of one torchrun, one answers
+            click.echo(_json(answer.data) if as_json else answer.text or lines(answer.data))
         return answer.exit_code
 
     return wrapper
@@ -102,10 +101,12 @@ def fail(error: BaseException, as_json: bool) -> int:
         message, hint, code = f"{type(error).__name__}: {error}", "this is a defect of edgekit; EDGEKIT_DEBUG=1 shows where", 1
     if os.environ.get("EDGEKIT_DEBUG"):
         traceback.print_exception(error)
-    if as_json:
+    if as_json and first():
         with contextlib.suppress(OSError):  # it may be stdout that failed
             click.echo(_json({**result, "error": message, "hint": hint}))
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    # The others speak too here: what failed may have failed in one of them only.
+    which = "" if first() else f" in process {os.environ['RANK']}"
+    click.echo(f"error{which}: {' '.join(message.split())}", err=True)
     if hint:
         click.echo(f"hint: {' '.join(hint.split())}", err=True)
     return code

@@ -26,6 +26,20 @@ DATA = "digits | spam | labels | watch | folder:PATH | csv:PATH | npz:PATH"
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the training split.  [default: the model's and data's]")
 @click.option("--batch", type=click.IntRange(2), help="Samples a step.  [default: the model's]")
 @click.option("--lr", type=click.FloatRange(0, 10, min_open=True), help="Peak learning rate.  [default: the model's]")
+@click.option(
+    "--weight-decay",
+    default=0.05,
+    show_default=True,
+    type=click.FloatRange(0, 10, max_open=True),
+    help="Decay of matrices and kernels, not of biases and norms.",
+)
+@click.option(
+    "--smoothing",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Label smoothing of classifiers.",
+)
 @click.option("--size", type=click.IntRange(8, 1024), help="Height and width of pictures, pixels.  [default: the data set's]")
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Same seed, same machine: same weights.")
 @click.option(
@@ -66,7 +80,7 @@ def train(**options: Any) -> Answer:
       edgekit train --data folder:parcels --size 112 --out parcels.edge
       edgekit train --data csv:mails.csv --model hf:MiniLM --out mails.edge
       edgekit train --data folder:parcels --teacher big.edge --model depthwise-n --out small.edge
-      torchrun --nproc-per-node 2 -m edgekit train --data folder:parcels --out parcels.edge
+      torchrun --nproc-per-node 2 -m -- edgekit train --data folder:parcels --out parcels.edge
     """
     import edgekit
 

@@ -36,8 +36,8 @@ class Policy:
     """Largest changes; 0 leaves a kind of change out. ``kind``: image, text or series.
 
     Pictures: ``crop``: a random part of at least this share of the area, scaled to the whole. ``rotation`` and ``shear``
-    in degrees, ``scale`` and ``shift`` as shares, ``perspective`` as a share of the side. ``light`` and ``contrast`` as
-    factors 1 +- x, ``warmth`` the chance of another colour temperature. Chances: ``mirror``, ``blur`` (out of focus),
+    in degrees, ``scale`` and ``shift`` as shares, ``perspective`` as a share of the side. ``light``: added or taken,
+    as a share of the range; ``contrast`` as a factor 1 +- x; ``warmth`` the chance of another colour temperature. Chances: ``mirror``, ``blur`` (out of focus),
     ``motion`` (blur), ``glare`` (a soft bright or dark spot), ``noise``, ``erase`` (a covered rectangle). ``mixup``: beta of
     blending pairs (arXiv:1710.09412); ``cutmix``: the chance of pasting a part of another picture (arXiv:1905.04899).
     ``margin``: pictures are read larger by this share, so that crops do not lose sharpness. ``smaller``: crops are
@@ -77,19 +77,19 @@ POLICIES: dict[str, Policy] = {
     "none": Policy("any"),
     "digits": Policy(rotation=15, scale=0.12, shift=0.15, shear=11),
     "signs": Policy(
-        rotation=8, scale=0.15, shift=0.1, perspective=0.25, light=0.4, contrast=0.4, blur=0.15, motion=0.15, glare=0.2,
+        rotation=8, scale=0.15, shift=0.1, perspective=0.25, light=0.2, contrast=0.4, blur=0.15, motion=0.15, glare=0.2,
         erase=0.1,
     ),
     "photos": Policy(
-        crop=0.3, mirror=0.5, light=0.3, contrast=0.3, warmth=0.3, erase=0.25, mixup=0.2,
+        crop=0.3, mirror=0.5, light=0.12, contrast=0.3, warmth=0.3, erase=0.25, mixup=0.2,
         margin=1 / 7, smaller=1 / 7, epochs=300,
     ),
-    "medical": Policy(rotation=10, scale=0.1, shift=0.05, mirror=0.5, light=0.1, contrast=0.1),
+    "medical": Policy(rotation=10, scale=0.1, shift=0.05, mirror=0.5, light=0.06, contrast=0.1),
     "logistics": Policy(
-        rotation=8, scale=0.12, shift=0.06, perspective=0.3, light=0.4, contrast=0.3, blur=0.2, motion=0.2, glare=0.3,
+        rotation=8, scale=0.12, shift=0.06, perspective=0.3, light=0.2, contrast=0.3, blur=0.2, motion=0.2, glare=0.3,
         noise=0.2, erase=0.25, margin=1 / 7,
     ),
-    "lines": Policy(rotation=1, scale=0.05, shift=0.02, shear=4, light=0.2, contrast=0.3, noise=0.2),
+    "lines": Policy(rotation=1, scale=0.05, shift=0.02, shear=4, light=0.1, contrast=0.3, noise=0.2),
     "text": Policy("text", drop=0.1),
     "series": Policy("series", light=0.2, noise=0.1, shift=0.1, scale=0.15),
 }  # fmt: skip
@@ -186,7 +186,7 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
     if p.mirror:
         steps.append(ka.RandomHorizontalFlip(p=p.mirror))
     if p.light:
-        steps.append(ka.RandomBrightness((1 - p.light, 1 + p.light), p=0.8))
+        steps.append(ka.RandomBrightness((1 - p.light, 1 + p.light), p=0.8))  # kornia adds the factor less 1
     if p.contrast:
         steps.append(ka.RandomContrast((1 - p.contrast, 1 + p.contrast), p=0.8))
     if p.warmth:

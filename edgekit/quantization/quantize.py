@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import onnx
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, WEIGHTS, Bundle, new_path
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, TOKENIZER, WEIGHTS, Bundle, new_path
 from edgekit.errors import BudgetNotMet, GraphError, UsageError
 from edgekit.evaluation import evaluate
 from edgekit.manifest import Tolerance
@@ -191,7 +191,7 @@ def _write(
     tolerance: Tolerance,
 ) -> Bundle:
     with Bundle.create(out) as draft:
-        for name in (FLOAT_GRAPH, WEIGHTS, GOLDEN):
+        for name in (FLOAT_GRAPH, WEIGHTS, GOLDEN, TOKENIZER):
             if parent.has(name):
                 draft.write(name, parent.read(name))
         draft.write(INT8_GRAPH, result.graph)

@@ -28,6 +28,9 @@ def run_key(module: nn.Module, data: Tensors, config: dict[str, Any], objective:
         getattr(objective, "teacher_digest", ""),
         hashlib.sha256("\0".join(data.ids).encode(errors="replace")).hexdigest(),
     ]
+    weights = getattr(getattr(objective, "inner", objective), "weights", None)
+    if weights is not None:  # of the classes
+        about.append(weights.tolist())
     digest = hashlib.sha256(msgspec.json.encode(about))
     digest.update("\0".join(data.ids).encode(errors="replace"))
     if isinstance(data.x, np.ndarray):

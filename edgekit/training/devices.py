@@ -1,25 +1,33 @@
 """Where training runs: this process's device, and the others beside it. The one file that knows Accelerate.
 
 Started by ``torchrun`` the same command trains on many GPUs or machines: each process takes its share of every batch, and
-gradients are averaged (DistributedDataParallel), so the result is that of one process within the noise of batch norms.
+gradients are averaged (DistributedDataParallel), so the result is that of one process within the noise of batch norms. The
+main process scores, keeps the checkpoint and writes; what it finds, the others hear of.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from edgekit.errors import MissingExtra
+from edgekit.errors import DataError, EdgekitError, MissingExtra, UsageError
 
 __all__ = ["Devices"]
 
+T = TypeVar("T")
+
+#: What torch says, as a plain RuntimeError, where a process waits for one that is gone: gloo's words, and NCCL's.
+_GONE = ("gloo", "connection closed", "connection reset", "broken pipe", "timed out", "ncclremoteerror")
+
 
 class Devices:
-    """``rank`` of ``world`` processes, ``main`` for the first; ``device`` is this one's."""
+    """``rank`` of ``world`` processes, ``main`` for the first; ``device`` is this one's. Making another one costs nothing."""
 
     def __init__(self) -> None:
         self.rank, self.world = 0, 1
@@ -38,9 +46,16 @@ class Devices:
     def main(self) -> bool:
         return self.rank == 0
 
-    def whole(self, batch: int) -> int:
-        """The batch, rounded down to one that all processes have an equal share of."""
-        return max(batch // self.world, 1) * self.world
+    def whole(self, batch: int, samples: int) -> int:
+        """The batch, rounded down to one that all processes have an equal share of: two samples at least, for batch norms.
+
+        Raises `DataError` where the ``samples`` are too few for that.
+        """
+        if self.world == 1:
+            return min(batch, samples)
+        if samples < 2 * self.world:
+            raise DataError(f"{samples} samples are too few for {self.world} processes", "start fewer processes")
+        return max(min(batch, samples) // self.world, 2) * self.world
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module that steps go through: in one process the module itself."""
@@ -49,18 +64,42 @@ class Devices:
         wrapped: nn.Module = self._accelerator.prepare_model(module)
         return wrapped
 
-    def share(self, value: float) -> float:
+    def share(self, value: T) -> T:
         """The main process's ``value``, in every process."""
         if self._accelerator is None:
             return value
-        from accelerate.utils import broadcast
+        from accelerate.utils import broadcast_object_list
 
-        return float(broadcast(torch.tensor([value], device=self.device))[0])
+        shared: T = broadcast_object_list([value])[0]
+        return shared
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self._accelerator is not None:
-            self._accelerator.wait_for_everyone()
+    def mean(self, value: float) -> float:
+        """The mean of the ``value`` that each process has, in every process."""
+        if self._accelerator is None:
+            return value
+        from accelerate.utils import reduce
+
+        return float(reduce(torch.tensor([value], device=self.device), "mean")[0])
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What the processes do side by side. Where one fails alone it says why, and those that wait for it end with
+        `EdgekitError`; torchrun ends whoever is left. Raises `UsageError` for a model that cannot be trained so."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._accelerator is None:
+                raise
+            if "Expected to have finished reduction" in str(error):
+                raise UsageError(
+                    "the model has parameters that its answer does not depend on: many processes cannot average them",
+                    "take them out of the model, or train in one process",
+                ) from None
+            if not any(words in str(error).lower() for words in _GONE):
+                raise
+            raise EdgekitError(
+                "another process of this training has ended", "its error is beside this one; then give the same command again"
+            ) from None
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision where the device has it: bfloat16 needs no loss scaling. Not on a CPU: measured here it gains

@@ -72,6 +72,11 @@ class FitConfig:
             )
         if self.optimizer not in ("adamw", "sgd"):
             raise UsageError(f"there is no optimizer {self.optimizer!r}", "choose one of: adamw, sgd")
+        if not 0 <= self.smoothing < 1 or not 0 <= self.weight_decay < 10:
+            raise UsageError(
+                f"smoothing {self.smoothing}, weight decay {self.weight_decay}",
+                "wanted: 0 <= smoothing < 1, 0 <= weight decay < 10",
+            )
 
 
 @dataclass(frozen=True)
@@ -109,24 +114,26 @@ def fit(
     devices = Devices()
     policy = policy_named(config.augmentation)
     objective = objective or Classification(int(data.y.max(initial=0)) + 1, config.smoothing, policy)
-    run = _Run(module, data, config, objective, augmentation, after_step, devices)
-    curve = run.resume(checkpoint, label)
-    with bar(label, config.epochs * run.steps) as advance:
-        advance(len(curve) * run.steps, "")
-        for epoch in range(len(curve), config.epochs):
-            if run.weary(curve):
-                break
-            loss = run.epoch(epoch, advance, f"  {objective.metric} {curve[-1][objective.metric]:.2%}" if curve else "")
-            score = devices.share(run.score(watched.tensors) if devices.main else 0.0)
-            row = {"epoch": epoch + 1, "loss": loss, objective.metric: score, "lr": float(run.schedule.get_last_lr()[0])}
-            curve.append(row)
-            log(row)
-            run.note(score, epoch, watched.choose)
-            if devices.main:
-                save_checkpoint(checkpoint, run.state(curve))
-            if on_epoch:
-                on_epoch(epoch, score)
-    run.finish(watched.choose)
+    with devices.together():
+        run = _Run(module, data, config, objective, augmentation, after_step, devices)
+        curve = run.resume(checkpoint, label)
+        with bar(label, config.epochs * run.steps) as advance:
+            advance(len(curve) * run.steps, "")
+            for epoch in range(len(curve), config.epochs):
+                if run.weary(curve):
+                    break
+                note = f"  {objective.metric} {curve[-1][objective.metric]:.2%}" if curve else ""
+                loss = devices.mean(run.epoch(epoch, advance, note))
+                score = devices.share(run.score(watched.tensors) if devices.main else 0.0)
+                row = {"epoch": epoch + 1, "loss": loss, objective.metric: score, "lr": float(run.schedule.get_last_lr()[0])}
+                curve.append(row)
+                log(row)
+                run.note(score, epoch, watched.choose)
+                if devices.main:
+                    save_checkpoint(checkpoint, run.state(curve))
+                if on_epoch:
+                    on_epoch(epoch, score)
+        run.finish(watched.choose)
     return curve
 
 
@@ -181,12 +188,12 @@ class _Run:
         after_step: Callable[[], None] | None,
         devices: Devices,
     ) -> None:
-        self.key = run_key(module, data, asdict(config), objective)
         self.module, self.config, self.objective, self.after_step = module, config, objective, after_step
         self.augmentation, self.devices = augmentation, devices
         module.to(devices.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.x, self.y = data.x, torch.from_numpy(data.y)
-        self.batch = devices.whole(min(config.batch, len(data.x)))
+        self.batch = devices.whole(config.batch, len(data.x))
+        self.key = run_key(module, data, {**asdict(config), "batch": self.batch}, objective)
         self.steps = len(data.x) // self.batch
         self.average = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         self.best: dict[str, Tensor] | None = None
@@ -269,6 +276,8 @@ class _Run:
         if not (choose and self.best):
             self._settle()
         self.module.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        # The batch norms of each process have seen its own samples: all end with those of the main one.
+        self.module.load_state_dict(self.devices.share(self.module.state_dict()))
 
     def _settle(self) -> None:
         """After a short run, batch norms take their statistics anew: the averaged ones still remember the first steps."""
@@ -298,8 +307,11 @@ class _Run:
         }
 
     def resume(self, path: Path | None, label: str) -> list[dict[str, float]]:
-        """Load ``path`` if it belongs to this run; the curve so far, empty for a fresh start."""
-        state = load_checkpoint(path, self.key)
+        """Load ``path`` if it belongs to this run; the curve so far, empty for a fresh start.
+
+        The main process reads it for all: another machine need not have the file, and all must start at one epoch.
+        """
+        state = self.devices.share(load_checkpoint(path, self.key) if self.devices.main else None)
         if state is None:
             return []
         self.module.load_state_dict(state["module"])

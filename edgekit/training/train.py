@@ -12,17 +12,19 @@ import torch
 from torch import nn
 
 from edgekit.bundle import Bundle, new_path
+from edgekit.data import Tensors
 from edgekit.data.augment import make_augmentation, policy_named
 from edgekit.errors import UsageError
 from edgekit.evaluation import judge
 from edgekit.manifest import FORMAT, Manifest, history_entry
+from edgekit.models import is_custom
 from edgekit.models.module import macs, parameters, write_model
 from edgekit.progress import say
 
 from .devices import Devices
 from .fit import FitConfig, Watched, fit, outputs_of
 from .logs import tensorboard
-from .objective import Classification, Distillation, Reading, objective_for
+from .objective import Classification, Distillation, Objective, Reading, objective_for
 from .plan import Plan, Splits, class_weights, make_plan, read_splits
 from .teacher import load_teacher
 
@@ -39,6 +41,8 @@ def train(
     epochs: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
+    weight_decay: float = FitConfig.weight_decay,
+    smoothing: float = FitConfig.smoothing,
     size: int | None = None,
     seed: int = 0,
     augment: str | None = None,
@@ -52,25 +56,24 @@ def train(
     """Train a model on a data set and write it as a new bundle.
 
     ``data`` is a spec (`edgekit.data.load`); ``model`` a preset, ``hf:FOLDER`` or ``package.module:factory`` (default: what
-    suits the data); ``size`` the height and width of pictures in pixels (default: the data set's); ``augment`` a policy.
-    ``validation`` is the share of the training split by which the best epoch is chosen, ``patience`` the epochs without a
-    better one after which training stops. ``balance`` weighs classes alike; ``teacher`` is a bundle to distil from; ``logs``
-    a folder for TensorBoard. Stopped runs resume from ``OUT.checkpoint``. The figures in the history are measured on the
-    held-out split after the last epoch; nothing is chosen by it.
+    suits the data); ``epochs`` to ``optimizer`` are `FitConfig`'s; ``size`` is the height and width of pictures in pixels
+    (default: the data set's), ``augment`` a policy, ``validation`` the share of the training split by which the best epoch
+    is chosen, ``patience`` the epochs without a better one after which training stops. ``balance`` weighs classes alike;
+    ``teacher`` is a bundle to distil from; ``logs`` a folder for TensorBoard. Stopped runs resume from ``OUT.checkpoint``.
+    The figures in the history are measured on the held-out split after the last epoch; nothing is chosen by it. Under
+    torchrun every process returns the bundle.
     Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for options that do not fit each other.
     """
     target = new_path(out)
-    if not 0 <= validation < 1:
-        raise UsageError(f"a validation share of {validation:g}", "give a share of the training split, for example 0.1")
-    if patience and not validation:
-        raise UsageError("--patience needs a validation split to judge by", "add --validation 0.1")
+    _check(validation, patience)
     plan = make_plan(data, model, size, augment)
-    config = fit_config(plan, epochs, batch, lr, seed, optimizer=optimizer, patience=patience)
+    decay = {"weight_decay": weight_decay, "smoothing": smoothing}
+    config = fit_config(plan, epochs, batch, lr, seed, optimizer=optimizer, patience=patience, **decay)
     module = plan.module(seed)
     augmentation = make_augmentation(plan.augmentation, plan.preprocessing, plan.tokenizer, resizes=plan.preset.resizes)
-    learnt = objective_for(plan.dataset.task, len(plan.dataset.labels), config.smoothing, policy_named(plan.augmentation))
-    objective = learnt if teacher is None else _taught(learnt, teacher, plan)
+    learnt, objective = _objectives(plan, config, teacher)
     splits = read_splits(plan.dataset, plan.preprocessing, augmentation, plan.tokenizer, validation, seed)
+    _try(module, plan, splits.held_out)
     if isinstance(learnt, Classification):
         learnt.weigh(class_weights(splits.train.y, len(plan.dataset.labels), balance))
     say(
@@ -78,31 +81,54 @@ def train(
         f"{len(splits.held_out.y):,} held out"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = target.with_name(f"{target.name}.checkpoint")
+    saved = target.with_name(f"{target.name}.checkpoint")
     watched = Watched(splits.validation, choose=True) if splits.validation else Watched(splits.held_out)
     started = time.perf_counter()
-    with tensorboard(logs) as log:
+    with tensorboard(logs if Devices().main else None) as log:
         curve = fit(
-            module,
-            splits.train,
-            watched,
-            config,
-            objective=objective,
-            augmentation=augmentation,
-            checkpoint=checkpoint,
-            log=log,
+            module, splits.train, watched, config, objective=objective, augmentation=augmentation, checkpoint=saved, log=log
         )
     settings = {"data": data, "data_digest": plan.dataset.digest, "model": model or plan.model.name, **asdict(config)}
     settings |= {"validation": validation, "balance": balance}
+    settings |= {"teacher": objective.teacher_digest} if isinstance(objective, Distillation) else {}
     figures = {"seconds": round(time.perf_counter() - started, 1), "curve": curve}
     return _write(target, plan, module, splits, settings, figures)
 
 
-def _taught(learnt: Classification | Reading, teacher: str | os.PathLike[str] | Bundle, plan: Plan) -> Distillation:
+def _check(validation: float, patience: int) -> None:
+    if not 0 <= validation < 1:
+        raise UsageError(f"a validation share of {validation:g}", "give a share of the training split, for example 0.1")
+    if patience and not validation:
+        raise UsageError("--patience needs a validation split to judge by", "add --validation 0.1")
+
+
+def _try(module: nn.Module, plan: Plan, samples: Tensors) -> None:
+    """Raise `UsageError` where a user's own model does not answer two samples as the task asks."""
+    if not is_custom(plan.model.name):
+        return
+    classes = len(plan.dataset.labels)
+    try:
+        found = outputs_of(module, samples.x[:2]).shape
+    except Exception as error:  # noqa: BLE001  it is the user's code
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{plan.model.name} cannot be run: {reason}", f"it is given {samples.x[:2].shape}") from None
+    if len(found) != (3 if plan.dataset.task == "text-recognition" else 2) or found[-1] != classes:
+        raise UsageError(f"{plan.model.name} answers {found} to two samples", f"its last axis must be the {classes} classes")
+
+
+def _objectives(
+    plan: Plan, config: FitConfig, teacher: str | os.PathLike[str] | Bundle | None
+) -> tuple[Classification | Reading, Objective]:
+    """The data's own objective, and what is trained with: the same, or a teacher around it."""
+    learnt = objective_for(plan.dataset.task, len(plan.dataset.labels), config.smoothing, policy_named(plan.augmentation))
+    if isinstance(learnt, Reading) and config.smoothing != FitConfig.smoothing:
+        raise UsageError(f"{plan.dataset.spec} is for {plan.dataset.task}: only classes are smoothed", "leave --smoothing out")
+    if teacher is None:
+        return learnt, learnt
     if not isinstance(learnt, Classification):
         raise UsageError(f"a teacher is for classifiers, {plan.dataset.spec} is for {plan.dataset.task}", "leave --teacher out")
     module, digest = load_teacher(teacher, plan.dataset.labels, plan.preprocessing, plan.tokenizer)
-    return Distillation(learnt, module, digest)
+    return learnt, Distillation(learnt, module, digest)
 
 
 def fit_config(
@@ -114,8 +140,10 @@ def fit_config(
     *,
     optimizer: Literal["adamw", "sgd"] = "adamw",
     patience: int = 0,
+    weight_decay: float = FitConfig.weight_decay,
+    smoothing: float = FitConfig.smoothing,
 ) -> FitConfig:
-    """How a plan is trained: what is stated, else what suits its model and data."""
+    """How a plan is trained: what is stated, else what suits its model and data. Raises `UsageError`."""
     preset = plan.preset
     rate = lr or preset.lr * (10 if optimizer == "sgd" else 1)
     default = max(preset.epochs, policy_named(plan.augmentation).epochs)
@@ -123,6 +151,8 @@ def fit_config(
         epochs or default,
         rate,
         batch or (min(preset.batch, PHOTO_BATCH) if policy_named(plan.augmentation).crop else preset.batch),
+        weight_decay,
+        smoothing,
         seed=seed,
         augmentation=plan.augmentation,
         optimizer=optimizer,
@@ -134,7 +164,7 @@ def _write(
     target: Path, plan: Plan, module: nn.Module, splits: Splits, settings: dict[str, Any], figures: dict[str, Any]
 ) -> Bundle:
     """Judge the module on the held-out split and write it; only the main process does, the others wait for it."""
-    devices = Devices()
+    devices, written = Devices(), None
     if devices.main:
         held_out, checkpoint = splits.held_out, target.with_name(f"{target.name}.checkpoint")
         judged = judge(plan.dataset.task, outputs_of(module, held_out.x), held_out.y, len(plan.dataset.labels))
@@ -156,7 +186,10 @@ def _write(
             preprocessing=plan.preprocessing,
             labels=plan.dataset.labels,
         )
-        write_model(target, module, held_out.x, manifest, history_entry("train", settings, figures), plan.tokenizer)
+        entry = history_entry("train", settings, figures)
+        written = write_model(target, module, held_out.x, manifest, entry, plan.tokenizer).manifest
         checkpoint.unlink(missing_ok=True)
-    devices.wait()
-    return Bundle.open(target)
+    with devices.together():  # on another machine there is no file to open
+        written = devices.share(written)
+    assert written is not None
+    return Bundle(target, written)
