@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .quantization import quantize
     from .reporting import report
     from .training import train
+    from .training.search import search
 
 _HOMES = {
     "Bundle": "bundle",
@@ -44,6 +45,7 @@ _HOMES = {
     "prune": "pruning",
     "quantize": "quantization",
     "report": "reporting",
+    "search": "training.search",
     "train": "training",
     "verify": "deployment",
 }
@@ -64,6 +66,7 @@ __all__ = [
     "prune",
     "quantize",
     "report",
+    "search",
     "train",
     "verify",
 ]

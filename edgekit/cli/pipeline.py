@@ -22,9 +22,9 @@ def pipeline(recipe: Path | None, out: Path | None, data: str | None, show: bool
     """The whole way by a recipe: train, prune, quantize, build, bench, report, scan.
 
     RECIPE.toml is a file of yours, or the name of a built-in recipe: digits (the default, 5,000 real handwritten digits),
-    signs, medical, parcels (folders of pictures: name yours by --data), reading, spam, series. Run it again and only what changed is done
-    again; interrupted training goes on where it stopped. Paths in a recipe start at the current folder, bundles and
-    pictures that its stages make lie in the output folder.
+    signs, medical, parcels (folders of pictures: name yours by --data), reading, spam, series. Run it again and only what
+    changed is done again; interrupted training goes on where it stopped. Paths in a recipe start at the current folder,
+    bundles and pictures that its stages make lie in the output folder.
 
     \b
     Examples:

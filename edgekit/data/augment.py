@@ -36,10 +36,11 @@ class Policy:
     """Largest changes; 0 leaves a kind of change out. ``kind``: image, text or series.
 
     Pictures: ``crop``: a random part of at least this share of the area, scaled to the whole. ``rotation`` and ``shear``
-    in degrees, ``scale`` and ``shift`` as shares, ``perspective`` as a share of the side. ``light``: added or taken,
-    as a share of the range; ``contrast`` as a factor 1 +- x; ``warmth`` the chance of another colour temperature. Chances: ``mirror``, ``blur`` (out of focus),
-    ``motion`` (blur), ``glare`` (a soft bright or dark spot), ``noise``, ``erase`` (a covered rectangle). ``mixup``: beta of
-    blending pairs (arXiv:1710.09412); ``cutmix``: the chance of pasting a part of another picture (arXiv:1905.04899).
+    in degrees, ``scale`` and ``shift`` as shares, ``perspective`` as a share of the side. ``light``: added or taken, as
+    a share of the range; ``contrast`` as a factor 1 +- x. Chances: ``warmth`` (another colour temperature), ``mirror``,
+    ``blur`` (out of focus), ``motion`` (blur), ``glare`` (a soft bright or dark spot), ``noise``, ``erase`` (a covered
+    rectangle). ``mixup``: beta of blending pairs (arXiv:1710.09412); ``cutmix``: the chance of pasting a part of another
+    picture (arXiv:1905.04899).
     ``margin``: pictures are read larger by this share, so that crops do not lose sharpness. ``smaller``: crops are
     trained on this much below the model's size, for models that take any: crops magnify what they show, so pictures at full
     size show things as large as they were learnt (arXiv:1906.06423). ``epochs``: so much change takes at least so many passes

@@ -69,7 +69,9 @@ def create(config: ModelConfig) -> nn.Module:
         raise UsageError(
             f"the model {config.name} cannot be imported: {error}", "mind the name: package.module:factory"
         ) from None
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the user's code raises anything
+        if not is_custom(config.name) and not isinstance(error, TypeError | ValueError | RuntimeError):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"the model {config.name} does not take {args}: {reason}", "try another model or image size") from None
     if not isinstance(built, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edgekit.models import DEFAULTS, PRESETS, preset_named, sized
 from edgekit.models.module import create, export_onnx, load, macs, parameters, write_model
 from edgekit.runtime.onnxruntime import session
 
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 INPUTS: dict[str, dict[str, Any]] = {
     "image-classification": {"channels": 1, "height": 28, "width": 28},
     "text-classification": {"vocabulary": 400, "length": 24, "pad": 0},
@@ -139,3 +141,25 @@ def test_every_task_has_a_default():
     assert {preset_named(name).task for name in DEFAULTS.values()} == set(DEFAULTS)
     with pytest.raises(UsageError, match="there is no model"):
         preset_named("nonsense")
+
+
+def test_the_documented_sizes_are_true():
+    """docs/models.md: | `name` | input | parameters | MACs |."""
+    rows = re.findall(r"^\| \**`([\w-]+)`\** \| ([^|]+) \| ([\d,]+) \| ([\d,]+) \|", DOCS.read_text(encoding="utf-8"), re.M)
+    assert {name for name, *_ in rows} == set(PRESETS)
+    for name, described, stated_parameters, stated_macs in rows:
+        numbers = [int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", described)]
+        preset = PRESETS[name]
+        if preset.task in ("image-classification", "text-recognition"):
+            width, height, channels, classes = numbers
+            given = {"channels": channels, "height": height, "width": width}
+            x = torch.zeros(1, channels, height, width)
+        elif preset.task == "text-classification":
+            given = {"length": numbers[0], "vocabulary": numbers[1], "pad": 0}
+            x, classes = torch.ones(1, numbers[0], dtype=torch.long), numbers[2]
+        else:
+            given = {"length": numbers[0], "channels": numbers[1]}
+            x, classes = torch.ones(1, numbers[0], numbers[1] + 1), numbers[2]
+        module = create(ModelConfig(name, {"classes": classes, **given, **preset.args}))
+        assert f"{parameters(module):,}" == stated_parameters, name
+        assert f"{macs(module, x):,}" == stated_macs, name

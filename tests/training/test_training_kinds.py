@@ -31,7 +31,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for i in range(120):
-            drawn = list(random.choice(words, 6)) + [f"number {i}"]
+            drawn = [*list(random.choice(words, 6)), f"number {i}"]
             drawn.insert(int(random.integers(6)), "winner" if i % 2 else "regards")
             writer.writerow([" ".join(drawn), "spam" if i % 2 else "ham"])
     return f"csv:{path}"
