@@ -18,8 +18,7 @@ _NAMES = ("edgekit_first", "edgekit_last", "edgekit_axis", "edgekit_back")
 def reverse_forward_layers(model: onnx.ModelProto) -> int:
     """Rewrite forward LSTM, GRU and RNN nodes of the main graph in place; returns how many.
 
-    Left alone: layers of other directions, with ``sequence_lens`` or with peepholes' time-dependent inputs, and batch-first
-    layouts.
+    Left alone: layers of other directions, with ``sequence_lens``, and batch-first layouts.
     """
     graph = model.graph
     changed: list[onnx.NodeProto] = []

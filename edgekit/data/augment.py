@@ -39,8 +39,7 @@ class Policy:
     in degrees, ``scale`` and ``shift`` as shares, ``perspective`` as a share of the side. ``light``: added or taken, as
     a share of the range; ``contrast`` as a factor 1 +- x. Chances: ``warmth`` (another colour temperature), ``mirror``,
     ``blur`` (out of focus), ``motion`` (blur), ``glare`` (a soft bright or dark spot), ``noise``, ``erase`` (a covered
-    rectangle). ``mixup``: beta of blending pairs (arXiv:1710.09412); ``cutmix``: the chance of pasting a part of another
-    picture (arXiv:1905.04899).
+    rectangle). ``mixup``: beta of blending pairs (arXiv:1710.09412).
     ``margin``: pictures are read larger by this share, so that crops do not lose sharpness. ``smaller``: crops are
     trained on this much below the model's size, for models that take any: crops magnify what they show, so pictures at full
     size show things as large as they were learnt (arXiv:1906.06423). ``epochs``: so much change takes at least so many passes
@@ -67,7 +66,6 @@ class Policy:
     noise: float = 0.0
     erase: float = 0.0
     mixup: float = 0.0
-    cutmix: float = 0.0
     drop: float = 0.0
     margin: float = 0.0
     smaller: float = 0.0

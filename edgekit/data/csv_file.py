@@ -190,6 +190,8 @@ def _texts(table: _Table) -> tuple[list[str], _Samples]:
         samples.labels.append(table.filled(row, "label"))
         samples.lines.append(row.line)
         samples.contents.append(_digest(" ".join(text.casefold().split()).encode()))
+        if "group" in table.columns:
+            samples.people.append(table.filled(row, "group"))
         if "split" in table.columns:
             samples.held_out.append(table.held_out(row))
     return texts, samples

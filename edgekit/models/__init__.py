@@ -131,17 +131,17 @@ def check_model(name: str) -> None:
 def preset_named(name: str) -> Preset:
     """The preset called ``name``, or one that wraps the user's factory. Raises `UsageError` that lists all.
 
-    A factory must be trusted: named on the command line, or its module listed in the environment's EDGEKIT_MODELS. A bundle
-    must not make this process import what it likes.
+    A factory must be trusted: named on the command line or in a recipe, or listed, whole, in the environment's
+    EDGEKIT_MODELS. A bundle must not make this process import what it likes.
     """
     if name == "pretrained" or name.startswith("hf:"):
         return PRETRAINED
     if is_custom(name):
         allowed = os.environ.get("EDGEKIT_MODELS", "").split(",")
-        if name not in _trusted and name.partition(":")[0] not in allowed:
+        if name not in _trusted and name not in allowed:
             raise UsageError(
                 f"the bundle was made from {name}, which is your code, not edgekit's",
-                f"if you trust it: export EDGEKIT_MODELS={name.partition(':')[0]}",
+                f"if you trust it: export EDGEKIT_MODELS={name}",
             )
         return Preset(name, "your own", 1e-3, task="any")
     if name not in PRESETS:

@@ -5,8 +5,10 @@ Pruned widths are stored nowhere but in the weights: `adopt_shapes` makes a fres
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import logging
 import os
 import sys
@@ -155,7 +157,7 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it prints the graphs it gives up on
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,

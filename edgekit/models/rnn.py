@@ -19,11 +19,11 @@ __all__ = ["Crnn", "RowsRnn", "SeriesRnn", "TextLstm", "masked_max", "masked_mea
 
 Cell = Literal["gru", "lstm"]
 _CELLS: dict[str, type[nn.GRU] | type[nn.LSTM]] = {"gru": nn.GRU, "lstm": nn.LSTM}
-_NEVER = -1e4  # below any activation, and finite in float16
+_NEVER = -1.0  # what the outputs of an LSTM or a GRU do not fall below; an input of nothing but padding stays in range
 
 
 def masked_max(x: Tensor, mask: Tensor) -> Tensor:
-    """(N, T, C) and bool (N, T, 1) -> the largest of the steps that count, (N, C)."""
+    """(N, T, C) of -1..1 and bool (N, T, 1) -> the largest of the steps that count, (N, C)."""
     return x.masked_fill(~mask, _NEVER).amax(1)
 
 
@@ -81,7 +81,7 @@ class SeriesRnn(nn.Module):
 
 
 class RowsRnn(nn.Module):
-    """A picture read row by row, from above and from below: two bidirectional layers, mean over the rows."""
+    """A picture read row by row, from above and from below: two bidirectional layers, maximum over the rows."""
 
     def __init__(
         self, classes: int, channels: int = 1, height: int = 28, width: int = 28, cell: Cell = "gru", hidden: int = 56

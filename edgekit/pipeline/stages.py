@@ -16,7 +16,7 @@ from edgekit.data.samples import write_samples
 from edgekit.errors import DataError, UsageError
 from edgekit.explanation import RECORD
 from edgekit.files import sha256_file
-from edgekit.models import DEFAULT, check_model
+from edgekit.models import DEFAULT, check_model, is_custom, trust
 from edgekit.runtime.model import Precision
 
 from .stage import Context, Made, Stage, staging_name
@@ -77,6 +77,8 @@ class Train(Stage, frozen=True):
     def check(self, data: str | None) -> None:
         _check_data(self.data or data)
         check_model(self.model or DEFAULT)
+        if self.model is not None and is_custom(self.model):
+            trust(self.model)  # the recipe is the user's word; later stages load what this one makes
 
     def contents_read(self, context: Context) -> dict[str, str]:
         return {

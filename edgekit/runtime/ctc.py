@@ -20,9 +20,25 @@ def read_line(scores: NDArray[np.float32], beam: int = 1) -> tuple[list[int], fl
     path = scores.argmax(1)
     starts = np.flatnonzero((path != BLANK) & (path != np.concatenate([[BLANK], path[:-1]])))
     greedy = [int(path[i]) for i in starts]
-    read = greedy if beam == 1 else _beam(scores, beam)
-    confidence = float(scores[starts, path[starts]].mean()) if len(starts) else 0.0
-    return read, confidence
+    if beam == 1 or (read := _beam(scores, beam)) == greedy:
+        return greedy, float(scores[starts, path[starts]].mean()) if len(starts) else 0.0
+    return read, float(scores[_aligned(scores, read), read].mean()) if read else 0.0
+
+
+def _aligned(scores: NDArray[np.float32], read: list[int]) -> list[int]:
+    """A step for each character of ``read``, in order, such that their summed probability is highest."""
+    best = np.zeros((len(read) + 1, len(scores) + 1))
+    best[1:, 0] = -np.inf
+    for i, c in enumerate(read, 1):
+        for t in range(1, len(scores) + 1):
+            best[i, t] = max(best[i, t - 1], best[i - 1, t - 1] + scores[t - 1, c])
+    steps, t = [], len(scores)
+    for i in range(len(read), 0, -1):
+        while best[i, t] == best[i, t - 1]:
+            t -= 1
+        t -= 1
+        steps.append(t)
+    return steps[::-1]
 
 
 def _beam(scores: NDArray[np.float32], width: int) -> list[int]:

@@ -36,6 +36,7 @@ from .objective import Classification, Objective
 __all__ = ["FitConfig", "Watched", "answers", "fit", "outputs_of"]
 
 SHORT_RUN = 2000  # steps
+SETTLING = 2000  # samples
 WARMUP_EPOCHS = 8  # at most
 
 
@@ -47,7 +48,7 @@ class FitConfig:
     ``ema`` averages the weights (Polyak) over at most 1 / (1 - ema) steps, and over 15% of a
     short run. ``smoothing`` is label smoothing.
     ``weight_decay`` is decoupled (AdamW, arXiv:1711.05101); biases and norms have none. ``clip`` bounds the gradient's norm.
-    Pairs are blended (mixup, cutmix) until ``blend`` of the epochs. ``patience``: stop after so many epochs without a better
+    Pairs are blended (mixup) until ``blend`` of the epochs. ``patience``: stop after so many epochs without a better
     score on the validation split; 0: never.
     """
 
@@ -212,6 +213,7 @@ class _Run:
             [group["lr"] for group in groups],
             total_steps=max(total, 2),
             pct_start=warmup,
+            cycle_momentum=False,
         )
         self.parallel = devices.wrap(module)
 
@@ -227,30 +229,35 @@ class _Run:
         total = 0.0
         for step, (rows, samples) in enumerate(zip(chosen, batches(self.x, chosen), strict=True)):
             x, y = torch.from_numpy(samples).to(devices.device), self.y[rows].to(devices.device)
-            total += self._step(self.augmentation(x) if self.augmentation else x, y)
-            if not math.isfinite(total):
+            loss = self._step(self.augmentation(x) if self.augmentation else x, y)
+            if loss is None:
                 raise EdgekitError(
-                    f"the loss is no longer finite in epoch {epoch + 1}, step {step + 1}",
+                    f"the loss or its gradient is no longer finite in epoch {epoch + 1}, step {step + 1}",
                     f"lower --lr (now {config.lr:g}); the last good epoch is in the checkpoint",
                 )
+            total += loss
             done = epoch * self.steps + step
             _average(self.average, self.module, min(self.decay, (1 + done) / (10 + done)))
             advance(1, f"loss {total / (step + 1):.3f}{note}")
         return total / self.steps
 
-    def _step(self, x: Tensor, y: Tensor) -> float:
+    def _step(self, x: Tensor, y: Tensor) -> float | None:
+        """One update; the loss before it. None, and no update, where the loss or the gradient is not finite."""
         if x.ndim == 4:
             x = x.to(memory_format=torch.channels_last)
         with self.devices.autocast():
             loss = self.objective.loss(self.parallel, x, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(float(norm))):
+            return None
         self.optimizer.step()
         self.schedule.step()
         if self.after_step:
             self.after_step()
-        return loss.item()
+        return value
 
     def score(self, tensors: Tensors) -> float:
         """With the averaged weights; the trained ones are put back after."""
@@ -273,17 +280,20 @@ class _Run:
 
     def finish(self, choose: bool) -> None:
         self.module.load_state_dict(self.best if choose and self.best else self.average)
-        if not (choose and self.best):
-            self._settle()
+        self._settle()
         self.module.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         # The batch norms of each process have seen its own samples: all end with those of the main one.
         self.module.load_state_dict(self.devices.share(self.module.state_dict()))
 
     def _settle(self) -> None:
-        """After a short run, batch norms take their statistics anew: the averaged ones still remember the first steps."""
+        """After a short run, batch norms take their statistics anew: the averaged ones still remember the first steps.
+
+        From a random draw: splits are sorted by class, and a batch of one class has other statistics than all of them.
+        """
         if self.config.epochs * self.steps > SHORT_RUN:
             return
-        chosen = np.array_split(np.arange(len(self.x)), max(1, len(self.x) // 250))[:8]
+        drawn = np.random.default_rng(self.config.seed).permutation(len(self.x))[:SETTLING]
+        chosen = np.array_split(drawn, max(1, len(drawn) // 250))
         torch.manual_seed(self.config.seed)
 
         def samples() -> Any:

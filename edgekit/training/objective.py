@@ -36,7 +36,7 @@ class Objective(Protocol):
 
 
 class Classification:
-    """Cross-entropy with label smoothing (arXiv:1512.00567), class weights, and pairs blended by mixup or cutmix."""
+    """Cross-entropy with label smoothing (arXiv:1512.00567), class weights, and pairs blended by mixup."""
 
     metric = "top1"
 
@@ -59,16 +59,11 @@ class Classification:
     def blended(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The batch, and its targets as indices (N,) or, where pairs were blended, as shares (N, classes)."""
         p = self.policy
-        if not self._blends or not (p.mixup or p.cutmix):
+        if not self._blends or not p.mixup:
             return x, y
         other = torch.randperm(len(x), device=x.device)
-        if p.cutmix and float(torch.rand(())) < p.cutmix:
-            x, share = _pasted(x, x[other])
-        elif p.mixup:
-            share = float(torch.distributions.Beta(p.mixup, p.mixup).sample())
-            x = torch.lerp(x[other], x, share)
-        else:
-            return x, y
+        share = float(torch.distributions.Beta(p.mixup, p.mixup).sample())
+        x = torch.lerp(x[other], x, share)
         one = F.one_hot(y, self.classes).to(x.dtype)
         return x, torch.lerp(one[other], one, share)
 
@@ -78,17 +73,6 @@ class Classification:
 
     def score(self, outputs: NDArray[np.float32], y: NDArray[np.int64]) -> float:
         return float((outputs.argmax(1) == y).mean())
-
-
-def _pasted(x: Tensor, other: Tensor) -> tuple[Tensor, float]:
-    """``x`` with one rectangle of ``other``, and the share of ``x`` that is left."""
-    height, width = x.shape[2:]
-    side = float(torch.rand(()).sqrt())  # of the rectangle: areas are then uniform
-    tall, wide = int(height * side), int(width * side)
-    top, left = int(torch.randint(height - tall + 1, ())), int(torch.randint(width - wide + 1, ()))
-    x = x.clone()
-    x[:, :, top : top + tall, left : left + wide] = other[:, :, top : top + tall, left : left + wide]
-    return x, 1 - tall * wide / (height * width)
 
 
 class Reading:

@@ -13,16 +13,21 @@ from torch import nn
 
 from edgekit.data import Dataset, Tensors, check_damaged, load
 from edgekit.data.augment import Augmentation, make_augmentation
-from edgekit.errors import DataError, UsageError
+from edgekit.errors import DataError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import ImagePreprocessing, ModelConfig, Preprocessing, TextPreprocessing
 from edgekit.models import DEFAULTS, Preset, is_custom, preset_named, sized, trust
-from edgekit.models.module import create
+from edgekit.models.module import create, export_onnx
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say
 
 from .tokenizer import fit_tokenizer
 
-__all__ = ["Plan", "Splits", "class_weights", "make_plan", "read_splits"]
+try:
+    from tokenizers import Tokenizer
+except ImportError:
+    raise MissingExtra("train", "tokenizers") from None
+
+__all__ = ["Plan", "Splits", "check_custom", "class_weights", "make_plan", "read_splits"]
 
 VOCABULARY = 10_000
 #: A class with so many times the samples of another is worth a word.
@@ -89,12 +94,16 @@ def make_plan(data: str, model: str | None = None, size: int | None = None, augm
         preset = preset_named(name)
     if isinstance(preprocessing, TextPreprocessing):
         if name.startswith("hf:"):
+            if augment not in (None, "none"):
+                raise UsageError(f"--augment {augment} does not know this encoder's tokens", "leave --augment out")
             weights_from = name.removeprefix("hf:")
             name = "pretrained"
             augmentation = augment or "none"  # its tokens are not ours to drop
             preprocessing, tokenizer, own = _pretrained(preprocessing, weights_from)
         else:
-            tokenizer = fit_tokenizer(dataset.train.read(i) for i in range(len(dataset.train)))
+            tokenizer = fit_tokenizer((dataset.train.read(i) for i in range(len(dataset.train))), VOCABULARY)
+            entries = Tokenizer.from_buffer(tokenizer).get_vocab_size()
+            own = {"vocabulary": -(-entries // 8) * 8}  # few texts fill fewer entries, and the device carries each
     args = {"classes": len(dataset.labels), **_described(preprocessing), **preset.args, **own}
     make_augmentation(augmentation, preprocessing, tokenizer)  # refuses what does not fit before anything is read
     return Plan(dataset, preset, ModelConfig(name, args), preprocessing, augmentation, tokenizer, weights_from)
@@ -159,3 +168,29 @@ def class_weights(targets: NDArray[np.int64], classes: int, balance: bool) -> ND
         return None
     weights = np.where(counts > 0, len(targets) / (len(present) * np.maximum(counts, 1)), 0.0)
     return weights.astype(np.float32)
+
+
+def check_custom(module: nn.Module, plan: Plan, samples: Tensors) -> None:
+    """Raise `UsageError` where a user's own model cannot do what comes after hours of training.
+
+    It must answer two samples as the task asks, export, and hold no weights twice. Presets are tested to.
+    """
+    if not is_custom(plan.model.name):
+        return
+    x = torch.from_numpy(np.repeat(samples.x[:1], 2, 0))
+    try:
+        with torch.no_grad():
+            found = tuple(module.eval()(x).shape)
+    except Exception as error:  # noqa: BLE001  it is the user's code
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{plan.model.name} cannot be run: {reason}", f"it is given {tuple(x.shape)}") from None
+    classes = len(plan.dataset.labels)
+    if len(found) != (3 if plan.dataset.task == "text-recognition" else 2) or found[-1] != classes:
+        raise UsageError(f"{plan.model.name} answers {found} to two samples", f"its last axis must be the {classes} classes")
+    held = [tensor.data_ptr() for tensor in module.state_dict().values() if tensor.numel()]
+    if len(set(held)) < len(held):
+        raise UsageError(f"{plan.model.name} has tied weights, which a bundle cannot hold", "give each layer its own")
+    try:
+        export_onnx(module, x)
+    except GraphError as error:
+        raise UsageError(f"{plan.model.name}: {error.message}", error.hint) from None

@@ -29,7 +29,7 @@ from edgekit.progress import say
 
 from .fit import FitConfig, Watched, fit, outputs_of
 from .objective import Classification, Reading, objective_for
-from .plan import Plan, class_weights, make_plan
+from .plan import Plan, check_custom, class_weights, make_plan
 from .train import fit_config
 
 __all__ = ["search"]
@@ -144,6 +144,7 @@ class _Trainer:
         kept, aside = plan.dataset.train.part(validation, config.seed)
         data, judged = kept.tensors(augmentation.read), aside.tensors(make_preprocessor(plan.preprocessing, plan.tokenizer))
         check_damaged(data, judged)
+        check_custom(plan.module(config.seed), plan, judged)
         if len(data.y) < 4 or not len(judged.y):
             counts = f"{len(data.y)} samples to train on and {len(judged.y)} to judge by"
             raise DataError(f"{plan.dataset.spec} has {counts}", "add samples, or change --validation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,14 +17,16 @@ __all__ = ["load_teacher"]
 
 
 class _Resized(nn.Module):
-    """A teacher that takes pictures of another size than the student's."""
+    """A teacher that is given its own size, whatever the student's pictures have: crops are smaller than the input says."""
 
     def __init__(self, module: nn.Module, height: int, width: int) -> None:
         super().__init__()
         self.module, self.size = module, (height, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.module(F.interpolate(x, self.size, mode="bilinear", antialias=True))
+        if x.shape[2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        logits: Tensor = self.module(x)
         return logits
 
 
@@ -41,11 +44,10 @@ def load_teacher(
         )
     module, own = load_module(bundle), manifest.preprocessing
     if isinstance(own, ImagePreprocessing) and isinstance(preprocessing, ImagePreprocessing):
-        if (own.channels, own.mean, own.std) != (preprocessing.channels, preprocessing.mean, preprocessing.std):
-            raise UsageError(f"the teacher {bundle.path} sees pictures otherwise normalised", "train it with the same data")
-        if (own.height, own.width) != (preprocessing.height, preprocessing.width):
-            return _Resized(module, own.height, own.width), bundle.digest
-    elif own != preprocessing or (tokenizer is not None and bundle.read("tokenizer.json") != tokenizer):
+        if msgspec.structs.replace(own, height=preprocessing.height, width=preprocessing.width) != preprocessing:
+            raise UsageError(f"the teacher {bundle.path} sees pictures otherwise prepared", "train it with the same data")
+        return _Resized(module, own.height, own.width), bundle.digest
+    if own != preprocessing or (tokenizer is not None and bundle.read("tokenizer.json") != tokenizer):
         raise UsageError(
             f"the teacher {bundle.path} takes other inputs than the student", "take one with the same tokenizer and length"
         )

@@ -12,12 +12,10 @@ import torch
 from torch import nn
 
 from edgekit.bundle import Bundle, new_path
-from edgekit.data import Tensors
 from edgekit.data.augment import make_augmentation, policy_named
 from edgekit.errors import UsageError
 from edgekit.evaluation import judge
 from edgekit.manifest import FORMAT, Manifest, history_entry
-from edgekit.models import is_custom
 from edgekit.models.module import macs, parameters, write_model
 from edgekit.progress import say
 
@@ -25,7 +23,7 @@ from .devices import Devices
 from .fit import FitConfig, Watched, fit, outputs_of
 from .logs import tensorboard
 from .objective import Classification, Distillation, Objective, Reading, objective_for
-from .plan import Plan, Splits, class_weights, make_plan, read_splits
+from .plan import Plan, Splits, check_custom, class_weights, make_plan, read_splits
 from .teacher import load_teacher
 
 __all__ = ["fit_config", "train"]
@@ -56,10 +54,11 @@ def train(
     """Train a model on a data set and write it as a new bundle.
 
     ``data`` is a spec (`edgekit.data.load`); ``model`` a preset, ``hf:FOLDER`` or ``package.module:factory`` (default: what
-    suits the data); ``epochs`` to ``optimizer`` are `FitConfig`'s; ``size`` is the height and width of pictures in pixels
-    (default: the data set's), ``augment`` a policy, ``validation`` the share of the training split by which the best epoch
-    is chosen, ``patience`` the epochs without a better one after which training stops. ``balance`` weighs classes alike;
-    ``teacher`` is a bundle to distil from; ``logs`` a folder for TensorBoard. Stopped runs resume from ``OUT.checkpoint``.
+    suits the data); ``epochs`` to ``smoothing`` and ``optimizer`` are `FitConfig`'s; ``size`` is the height and width of
+    pictures in pixels (default: the data set's), ``augment`` a policy, ``validation`` the share of the training split by
+    which the best epoch is chosen, ``patience`` the epochs without a better one after which training stops. ``balance``
+    weighs classes alike; ``teacher`` is a bundle to distil from; ``logs`` a folder for TensorBoard. Stopped runs resume from
+    ``OUT.checkpoint``.
     The figures in the history are measured on the held-out split after the last epoch; nothing is chosen by it. Under
     torchrun every process returns the bundle.
     Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for options that do not fit each other.
@@ -67,13 +66,13 @@ def train(
     target = new_path(out)
     _check(validation, patience)
     plan = make_plan(data, model, size, augment)
-    decay = {"weight_decay": weight_decay, "smoothing": smoothing}
-    config = fit_config(plan, epochs, batch, lr, seed, optimizer=optimizer, patience=patience, **decay)
+    stated = {"weight_decay": weight_decay, "smoothing": smoothing}
+    config = fit_config(plan, epochs, batch, lr, seed, optimizer=optimizer, patience=patience, **stated)
     module = plan.module(seed)
     augmentation = make_augmentation(plan.augmentation, plan.preprocessing, plan.tokenizer, resizes=plan.preset.resizes)
     learnt, objective = _objectives(plan, config, teacher)
     splits = read_splits(plan.dataset, plan.preprocessing, augmentation, plan.tokenizer, validation, seed)
-    _try(module, plan, splits.held_out)
+    check_custom(module, plan, splits.held_out)
     if isinstance(learnt, Classification):
         learnt.weigh(class_weights(splits.train.y, len(plan.dataset.labels), balance))
     say(
@@ -100,20 +99,6 @@ def _check(validation: float, patience: int) -> None:
         raise UsageError(f"a validation share of {validation:g}", "give a share of the training split, for example 0.1")
     if patience and not validation:
         raise UsageError("--patience needs a validation split to judge by", "add --validation 0.1")
-
-
-def _try(module: nn.Module, plan: Plan, samples: Tensors) -> None:
-    """Raise `UsageError` where a user's own model does not answer two samples as the task asks."""
-    if not is_custom(plan.model.name):
-        return
-    classes = len(plan.dataset.labels)
-    try:
-        found = outputs_of(module, samples.x[:2]).shape
-    except Exception as error:  # noqa: BLE001  it is the user's code
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{plan.model.name} cannot be run: {reason}", f"it is given {samples.x[:2].shape}") from None
-    if len(found) != (3 if plan.dataset.task == "text-recognition" else 2) or found[-1] != classes:
-        raise UsageError(f"{plan.model.name} answers {found} to two samples", f"its last axis must be the {classes} classes")
 
 
 def _objectives(

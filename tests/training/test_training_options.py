@@ -42,6 +42,20 @@ def few(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
 def narrow(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(100, classes))
+class Tied(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.a = nn.Linear(784, classes)
+        self.b = nn.Linear(784, classes)
+        self.b.weight = self.a.weight
+    def forward(self, x):
+        return self.a(x.flatten(1)) + self.b(x.flatten(1))
+class Branching(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.a = nn.Linear(784, classes)
+    def forward(self, x):
+        return self.a(x.flatten(1)) if x.sum() > 0 else self.a(-x.flatten(1))
 number = 3
 """
 
@@ -146,6 +160,8 @@ def test_a_model_of_ones_own_trains(nets: Path, few_digits: str, factory: str):
         ("my_nets:number", "does not take"),
         ("my_nets:few", "answers (2, 3) to two samples"),
         ("my_nets:narrow", "cannot be run"),
+        ("my_nets:Tied", "tied weights"),
+        ("my_nets:Branching", "cannot export"),
         ("broken_nets:good", "no_such_module_anywhere"),
         ("no_nets:good", "No module named 'no_nets'"),
     ],
@@ -171,11 +187,12 @@ def test_a_bundle_does_not_choose_the_code_that_is_run(nets: Path, few_digits: s
 
     refused = run("-m", "edgekit", "prune", "own.edge", "--out", "p.edge")
     assert refused.returncode == 2
-    assert "export EDGEKIT_MODELS=my_nets" in refused.stderr
+    assert "export EDGEKIT_MODELS=my_nets:good" in refused.stderr
     assert "the code has run" not in refused.stdout
     code = "from edgekit.bundle import Bundle; from edgekit.models.module import load; load(Bundle.open('own.edge'))"
-    assert run("-c", code, EDGEKIT_MODELS="others").returncode == 1
-    trusted = run("-c", code, EDGEKIT_MODELS="others,my_nets")
+    for near in ("others", "my_nets", "my_nets:odd"):  # a module is not enough: the bundle would choose what of it is called
+        assert run("-c", code, EDGEKIT_MODELS=near).returncode == 1
+    trusted = run("-c", code, EDGEKIT_MODELS="others:a,my_nets:good")
     assert trusted.returncode == 0, trusted.stderr
     assert "the code has run" in trusted.stdout
     assert run("-m", "edgekit", "eval", "own.edge", "--data", few_digits).returncode == 0  # the graph needs no code
