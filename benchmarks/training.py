@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def one(row: str, seed: int, out: Path, places: dict[str, str]) -> dict[str, Any
         "epochs": entry.config["epochs"],
         "seconds": entry.figures["seconds"],
         "edgekit": entry.edgekit,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "date": entry.time[:10],
         "load": machine()["load_1min"],
     }
 

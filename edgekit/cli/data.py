@@ -28,7 +28,7 @@ def data(spec: str, out: Path) -> Answer:
       edgekit data --data folder:parcels --out parcels.png
       edgekit data --data csv:mails.csv --out mails.png --json
     """
-    from edgekit.data.sheet import data_report
+    from edgekit.data.sheets.report import data_report
 
     figures = data_report(spec, out)
     return Answer(figures, _text(figures))
@@ -87,7 +87,7 @@ def augment(spec: str, show: Path, policy: str | None, size: int | None, seed: i
       edgekit augment --data digits --show sheet.png
       edgekit augment --data folder:parcels --policy logistics --size 160 --show sheet.png
     """
-    from edgekit.data.contact import augmentation_sheet
+    from edgekit.data.sheets.contact import augmentation_sheet
     from edgekit.training.tokenizer import fit_tokenizer
 
     answer = augmentation_sheet(spec, show, policy=policy, size=size, seed=seed, tokenizer_of=fit_tokenizer)

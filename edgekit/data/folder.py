@@ -10,6 +10,7 @@ import numpy as np
 from edgekit.errors import DataError
 from edgekit.manifest import ImagePreprocessing
 from edgekit.preprocess import IMAGE_SUFFIXES, read_image
+from edgekit.progress import say
 
 from .dataset import Dataset, Split, digest_of, stratified
 
@@ -25,16 +26,19 @@ def load(path: str) -> Dataset:
     if not root.is_dir():
         raise DataError(f"there is no folder {root}", "folder:PATH wants one folder a class: PATH/CLASS/*.jpg")
     train_root = root / "train"
-    test_root = next((root / name for name in ("val", "test", "valid") if (root / name).is_dir()), None)
+    held_out = [root / name for name in ("test", "val", "valid") if (root / name).is_dir()]
+    test_root = held_out[0] if held_out else None
     if train_root.is_dir() and test_root:
+        if len(held_out) > 1:
+            say(f"{test_root} is held out; {held_out[1]} is not used: --validation takes its share from {train_root}")
         labels = _classes(train_root)
         if extra := sorted(set(_classes(test_root)) - set(labels)):
             raise DataError(f"{test_root} has the class {extra[0]!r}, which {train_root} lacks", "give both the same classes")
         train, digests = _split(train_root, labels)
         test, test_digests = _split(test_root, labels)
         # A picture that is in both would be learnt by heart: it stays in test only.
-        held_out = set(test_digests)
-        train = train.take(i for i, digest in enumerate(digests) if digest not in held_out)
+        seen = set(test_digests)
+        train = train.take(i for i, digest in enumerate(digests) if digest not in seen)
         every, digests = test, digests + test_digests
     else:
         labels = _classes(root)

@@ -156,16 +156,17 @@ class _Reader(pickle.Unpickler):
     """Unpickles numbers, str, tuples, lists, dicts and numpy arrays, and nothing else.
 
     A pickle calls what it names. This one finds only the stand-ins below, whatever names it uses: not even numpy's own
-    constructors, whose ``__setstate__`` trusts its arguments with raw memory. As methods they cannot be written to either.
+    constructors, whose ``__setstate__`` trusts its arguments with raw memory. They are made anew each time and have no
+    attributes, so nothing that a pickle writes to one is ever seen again.
     """
 
     def find_class(self, module: str, name: str, /) -> Any:
         known = {
-            ("numpy.core.multiarray", "_reconstruct"): self._reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): self._reconstruct,
+            ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
+            ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
             ("numpy", "ndarray"): "ndarray",
-            ("numpy", "dtype"): self._dtype,
-            ("_codecs", "encode"): self._encode,
+            ("numpy", "dtype"): _MakeDtype(),
+            ("_codecs", "encode"): _Encode(),
         }
         if (module, name) not in known:
             raise DataError(f"the file asks to run {module[:60]}.{name[:60]}: it is not the data set", _HINT)
@@ -174,17 +175,31 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any, /) -> Any:
         raise DataError("the file points outside itself: it is not the data set", _HINT)
 
-    @staticmethod
-    def _reconstruct(kind: object, shape: object, code: object) -> _Array:
+
+class _Reconstruct:
+    """Stands in for numpy's function that makes an empty array, filled by its state."""
+
+    __slots__ = ()
+
+    def __call__(self, kind: object, shape: object, code: object) -> _Array:
         return _Array()
 
-    @staticmethod
-    def _dtype(code: object, align: object = False, copy: object = True) -> _Dtype:
+
+class _MakeDtype:
+    """Stands in for the constructor of numpy.dtype."""
+
+    __slots__ = ()
+
+    def __call__(self, code: object, align: object = False, copy: object = True) -> _Dtype:
         return _Dtype(code)
 
-    @staticmethod
-    def _encode(text: str, encoding: str) -> bytes:
-        """How protocol 2 writes bytes."""
+
+class _Encode:
+    """Stands in for codecs.encode, by which protocol 2 writes bytes."""
+
+    __slots__ = ()
+
+    def __call__(self, text: str, encoding: str) -> bytes:
         if encoding != "latin1":
             raise DataError(f"the file holds bytes as {encoding!r}: it is not the data set", _HINT)
         return text.encode("latin1")

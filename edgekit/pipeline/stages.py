@@ -79,10 +79,13 @@ class Train(Stage, frozen=True):
         check_model(self.model or DEFAULT)
         if self.model is not None and is_custom(self.model):
             trust(self.model)  # the recipe is the user's word; later stages load what this one makes
+        if self.model is not None and self.model.startswith("hf:") and not Path(self.model[3:]).is_dir():
+            raise DataError(f"there is no folder {self.model[3:]}", "hf:FOLDER wants a Hugging Face checkpoint on disk")
 
     def contents_read(self, context: Context) -> dict[str, str]:
         return {
             "data": context.content(self.data or context.data),
+            "model": context.content(self.model[3:]) if self.model and self.model.startswith("hf:") else "",
             "seed": str(context.seed if self.seed is None else self.seed),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle, new_path
 from edgekit.data import Dataset, Tensors, load
-from edgekit.data.augment import make_augmentation, policy_named
+from edgekit.data.augment import Augmentation, make_augmentation, policy_named
 from edgekit.errors import BudgetNotMet, DataError, UsageError
 from edgekit.evaluation import accuracy
 from edgekit.manifest import Preprocessing
@@ -26,7 +27,7 @@ from edgekit.progress import say
 from edgekit.training import FitConfig, fit
 from edgekit.training.fit import answers
 from edgekit.training.objective import Classification
-from edgekit.training.plan import read_splits
+from edgekit.training.plan import Splits, read_splits
 
 from .latency import paired_latency
 from .search import Step, cut_path
@@ -69,36 +70,21 @@ def prune(
         raise UsageError(f"{source.path} does {source.manifest.task}; prune cuts image classifiers", "leave prune out")
     module = load_module(source)
     dataset = _dataset(source, data)
-    preprocessing = source.manifest.preprocessing
+    preprocessing, model = source.manifest.preprocessing, source.manifest.model
     assert preprocessing is not None
+    assert model is not None
     config = _fit_config(source, dataset, epochs, seed)
-    assert source.manifest.model is not None
-    resizes = preset_named(source.manifest.model.name).resizes
-    augmentation = make_augmentation(config.augmentation, preprocessing, resizes=resizes)
-    train_set, held_out, _ = read_splits(dataset, preprocessing, augmentation)
+    augmentation = make_augmentation(config.augmentation, preprocessing, resizes=preset_named(model.name).resizes)
+    splits = read_splits(dataset, preprocessing, augmentation)
+    held_out = splits.held_out
     started = time.perf_counter()
     before = _Before(source, module, held_out)
-    cut = (
-        _Cut(module, [])
-        if sparsity and keep is None and speedup is None
-        else _cut(before, _samples(dataset, preprocessing), keep, speedup)
-    )
+    whole = sparsity and keep is None and speedup is None
+    cut = _Cut(module, []) if whole else _cut(before, _samples(dataset, preprocessing), keep, speedup)
     mask = Mask24(cut.module) if sparsity else None
-    if mask:
-        mask()
     checkpoint = target.with_name(f"{target.name}.checkpoint")
     target.parent.mkdir(parents=True, exist_ok=True)
-    curve = fit(
-        cut.module,
-        train_set,
-        held_out,
-        config,
-        objective=Classification(len(dataset.labels), config.smoothing, policy_named(config.augmentation)),
-        augmentation=augmentation,
-        checkpoint=checkpoint,
-        label="fine-tuning",
-        after_step=mask,
-    )
+    curve = _recover(cut.module, splits, config, augmentation, len(dataset.labels), checkpoint, mask)
     figures = {
         **before.against(cut.module, held_out, len(dataset.labels)),
         "cuts": [{"layer": s.root, "before": s.before, "after": s.after, "kl": s.kl} for s in cut.steps],
@@ -120,6 +106,23 @@ def prune(
     checkpoint.unlink(missing_ok=True)
     _gate(pruned, figures, speedup, max_drop)
     return pruned
+
+
+def _recover(
+    module: nn.Module,
+    splits: Splits,
+    config: FitConfig,
+    augmentation: Augmentation,
+    classes: int,
+    checkpoint: Path,
+    mask: Mask24 | None,
+) -> list[dict[str, float]]:
+    """Fine-tune what is left, with the loss of training; ``mask`` keeps pruned weights at zero."""
+    if mask:
+        mask()
+    objective = Classification(classes, config.smoothing, policy_named(config.augmentation))
+    options = {"objective": objective, "augmentation": augmentation, "checkpoint": checkpoint, "after_step": mask}
+    return fit(module, splits.train, splits.held_out, config, label="fine-tuning", **options)  # type: ignore[arg-type]
 
 
 class _Before:

@@ -26,7 +26,6 @@ def run_key(module: nn.Module, data: Tensors, config: dict[str, Any], objective:
         data.x.shape,
         type(objective).__name__,
         getattr(objective, "teacher_digest", ""),
-        hashlib.sha256("\0".join(data.ids).encode(errors="replace")).hexdigest(),
     ]
     weights = getattr(getattr(objective, "inner", objective), "weights", None)
     if weights is not None:  # of the classes

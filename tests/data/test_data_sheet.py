@@ -15,10 +15,10 @@ from PIL import Image
 
 from edgekit.data import load
 from edgekit.data.augment import POLICIES
-from edgekit.data.contact import VERSIONS, augmentation_sheet
-from edgekit.data.drawing import clean, shorten, width_of, wrap
-from edgekit.data.inspection import inspect, near_pairs
-from edgekit.data.sheet import data_report, figures_of
+from edgekit.data.sheets.contact import VERSIONS, augmentation_sheet
+from edgekit.data.sheets.drawing import clean, shorten, width_of, wrap
+from edgekit.data.sheets.inspection import inspect, near_pairs
+from edgekit.data.sheets.report import data_report, figures_of
 from edgekit.errors import DataError, MissingExtra, OutputExists, UsageError
 
 
@@ -238,7 +238,7 @@ def test_pictures_that_look_alike() -> None:
 
 
 def test_too_many_pictures_are_not_compared(faulty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekit.data.inspection.NEAR_LIMIT", 10)
+    monkeypatch.setattr("edgekit.data.sheets.inspection.NEAR_LIMIT", 10)
     found = data_report(f"folder:{faulty}", tmp_path / "data.png")
     assert found["near"] is None
     assert len(found["duplicates"]) == 3
@@ -270,8 +270,8 @@ def test_bad_specs(cli: Any, tmp_path: Path, command: tuple[str, str], spec: str
 def test_without_pillow_its_extra_is_named_before_the_scan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     for name in ("panels", "drawing"):
-        monkeypatch.delitem(sys.modules, f"edgekit.data.{name}", raising=False)
-    monkeypatch.setattr("edgekit.data.sheet.inspect", lambda dataset: pytest.fail("it was scanned"))
+        monkeypatch.delitem(sys.modules, f"edgekit.data.sheets.{name}", raising=False)
+    monkeypatch.setattr("edgekit.data.sheets.report.inspect", lambda dataset: pytest.fail("it was scanned"))
     with pytest.raises(MissingExtra) as caught:
         data_report("digits", tmp_path / "x.png")
     assert caught.value.module == "PIL"

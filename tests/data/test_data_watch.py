@@ -152,8 +152,19 @@ def test_the_stand_ins_cannot_be_turned_against_the_reader(tmp_path: Path) -> No
     fields = evil.replace(b"V8", b"O8")
     codec = b"c_codecs\nencode\n(Vx\nVhex\ntR."
     write_method = b"c_codecs\nencode\n(N}S'__code__'\nI1\nstb."
+    write_defaults = b"cnumpy.core.multiarray\n_reconstruct\n(N}S'__defaults__'\n(I1\nI2\ntstb."
+    write_dict = b"cnumpy.core.multiarray\n_reconstruct\n}S'seen'\nI1\nsb."
     persistent = b"Psomewhere\n."
-    for content in (evil, fields, codec, write_method, persistent, pickle.dumps(np.zeros(3, record), 2)):
+    for content in (
+        evil,
+        fields,
+        codec,
+        write_method,
+        write_defaults,
+        write_dict,
+        persistent,
+        pickle.dumps(np.zeros(3, record), 2),
+    ):
         with pytest.raises(DataError):
             load(str(write(tmp_path / "bad.npy", content)))
     load(str(write(tmp_path / "good.npy", recordings())))

@@ -15,7 +15,7 @@ from edgekit.data.tensors import Streamed, read_tensors
 from edgekit.errors import EdgekitError
 from edgekit.training import FitConfig, fit
 from edgekit.training.fit import outputs_of
-from edgekit.training.objective import Classification
+from edgekit.training.objective import Classification, Reading
 
 
 def blobs(count: int, classes: int = 6) -> Tensors:
@@ -126,3 +126,19 @@ def test_class_weights_count_in_the_loss():
     plain = objective.against(logits, torch.tensor([0, 1]))
     objective.weigh(np.array([0.2, 1.8], np.float32))
     assert objective.against(logits, torch.tensor([0, 1])) > plain
+
+
+def test_a_reader_learns_to_read():
+    """Columns that show one character each, blanks between: CTC finds the alignment by itself."""
+    random = np.random.default_rng(0)
+    lines = random.integers(1, 6, (256, 4))
+    x = np.zeros((256, 12, 6), np.float32)
+    for row, line in zip(x, lines, strict=True):
+        row[np.sort(random.choice(6, 4, replace=False)) * 2 + 1, line] = 1  # somewhere, in order, never side by side
+    x += random.normal(0, 0.1, x.shape).astype(np.float32)
+    data = Tensors(x, lines.astype(np.int64), tuple(map(str, range(256))), ())
+    torch.manual_seed(0)
+    module, objective = nn.Linear(6, 6), Reading()
+    assert objective.score(outputs_of(module, x), data.y) < 0.5
+    curve = fit(module, data, data, FitConfig(20, 0.1, 64), objective=objective)
+    assert curve[-1]["characters"] > 0.98

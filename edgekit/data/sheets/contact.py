@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgekit.data import load
+from edgekit.data.augment import Policy, make_augmentation, policy_named
+from edgekit.data.dataset import Dataset
 from edgekit.errors import DataError, InputError, MissingExtra, OutputExists, UsageError
 from edgekit.files import atomic_write
 from edgekit.manifest import ImagePreprocessing, Preprocessing, SeriesPreprocessing, TextPreprocessing
 from edgekit.preprocess import make_preprocessor
 
-from . import load
-from .augment import Policy, make_augmentation, policy_named
-from .dataset import Dataset
 from .drawing import GREY, LINE, RED, WIDTH, Image, ImageDraw, as_seen, blank, clean, paste, png, spark, thumb, width_of, write
 
 __all__ = ["SAMPLES", "VERSIONS", "augmentation_sheet"]

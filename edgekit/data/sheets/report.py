@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from edgekit.data import find, load
 from edgekit.errors import OutputExists
 from edgekit.files import atomic_write
 
-from . import find, load
 from .inspection import SIDES, Inspection, inspect
 
 __all__ = ["data_report", "figures_of"]

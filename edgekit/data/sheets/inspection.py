@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.data import csv_file, folder
+from edgekit.data.dataset import Dataset, Split
 from edgekit.errors import DataError, InputError
 from edgekit.manifest import ImagePreprocessing, Preprocessing, SeriesPreprocessing
 from edgekit.preprocess import Preprocessor, SeriesPreprocessor, canonical_frame
 from edgekit.progress import track
-
-from . import csv_file, folder
-from .dataset import Dataset, Split
 
 __all__ = ["SIDES", "Inspection", "inspect", "near_pairs"]
 
