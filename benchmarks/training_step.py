@@ -4,26 +4,32 @@
 
 Both loops run the same module, the same augmented batches, AdamW and cross-entropy; the bare one has nothing else. They
 take turns, a stretch of steps each, and the ratio of medians counts. Target: at most 1.10. Beside it, the share of a step
-that reading and augmenting a batch takes at 96 px and up: below 1 the loader is never what training waits for.
+that augmenting a batch takes; and for JPEG files of 128 px that are decoded on demand (a data set too large for memory), how
+many a second the loader reads to 112 px, over how many the model trains on: above 1 training never waits for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from _machine import save
+from PIL import Image
 
+from edgekit.data import Split
 from edgekit.data.augment import make_augmentation, policy_named
-from edgekit.data.tensors import Tensors
+from edgekit.data.tensors import Tensors, batches
 from edgekit.manifest import ImagePreprocessing, ModelConfig
 from edgekit.models import PRESETS
 from edgekit.models.module import create
+from edgekit.preprocess import read_image
 from edgekit.training.devices import Devices
 from edgekit.training.fit import FitConfig, _Run
 from edgekit.training.objective import Classification
@@ -88,6 +94,26 @@ def case(name: str, policy: str, size: int, channels: int, batch: int, steps: in
     }
 
 
+def decoding(training_ms: float, batch: int = 64, count: int = 512) -> dict[str, float]:
+    """Pictures a second from files on disk, decoded anew each time, beside those that training takes."""
+    spec = ImagePreprocessing(112, 112, 3, (0.5,) * 3, (0.25,) * 3, "crop")
+    augmentation = make_augmentation("photos", spec, resizes=True)
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.jpg" for i in range(count)]
+        for file in files:
+            small = Image.fromarray(random.integers(0, 256, (16, 21, 3), np.uint8))
+            small.resize((171, 128), Image.Resampling.BICUBIC).save(file, quality=90)
+        split = Split(tuple(map(str, range(count))), np.arange(count) % 10, lambda i: read_image(files[i]))
+        rows = split.tensors(augmentation.read, keep_bytes=0).x
+        start = time.perf_counter()
+        for _ in batches(rows, [np.arange(i, i + batch) for i in range(0, count, batch)]):
+            pass
+        read = count / (time.perf_counter() - start)
+    trained = batch / training_ms * 1000
+    return {"read_per_second": read, "trained_per_second": trained, "ratio": read / trained}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -96,7 +122,10 @@ def main() -> None:
     for label, row in found.items():
         print(f"{label}: {row['edgekit_ms']:.1f} ms a step, bare {row['bare_ms']:.1f} ms, ratio {row['ratio']:.3f}; "
               f"reading and augmenting {row['loading_share']:.0%} of a step")  # fmt: skip
-    save("training_step", {"targets_met": all(row["ratio"] <= 1.10 for row in found.values()), "cases": found})
+    loader = decoding(found["depthwise-m at 112 px"]["edgekit_ms"])
+    print(f"decoded on demand: {loader['read_per_second']:.0f} pictures a second, {loader['ratio']:.1f} x what training takes")
+    met = all(row["ratio"] <= 1.10 for row in found.values()) and loader["ratio"] >= 1
+    save("training_step", {"targets_met": met, "cases": found, "loader": loader})
 
 
 if __name__ == "__main__":
