@@ -7,6 +7,7 @@ main process scores, keeps the checkpoint and writes; what it finds, the others 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -26,6 +27,13 @@ T = TypeVar("T")
 _GONE = ("gloo", "connection closed", "connection reset", "broken pipe", "timed out", "ncclremoteerror")
 
 
+def _leave() -> None:
+    """Close the connections to the other processes: torch's threads that are still on them abort the process as it ends."""
+    if torch.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.destroy_process_group()
+
+
 class Devices:
     """``rank`` of ``world`` processes, ``main`` for the first; ``device`` is this one's. Making another one costs nothing."""
 
@@ -39,6 +47,7 @@ class Devices:
             except ImportError:
                 raise MissingExtra("distributed", "accelerate") from None
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            atexit.register(_leave)
             self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
             self.device = self._accelerator.device
 
