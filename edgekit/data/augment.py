@@ -191,7 +191,8 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
     if p.warmth:
         steps.append(_Coloured(ka.RandomPlanckianJitter(p=p.warmth)))
     if p.glare:
-        steps.append(ka.RandomGaussianIllumination(gain=(0.1, 0.6), sigma=(0.2, 0.8), sign=(-1.0, 1.0), p=p.glare))
+        spot = ka.RandomGaussianIllumination(gain=(0.1, 0.6), sigma=(0.2, 0.8), sign=(-1.0, 1.0), p=1.0)
+        steps.append(_Sometimes(spot, p.glare))
     if p.motion:
         steps.append(ka.RandomMotionBlur((3, 7), 180.0, 0.5, p=p.motion))
     if p.blur:
@@ -201,6 +202,18 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
     if p.erase:
         steps.append(ka.RandomErasing((0.02, 0.25), p=p.erase))
     return steps
+
+
+class _Sometimes(nn.Module):
+    """Changes some pictures of a batch, each by its chance; kornia 0.8's own draw fails here where it picks none."""
+
+    def __init__(self, step: nn.Module, chance: float) -> None:
+        super().__init__()
+        self.step, self.chance = step, chance
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (torch.rand(len(x)) < self.chance).nonzero().flatten().to(x.device)
+        return x.index_copy(0, chosen, self.step(x[chosen])) if len(chosen) else x
 
 
 class _Coloured(nn.Module):

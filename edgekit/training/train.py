@@ -130,12 +130,13 @@ def fit_config(
 ) -> FitConfig:
     """How a plan is trained: what is stated, else what suits its model and data. Raises `UsageError`."""
     preset = plan.preset
-    rate = lr or preset.lr * (10 if optimizer == "sgd" else 1)
+    rate = preset.lr * (10 if optimizer == "sgd" else 1) if lr is None else lr
+    fitting = min(preset.batch, PHOTO_BATCH) if policy_named(plan.augmentation).crop else preset.batch
     default = max(preset.epochs, policy_named(plan.augmentation).epochs)
     return FitConfig(
-        epochs or default,
+        default if epochs is None else epochs,
         rate,
-        batch or (min(preset.batch, PHOTO_BATCH) if policy_named(plan.augmentation).crop else preset.batch),
+        fitting if batch is None else batch,
         weight_decay,
         smoothing,
         seed=seed,

@@ -35,6 +35,18 @@ def test_pictures_keep_their_shape_and_follow_the_seed(policy: str, channels: in
     assert torch.equal(found[0], found[2]) == (policy == "none")
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("policy", PICTURES)
+def test_no_draw_of_a_small_batch_fails(policy: str, count: int):
+    """kornia's glare failed where no picture of the batch drew it: nearly every batch of one."""
+    augmentation = make_augmentation(policy, spec(3))
+    frame = np.random.default_rng(0).integers(0, 255, (40, 44, 3), np.uint8)
+    x = torch.from_numpy(np.concatenate([augmentation.read(frame)] * count))
+    for seed in range(25):
+        torch.manual_seed(seed)
+        assert augmentation(x).shape == (count, 3, 20, 24)
+
+
 def test_no_augmentation_gives_what_the_device_sees():
     augmentation = make_augmentation("none", spec(1))
     frame = np.random.default_rng(0).integers(0, 255, (20, 24), np.uint8)

@@ -171,6 +171,8 @@ def test_commands_for_pictures_refuse_the_rest(text_bundle: Bundle, cli, tmp_pat
         ({"size": 64}, "leave --size out|is for pictures"),
         ({"augment": "photos"}, "the augmentation 'photos' is for image"),
         ({"patience": 3}, "needs a validation split"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"lr": 0}, "lr 0"),
         ({"validation": 1.5}, "a validation share"),
         ({"model": "hf:/no/such/folder"}, "no"),
     ],
