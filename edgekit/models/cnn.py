@@ -5,7 +5,7 @@ ReLU throughout: it fuses into the convolution before it and leaves one-sided ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,42 @@ class SeparableBlock(nn.Module):
         return torch.relu(x + y if self.residual else y)
 
 
-class Depthwise(nn.Module):
-    """Compact depthwise-separable net: a stem, then per stage one strided block and ``depth - 1`` residual ones.
+class _Staged(nn.Module):
+    """A stem, of stride 2 above 48 px; then per stage one strided block and ``depth - 1`` more; a pool, a classifier.
 
-    ``widths`` are the channels after the stem and after each stage; the stem has stride 2 above 48 px.
+    ``widths`` are the channels after the stem and after each stage.
     """
+
+    def __init__(
+        self,
+        block: Callable[[int, int, int], nn.Module],
+        classes: int,
+        channels: int,
+        side: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, 2 if side > 48 else 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        blocks: list[nn.Module] = []
+        for inputs, outputs, depth in zip(widths[:-1], widths[1:], depths, strict=True):
+            blocks.append(block(inputs, outputs, 2))
+            blocks += [block(outputs, outputs, 1) for _ in range(depth - 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _pool(self.blocks(self.stem(x)))  # (N, C, H, W) -> (N, C)
+        logits: Tensor = self.classifier(self.dropout(x))  # (N, classes)
+        return logits
+
+
+class Depthwise(_Staged):
+    """Compact net of depthwise-separable blocks, residual within a stage."""
 
     def __init__(
         self,
@@ -74,23 +105,7 @@ class Depthwise(nn.Module):
         depths: Sequence[int] = (3, 3),
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        stride = 2 if min(height, width) > 48 else 1
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, stride, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-        )
-        blocks: list[nn.Module] = []
-        for inputs, outputs, depth in zip(widths[:-1], widths[1:], depths, strict=True):
-            blocks.append(SeparableBlock(inputs, outputs, stride=2))
-            blocks += [SeparableBlock(outputs, outputs) for _ in range(depth - 1)]
-        self.blocks = nn.Sequential(*blocks)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(widths[-1], classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _pool(self.blocks(self.stem(x)))  # (N, C, H, W) -> (N, C)
-        logits: Tensor = self.classifier(self.dropout(x))  # (N, classes)
-        return logits
+        super().__init__(SeparableBlock, classes, channels, min(height, width), widths, depths, dropout)
 
 
 class ResidualBlock(nn.Module):
@@ -113,7 +128,7 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class Residual(nn.Module):
+class Residual(_Staged):
     """Plain residual net of dense 3x3 convolutions: what TensorRT fuses and its tensor cores fill best."""
 
     def __init__(
@@ -124,24 +139,9 @@ class Residual(nn.Module):
         width: int = 96,
         widths: Sequence[int] = (16, 32, 64, 128),
         depths: Sequence[int] = (1, 2, 1),
+        dropout: float = 0.1,
     ) -> None:
-        super().__init__()
-        stride = 2 if min(height, width) > 48 else 1
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, stride, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-        )
-        blocks: list[nn.Module] = []
-        for inputs, outputs, depth in zip(widths[:-1], widths[1:], depths, strict=True):
-            blocks.append(ResidualBlock(inputs, outputs, stride=2))
-            blocks += [ResidualBlock(outputs, outputs) for _ in range(depth - 1)]
-        self.blocks = nn.Sequential(*blocks)
-        self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(widths[-1], classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _pool(self.blocks(self.stem(x)))  # (N, C, H, W) -> (N, C)
-        logits: Tensor = self.classifier(self.dropout(x))  # (N, classes)
-        return logits
+        super().__init__(ResidualBlock, classes, channels, min(height, width), widths, depths, dropout)
 
 
 def _pool(x: Tensor) -> Tensor:

@@ -92,15 +92,8 @@ def prune(
         "seconds": round(time.perf_counter() - started, 1),
         "curve": curve,
     }
-    options = {
-        "keep": keep,
-        "speedup": speedup,
-        "max_drop": max_drop,
-        "sparsity": sparsity,
-        "data": dataset.spec,
-        **asdict(config),
-    }
-    entry = source.entry("prune", {**options, "data_digest": dataset.digest}, figures)
+    options = {"keep": keep, "speedup": speedup, "max_drop": max_drop, "sparsity": sparsity, "data": dataset.spec}
+    entry = source.entry("prune", {**options, **asdict(config), "data_digest": dataset.digest}, figures)
     manifest = msgspec.structs.replace(source.manifest, name=target.name.removesuffix(".edge"), files={})
     pruned = write_model(target, cut.module, held_out.x, manifest, entry)
     checkpoint.unlink(missing_ok=True)

@@ -58,9 +58,8 @@ def train(
     pictures in pixels (default: the data set's), ``augment`` a policy, ``validation`` the share of the training split by
     which the best epoch is chosen, ``patience`` the epochs without a better one after which training stops. ``balance``
     weighs classes alike; ``teacher`` is a bundle to distil from; ``logs`` a folder for TensorBoard. Stopped runs resume from
-    ``OUT.checkpoint``.
-    The figures in the history are measured on the held-out split after the last epoch; nothing is chosen by it. Under
-    torchrun every process returns the bundle.
+    ``OUT.checkpoint``. The figures in the history are measured on the held-out split after the last epoch; nothing is chosen
+    by it. Under torchrun every process returns the bundle.
     Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for options that do not fit each other.
     """
     target = new_path(out)
