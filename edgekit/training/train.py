@@ -86,7 +86,7 @@ def train(
         curve = fit(
             module, splits.train, watched, config, objective=objective, augmentation=augmentation, checkpoint=saved, log=log
         )
-    settings = {"data": data, "data_digest": plan.dataset.digest, "model": model or plan.model.name, **asdict(config)}
+    settings = {"data": data, "data_digest": plan.dataset.digest, "model": plan.model.name, **asdict(config)}
     settings |= {"validation": validation, "balance": balance}
     settings |= {"teacher": objective.teacher_digest} if isinstance(objective, Distillation) else {}
     figures = {"seconds": round(time.perf_counter() - started, 1), "curve": curve}
