@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -28,8 +30,10 @@ _GONE = ("gloo", "connection closed", "connection reset", "broken pipe", "timed 
 
 
 def _leave() -> None:
-    """Close the connections to the other processes: torch's threads that are still on them abort the process as it ends."""
+    """Close the connections to the other processes and join their threads: one that drops its last tensor while Python ends
+    finds no interpreter to tell, and aborts the process. They are joined when nobody holds the group any more."""
     if torch.distributed.is_initialized():
+        gc.collect()
         with contextlib.suppress(RuntimeError):
             torch.distributed.destroy_process_group()
 
@@ -46,6 +50,8 @@ class Devices:
                 from accelerate import Accelerator
             except ImportError:
                 raise MissingExtra("distributed", "accelerate") from None
+            # Before there is a group: the defaults of its functions would hold the group for good, and its threads with it.
+            importlib.import_module("torch.distributed.nn.functional")
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
             atexit.register(_leave)
             self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes

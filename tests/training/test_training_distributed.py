@@ -51,6 +51,17 @@ def failing(self, x, y):
 loop._Run._step = failing
 main(sys.argv[1:-1])
 """
+#: Which of torch's threads are left when Python ends; registered first, so asked last.
+THREADS = """
+import atexit, os, sys
+from pathlib import Path
+def left():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    Path(sys.argv[0]).with_name("left" + os.environ["RANK"]).write_text(str(sum("gloo" in name for name in names)))
+atexit.register(left)
+from edgekit.cli import main
+main(sys.argv[1:])
+"""
 #: No batch norm, no dropout: two processes then do the sums of one.
 LINEAR = """
 from torch import nn
@@ -110,6 +121,17 @@ def test_two_processes_write_one_bundle_and_speak_once(shared):
     assert len(list((folder / "logs").iterdir())) == 1
     assert done.stderr.count("samples to train on") == 1
     assert done.stderr.count("training\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path, few_digits: str):
+    """One that does aborts the process now and then: it drops its last tensor while Python ends."""
+    (tmp_path / "hook.py").write_text(THREADS)
+    settings = ["--epochs", "1", "--batch", "32", "--augment", "none"]
+    done = together(tmp_path / "hook.py", "train", "--data", few_digits, "--out", tmp_path / "m.edge", *settings)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"left{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
 
 
 @pytest.mark.slow
