@@ -249,11 +249,16 @@ class Bundle:
 
 
 def new_path(out: str | os.PathLike[str]) -> Path:
-    """``out`` as a path for a new bundle. Raises `OutputExists` where it is there, `UsageError` inside another bundle."""
+    """``out`` as a path for a new bundle. Raises `OutputExists` where it is there, `UsageError` inside another bundle or where
+    nothing can be written: better said before hours of work than after."""
     target = Path(out)
     if os.path.lexists(target):
         raise OutputExists(target)
     refuse_inside_bundle(target)
+    folder = next(parent for parent in Path(os.path.abspath(target)).parents if os.path.lexists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "may not be written" if folder.is_dir() else "is no folder"
+        raise UsageError(f"{out} cannot be made: {folder} {reason}", "name another --out")
     return target
 
 

@@ -142,6 +142,8 @@ def evaluate(
     labels, task = opened.manifest.labels, opened.manifest.task
     if not labels or opened.manifest.preprocessing is None:
         raise UsageError(f"{opened.path} has no classes to evaluate", "eval is for trained bundles; use compare for raw graphs")
+    if beam != 1 and task != "text-recognition":
+        raise UsageError(f"{opened.path} does {task}, a beam of {beam} is for readers of text", "leave --beam out")
     dataset = load(data)
     if dataset.task != task:
         raise UsageError(f"{opened.path} does {task}, {data} is for {dataset.task}", "evaluate on data of its kind")

@@ -47,10 +47,12 @@ def pipeline(recipe: Path | None, out: Path | None, data: str | None, show: bool
 
 
 def _text(answer: dict[str, Any]) -> str:
+    reads = any(row["cer"] is not None for row in answer["table"])
     rows = [
         {
             "stage": row["stage"],
             "top-1": None if row["top1"] is None else f"{row['top1']:.2%}",
+            **({"CER": None if row["cer"] is None else f"{row['cer']:.2%}"} if reads else {}),
             "p50 ms": _ms(row["p50_ms"], row["trustworthy"]),
             "p99 ms": _ms(row["p99_ms"], row["trustworthy"]),
             "parameters": None if row["parameters"] is None else f"{row['parameters']:,}",

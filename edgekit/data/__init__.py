@@ -53,7 +53,7 @@ def find(spec: str) -> tuple[str, str]:
 
     Raises `UsageError` for an unknown spec, `DataError` for a path that is not there.
     """
-    name, colon, path = spec.partition(":")
+    name, colon, path = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if name not in SOURCES:
         raise UsageError(f"there is no data set {spec!r}", f"choose one of: {known_specs()}")
     source = SOURCES[name]

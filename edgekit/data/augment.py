@@ -25,6 +25,7 @@ try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kornia speaks of torch's deprecations
         import kornia.augmentation as ka
+        from kornia.geometry.transform import warp_perspective
 except ImportError as error:
     raise MissingExtra("train", (error.name or "torch").partition(".")[0]) from None
 
@@ -37,9 +38,9 @@ class Policy:
 
     Pictures: ``crop``: a random part of at least this share of the area, scaled to the whole. ``rotation`` and ``shear``
     in degrees, ``scale`` and ``shift`` as shares, ``perspective`` as a share of the side. ``light``: added or taken, as
-    a share of the range; ``contrast`` as a factor 1 +- x. Chances: ``warmth`` (another colour temperature), ``mirror``,
-    ``blur`` (out of focus), ``motion`` (blur), ``glare`` (a soft bright or dark spot), ``noise``, ``erase`` (a covered
-    rectangle). ``mixup``: beta of blending pairs (arXiv:1710.09412).
+    a share of the range; ``contrast`` (a gain) and ``saturation`` as factors 1 +- x. Chances: ``warmth`` (another colour
+    temperature), ``mirror``, ``blur`` (out of focus), ``motion`` (blur), ``glare`` (a soft bright or dark spot), ``noise``,
+    ``erase`` (a covered rectangle). ``mixup``: beta of blending pairs (arXiv:1710.09412).
     ``margin``: pictures are read larger by this share, so that crops do not lose sharpness. ``smaller``: crops are
     trained on this much below the model's size, for models that take any: crops magnify what they show, so pictures at full
     size show things as large as they were learnt (arXiv:1906.06423). ``epochs``: so much change takes at least so many passes
@@ -59,6 +60,7 @@ class Policy:
     mirror: float = 0.0
     light: float = 0.0
     contrast: float = 0.0
+    saturation: float = 0.0
     warmth: float = 0.0
     blur: float = 0.0
     motion: float = 0.0
@@ -76,19 +78,19 @@ POLICIES: dict[str, Policy] = {
     "none": Policy("any"),
     "digits": Policy(rotation=15, scale=0.12, shift=0.15, shear=11),
     "signs": Policy(
-        rotation=8, scale=0.15, shift=0.1, perspective=0.25, light=0.2, contrast=0.4, blur=0.15, motion=0.15, glare=0.2,
+        rotation=8, scale=0.15, shift=0.1, perspective=0.25, light=0.12, contrast=0.4, blur=0.15, motion=0.15, glare=0.2,
         erase=0.1,
     ),
     "photos": Policy(
-        crop=0.3, mirror=0.5, light=0.12, contrast=0.3, warmth=0.3, erase=0.25, mixup=0.2,
+        rotation=15, crop=0.3, mirror=0.5, light=0.15, contrast=0.3, saturation=0.3, warmth=0.3, erase=0.25, mixup=0.2,
         margin=1 / 7, smaller=1 / 7, epochs=300,
     ),
     "medical": Policy(rotation=10, scale=0.1, shift=0.05, mirror=0.5, light=0.06, contrast=0.1),
     "logistics": Policy(
-        rotation=8, scale=0.12, shift=0.06, perspective=0.3, light=0.2, contrast=0.3, blur=0.2, motion=0.2, glare=0.3,
+        rotation=8, scale=0.12, shift=0.06, perspective=0.3, light=0.1, contrast=0.35, blur=0.2, motion=0.2, glare=0.3,
         noise=0.2, erase=0.25, margin=1 / 7,
     ),
-    "lines": Policy(rotation=1, scale=0.05, shift=0.02, shear=4, light=0.1, contrast=0.3, noise=0.2),
+    "lines": Policy(rotation=1, scale=0.03, shift=0.01, shear=4, light=0.1, contrast=0.3, noise=0.2),
     "text": Policy("text", drop=0.1),
     "series": Policy("series", light=0.2, noise=0.1, shift=0.1, scale=0.15),
 }  # fmt: skip
@@ -175,9 +177,10 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
         shift = (p.shift, p.shift) if p.shift else None
         scale = (1 - p.scale, 1 + p.scale) if p.scale else None
         shear = p.shear or None
-        steps.append(ka.RandomAffine(p.rotation, shift, scale, shear, padding_mode="border", p=1.0))
+        border = "reflection" if p.crop else "border"  # what a photo goes on with; a mirrored stroke would be another one
+        steps.append(ka.RandomAffine(p.rotation, shift, scale, shear, padding_mode=border, p=1.0))
     if p.perspective:
-        steps.append(ka.RandomPerspective(p.perspective, p=0.5))
+        steps.append(_Perspective(p.perspective, p=0.5))
     if p.crop:
         steps.append(ka.RandomResizedCrop((height, width), (p.crop, 1.0), (0.75, 4 / 3), cropping_mode="resample"))
     elif p.margin:
@@ -188,10 +191,12 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
         steps.append(ka.RandomBrightness((1 - p.light, 1 + p.light), p=0.8))  # kornia adds the factor less 1
     if p.contrast:
         steps.append(ka.RandomContrast((1 - p.contrast, 1 + p.contrast), p=0.8))
+    if p.saturation:
+        steps.append(_Coloured(ka.ColorJitter(saturation=p.saturation, p=0.8)))
     if p.warmth:
         steps.append(_Coloured(ka.RandomPlanckianJitter(p=p.warmth)))
     if p.glare:
-        spot = ka.RandomGaussianIllumination(gain=(0.1, 0.6), sigma=(0.2, 0.8), sign=(-1.0, 1.0), p=1.0)
+        spot = ka.RandomGaussianIllumination(gain=(0.1, 0.5), sigma=(0.2, 0.8), sign=(-1.0, 1.0), p=1.0)
         steps.append(_Sometimes(spot, p.glare))
     if p.motion:
         steps.append(ka.RandomMotionBlur((3, 7), 180.0, 0.5, p=p.motion))
@@ -202,6 +207,17 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
     if p.erase:
         steps.append(ka.RandomErasing((0.02, 0.25), p=p.erase))
     return steps
+
+
+class _Perspective(ka.RandomPerspective):  # type: ignore[misc]
+    """Kornia's fills with black, and black wedges would tell a tilted picture from others: the border goes on instead."""
+
+    def apply_transform(self, input: Tensor, params: Any, flags: Any, transform: Any = None) -> Tensor:  # noqa: A002  kornia's
+        size = (input.shape[2], input.shape[3])
+        y: Tensor = warp_perspective(
+            input, transform, size, mode="bilinear", padding_mode="border", align_corners=flags["align_corners"]
+        )
+        return y
 
 
 class _Sometimes(nn.Module):

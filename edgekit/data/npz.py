@@ -29,7 +29,10 @@ def load(path: str) -> Dataset:
     images, targets = arrays.get("images", arrays.get("x")), arrays.get("labels", arrays.get("y"))
     if images is None or targets is None or not _fit(images, targets):
         held = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
-        raise DataError(f"{path} holds {held or 'nothing'}", "wanted: images uint8 (N, H, W[, 1 or 3]) and labels (N,)")
+        raise DataError(
+            f"{path} holds {held or 'nothing'}",
+            "wanted: images uint8 (N, H, W[, 1 or 3]) and labels (N,), and classes, their names, where there are any",
+        )
     labels, indices = _classes(path, targets, arrays.get("classes"))
     digests = tuple(hashlib.sha256(image.tobytes()).digest() for image in images)
     every = Split(tuple(f"{Path(path).name}/{i}" for i in range(len(images))), indices, lambda i: images[i], digests)

@@ -50,29 +50,26 @@ _TEXT, _SERIES, _READING = "text-classification", "series-classification", "text
 PRESETS: dict[str, Preset] = {
     "textbook": Preset(_CNN + "Textbook", "Conv 32 - Conv 64 - Conv 64 - Dense 64, for 28x28 and near", 2e-3),
     "depthwise": Preset(
-        _CNN + "Depthwise", "compact depthwise-separable residual net; above 48 px the same as depthwise-m", 5e-3, resizes=True
+        _CNN + "Depthwise",
+        "compact depthwise-separable net; above 48 px it stands for depthwise-m",
+        5e-3,
+        resizes=True,
     ),
     "depthwise-n": Preset(
-        _CNN + "Depthwise",
-        "the same, nano: 64 px and up",
+        _CNN + "Inverted",
+        "depthwise net of inverted residuals, nano: 64 px and up",
         5e-3,
-        args={"widths": (16, 32, 64, 128), "depths": (2, 3, 3)},
+        args={"widths": (8, 16, 24, 48), "depths": (2, 3, 3), "head": 160},
         resizes=True,
     ),
     "depthwise-s": Preset(
-        _CNN + "Depthwise",
+        _CNN + "Inverted",
         "the same, small: 64 px and up",
         4e-3,
-        args={"widths": (16, 48, 96, 192), "depths": (3, 4, 4)},
+        args={"widths": (16, 24, 40, 64), "depths": (2, 3, 4), "head": 256},
         resizes=True,
     ),
-    "depthwise-m": Preset(
-        _CNN + "Depthwise",
-        "the same, medium: 96 px and up",
-        3e-3,
-        args={"widths": (32, 64, 128, 256), "depths": (4, 6, 5), "dropout": 0.1},
-        resizes=True,
-    ),
+    "depthwise-m": Preset(_CNN + "Inverted", "the same, medium: 96 px and up", 3e-3, resizes=True),
     "residual": Preset(_CNN + "Residual", "plain residual net of dense 3x3 convolutions, 48 px and up", 3e-3, resizes=True),
     "gru-rows": Preset(_RNN + "RowsRnn", "a picture read row by row by two bidirectional GRU layers, 28x28 and near", 4e-3),
     "lstm-rows": Preset(_RNN + "RowsRnn", "the same with LSTM layers", 4e-3, args={"cell": "lstm", "hidden": 48}),
@@ -145,9 +142,9 @@ def preset_named(name: str) -> Preset:
             )
         return Preset(name, "your own", 1e-3, task="any")
     if name not in PRESETS:
-        known = "; ".join(f"{key}: {preset.summary}" for key, preset in PRESETS.items())
+        known = ", ".join(PRESETS)
         raise UsageError(
             f"there is no model {name!r}",
-            f"choose one of: {known}; hf:FOLDER of a Hugging Face encoder; package.module:factory",
+            f"choose one of: {known}, hf:FOLDER of a Hugging Face encoder, package.module:factory",
         )
     return PRESETS[name]

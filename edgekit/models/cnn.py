@@ -1,4 +1,4 @@
-"""Convolutional presets. Widths are multiples of 16: what tensor cores like and what a CPU's blocked layout likes.
+"""Convolutional presets. Widths are multiples of 8: what tensor cores like and what a CPU's blocked layout likes.
 
 ReLU throughout: it fuses into the convolution before it and leaves one-sided ranges that quantize well.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Depthwise", "Residual", "ResidualBlock", "SeparableBlock", "Textbook"]
+__all__ = ["Depthwise", "Inverted", "InvertedBlock", "Residual", "ResidualBlock", "SeparableBlock", "Textbook"]
 
 
 class Textbook(nn.Module):
@@ -61,7 +61,7 @@ class SeparableBlock(nn.Module):
 class _Staged(nn.Module):
     """A stem, of stride 2 above 48 px; then per stage one strided block and ``depth - 1`` more; a pool, a classifier.
 
-    ``widths`` are the channels after the stem and after each stage.
+    ``widths`` are the channels after the stem and after each stage; ``head`` those of a 1x1 convolution before the pool.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class _Staged(nn.Module):
         widths: Sequence[int],
         depths: Sequence[int],
         dropout: float,
+        head: int = 0,
     ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
@@ -82,9 +83,11 @@ class _Staged(nn.Module):
         for inputs, outputs, depth in zip(widths[:-1], widths[1:], depths, strict=True):
             blocks.append(block(inputs, outputs, 2))
             blocks += [block(outputs, outputs, 1) for _ in range(depth - 1)]
+        if head:
+            blocks += [nn.Conv2d(widths[-1], head, 1, bias=False), nn.BatchNorm2d(head), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(widths[-1], classes)
+        self.classifier = nn.Linear(head or widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _pool(self.blocks(self.stem(x)))  # (N, C, H, W) -> (N, C)
@@ -106,6 +109,46 @@ class Depthwise(_Staged):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(SeparableBlock, classes, channels, min(height, width), widths, depths, dropout)
+
+
+class InvertedBlock(nn.Module):
+    """Pointwise to ``expand`` times the channels - depthwise 3x3 - pointwise back, each with a BN, a ReLU after the first two:
+    the narrow ends stay linear, and are added where shapes allow (MobileNetV2, arXiv:1801.04381)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, expand: int = 4) -> None:
+        super().__init__()
+        inner = inputs * expand
+        self.residual = stride == 1 and inputs == outputs
+        self.expand = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(inner)
+        self.depthwise = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.project = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm1(self.expand(x)))
+        y = torch.relu(self.norm2(self.depthwise(y)))
+        y = self.norm3(self.project(y))
+        out: Tensor = x + y if self.residual else y
+        return out
+
+
+class Inverted(_Staged):
+    """Compact net of inverted residuals, for pictures of some size: more depthwise layers, fewer wide pointwise ones."""
+
+    def __init__(
+        self,
+        classes: int,
+        channels: int = 3,
+        height: int = 96,
+        width: int = 96,
+        widths: Sequence[int] = (16, 24, 48, 96),
+        depths: Sequence[int] = (2, 4, 5),
+        head: int = 320,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(InvertedBlock, classes, channels, min(height, width), widths, depths, dropout, head)
 
 
 class ResidualBlock(nn.Module):

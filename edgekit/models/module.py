@@ -55,39 +55,61 @@ def create(config: ModelConfig) -> nn.Module:
     argument, or a factory that does not make an `nn.Module`.
     """
     module, _, name = preset_named(config.name).home.partition(":")
-    args = config.args
+    if is_custom(config.name):
+        return _create_custom(config, module, name)
     try:
-        if is_custom(config.name) and "" not in sys.path:
-            sys.path.insert(0, "")  # as `python -m` does: the user's code lies where the command is given
+        preset: nn.Module = getattr(importlib.import_module(module), name)(**config.args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"the model {config.name} does not take {dict(config.args)}: {reason}", "try another model or image size"
+        ) from None
+    return preset
+
+
+def _create_custom(config: ModelConfig, module: str, name: str) -> nn.Module:
+    """What the user's factory makes. Its code raises anything; what is said tells apart the name, the call and the code."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: the user's code lies where the command is given
+    try:
         factory: Any = importlib.import_module(module)
         for part in name.split("."):
             factory = getattr(factory, part)
-        if is_custom(config.name):
-            args = _fitting(factory, args)
-        built: nn.Module = factory(**args)
-    except (ImportError, AttributeError) as error:
-        if not is_custom(config.name):
-            raise
+    except Exception as error:  # noqa: BLE001
         raise UsageError(
-            f"the model {config.name} cannot be imported: {error}", "mind the name: package.module:factory"
+            f"the model {config.name} cannot be imported: {_reason(error)}", "mind the name: package.module:factory"
         ) from None
-    except Exception as error:  # the user's code raises anything
-        if not is_custom(config.name) and not isinstance(error, TypeError | ValueError | RuntimeError):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"the model {config.name} does not take {args}: {reason}", "try another model or image size") from None
+    try:
+        args = _fitting(factory, config.args)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(config.args)
+        raise UsageError(f"{config.name} cannot be called: {_reason(error)}", f"its parameters may be: {known}") from None
+    try:
+        built: nn.Module = factory(**args)
+    except Exception as error:  # noqa: BLE001
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        raise UsageError(f"{config.name}({given}) failed: {_reason(error)}", "mend the factory") from None
     if not isinstance(built, nn.Module):
         raise UsageError(f"{config.name} made a {type(built).__name__}", "the factory must return a torch.nn.Module")
     return built
 
 
+def _reason(error: Exception) -> str:
+    """The kind of the user's error and its first line."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 def _fitting(factory: Any, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``args`` that the factory has parameters for; all where it takes ``**kwargs``."""
-    parameters = inspect.signature(factory).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(args)
-    names = {p.name for p in parameters}
-    return {key: value for key, value in args.items() if key in names}
+    """Those of ``args`` that the factory has parameters for; all where it takes ``**kwargs``. Raises TypeError where it wants
+    others as well, or is not callable."""
+    signature = inspect.signature(factory)
+    if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        fitting = dict(args)
+    else:
+        fitting = {key: value for key, value in args.items() if key in signature.parameters}
+    signature.bind(**fitting)
+    return fitting
 
 
 def load(bundle: Bundle) -> nn.Module:

@@ -136,7 +136,7 @@ class _Run:
         self.report.append({"stage": label, "how": how, "seconds": round(seconds, 2)})
 
     def _table(self) -> list[dict[str, Any]]:
-        """One row a bundle: stage, top-1, latency, parameters, graph size, engines and build kits by target."""
+        """One row a bundle: stage, top-1, character error rate, latency, parameters, graph size, engines, build kits."""
         top1: dict[str, float] = {}
         latency: dict[str, dict[str, Any]] = {}
         for stage in self.recipe.stage:
@@ -156,6 +156,7 @@ class _Run:
                 {
                     "stage": stage.label(),
                     "top1": top1.get(stage.out, next((f["top1"] for f in figures if f.get("top1") is not None), None)),
+                    "cer": next((f["cer"] for f in figures if f.get("cer") is not None), None),
                     "p50_ms": latency.get(stage.out, {}).get("p50"),
                     "p99_ms": latency.get(stage.out, {}).get("p99"),
                     "trustworthy": latency.get(stage.out, {}).get("trustworthy"),

@@ -14,7 +14,7 @@ from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.files import printable
 from edgekit.manifest import History
 
-from .figures import MAKERS, confusion, latest, mapping, number, numbers, own_entries, words
+from .figures import MAKERS, comparable, confusion, latest, mapping, number, numbers, words
 
 __all__ = ["Bench", "BundleView", "Engine", "Layer", "TensorRange", "collect"]
 
@@ -81,7 +81,8 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class BundleView:
-    """What the template shows of one bundle. ``top1`` is a share; None means: nobody measured it on these weights."""
+    """What the template shows of one bundle. ``top1`` and ``cer`` (a reader's character error rate) are shares; None
+    means: nobody measured it on these weights."""
 
     name: str
     path: str
@@ -91,6 +92,7 @@ class BundleView:
     chain: str
     labels: tuple[str, ...]
     top1: float | None
+    cer: float | None
     snr_db: float | None
     parameters: float | None
     macs: float | None
@@ -114,7 +116,7 @@ def collect(bundle: Bundle, name: str) -> BundleView:
     """Everything the report needs of an opened bundle. Malformed derived files count as absent; hashes are checked."""
     manifest = bundle.manifest
     calibration = _json(bundle, CALIBRATION) if bundle.has(CALIBRATION) else {}
-    own = own_entries(manifest.history)
+    own = comparable(manifest.history)
     stages = [entry.stage for entry in manifest.history if entry.stage in MAKERS]
     files = tuple((file, bundle.file(file).stat().st_size, digest) for file, digest in manifest.files.items())
     return BundleView(
@@ -126,6 +128,7 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         chain=" → ".join(stages),
         labels=manifest.labels,
         top1=latest(own, "top1", "val_top1", "accuracy"),
+        cer=latest(own, "cer"),
         snr_db=latest(own, "snr_db"),
         # Quantization changes neither, so the newest statement of any stage holds.
         parameters=latest(manifest.history, "parameters"),

@@ -8,7 +8,20 @@ from typing import Any, NamedTuple
 
 from edgekit.manifest import History
 
-__all__ = ["MAKERS", "Curve", "confusion", "curve", "latest", "mapping", "number", "numbers", "own_entries", "pareto", "words"]
+__all__ = [
+    "MAKERS",
+    "Curve",
+    "comparable",
+    "confusion",
+    "curve",
+    "latest",
+    "mapping",
+    "number",
+    "numbers",
+    "own_entries",
+    "pareto",
+    "words",
+]
 
 #: Stages that make a new bundle. What was measured before the last of them was measured on other weights.
 MAKERS = ("train", "prune", "quantize", "import")
@@ -68,6 +81,15 @@ def own_entries(history: Sequence[History]) -> Sequence[History]:
     """The entries whose figures are about the bundle as it is: from the last stage that made it onwards."""
     start = max((i for i, entry in enumerate(history) if entry.stage in MAKERS), default=0)
     return history[start:]
+
+
+def comparable(history: Sequence[History]) -> Sequence[History]:
+    """`own_entries`, without evaluations on other data than the bundle was trained on: their figures do not compare with those
+    of other bundles. All of them where nothing is left to compare."""
+    own = own_entries(history)
+    home = {entry.config["data"] for entry in history if entry.stage in MAKERS and isinstance(entry.config.get("data"), str)}
+    kept = [entry for entry in own if entry.stage != "eval" or not home or entry.config.get("data") in home]
+    return kept if any(number(entry.figures, "top1") is not None for entry in kept) else own
 
 
 def latest(history: Sequence[History], *names: str) -> float | None:

@@ -67,9 +67,15 @@ class FitConfig:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or not 0 < self.lr < 10 or not 0 <= self.ema < 1 or self.patience < 0:
+        counts = (self.epochs, self.batch, self.patience, self.seed)
+        rates = (self.lr, self.ema, self.smoothing, self.weight_decay)
+        if not all(isinstance(n, int) for n in counts) or not all(isinstance(rate, int | float) for rate in rates):
+            raise UsageError(f"{self}", "wanted: whole numbers of epochs, batch, patience and seed; numbers elsewhere")
+        if min(self.patience, self.seed) < 0:
+            raise UsageError(f"patience {self.patience}, seed {self.seed}", "wanted: 0 or more")
+        if self.epochs < 1 or self.batch < 2 or not 0 < self.lr <= 10 or not 0 <= self.ema < 1:
             raise UsageError(
-                f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}", "wanted: epochs >= 1, batch >= 2, 0 < lr < 10"
+                f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}", "wanted: epochs >= 1, batch >= 2, 0 < lr <= 10"
             )
         if self.optimizer not in ("adamw", "sgd"):
             raise UsageError(f"there is no optimizer {self.optimizer!r}", "choose one of: adamw, sgd")
@@ -233,7 +239,7 @@ class _Run:
             if loss is None:
                 raise EdgekitError(
                     f"the loss or its gradient is no longer finite in epoch {epoch + 1}, step {step + 1}",
-                    f"lower --lr (now {config.lr:g}); the last good epoch is in the checkpoint",
+                    f"lower --lr (now {config.lr:g}), and start again: the last good epoch is in the checkpoint",
                 )
             total += loss
             done = epoch * self.steps + step

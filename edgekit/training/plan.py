@@ -88,6 +88,8 @@ def make_plan(data: str, model: str | None = None, size: int | None = None, augm
     if size is not None:
         if not isinstance(preprocessing, ImagePreprocessing) or dataset.task == "text-recognition":
             raise UsageError(f"--size {size} is for pictures to classify, {data} is for {dataset.task}", "leave --size out")
+        if not isinstance(size, int) or not 8 <= size <= 1024:
+            raise UsageError(f"pictures of {size!r} pixels", "wanted: --size 8 to 1024")
         preprocessing = msgspec.structs.replace(preprocessing, width=size, height=size)
     if isinstance(preprocessing, ImagePreprocessing):
         name = sized(name, min(preprocessing.height, preprocessing.width))
@@ -152,13 +154,23 @@ def read_splits(
         raise DataError(
             f"none of the held-out samples of {dataset.spec} can be read", "repair them: accuracy is measured on them"
         )
+    if splits.train.y.ndim == 1 and len(absent := np.setdiff1d(splits.train.y, splits.held_out.y)):
+        names = ", ".join(dataset.labels[i] for i in absent[:5]) + (" ..." if len(absent) > 5 else "")
+        say(f"no sample of {len(absent)} of the classes is held out, nothing measures them: {names}")
     if splits.validation is not None and not len(splits.validation.y):
         raise DataError(f"a validation split of {validation:g} of {dataset.spec} holds nothing", "raise --validation")
     return splits
 
 
 def class_weights(targets: NDArray[np.int64], classes: int, balance: bool) -> NDArray[np.float32] | None:
-    """Weights that make every class count alike, mean 1 over the samples; None where ``balance`` is off."""
+    """Weights that make every class count alike, mean 1 over the samples; None where ``balance`` is off.
+
+    Raises `UsageError` for ``balance`` of lines of text (N, L), which have no classes.
+    """
+    if targets.ndim != 1:
+        if balance:
+            raise UsageError("only classes are weighed, a reader's lines have none", "leave --balance out")
+        return None
     counts = np.bincount(targets, minlength=classes).astype(np.float64)
     present = counts[counts > 0]
     if not balance:

@@ -148,7 +148,7 @@ class _Trainer:
         if len(data.y) < 4 or not len(judged.y):
             counts = f"{len(data.y)} samples to train on and {len(judged.y)} to judge by"
             raise DataError(f"{plan.dataset.spec} has {counts}", "add samples, or change --validation")
-        weights = class_weights(data.y, len(plan.dataset.labels), balance) if data.y.ndim == 1 else None
+        weights = class_weights(data.y, len(plan.dataset.labels), balance)
         say(f"{plan.model.name}: {len(data.y):,} samples to train on, {len(judged.y):,} to judge by")
         return cls(plan, augmentation, data, judged, weights)
 

@@ -72,8 +72,9 @@ def train(
     learnt, objective = _objectives(plan, config, teacher)
     splits = read_splits(plan.dataset, plan.preprocessing, augmentation, plan.tokenizer, validation, seed)
     check_custom(module, plan, splits.held_out)
+    weights = class_weights(splits.train.y, len(plan.dataset.labels), balance)
     if isinstance(learnt, Classification):
-        learnt.weigh(class_weights(splits.train.y, len(plan.dataset.labels), balance))
+        learnt.weigh(weights)
     say(
         f"{plan.model.name}: {parameters(module):,} parameters, {len(splits.train.y):,} samples to train on, "
         f"{len(splits.held_out.y):,} held out"

@@ -155,9 +155,9 @@ def test_a_model_of_ones_own_trains(nets: Path, few_digits: str, factory: str):
     ("model", "words"),
     [
         ("my_nets:no_module", "made a str"),
-        ("my_nets:odd", "does not take"),
+        ("my_nets:odd", "cannot be called: TypeError: missing a required argument"),
         ("my_nets:absent", "cannot be imported"),
-        ("my_nets:number", "does not take"),
+        ("my_nets:number", "cannot be called: TypeError"),
         ("my_nets:few", "answers (2, 3) to two samples"),
         ("my_nets:narrow", "cannot be run"),
         ("my_nets:Tied", "tied weights"),
