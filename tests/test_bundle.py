@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from edgekit import bundle as module
-from edgekit.bundle import FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle, new_path
 from edgekit.errors import BundleError, OutputExists, UsageError
 from edgekit.manifest import (
     FORMAT,
@@ -438,6 +438,9 @@ def test_atomic_write_replaces_or_keeps(tmp_path: Path) -> None:
 def test_a_bundle_is_not_written_into_a_bundle(tmp_path: Path) -> None:
     outer = make(tmp_path / "a.edge")
     before = contents(outer.path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is no folder"):
+        new_path(tmp_path / "file" / "m.edge")
     with pytest.raises(UsageError, match="lies inside the bundle"):
         make(outer.path / "b.edge")
     with pytest.raises(UsageError, match="lies inside the bundle"):

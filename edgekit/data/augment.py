@@ -199,7 +199,7 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
         spot = ka.RandomGaussianIllumination(gain=(0.1, 0.5), sigma=(0.2, 0.8), sign=(-1.0, 1.0), p=1.0)
         steps.append(_Sometimes(spot, p.glare))
     if p.motion:
-        steps.append(ka.RandomMotionBlur((3, 7), 180.0, 0.5, p=p.motion))
+        steps.append(ka.RandomMotionBlur((3, 7), 180.0, 0.5, border_type="replicate", p=p.motion))
     if p.blur:
         steps.append(ka.RandomGaussianBlur((5, 5), (0.3, 1.6), p=p.blur))
     if p.noise:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,17 @@ def test_no_augmentation_gives_what_the_device_sees():
     frame = np.random.default_rng(0).integers(0, 255, (20, 24), np.uint8)
     found = augmentation(torch.from_numpy(augmentation.read(frame)))
     np.testing.assert_allclose(found[0, 0], (frame / 255 - 0.5) / 0.25, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["signs", "photos"])
+def test_no_black_comes_in_from_outside(policy: str, monkeypatch: pytest.MonkeyPatch):
+    """What turns or tilts a picture shows what lies beside it: the border, or its mirror image."""
+    monkeypatch.setitem(POLICIES, policy, replace(POLICIES[policy], light=0, contrast=0, glare=0, erase=0, noise=0, warmth=0))
+    augmentation = make_augmentation(policy, spec(3))
+    white = np.full((20, 24, 3), 255, np.uint8)
+    torch.manual_seed(0)
+    found = augmentation(torch.from_numpy(np.concatenate([augmentation.read(white)] * 32)))
+    assert found.min() > (0.98 - 0.5) / 0.25
 
 
 @pytest.mark.parametrize("policy", ["digits", "signs", "logistics", "lines"])

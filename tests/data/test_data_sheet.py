@@ -259,6 +259,14 @@ def test_an_existing_file_stays(cli: Any, few_digits: str, tmp_path: Path, comma
 
 
 @pytest.mark.parametrize("command", [("data", "--out"), ("augment", "--show")])
+def test_only_a_png_is_named_so(cli: Any, few_digits: str, tmp_path: Path, command: tuple[str, str]) -> None:
+    done = cli(command[0], "--data", few_digits, command[1], tmp_path / "mine.jpg")
+    assert done.code == 2
+    assert "mine.png" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [("data", "--out"), ("augment", "--show")])
 @pytest.mark.parametrize(("spec", "code"), [("nonsense", 2), ("folder:", 2), ("folder:/no/such/folder", 1)])
 def test_bad_specs(cli: Any, tmp_path: Path, command: tuple[str, str], spec: str, code: int) -> None:
     done = cli(command[0], "--data", spec, command[1], tmp_path / "x.png", "--json")

@@ -195,6 +195,24 @@ def test_a_childs_accuracy_is_never_its_parents(family: list[Bundle], tmp_path: 
     assert "No confusion matrix" in page.text["confusion"]
 
 
+def test_accuracy_on_other_data_does_not_replace_the_one_that_compares(digits_bundle: Bundle, tmp_path: Path) -> None:
+    made = History("train", "2026-01-02T03:04:05Z", "0.1.0", {"data": "digits"}, None, {"top1": 0.98})
+    base = remake(digits_bundle, "base", history=(made,))
+    base = base.extend({}, base.entry("eval", {"data": "digits"}, {"top1": 0.9712}))
+    base = base.extend({}, base.entry("eval", {"data": "folder:odd"}, {"top1": 0.5}))
+    report(base, out=tmp_path / "r.html")
+    assert "97.12" in Page(tmp_path / "r.html").text["bundles"]
+    other = remake(base, "other", history=(msgspec.structs.replace(made, figures={}), base.manifest.history[-1]))
+    report(other, out=tmp_path / "other.html")
+    assert "50.00" in Page(tmp_path / "other.html").text["bundles"]
+
+
+def test_a_readers_character_errors_stand_beside_its_lines(digits_bundle: Bundle, tmp_path: Path) -> None:
+    made = History("train", "2026-01-02T03:04:05Z", "0.1.0", {"data": "labels"}, None, {"top1": 0.9, "cer": 0.0123})
+    report(remake(digits_bundle, "reader", history=(made,)), out=tmp_path / "r.html")
+    assert "CER 1.23" in Page(tmp_path / "r.html").text["bundles"]
+
+
 def test_latencies_of_different_devices_are_not_compared(family: list[Bundle], tmp_path: Path) -> None:
     other = family[1].extend({"bench/onnxruntime-int8-single-stream.json": bench_file(0.01, device="other")})
     report([family[0], other], out=tmp_path / "r.html")

@@ -158,6 +158,7 @@ def test_a_diverging_loss_stops_with_a_cure(few_digits: str):
         (["--data", "digits", "--model", "nonsense"], 2, "choose one of: textbook"),
         (["--data", "digits", "--model", "textbook", "--size", "8"], 2, "try another model or image size"),
         (["--data", "digits", "--epochs", "0"], 2, "epochs"),
+        (["--data", "digits", "--model", "resnet"], 2, "package.module:factory"),
     ],
 )
 def test_bad_input(cli, tmp_path: Path, arguments: list[str], code: int, words: str):

@@ -108,6 +108,13 @@ def test_a_series_classifier_takes_any_length(series_bundle: Bundle, series: str
             model(np.full((5, 2), np.nan, np.float32))
 
 
+def test_what_only_classifiers_or_readers_have_is_refused_elsewhere(series_bundle: Bundle, series: str, cli, tmp_path: Path):
+    beam = cli("eval", series_bundle.path, "--data", series, "--beam", "4")
+    assert (beam.code, "leave --beam out" in beam.err) == (2, True)
+    balance = cli("train", "--data", "labels:lines,24", "--out", tmp_path / "m.edge", "--balance")
+    assert (balance.code, "leave --balance out" in balance.err) == (2, True)
+
+
 def test_a_reader_reads_text(reader: Bundle, cli, tmp_path: Path):
     figures = reader.manifest.history[-1].figures
     assert 0 <= figures["top1"] <= 1
@@ -175,6 +182,9 @@ def test_commands_for_pictures_refuse_the_rest(text_bundle: Bundle, cli, tmp_pat
         ({"lr": 0}, "lr 0"),
         ({"validation": 1.5}, "a validation share"),
         ({"model": "hf:/no/such/folder"}, "no"),
+        ({"epochs": "3"}, "epochs=.3."),
+        ({"lr": "fast"}, "lr=.fast."),
+        ({"seed": -1}, "seed -1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(texts: str, tmp_path: Path, options: dict[str, object], words: str):

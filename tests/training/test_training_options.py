@@ -38,6 +38,8 @@ def no_module(classes):
     return "a string"
 def odd(classes, depth):
     return good(classes, 1, 28, 28)
+def failing(classes):
+    raise AttributeError("no such layer")
 def few(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
 def narrow(classes):
@@ -158,6 +160,7 @@ def test_a_model_of_ones_own_trains(nets: Path, few_digits: str, factory: str):
         ("my_nets:odd", "cannot be called: TypeError: missing a required argument"),
         ("my_nets:absent", "cannot be imported"),
         ("my_nets:number", "cannot be called: TypeError"),
+        ("my_nets:failing", "(classes=10) failed: AttributeError: no such layer"),
         ("my_nets:few", "answers (2, 3) to two samples"),
         ("my_nets:narrow", "cannot be run"),
         ("my_nets:Tied", "tied weights"),

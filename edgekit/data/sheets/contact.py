@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,11 +14,12 @@ from numpy.typing import NDArray
 from edgekit.data import load
 from edgekit.data.augment import Policy, make_augmentation, policy_named
 from edgekit.data.dataset import Dataset
-from edgekit.errors import DataError, InputError, MissingExtra, OutputExists, UsageError
+from edgekit.errors import DataError, InputError, MissingExtra, UsageError
 from edgekit.files import atomic_write
 from edgekit.manifest import ImagePreprocessing, Preprocessing, SeriesPreprocessing, TextPreprocessing
 from edgekit.preprocess import make_preprocessor
 
+from . import new_picture
 from .drawing import GREY, LINE, RED, WIDTH, Image, ImageDraw, as_seen, blank, clean, paste, png, spark, thumb, width_of, write
 
 __all__ = ["SAMPLES", "VERSIONS", "augmentation_sheet"]
@@ -47,11 +47,7 @@ def augmentation_sheet(
     `UsageError` for an unknown data set or policy, or one of another kind, `DataError` where no sample can be read,
     `MissingExtra`.
     """
-    path = Path(out)
-    if os.path.lexists(path):
-        error = OutputExists(path)
-        error.hint = "choose another file, or remove it first"
-        raise error
+    path = new_picture(out)
     dataset = load(spec)
     preprocessing = _sized(dataset, size)
     name = policy or dataset.augmentation

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekit.data import find, load
-from edgekit.errors import OutputExists
 from edgekit.files import atomic_write
 
+from . import new_picture
 from .inspection import SIDES, Inspection, inspect
 
 __all__ = ["data_report", "figures_of"]
@@ -30,9 +29,7 @@ def data_report(spec: str, out: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises `OutputExists`, `UsageError` for an unknown spec, `DataError` for missing or empty data, `MissingExtra`.
     """
-    path = Path(out)
-    if os.path.lexists(path):
-        raise OutputExists(path)
+    path = new_picture(out)
     find(spec)
     from .panels import picture_of  # before a long scan, not after it: Pillow may be missing
 
