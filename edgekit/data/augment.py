@@ -175,7 +175,7 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
     steps: list[nn.Module] = []
     if p.rotation or p.scale or p.shift or p.shear:
         shift = (p.shift, p.shift) if p.shift else None
-        scale = (1 - p.scale, 1 + p.scale) if p.scale else None
+        scale = (1 - p.scale, 1 + p.scale) * 2 if p.scale else None  # width and height apart
         shear = p.shear or None
         border = "reflection" if p.crop else "border"  # what a photo goes on with; a mirrored stroke would be another one
         steps.append(ka.RandomAffine(p.rotation, shift, scale, shear, padding_mode=border, p=1.0))

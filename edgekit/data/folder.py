@@ -1,4 +1,7 @@
-"""``folder:PATH``: one folder a class (ImageFolder), or ``train/`` and ``val/`` (or ``test/``) of such folders."""
+"""``folder:PATH``: one folder a class (ImageFolder), or ``train/`` and ``val/`` (or ``test/``) of such folders.
+
+Where there is no ``val/`` or ``test/``, a fifth is held out.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,9 @@ def load(path: str) -> Dataset:
         train = train.take(i for i, digest in enumerate(digests) if digest not in seen)
         every, digests = test, digests + test_digests
     else:
+        if train_root.is_dir() and any(path.is_dir() for path in train_root.iterdir()):
+            say(f"{root} has train/, but no val/ or test/: a fifth of train/ is held out")
+            root = train_root
         labels = _classes(root)
         every, digests = _split(root, labels)
         inside, outside = stratified(every.targets, digests, TEST_SHARE)

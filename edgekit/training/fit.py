@@ -219,7 +219,6 @@ class _Run:
             [group["lr"] for group in groups],
             total_steps=max(total, 2),
             pct_start=warmup,
-            cycle_momentum=False,
         )
         self.parallel = devices.wrap(module)
 

@@ -121,6 +121,15 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path) -> None:
         load(f"folder:{tmp_path}")
 
 
+def test_a_train_folder_alone_gives_a_share_of_itself(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "whole").mkdir()
+    folder.rename(tmp_path / "whole" / "train")
+    dataset = load(f"folder:{tmp_path / 'whole'}")
+    assert "a fifth of train/ is held out" in capsys.readouterr().err
+    assert dataset.labels == ("cat", "dog")
+    assert (len(dataset.train), len(dataset.test)) == (24, 6)
+
+
 def test_a_moved_picture_changes_the_digest(tmp_path: Path) -> None:
     """The last of one class becoming the first of the next is the same list of contents, and another data set."""
     for i in range(6):
