@@ -42,7 +42,8 @@ def search(**options: Any) -> Answer:
 
     The first trial is of the defaults; hopeless ones are given up early. Judged by a share of the training split: the
     held-out split is never read. A stopped search goes on: give the same command again. Given twice, or on several machines
-    with FILE on a shared disk, the commands share the trials (each may do one more than wanted). Ends with the train command for what was found.
+    with FILE on a shared disk, the commands share the trials, and may do one more each. Ends with the train command for what
+    was found.
 
     \b
     Examples:
