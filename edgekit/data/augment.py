@@ -37,8 +37,8 @@ class Policy:
     """Largest changes; 0 leaves a kind of change out. ``kind``: image, text or series.
 
     Pictures: ``crop``: a random part of at least this share of the area, scaled to the whole. ``rotation`` and ``shear``
-    in degrees, ``scale`` and ``shift`` as shares, ``perspective`` as a share of the side. ``light``: added or taken, as
-    a share of the range; ``contrast`` (a gain) and ``saturation`` as factors 1 +- x. Chances: ``warmth`` (another colour
+    in degrees; ``scale``, ``shift`` and ``perspective`` as shares of the side. ``light``: added or taken, as a share of
+    the range; ``contrast`` (a gain) and ``saturation`` as factors 1 +- x. Chances: ``warmth`` (another colour
     temperature), ``mirror``, ``blur`` (out of focus), ``motion`` (blur), ``glare`` (a soft bright or dark spot), ``noise``,
     ``erase`` (a covered rectangle). ``mixup``: beta of blending pairs (arXiv:1710.09412).
     ``margin``: pictures are read larger by this share, so that crops do not lose sharpness. ``smaller``: crops are
@@ -76,7 +76,7 @@ class Policy:
 
 POLICIES: dict[str, Policy] = {
     "none": Policy("any"),
-    "digits": Policy(rotation=15, scale=0.12, shift=0.15, shear=11),
+    "digits": Policy(rotation=15, scale=0.12, shift=0.075, shear=11),
     "signs": Policy(
         rotation=8, scale=0.15, shift=0.1, perspective=0.25, light=0.12, contrast=0.4, blur=0.15, motion=0.15, glare=0.2,
         erase=0.1,
