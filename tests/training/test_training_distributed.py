@@ -139,14 +139,14 @@ def test_two_processes_learn_what_one_learns(shared, tmp_path: Path, few_digits:
     """80 held-out digits at 70%: one run's standard error is 5.1 points, that of a difference 7.2; allowed are three of it.
 
     The losses of the training split are nearer: the same batches, but each process draws its own augmentation and its
-    batch norms see 16 samples, not 32.
+    batch norms see 16 samples, not 32. Over four seeds one process's loss has a standard deviation of 5%; allowed are three.
     """
     one = train(data=few_digits, out=tmp_path / "one.edge", epochs=6, batch=32, seed=1).manifest.history[-1].figures
     two = shared[0].manifest.history[-1].figures
     assert two["top1"] > 0.5
     assert two["top1"] == pytest.approx(one["top1"], abs=0.22)
     for a, b in zip(one["curve"], two["curve"], strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=0.1)
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.15)
         assert b["lr"] == pytest.approx(a["lr"])
 
 
