@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from onnx import numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.models.cnn import Depthwise, Textbook
+from edgekit.models.cnn import Depthwise, Inverted, Residual, Textbook
 from edgekit.models.module import adopt_shapes
 from edgekit.models.module import load as load_module
 from edgekit.models.module import macs as macs_of
@@ -20,6 +22,9 @@ from edgekit.pruning.groups import groups_of, remove_channels
 from edgekit.pruning.search import cut_path
 from edgekit.pruning.sparsity import Mask24, is_24
 from edgekit.runtime import Model, check_golden
+
+#: Few blocks: each step measures every group, and this family has many.
+SMALL_INVERTED = partial(Inverted, widths=(16, 32, 48), depths=(2, 1), head=64)
 
 
 def test_pruned_channels_are_gone_from_graph_and_weights(trained_bundle: Bundle, tmp_path: Path):
@@ -46,9 +51,13 @@ def test_a_pruned_bundle_can_be_pruned_again(trained_bundle: Bundle, tmp_path: P
     assert twice.manifest.history[-1].figures["macs"] < once.manifest.history[-1].figures["macs"]
 
 
-@pytest.mark.parametrize("module", [Depthwise(7, 3, 64, 64), Textbook(5)], ids=["depthwise", "textbook"])
-def test_every_cut_runs_and_widths_stay_multiples_of_16(module: torch.nn.Module):
-    channels, size = (3, 64) if isinstance(module, Depthwise) else (1, 28)
+@pytest.mark.parametrize(
+    ("make", "channels", "size"),
+    [(Depthwise, 3, 64), (SMALL_INVERTED, 3, 32), (Residual, 3, 32), (Textbook, 1, 28)],
+    ids=["depthwise", "inverted", "residual", "textbook"],
+)
+def test_every_cut_runs_and_widths_stay_multiples_of_16(make: Callable[..., torch.nn.Module], channels: int, size: int):
+    module = make(7, channels, size, size)
     samples = torch.randn(8, channels, size, size)
     macs = macs_of(module, samples)
     steps = list(cut_path(module, samples, frozenset({"classifier"})))
@@ -57,9 +66,9 @@ def test_every_cut_runs_and_widths_stay_multiples_of_16(module: torch.nn.Module)
         assert step.macs < macs
         macs = step.macs
         assert step.after % 16 == 0
-        assert step.module(samples).shape == (8, module.classifier.out_features)
+        assert step.module(samples).shape == (8, 7)
     state = steps[-1].module.state_dict()
-    fresh = Depthwise(7, 3, 64, 64) if isinstance(module, Depthwise) else Textbook(5)
+    fresh = make(7, channels, size, size)
     adopt_shapes(fresh, state)
     fresh.load_state_dict(state)
     assert torch.allclose(fresh.eval()(samples), steps[-1].module(samples))
