@@ -52,7 +52,7 @@ DATA = "digits | spam | labels | watch | folder:PATH | csv:PATH | npz:PATH"
     default="adamw",
     show_default=True,
     type=click.Choice(["adamw", "sgd"]),
-    help="SGD has Nesterov momentum 0.9.",
+    help="SGD has Nesterov momentum.",
 )
 @click.option(
     "--validation",

@@ -37,11 +37,12 @@ class Policy:
     """Largest changes; 0 leaves a kind of change out. ``kind``: image, text or series.
 
     Pictures: ``crop``: a random part of at least this share of the area, scaled to the whole. ``rotation`` and ``shear``
-    in degrees; ``scale``, ``shift`` and ``perspective`` as shares of the side. ``light``: added or taken, as a share of
-    the range; ``contrast`` (a gain) and ``saturation`` as factors 1 +- x. Chances: ``warmth`` (another colour
-    temperature), ``mirror``, ``blur`` (out of focus), ``motion`` (blur), ``glare`` (a soft bright or dark spot), ``noise``,
-    ``erase`` (a covered rectangle). ``mixup``: beta of blending pairs (arXiv:1710.09412).
-    ``margin``: pictures are read larger by this share, so that crops do not lose sharpness. ``smaller``: crops are
+    in degrees; ``scale`` and ``shift`` as shares of the side, ``perspective`` as the share of half the side that a corner
+    moves at most, each way. ``light``: added or taken, as a share of the range; ``contrast`` (a gain) and ``saturation``
+    as factors 1 +- x. Chances: ``warmth`` (another colour temperature), ``mirror``, ``blur`` (out of focus), ``motion``
+    (blur), ``glare`` (a soft bright or dark spot), ``noise``, ``erase`` (a covered rectangle). ``mixup``: beta of blending
+    pairs (arXiv:1710.09412).
+    ``margin``: pictures to crop are read larger by this share, so that crops do not lose sharpness. ``smaller``: crops are
     trained on this much below the model's size, for models that take any: crops magnify what they show, so pictures at full
     size show things as large as they were learnt (arXiv:1906.06423). ``epochs``: so much change takes at least so many passes
     to learn from.
@@ -88,7 +89,7 @@ POLICIES: dict[str, Policy] = {
     "medical": Policy(rotation=10, scale=0.1, shift=0.05, mirror=0.5, light=0.06, contrast=0.1),
     "logistics": Policy(
         rotation=8, scale=0.12, shift=0.06, perspective=0.3, light=0.1, contrast=0.35, blur=0.2, motion=0.2, glare=0.3,
-        noise=0.2, erase=0.25, margin=1 / 7,
+        noise=0.2, erase=0.25,
     ),
     "lines": Policy(rotation=1, scale=0.03, shift=0.01, shear=4, light=0.1, contrast=0.3, noise=0.2),
     "text": Policy("text", drop=0.1),
@@ -183,8 +184,6 @@ def _steps(p: Policy, height: int, width: int) -> list[nn.Module]:
         steps.append(_Perspective(p.perspective, p=0.5))
     if p.crop:
         steps.append(ka.RandomResizedCrop((height, width), (p.crop, 1.0), (0.75, 4 / 3), cropping_mode="resample"))
-    elif p.margin:
-        steps.append(ka.RandomCrop((height, width)))
     if p.mirror:
         steps.append(ka.RandomHorizontalFlip(p=p.mirror))
     if p.light:

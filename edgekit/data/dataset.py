@@ -93,6 +93,11 @@ class Dataset:
     augmentation: str = "none"  # the policy that suits this kind of data
     task: Task = "image-classification"
 
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) < len(self.labels):
+            twice = next(label for label in self.labels if self.labels.count(label) > 1)
+            raise DataError(f"{self.spec} has two classes called {twice!r}", "give each class a name of its own")
+
 
 def digest_of(parts: Iterable[bytes | str]) -> str:
     """sha256 over length-prefixed parts, so that no two lists collide by concatenation."""
@@ -123,24 +128,28 @@ def stratified(
     """Indices of (train, test): ``test_share`` of each class, the same on every machine.
 
     Samples of one group (equal content) stay on one side, also where the group spans classes: the first class decides.
-    A class with one group goes to train.
+    Every class keeps one group in train at least.
     """
-    train: list[int] = []
-    test: list[int] = []
     held_out: dict[object, bool] = {}
+    smallest: list[tuple[object, set[object]]] = []  # group of each class, and all groups of the class
     for label in np.unique(targets):
         members: dict[object, list[int]] = {}
         for i in np.flatnonzero(targets == label):
             members.setdefault(groups[int(i)], []).append(int(i))
         order = list(members)
         np.random.default_rng([seed, int(label)] if seed else int(label)).shuffle(order)
-        wanted = round(test_share * sum(map(len, members.values()))) if len(order) > 1 else 0
+        least = min(order, key=lambda key: len(members[key]))
+        smallest.append((least, set(order)))
+        count = sum(map(len, members.values()))
+        wanted = min(round(test_share * count), count - len(members[least]))
         for key in order:
-            group = members[key]
-            out = held_out.setdefault(key, len(group) <= wanted)
-            (test if out else train).extend(group)
-            wanted -= len(group) if out else 0
-    return sorted(train), sorted(test)
+            out = held_out.setdefault(key, len(members[key]) <= wanted)
+            wanted -= len(members[key]) if out else 0
+    for least, keys in smallest:  # where other classes have decided for all groups of this one
+        if all(held_out[key] for key in keys):
+            held_out[least] = False
+    train = [i for i in range(len(targets)) if not held_out[groups[i]]]
+    return train, [i for i in range(len(targets)) if held_out[groups[i]]]
 
 
 def one_group_out(groups: Sequence[object], targets: NDArray[np.int64]) -> tuple[list[int], list[int]]:

@@ -121,6 +121,8 @@ def trust(name: str) -> None:
 
 def check_model(name: str) -> None:
     """Raise `UsageError` for what is neither a preset, nor ``hf:FOLDER``, nor ``package.module:factory``."""
+    if not isinstance(name, str) or name in ("pretrained", "hf:"):
+        raise UsageError(f"there is no model {name!r}", "a Hugging Face encoder is hf:FOLDER")
     if not (name.startswith("hf:") or is_custom(name)):
         preset_named(name)
 

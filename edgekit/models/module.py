@@ -35,6 +35,7 @@ try:
     import safetensors.torch
     import torch
     from torch import Tensor, nn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch") from None
@@ -159,11 +160,17 @@ def macs(module: nn.Module, example: Tensor) -> int:
 
     ``example`` (N, ...) is what the module takes.
     """
-    # oneDNN runs an LSTM as one operator that the counter does not know; without it, it is the products it is made of.
-    with warnings.catch_warnings():
+    # oneDNN runs an LSTM, and a CPU attention, as one operator that the counter does not know; without them, they are the
+    # products that they are made of. A convolution is counted either way, and slow without.
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")  # the switch speaks of Intel GPUs
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-            module.eval()(example[:1])
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        module.eval()(example[:1])
     return int(counter.get_total_flops()) // 2
 
 

@@ -58,7 +58,7 @@ def cut_path(
     while budget is None or macs > budget:
         groups = groups_of(module, samples[:2], keep)
         trials = {
-            group.root: trials[group.root] if group.root in trials else _try(module, group, samples, reference, unit, kl)
+            group.root: trials[group.root] if group.root in trials else _try(module, macs, group, samples, reference, unit, kl)
             for group in groups
         }
         usable = {root: trial for root, trial in trials.items() if trial is not None}
@@ -68,14 +68,16 @@ def cut_path(
         needed = macs - budget if budget is not None else macs  # what a cut saves beyond the budget is worth nothing
         root = min(usable, key=lambda r: usable[r].growth / min(usable[r].saved, needed))
         # A cached trial was measured on an earlier model: the chosen cut is made again on this one.
-        chosen = _try(module, next(g for g in groups if g.root == root), samples, reference, unit, kl)
+        chosen = _try(module, macs, next(g for g in groups if g.root == root), samples, reference, unit, kl)
         assert chosen is not None
         module, macs, kl = chosen.module, chosen.macs, chosen.kl
         yield Step(module, macs, root, widths[root], chosen.after, chosen.kl)
         del trials[root]
 
 
-def _try(module: nn.Module, group: Group, samples: Tensor, reference: Tensor, unit: int, kl_now: float) -> _Trial | None:
+def _try(
+    module: nn.Module, macs_now: int, group: Group, samples: Tensor, reference: Tensor, unit: int, kl_now: float
+) -> _Trial | None:
     """Cut a group to the next multiple of ``unit`` in a copy; None where it has no channels to spare."""
     after = (group.width - 1) // unit * unit
     if after < unit:
@@ -87,7 +89,7 @@ def _try(module: nn.Module, group: Group, samples: Tensor, reference: Tensor, un
         answers = F.log_softmax(trial(samples), 1)
     kl = float(F.kl_div(answers, reference, reduction="batchmean", log_target=True))
     macs = macs_of(trial, samples)
-    return _Trial(trial, macs, kl, max(kl - kl_now, 0.0), max(macs_of(module, samples) - macs, 1), after)
+    return _Trial(trial, macs, kl, max(kl - kl_now, 0.0), max(macs_now - macs, 1), after)
 
 
 def _estimate_norms(module: nn.Module, samples: Tensor) -> None:

@@ -35,15 +35,18 @@ from .objective import Classification, Objective
 
 __all__ = ["FitConfig", "Watched", "answers", "fit", "outputs_of"]
 
-SHORT_RUN = 2000  # steps
+#: Steps until which averaged batch norms remember how they began.
+SHORT_RUN = 2000
 SETTLING = 2000  # samples
 WARMUP_EPOCHS = 8  # at most
+#: Of SGD; AdamW's first beta. From the upper to the lower while the rate rises, and back.
+MOMENTA = (0.85, 0.95)
 
 
 @dataclass(frozen=True)
 class FitConfig:
     """``lr`` is the peak of the cycle (Smith, arXiv:1708.07120), reached after ``warmup`` of the steps, at
-    most `WARMUP_EPOCHS`.
+    most `WARMUP_EPOCHS`; momentum (AdamW's first beta) goes the other way, between `MOMENTA`.
 
     ``ema`` averages the weights (Polyak) over at most 1 / (1 - ema) steps, and over 15% of a
     short run. ``smoothing`` is label smoothing.
@@ -71,8 +74,8 @@ class FitConfig:
         rates = (self.lr, self.ema, self.smoothing, self.weight_decay)
         if not all(isinstance(n, int) for n in counts) or not all(isinstance(rate, int | float) for rate in rates):
             raise UsageError(f"{self}", "wanted: whole numbers of epochs, batch, patience and seed; numbers elsewhere")
-        if min(self.patience, self.seed) < 0:
-            raise UsageError(f"patience {self.patience}, seed {self.seed}", "wanted: 0 or more")
+        if self.patience < 0 or not 0 <= self.seed < 2**32:
+            raise UsageError(f"patience {self.patience}, seed {self.seed}", "wanted: 0 or more, a seed below 2**32")
         if self.epochs < 1 or self.batch < 2 or not 0 < self.lr <= 10 or not 0 <= self.ema < 1:
             raise UsageError(
                 f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}", "wanted: epochs >= 1, batch >= 2, 0 < lr <= 10"
@@ -104,6 +107,7 @@ def fit(
     objective: Objective | None = None,
     augmentation: Augmentation | None = None,
     checkpoint: Path | None = None,
+    about: str = "",
     label: str = "training",
     after_step: Callable[[], None] | None = None,
     log: Log = no_log,
@@ -112,7 +116,8 @@ def fit(
     """Train ``module`` in place; it ends with the averaged weights, in eval mode. Returns the curve, a row an epoch.
 
     ``data.x`` is what ``augmentation.read`` gave, what ``augmentation`` makes of a batch is what the module takes; without
-    one ``data.x`` is. With ``checkpoint`` each epoch is saved there and a run that was stopped goes on from it.
+    one ``data.x`` is. With ``checkpoint`` each epoch is saved there and a run that was stopped goes on from it, if it is of
+    the same settings, samples and ``about``, which says what cannot be seen of samples that are decoded on demand.
     ``after_step`` runs after each update (a mask), ``on_epoch`` after each epoch with its score and may raise to stop.
     Raises `EdgekitError` where the loss is no longer finite; the last good checkpoint stays.
     """
@@ -122,7 +127,7 @@ def fit(
     policy = policy_named(config.augmentation)
     objective = objective or Classification(int(data.y.max(initial=0)) + 1, config.smoothing, policy)
     with devices.together():
-        run = _Run(module, data, config, objective, augmentation, after_step, devices)
+        run = _Run(module, data, config, objective, augmentation, after_step, devices, about)
         curve = run.resume(checkpoint, label)
         with bar(label, config.epochs * run.steps) as advance:
             advance(len(curve) * run.steps, "")
@@ -131,7 +136,7 @@ def fit(
                     break
                 note = f"  {objective.metric} {curve[-1][objective.metric]:.2%}" if curve else ""
                 loss = devices.mean(run.epoch(epoch, advance, note))
-                score = devices.share(run.score(watched.tensors) if devices.main else 0.0)
+                score = devices.share(run.score(watched.tensors, epoch) if devices.main else 0.0)
                 row = {"epoch": epoch + 1, "loss": loss, objective.metric: score, "lr": float(run.schedule.get_last_lr()[0])}
                 curve.append(row)
                 log(row)
@@ -140,7 +145,7 @@ def fit(
                     save_checkpoint(checkpoint, run.state(curve))
                 if on_epoch:
                     on_epoch(epoch, score)
-        run.finish(watched.choose)
+        run.finish(watched.choose, len(curve))
     return curve
 
 
@@ -158,6 +163,10 @@ def answers(module: nn.Module, x: Rows, batch: int = 500) -> NDArray[np.int64]:
     """Class indices int64 (N,) of (N, ...), in eval mode."""
     found: NDArray[np.int64] = outputs_of(module, x, batch).argmax(1)
     return found
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
@@ -194,20 +203,22 @@ class _Run:
         augmentation: Augmentation | None,
         after_step: Callable[[], None] | None,
         devices: Devices,
+        about: str = "",
     ) -> None:
         self.module, self.config, self.objective, self.after_step = module, config, objective, after_step
         self.augmentation, self.devices = augmentation, devices
         module.to(devices.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.x, self.y = data.x, torch.from_numpy(data.y)
         self.batch = devices.whole(config.batch, len(data.x))
-        self.key = run_key(module, data, {**asdict(config), "batch": self.batch}, objective)
+        self.key = run_key(module, data, {**asdict(config), "batch": self.batch, "about": about}, objective)
         self.steps = len(data.x) // self.batch
-        self.average = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        self.average = _copy(module)
+        self.settled = self.average
         self.best: dict[str, Tensor] | None = None
         self.best_score, self.best_epoch = -math.inf, 0
         groups = parameter_groups(module, config.lr, config.weight_decay)
         if config.optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTA[1], nesterov=True)
         else:
             self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         total = config.epochs * self.steps
@@ -219,6 +230,8 @@ class _Run:
             [group["lr"] for group in groups],
             total_steps=max(total, 2),
             pct_start=warmup,
+            base_momentum=MOMENTA[0],
+            max_momentum=MOMENTA[1],
         )
         self.parallel = devices.wrap(module)
 
@@ -264,11 +277,13 @@ class _Run:
             self.after_step()
         return value
 
-    def score(self, tensors: Tensors) -> float:
-        """With the averaged weights; the trained ones are put back after."""
-        trained = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+    def score(self, tensors: Tensors, epoch: int) -> float:
+        """Of the averaged weights, settled, after ``epoch``: what would be written now. The trained ones are put back."""
+        trained = _copy(self.module)
         try:
             self.module.load_state_dict(self.average)
+            self._settle(epoch + 1)
+            self.settled = _copy(self.module)
             return self.objective.score(outputs_of(self.module, tensors.x), tensors.y)
         finally:
             self.module.load_state_dict(trained)
@@ -278,24 +293,28 @@ class _Run:
         if score > self.best_score:
             self.best_score, self.best_epoch = score, epoch
             if choose:
-                self.best = {name: tensor.clone() for name, tensor in self.average.items()}
+                self.best = self.settled
 
     def weary(self, curve: list[dict[str, float]]) -> bool:
         return 0 < self.config.patience <= len(curve) - 1 - self.best_epoch
 
-    def finish(self, choose: bool) -> None:
-        self.module.load_state_dict(self.best if choose and self.best else self.average)
-        self._settle()
+    def finish(self, choose: bool, epochs: int) -> None:
+        """The module ends with the weights that count, in eval mode, after ``epochs``."""
+        if choose and self.best:
+            self.module.load_state_dict(self.best)
+        else:
+            self.module.load_state_dict(self.average)
+            self._settle(epochs)
         self.module.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         # The batch norms of each process have seen its own samples: all end with those of the main one.
         self.module.load_state_dict(self.devices.share(self.module.state_dict()))
 
-    def _settle(self) -> None:
-        """After a short run, batch norms take their statistics anew: the averaged ones still remember the first steps.
+    def _settle(self, epochs: int) -> None:
+        """Soon after the start, batch norms take their statistics anew: the averaged ones still remember the first steps.
 
         From a random draw: splits are sorted by class, and a batch of one class has other statistics than all of them.
         """
-        if self.config.epochs * self.steps > SHORT_RUN:
+        if epochs * self.steps > SHORT_RUN:
             return
         drawn = np.random.default_rng(self.config.seed).permutation(len(self.x))[:SETTLING]
         chosen = np.array_split(drawn, max(1, len(drawn) // 250))

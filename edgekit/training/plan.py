@@ -15,7 +15,7 @@ from edgekit.data import Dataset, Tensors, check_damaged, load
 from edgekit.data.augment import Augmentation, make_augmentation
 from edgekit.errors import DataError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import ImagePreprocessing, ModelConfig, Preprocessing, TextPreprocessing
-from edgekit.models import DEFAULTS, Preset, is_custom, preset_named, sized, trust
+from edgekit.models import DEFAULTS, Preset, check_model, is_custom, preset_named, sized, trust
 from edgekit.models.module import create, export_onnx
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say
@@ -72,7 +72,8 @@ def make_plan(data: str, model: str | None = None, size: int | None = None, augm
     Raises `UsageError` for an unknown model or data set, or a model for another kind of data, `DataError` for missing data.
     """
     dataset = load(data)
-    name = model or DEFAULTS[dataset.task]
+    name = DEFAULTS[dataset.task] if model is None else model
+    check_model(name)
     if is_custom(name):
         trust(name)
     preset = preset_named(name)
@@ -154,6 +155,13 @@ def read_splits(
         raise DataError(
             f"none of the held-out samples of {dataset.spec} can be read", "repair them: accuracy is measured on them"
         )
+    if splits.train.y.ndim == 1:
+        others = [part.y for part in splits[1:] if part is not None]
+        if len(lost := np.setdiff1d(np.concatenate(others), splits.train.y)):
+            raise DataError(
+                f"no sample of {dataset.labels[lost[0]]!r} is left to train on",
+                "add samples of it, or lower --validation" if validation else "add samples of it",
+            )
     if splits.train.y.ndim == 1 and len(absent := np.setdiff1d(splits.train.y, splits.held_out.y)):
         names = ", ".join(dataset.labels[i] for i in absent[:5]) + (" ..." if len(absent) > 5 else "")
         say(f"no sample of {len(absent)} of the classes is held out, nothing measures them: {names}")
@@ -189,6 +197,8 @@ def check_custom(module: nn.Module, plan: Plan, samples: Tensors) -> None:
     """
     if not is_custom(plan.model.name):
         return
+    if not any(p.requires_grad for p in module.parameters()):
+        raise UsageError(f"{plan.model.name} has no parameters to train", "set requires_grad of those to train")
     x = torch.from_numpy(np.repeat(samples.x[:1], 2, 0))
     try:
         with torch.no_grad():

@@ -11,7 +11,7 @@ __all__ = ["fit_tokenizer"]
 
 #: 256 bytes, [PAD] and [UNK], and room for some merges.
 SMALLEST = 300
-#: What is read of each text: as much as the runtime reads of one for a model of 128 tokens.
+#: What is read of each text: more than any model's tokens hold.
 CHARACTERS = 8192
 #: Of longer words no entry is made: they are keys, addresses and base64, never seen again.
 LONGEST_ENTRY = 24

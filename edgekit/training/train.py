@@ -85,7 +85,15 @@ def train(
     started = time.perf_counter()
     with tensorboard(logs if Devices().main else None) as log:
         curve = fit(
-            module, splits.train, watched, config, objective=objective, augmentation=augmentation, checkpoint=saved, log=log
+            module,
+            splits.train,
+            watched,
+            config,
+            objective=objective,
+            augmentation=augmentation,
+            checkpoint=saved,
+            about=f"{plan.dataset.digest} {plan.preprocessing}",
+            log=log,
         )
     settings = {"data": data, "data_digest": plan.dataset.digest, "model": plan.model.name, **asdict(config)}
     settings |= {"validation": validation, "balance": balance}
@@ -95,8 +103,8 @@ def train(
 
 
 def _check(validation: float, patience: int) -> None:
-    if not 0 <= validation < 1:
-        raise UsageError(f"a validation share of {validation:g}", "give a share of the training split, for example 0.1")
+    if not isinstance(validation, int | float) or not 0 <= validation < 1:
+        raise UsageError(f"a validation share of {validation!r}", "give a share of the training split, for example 0.1")
     if patience and not validation:
         raise UsageError("--patience needs a validation split to judge by", "add --validation 0.1")
 
