@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from edgekit.data.augment import POLICIES, make_augmentation
+from edgekit.data.augment import POLICIES, Policy, make_augmentation
 from edgekit.errors import UsageError
 from edgekit.manifest import ImagePreprocessing, SeriesPreprocessing, TextPreprocessing
 
@@ -47,6 +48,48 @@ def test_no_draw_of_a_small_batch_fails(policy: str, count: int):
     for seed in range(25):
         torch.manual_seed(seed)
         assert augmentation(x).shape == (count, 3, 20, 24)
+
+
+def mass(policy: Policy, monkeypatch: pytest.MonkeyPatch, at: tuple[float, float] = (0.5, 0.5)) -> tuple[Any, Any, Any]:
+    """A disc of radius 12 at ``at`` of 100x100 black, changed 400 times: its centre (x, y) and its radius, in pixels."""
+    monkeypatch.setitem(POLICIES, "measured", policy)
+    augmentation = make_augmentation("measured", ImagePreprocessing(100, 100, 1, (0.0,), (1.0,)), resizes=True)
+    rows, columns = np.mgrid[:100, :100] + 0.5
+    frame = np.where((columns - 100 * at[0]) ** 2 + (rows - 100 * at[1]) ** 2 < 144, 255, 0).astype(np.uint8)
+    torch.manual_seed(0)
+    found = augmentation(torch.from_numpy(augmentation.read(frame)).repeat(400, 1, 1, 1))[:, 0].double().numpy()
+    rows, columns = np.mgrid[: found.shape[1], : found.shape[2]] + 0.5
+    total = found.sum((1, 2))
+    x, y = (found * columns).sum((1, 2)) / total, (found * rows).sum((1, 2)) / total
+    wide = np.sqrt((found * (columns - x[:, None, None]) ** 2).sum((1, 2)) / total)
+    return x, y, 2 * wide  # of a disc the deviation along an axis is half the radius
+
+
+def test_a_policy_changes_as_much_as_it_says(monkeypatch: pytest.MonkeyPatch):
+    """In pixels and degrees: libraries count in sides, half sides and slopes, and once digits moved twice as far."""
+    x, y, _ = mass(Policy(shift=0.1), monkeypatch)
+    assert 9 < np.abs(np.stack([x, y]) - 50).max() < 10.5
+    x, y, _ = mass(Policy(rotation=10), monkeypatch, at=(0.85, 0.5))
+    assert 9 < np.abs(np.degrees(np.arctan2(y - 50, x - 50))).max() < 10.5
+    _, _, radius = mass(Policy(scale=0.2), monkeypatch)
+    assert 9.3 < radius.min() < 10.2
+    assert 13.8 < radius.max() < 14.7
+    x, y, _ = mass(Policy(shear=10), monkeypatch, at=(0.5, 0.8))
+    assert 0.8 < np.abs(x - 50).max() / (30 * np.tan(np.radians(10))) < 1.1
+    x, y, _ = mass(Policy(perspective=0.3), monkeypatch, at=(0.2, 0.2))  # corners move by up to 15 pixels
+    assert 6 < np.abs(np.stack([x, y]) - 20).max() < 15
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_things_are_learnt_as_large_as_the_device_sees_them(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Their size on the device is well within those of training."""
+    only = {"rotation", "scale", "shift", "shear", "perspective", "crop", "margin", "smaller"}
+    geometry = Policy(**{key: getattr(POLICIES[name], key) for key in only})
+    _, _, radius = mass(geometry, monkeypatch)
+    low, median, high = np.percentile(radius, [5, 50, 95])
+    assert low < 12.1
+    assert high > 11.9
+    assert median == pytest.approx(12, rel=0.15)
 
 
 def test_no_augmentation_gives_what_the_device_sees():

@@ -165,6 +165,25 @@ def test_a_split_covers_all_and_parts_no_group(samples: list[tuple[int, int]], s
     assert (train, test) == stratified(targets, groups, share)
 
 
+def test_every_class_keeps_something_to_train_on() -> None:
+    """Also where another class has decided for all of its groups, and at a share that would take all."""
+    targets = np.array([0] * 6 + [1, 1])
+    for seed in range(20):
+        train, test = stratified(targets, [0, 1, 2, 3, 4, 5, 2, 2], 0.5, seed)
+        assert set(targets[train]) == {0, 1}
+        assert len({i in train for i in (2, 6, 7)}) == 1  # one group
+        assert sorted(train + test) == list(range(8))
+    train, test = stratified(np.array([0, 0, 1, 1]), range(4), 0.9)
+    assert [len(train), len(test)] == [2, 2]
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    """All truths would be taken for the first of them, and every answer be right."""
+    np.savez(tmp_path / "d.npz", images=np.zeros((20, 8, 8), np.uint8), labels=np.arange(20) % 2, classes=["a", "a"])
+    with pytest.raises(DataError, match="two classes called 'a'"):
+        load(f"npz:{tmp_path / 'd.npz'}")
+
+
 def test_one_class_or_an_empty_class_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "only" / "0.png", 0)
     with pytest.raises(DataError, match="1 class"):

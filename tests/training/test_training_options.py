@@ -34,6 +34,8 @@ class Net:
     @staticmethod
     def make(classes):
         return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
+def frozen(classes):
+    return Net.make(classes).requires_grad_(False)
 def no_module(classes):
     return "a string"
 def odd(classes, depth):
@@ -167,6 +169,9 @@ def test_a_model_of_ones_own_trains(nets: Path, few_digits: str, factory: str):
         ("my_nets:few", "answers (2, 3) to two samples"),
         ("my_nets:narrow", "cannot be run"),
         ("my_nets:Tied", "tied weights"),
+        ("my_nets:frozen", "no parameters to train"),
+        ("pretrained", "hf:FOLDER"),
+        ("hf:", "hf:FOLDER"),
         ("my_nets:Branching", "cannot export"),
         ("broken_nets:good", "no_such_module_anywhere"),
         ("no_nets:good", "No module named 'no_nets'"),
