@@ -17,9 +17,13 @@ FOLDERS = ("medical", "parcels", "signs")
 
 
 def reduced(name: str) -> str:
-    """The recipe with one epoch a training and no patience, whatever it says."""
-    text = re.sub(r"^(epochs|validation|patience) = .*\n", "", RECIPES[name].read_text(encoding="utf-8"), flags=re.MULTILINE)
+    """The recipe with one epoch a training, no patience and small pictures, whatever it says."""
+    text = re.sub(
+        r"^(epochs|validation|patience|size) = .*\n", "", RECIPES[name].read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     text = re.sub(r'^run = "(train|prune)"$', r'run = "\1"\nepochs = 1', text, flags=re.MULTILINE)
+    if name in FOLDERS:
+        text = text.replace('run = "train"', 'run = "train"\nsize = 56')
     text = re.sub(r"^max_drop = .*\n", "", text, flags=re.MULTILINE)
     return re.sub(r'^run = "bench"$', 'run = "bench"\nseconds = 0.05', text, flags=re.MULTILINE)
 
