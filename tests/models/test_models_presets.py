@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,18 @@ from edgekit.models.module import create, export_onnx, load, macs, parameters, w
 from edgekit.runtime.onnxruntime import session
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+#: Rows of the benchmark, by preset.
+RESULTS = {
+    "depthwise": "digits-depthwise",
+    "vit": "digits-vit",
+    "gru-rows": "digits-gru-rows",
+    "lstm-rows": "digits-lstm-rows",
+    "lstm-text": "spam-lstm",
+    "transformer-text": "spam-transformer",
+    "gru-series": "watch-gru",
+    "crnn": "labels-clean",
+    "depthwise-m": "groceries",
+}
 INPUTS: dict[str, dict[str, Any]] = {
     "image-classification": {"channels": 1, "height": 28, "width": 28},
     "text-classification": {"vocabulary": 400, "length": 24, "pad": 0},
@@ -166,3 +179,17 @@ def test_the_documented_sizes_are_true():
         module = create(ModelConfig(name, {"classes": classes, **given, **preset.args}))
         assert f"{parameters(module):,}" == stated_parameters, name
         assert f"{macs(module, x):,}" == stated_macs, name
+
+
+def test_the_documented_accuracies_were_measured_on_these_models():
+    """A figure in docs/models.md stands for a row of the results, of a model with as many parameters."""
+    rows = json.loads((DOCS.parents[1] / "benchmarks" / "results" / "training.json").read_text(encoding="utf-8"))["rows"]
+    found = re.findall(
+        r"^\| \**`([\w-]+)`\** \| [^|]+ \| ([\d,]+) \| [\d,]+ \| ([^|]*)\|", DOCS.read_text(encoding="utf-8"), re.M
+    )
+    measured = [(name, stated, cell) for name, stated, cell in found if name in RESULTS and "%" in cell]
+    assert measured
+    for name, stated, cell in measured:
+        row = rows[RESULTS[name]][0]
+        assert f"{row['parameters']:,}" == stated, name
+        assert re.findall(r"[\d.]+%", cell)[0] == f"{row['cer' if 'cer' in row else 'top1']:.1%}", name
