@@ -162,9 +162,9 @@ def read_splits(
                 f"no sample of {dataset.labels[lost[0]]!r} is left to train on",
                 "add samples of it, or lower --validation" if validation else "add samples of it",
             )
-    if splits.train.y.ndim == 1 and len(absent := np.setdiff1d(splits.train.y, splits.held_out.y)):
-        names = ", ".join(dataset.labels[i] for i in absent[:5]) + (" ..." if len(absent) > 5 else "")
-        say(f"no sample of {len(absent)} of the classes is held out, nothing measures them: {names}")
+        if len(absent := np.setdiff1d(splits.train.y, splits.held_out.y)):
+            names = ", ".join(dataset.labels[i] for i in absent[:5]) + (" ..." if len(absent) > 5 else "")
+            say(f"no sample of {len(absent)} of the classes is held out, nothing measures them: {names}")
     if splits.validation is not None and not len(splits.validation.y):
         raise DataError(f"a validation split of {validation:g} of {dataset.spec} holds nothing", "raise --validation")
     return splits

@@ -75,12 +75,8 @@ def train(
     weights = class_weights(splits.train.y, len(plan.dataset.labels), balance)
     if isinstance(learnt, Classification):
         learnt.weigh(weights)
-    say(
-        f"{plan.model.name}: {parameters(module):,} parameters, {len(splits.train.y):,} samples to train on, "
-        f"{len(splits.held_out.y):,} held out"
-    )
+    _announce(plan, module, splits)
     target.parent.mkdir(parents=True, exist_ok=True)
-    saved = target.with_name(f"{target.name}.checkpoint")
     watched = Watched(splits.validation, choose=True) if splits.validation else Watched(splits.held_out)
     started = time.perf_counter()
     with tensorboard(logs if Devices().main else None) as log:
@@ -91,7 +87,7 @@ def train(
             config,
             objective=objective,
             augmentation=augmentation,
-            checkpoint=saved,
+            checkpoint=_checkpoint(target),
             about=f"{plan.dataset.digest} {plan.preprocessing}",
             log=log,
         )
@@ -100,6 +96,17 @@ def train(
     settings |= {"teacher": objective.teacher_digest} if isinstance(objective, Distillation) else {}
     figures = {"seconds": round(time.perf_counter() - started, 1), "curve": curve}
     return _write(target, plan, module, splits, settings, figures)
+
+
+def _announce(plan: Plan, module: nn.Module, splits: Splits) -> None:
+    say(
+        f"{plan.model.name}: {parameters(module):,} parameters, {len(splits.train.y):,} samples to train on, "
+        f"{len(splits.held_out.y):,} held out"
+    )
+
+
+def _checkpoint(target: Path) -> Path:
+    return target.with_name(f"{target.name}.checkpoint")
 
 
 def _check(validation: float, patience: int) -> None:
@@ -160,7 +167,7 @@ def _write(
     """Judge the module on the held-out split and write it; only the main process does, the others wait for it."""
     devices, written = Devices(), None
     if devices.main:
-        held_out, checkpoint = splits.held_out, target.with_name(f"{target.name}.checkpoint")
+        held_out = splits.held_out
         judged = judge(plan.dataset.task, outputs_of(module, held_out.x), held_out.y, len(plan.dataset.labels))
         figures = {
             **judged.record(),
@@ -182,7 +189,7 @@ def _write(
         )
         entry = history_entry("train", settings, figures)
         written = write_model(target, module, held_out.x, manifest, entry, plan.tokenizer).manifest
-        checkpoint.unlink(missing_ok=True)
+        _checkpoint(target).unlink(missing_ok=True)
     with devices.together():  # on another machine there is no file to open
         written = devices.share(written)
     assert written is not None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from edgekit.bundle import Bundle
 from edgekit.data import Tensors, load
@@ -283,6 +284,19 @@ def test_the_validation_split_is_taken_from_the_training_split(
 
 
 # Classes of unequal size
+
+
+def test_a_class_without_a_training_sample_is_refused(cli, tmp_path: Path):
+    frame = np.random.default_rng(0).integers(0, 255, (28, 28), np.uint8)
+    for part, labels in (("train", "ab"), ("val", "abc")):
+        for label in labels:
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.roll(frame, 97 * i + ord(label) + 13 * len(part))).save(tmp_path / part / label / f"{i}.png")
+    outcome = cli("train", "--data", f"folder:{tmp_path}", "--size", "28", "--out", tmp_path / "m.edge", "--epochs", "1")
+    assert outcome.code == 1
+    assert "'c'" in outcome.err
+    assert not list(tmp_path.glob("m.edge*"))
 
 
 def test_balance_weighs_the_classes_alike():
