@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edgekit.bundle import Bundle, new_path
-from edgekit.data.augment import make_augmentation, policy_named
+from edgekit.data.augment import Augmentation, make_augmentation, policy_named
 from edgekit.errors import UsageError
 from edgekit.evaluation import judge
 from edgekit.manifest import FORMAT, Manifest, history_entry
@@ -77,6 +77,31 @@ def train(
         learnt.weigh(weights)
     _announce(plan, module, splits)
     target.parent.mkdir(parents=True, exist_ok=True)
+    figures = _learn(target, plan, module, splits, config, objective, augmentation, logs)
+    settings = {"data": data, "data_digest": plan.dataset.digest, "model": plan.model.name, **asdict(config)}
+    settings |= {"validation": validation, "balance": balance}
+    settings |= {"teacher": objective.teacher_digest} if isinstance(objective, Distillation) else {}
+    return _write(target, plan, module, splits, settings, figures)
+
+
+def _announce(plan: Plan, module: nn.Module, splits: Splits) -> None:
+    say(
+        f"{plan.model.name}: {parameters(module):,} parameters, {len(splits.train.y):,} samples to train on, "
+        f"{len(splits.held_out.y):,} held out"
+    )
+
+
+def _learn(
+    target: Path,
+    plan: Plan,
+    module: nn.Module,
+    splits: Splits,
+    config: FitConfig,
+    objective: Objective,
+    augmentation: Augmentation,
+    logs: str | os.PathLike[str] | None,
+) -> dict[str, Any]:
+    """Run the loop; the seconds that it took and its curve."""
     watched = Watched(splits.validation, choose=True) if splits.validation else Watched(splits.held_out)
     started = time.perf_counter()
     with tensorboard(logs if Devices().main else None) as log:
@@ -91,18 +116,7 @@ def train(
             about=f"{plan.dataset.digest} {plan.preprocessing}",
             log=log,
         )
-    settings = {"data": data, "data_digest": plan.dataset.digest, "model": plan.model.name, **asdict(config)}
-    settings |= {"validation": validation, "balance": balance}
-    settings |= {"teacher": objective.teacher_digest} if isinstance(objective, Distillation) else {}
-    figures = {"seconds": round(time.perf_counter() - started, 1), "curve": curve}
-    return _write(target, plan, module, splits, settings, figures)
-
-
-def _announce(plan: Plan, module: nn.Module, splits: Splits) -> None:
-    say(
-        f"{plan.model.name}: {parameters(module):,} parameters, {len(splits.train.y):,} samples to train on, "
-        f"{len(splits.held_out.y):,} held out"
-    )
+    return {"seconds": round(time.perf_counter() - started, 1), "curve": curve}
 
 
 def _checkpoint(target: Path) -> Path:
