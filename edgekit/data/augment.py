@@ -41,7 +41,8 @@ class Policy:
     moves at most, each way. ``light``: added or taken, as a share of the range; ``contrast`` (a gain) and ``saturation``
     as factors 1 +- x. Chances: ``warmth`` (another colour temperature), ``mirror``, ``blur`` (out of focus), ``motion``
     (blur), ``glare`` (a soft bright or dark spot), ``noise``, ``erase`` (a covered rectangle). ``mixup``: beta of blending
-    pairs (arXiv:1710.09412).
+    pairs (arXiv:1710.09412); ``cutmix``: the chance that a rectangle of the other picture is pasted instead
+    (arXiv:1905.04899).
     ``margin``: pictures to crop are read larger by this share, so that crops do not lose sharpness. ``smaller``: crops are
     trained on this much below the model's size, for models that take any: crops magnify what they show, so pictures at full
     size show things as large as they were learnt (arXiv:1906.06423). ``epochs``: so much change takes at least so many passes
@@ -69,6 +70,7 @@ class Policy:
     noise: float = 0.0
     erase: float = 0.0
     mixup: float = 0.0
+    cutmix: float = 0.0
     drop: float = 0.0
     margin: float = 0.0
     smaller: float = 0.0
@@ -84,7 +86,7 @@ POLICIES: dict[str, Policy] = {
     ),
     "photos": Policy(
         rotation=15, crop=0.3, mirror=0.5, light=0.15, contrast=0.3, saturation=0.3, warmth=0.3, erase=0.25, mixup=0.2,
-        margin=1 / 7, smaller=1 / 7, epochs=300,
+        cutmix=0.5, margin=1 / 7, smaller=1 / 7, epochs=300,
     ),
     "medical": Policy(rotation=10, scale=0.1, shift=0.05, mirror=0.5, light=0.06, contrast=0.1),
     "logistics": Policy(

@@ -51,7 +51,7 @@ class FitConfig:
     ``ema`` averages the weights (Polyak) over at most 1 / (1 - ema) steps, and over 15% of a
     short run. ``smoothing`` is label smoothing.
     ``weight_decay`` is decoupled (AdamW, arXiv:1711.05101); biases and norms have none. ``clip`` bounds the gradient's norm.
-    Pairs are blended (mixup) until ``blend`` of the epochs. ``patience``: stop after so many epochs without a better
+    Pairs are blended (mixup, cutmix) until ``blend`` of the epochs. ``patience``: stop after so many epochs without a better
     score on the validation split; 0: never.
     """
 

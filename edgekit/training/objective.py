@@ -36,7 +36,7 @@ class Objective(Protocol):
 
 
 class Classification:
-    """Cross-entropy with label smoothing (arXiv:1512.00567), class weights, and pairs blended by mixup."""
+    """Cross-entropy with label smoothing (arXiv:1512.00567), class weights, and pairs blended by mixup or cutmix."""
 
     metric = "top1"
 
@@ -59,11 +59,14 @@ class Classification:
     def blended(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The batch, and its targets as indices (N,) or, where pairs were blended, as shares (N, classes)."""
         p = self.policy
-        if not self._blends or not p.mixup:
+        if not self._blends or not (p.mixup or p.cutmix):
             return x, y
         other = torch.randperm(len(x), device=x.device)
-        share = float(torch.distributions.Beta(p.mixup, p.mixup).sample())
-        x = torch.lerp(x[other], x, share)
+        if float(torch.rand(())) < p.cutmix:
+            x, share = _pasted(x, x[other])
+        else:
+            share = float(torch.distributions.Beta(p.mixup, p.mixup).sample()) if p.mixup else 1.0
+            x = torch.lerp(x[other], x, share)
         one = F.one_hot(y, self.classes).to(x.dtype)
         return x, torch.lerp(one[other], one, share)
 
@@ -73,6 +76,18 @@ class Classification:
 
     def score(self, outputs: NDArray[np.float32], y: NDArray[np.int64]) -> float:
         return float((outputs.argmax(1) == y).mean())
+
+
+def _pasted(x: Tensor, other: Tensor) -> tuple[Tensor, float]:
+    """``x`` (N, C, H, W) under a rectangle of ``other``, and the share of ``x`` that is left, even between 0 and 1."""
+    height, width = x.shape[2:]
+    side = float(torch.rand(())) ** 0.5
+    top, left = (float(torch.rand(())) * length for length in (height, width))  # the middle: rectangles may leave the picture
+    rows = slice(max(0, round(top - side * height / 2)), min(height, round(top + side * height / 2)))
+    columns = slice(max(0, round(left - side * width / 2)), min(width, round(left + side * width / 2)))
+    x = x.clone()
+    x[:, :, rows, columns] = other[:, :, rows, columns]
+    return x, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
 
 
 class Reading:

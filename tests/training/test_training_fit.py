@@ -120,6 +120,23 @@ def test_blended_pairs_have_blended_targets():
     assert objective.blended(x, y)[1] is y
 
 
+def test_pasted_pairs_have_targets_by_area():
+    torch.manual_seed(0)
+    objective = Classification(4, 0.0, Policy(cutmix=1.0))
+    x = torch.eye(4)[:, :, None, None].repeat(1, 1, 10, 12)
+    y = torch.arange(4)
+    left = []
+    for _ in range(200):
+        mixed, shares = objective.blended(x, y)
+        torch.testing.assert_close(mixed.mean((2, 3)), shares)  # each pixel is of one of the two, and counted
+        assert set(mixed.unique().tolist()) <= {0.0, 1.0}
+        left.append(float((mixed[0, 0] == x[0, 0]).float().mean()))
+    assert min(left) < 0.4
+    assert max(left) > 0.95
+    assert 0.5 < np.mean(left) < 0.85
+    assert x.equal(torch.eye(4)[:, :, None, None].repeat(1, 1, 10, 12)), "the samples were changed in place"
+
+
 def test_class_weights_count_in_the_loss():
     objective = Classification(2, 0.0, policy_named("none"))
     logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])

@@ -26,7 +26,7 @@ __all__ = ["SAMPLES", "VERSIONS", "augmentation_sheet"]
 
 SAMPLES, VERSIONS = 8, 8
 #: Fields of a policy that are no change to a sample, or one that is made elsewhere.
-_NO_CHANGES = frozenset({"kind", "margin", "smaller", "epochs", "mixup"})
+_NO_CHANGES = frozenset({"kind", "margin", "smaller", "epochs", "mixup", "cutmix"})
 
 
 def augmentation_sheet(
@@ -124,8 +124,8 @@ def _title(dataset: Dataset, name: str) -> Image.Image:
     values = {key: getattr(policy, key) for key in Policy.__dataclass_fields__}
     changes = [f"{key} {value:.3g}" for key, value in values.items() if value and key not in _NO_CHANGES]
     words = ", ".join(changes) or "nothing is changed"
-    if policy.mixup:
-        words += "  (not shown: mixup, which mixes pairs in the training loop)"
+    if policy.mixup or policy.cutmix:
+        words += "  (not shown: mixup and cutmix, which the training loop does to pairs)"
     if dataset.task == "text-classification":
         words += "  (the first tokens of each text; · has no letters: a space, or the mark of capitals)"
     write(image, (0, 50), words, 14, GREY, WIDTH)
