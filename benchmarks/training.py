@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,18 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[str], str, float, int | None]] =
 FILE = RESULTS / "training.json"
 
 
-def one(row: str, seed: int, out: Path, places: dict[str, str]) -> dict[str, Any]:
-    """Train (or take the bundle that is there) and judge."""
+def one(row: str, seed: int, out: Path, places: dict[str, str], trained: set[Path]) -> dict[str, Any]:
+    """Train (or take what an earlier row of this run trained) and judge."""
     data, options, judged_on, key, goal, most = ROWS[row]
     options = {k: v.format(**places) if isinstance(v, str) else v for k, v in options.items()}
     target = out / f"{row.removesuffix('-clean').removesuffix('-degraded')}-{seed}.edge"
-    bundle = target if target.exists() else edgekit.train(data=data.format(**places), out=target, seed=seed, **options)
+    if target not in trained:
+        shutil.rmtree(target, ignore_errors=True)
+        edgekit.train(data=data.format(**places), out=target, seed=seed, **options)
+        trained.add(target)
     entry = edgekit.Bundle.open(target).last("train")
     assert entry is not None
-    found = edgekit.evaluate(bundle, judged_on[0].format(**places))
+    found = edgekit.evaluate(target, judged_on[0].format(**places))
     value, parameters = found[key], entry.figures["parameters"]
     met = (value <= goal if key == "cer" else value >= goal) and (most is None or parameters <= most)
     return {
@@ -73,10 +77,11 @@ def main() -> None:
     parser.add_argument("--minilm", default="", help="Folder of a Hugging Face checkpoint of MiniLM.")
     options = parser.parse_args()
     known = json.loads(FILE.read_text())["rows"] if FILE.exists() else {}
+    trained: set[Path] = set()
     places = {"groceries": options.groceries, "minilm": options.minilm}
     for row in options.rows or [row for row in ROWS if row not in known]:
         for seed in options.seeds:
-            found = one(row, seed, options.out, places)
+            found = one(row, seed, options.out, places, trained)
             known[row] = [r for r in known.get(row, []) if r["seed"] != seed] + [found]
             key = ROWS[row][3]
             print(

@@ -116,10 +116,16 @@ def evaluation_split(bundle: Bundle, dataset: Dataset) -> Split:
     trained_on = [entry.config for entry in bundle.manifest.history if "data_digest" in entry.config]
     if any(dataset.digest in (config["data_digest"], config.get("labelled_digest")) for config in trained_on):
         return dataset.test
-    if any(config.get("data") == dataset.spec for config in trained_on):
-        say(f"{dataset.spec} has changed since training: judged on its held-out split")
+    if any(_place(str(config.get("data"))) == _place(dataset.spec) for config in trained_on):
+        say(f"{dataset.spec} has changed since training: judged on its held-out split, some of it may have been trained on")
         return dataset.test
     return dataset.all
+
+
+def _place(spec: str) -> str:
+    """The spec with one spelling of its path."""
+    kind, colon, path = spec.partition(":")
+    return f"{kind}:{os.path.realpath(path)}" if colon else kind
 
 
 def evaluate(

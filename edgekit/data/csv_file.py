@@ -108,6 +108,7 @@ def _dataset(path: str, table: _Table, samples: _Samples, values: Sequence[str] 
         targets,
         values.__getitem__,
         tuple(samples.people or samples.contents),
+        tuple(samples.contents) if samples.people else (),
     )
     inside, outside = _sides(table, samples, targets)
     held_out = {samples.contents[i] for i in outside}
@@ -121,7 +122,7 @@ def _dataset(path: str, table: _Table, samples: _Samples, values: Sequence[str] 
     return Dataset(
         spec=f"csv:{path}",
         labels=labels,
-        digest=digest_of([*labels, *every.ids, targets.tobytes(), *samples.contents, *map(str, outside)]),
+        digest=digest_of([*labels, *samples.ids, targets.tobytes(), *samples.contents, *map(str, outside)]),
         train=every.take(inside),
         test=every.take(outside),
         all=every.take(outside) if samples.held_out else every,

@@ -29,12 +29,14 @@ class Split:
     ``targets``: int64 (N,) class indices, or for text readers (N, L) indices into the alphabet, -1 behind the line's end.
     ``read(i)`` gives sample i: a uint8 frame (H, W) or (H, W, 3), a str, or a float32 series (T, C); threads may share it.
     ``groups``: samples with equal entries (one content, one person) never straddle a split; empty: each stands alone.
+    ``contents``, where groups are something else: of equal entries on both sides of `part`, those in the rest are dropped.
     """
 
     ids: tuple[str, ...]
     targets: NDArray[np.int64]
     read: Callable[[int], Any] = field(repr=False)
     groups: tuple[object, ...] = field(default=(), repr=False)
+    contents: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,7 +46,8 @@ class Split:
         chosen = [int(i) for i in indices]
         read = self.read
         groups = tuple(self.groups[i] for i in chosen) if self.groups else ()
-        return Split(tuple(self.ids[i] for i in chosen), self.targets[chosen], lambda i: read(chosen[i]), groups)
+        contents = tuple(self.contents[i] for i in chosen) if self.contents else ()
+        return Split(tuple(self.ids[i] for i in chosen), self.targets[chosen], lambda i: read(chosen[i]), groups, contents)
 
     def tensors(self, preprocessing: Preprocessing | Preprocess, keep_bytes: int = KEEP_BYTES) -> Tensors:
         """Decode and preprocess all of it, with the function that the device uses; `Tensors` says what stays in memory.
@@ -59,8 +62,11 @@ class Split:
         classes = self.targets if self.targets.ndim == 1 else np.zeros(len(self), np.int64)
         groups = self.groups or range(len(self))
         rest, part = stratified(classes, groups, share, seed)
-        if not part:  # a few people, each of them more than the share
+        if not part and len(set(groups)) < len(self):  # a few people, each of them more than the share
             rest, part = one_group_out(groups, classes)
+        if self.contents:
+            aside = {self.contents[i] for i in part}
+            rest = [i for i in rest if self.contents[i] not in aside]
         return self.take(rest), self.take(part)
 
 
@@ -128,20 +134,31 @@ def stratified(
     """Indices of (train, test): ``test_share`` of each class, the same on every machine.
 
     Samples of one group (equal content) stay on one side, also where the group spans classes: the first class decides.
-    Every class keeps one group in train at least.
+    Every class keeps one group in train at least. Classes too small for a sample of their own share one now and then.
+    Groups named by text or bytes, as contents are, are drawn by a hash of it: where samples come or go later, few of the
+    others change sides.
     """
     held_out: dict[object, bool] = {}
+    owed = 0.0  # to the classes that were too small
     smallest: list[tuple[object, set[object]]] = []  # group of each class, and all groups of the class
     for label in np.unique(targets):
         members: dict[object, list[int]] = {}
         for i in np.flatnonzero(targets == label):
             members.setdefault(groups[int(i)], []).append(int(i))
         order = list(members)
-        np.random.default_rng([seed, int(label)] if seed else int(label)).shuffle(order)
+        if all(isinstance(key, str | bytes) for key in order):
+            order.sort(key=lambda key: digest_of([str(seed), key]))  # type: ignore[list-item]
+        else:
+            np.random.default_rng([seed, int(label)] if seed else int(label)).shuffle(order)
         least = min(order, key=lambda key: len(members[key]))
         smallest.append((least, set(order)))
         count = sum(map(len, members.values()))
-        wanted = min(round(test_share * count), count - len(members[least]))
+        wanted = round(test_share * count)
+        if not wanted:
+            owed += test_share * count
+            wanted = round(owed)
+            owed -= wanted
+        wanted = min(wanted, count - len(members[least]))
         for key in order:
             out = held_out.setdefault(key, len(members[key]) <= wanted)
             wanted -= len(members[key]) if out else 0

@@ -38,7 +38,7 @@ def load(path: str) -> Dataset:
         if extra := sorted(set(_classes(test_root)) - set(labels)):
             raise DataError(f"{test_root} has the class {extra[0]!r}, which {train_root} lacks", "give both the same classes")
         train, digests = _split(train_root, labels)
-        test, test_digests = _split(test_root, labels)
+        test, test_digests = _split(test_root, labels, may_lack=True)
         # A picture that is in both would be learnt by heart: it stays in test only.
         seen = set(test_digests)
         train = train.take(i for i, digest in enumerate(digests) if digest not in seen)
@@ -74,13 +74,14 @@ def _classes(root: Path) -> tuple[str, ...]:
     return found
 
 
-def _split(root: Path, labels: tuple[str, ...]) -> tuple[Split, list[str]]:
-    """Every image below ``root`` with its content's sha256. Raises `DataError` for a class without images."""
+def _split(root: Path, labels: tuple[str, ...], *, may_lack: bool = False) -> tuple[Split, list[str]]:
+    """Every image below ``root`` with its content's sha256. Raises `DataError` for a class without images, but for
+    ``may_lack``."""
     files: list[Path] = []
     targets: list[int] = []
     for target, label in enumerate(labels):
         images = sorted(p for p in (root / label).rglob("*") if _is_image(p)) if (root / label).is_dir() else []
-        if not images and root.name not in ("val", "test", "valid"):
+        if not images and not may_lack:
             raise DataError(
                 f"the class folder {root / label} holds no images", f"add images ({', '.join(sorted(IMAGE_SUFFIXES))})"
             )

@@ -58,6 +58,8 @@ def load_checkpoint(path: Path | None, key: str) -> dict[str, Any] | None:
         say(f"{path} cannot be read; starting again")
         return None
     if not isinstance(state, dict) or state.get("key") != key:
-        say(f"{path} belongs to other settings or data; starting again")
+        kept = path.with_name(f"{path.name}.old")  # it may be hours of work
+        path.replace(kept)
+        say(f"{path} belongs to other settings or data; starting again, that one is kept as {kept.name}")
         return None
     return state

@@ -38,6 +38,7 @@ __all__ = ["FitConfig", "Watched", "answers", "fit", "outputs_of"]
 #: Steps until which averaged batch norms remember how they began.
 SHORT_RUN = 2000
 SETTLING = 2000  # samples
+ANSWERED = 250  # samples at once, at most
 WARMUP_EPOCHS = 8  # at most
 #: Of SGD; AdamW's first beta. From the upper to the lower while the rate rises, and back.
 MOMENTA = (0.85, 0.95)
@@ -149,7 +150,7 @@ def fit(
     return curve
 
 
-def outputs_of(module: nn.Module, x: Rows, batch: int = 250) -> NDArray[np.float32]:
+def outputs_of(module: nn.Module, x: Rows, batch: int = ANSWERED) -> NDArray[np.float32]:
     """What ``module`` answers to (N, ...), in eval mode, on the device where its weights are."""
     module.eval()
     device = next(module.parameters()).device
@@ -212,6 +213,7 @@ class _Run:
         self.batch = devices.whole(config.batch, len(data.x))
         self.key = run_key(module, data, {**asdict(config), "batch": self.batch, "about": about}, objective)
         self.steps = len(data.x) // self.batch
+        self.at_once = min(ANSWERED, 2 * self.batch)  # a batch that fits in training, twice: its gradients do not count
         self.average = _copy(module)
         self.settled = self.average
         self.best: dict[str, Tensor] | None = None
@@ -251,7 +253,7 @@ class _Run:
             if loss is None:
                 raise EdgekitError(
                     f"the loss or its gradient is no longer finite in epoch {epoch + 1}, step {step + 1}",
-                    f"lower --lr (now {config.lr:g}), and start again: the last good epoch is in the checkpoint",
+                    f"lower --lr (now {config.lr:g}) and train again; what was saved before stays",
                 )
             total += loss
             done = epoch * self.steps + step
@@ -284,7 +286,7 @@ class _Run:
             self.module.load_state_dict(self.average)
             self._settle(epoch + 1)
             self.settled = _copy(self.module)
-            return self.objective.score(outputs_of(self.module, tensors.x), tensors.y)
+            return self.objective.score(outputs_of(self.module, tensors.x, self.at_once), tensors.y)
         finally:
             self.module.load_state_dict(trained)
 
@@ -317,7 +319,7 @@ class _Run:
         if epochs * self.steps > SHORT_RUN:
             return
         drawn = np.random.default_rng(self.config.seed).permutation(len(self.x))[:SETTLING]
-        chosen = np.array_split(drawn, max(1, len(drawn) // 250))
+        chosen = np.array_split(drawn, max(1, len(drawn) // self.at_once))
         torch.manual_seed(self.config.seed)
 
         def samples() -> Any:

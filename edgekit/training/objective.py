@@ -79,7 +79,10 @@ class Classification:
 
 
 def _pasted(x: Tensor, other: Tensor) -> tuple[Tensor, float]:
-    """``x`` (N, C, H, W) under a rectangle of ``other``, and the share of ``x`` that is left, even between 0 and 1."""
+    """``x`` (N, C, H, W) under a rectangle of ``other``, and the share of ``x`` that is left.
+
+    The area is drawn evenly and cut at the border, as in the paper: two thirds of ``x`` are left on average.
+    """
     height, width = x.shape[2:]
     side = float(torch.rand(())) ** 0.5
     top, left = (float(torch.rand(())) * length for length in (height, width))  # the middle: rectangles may leave the picture

@@ -20,7 +20,7 @@ from edgekit.models.module import macs, parameters, write_model
 from edgekit.progress import say
 
 from .devices import Devices
-from .fit import FitConfig, Watched, fit, outputs_of
+from .fit import ANSWERED, FitConfig, Watched, fit, outputs_of
 from .logs import tensorboard
 from .objective import Classification, Distillation, Objective, Reading, objective_for
 from .plan import Plan, Splits, check_custom, class_weights, make_plan, read_splits
@@ -88,6 +88,7 @@ def _announce(plan: Plan, module: nn.Module, splits: Splits) -> None:
     say(
         f"{plan.model.name}: {parameters(module):,} parameters, {len(splits.train.y):,} samples to train on, "
         f"{len(splits.held_out.y):,} held out"
+        + (f", {len(splits.validation.y):,} to choose the epoch by" if splits.validation is not None else "")
     )
 
 
@@ -182,7 +183,8 @@ def _write(
     devices, written = Devices(), None
     if devices.main:
         held_out = splits.held_out
-        judged = judge(plan.dataset.task, outputs_of(module, held_out.x), held_out.y, len(plan.dataset.labels))
+        outputs = outputs_of(module, held_out.x, min(ANSWERED, 2 * settings["batch"]))
+        judged = judge(plan.dataset.task, outputs, held_out.y, len(plan.dataset.labels))
         figures = {
             **judged.record(),
             "parameters": parameters(module),

@@ -147,6 +147,23 @@ def test_a_channel_that_stands_still_and_a_long_series(write: Write) -> None:
     assert (spec.mean[0], spec.std[0]) == (7, 1)
 
 
+def test_equal_texts_of_two_people_do_not_straddle_a_validation_split(write: Write) -> None:
+    rows = "".join(f"{'ab'[i % 2]},p{i // 10},text {i % 20}\n" for i in range(100))
+    train = load(write("label,group,text\n" + rows)).train
+    for seed in range(3):
+        rest, part = train.part(0.2, seed)
+        assert len(part)
+        assert not set(rest.contents) & set(part.contents)
+        assert not set(rest.groups) & set(part.groups)
+
+
+def test_a_copy_under_another_name_is_the_same_data(write: Write, tmp_path: Path) -> None:
+    path = Path(write(texts(20)))
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(path.read_bytes())
+    assert load(str(copy)).digest == load(str(path)).digest
+
+
 @pytest.mark.parametrize("people", [3, 4, 10])
 def test_groups_never_straddle_the_split(write: Write, people: int) -> None:
     """Also where each group is above the share that is held out."""

@@ -177,6 +177,30 @@ def test_every_class_keeps_something_to_train_on() -> None:
     assert [len(train), len(test)] == [2, 2]
 
 
+def test_what_is_added_to_a_folder_hardly_moves_the_others(folder: Path) -> None:
+    """A model of before is judged on the new held-out split: it must not be what the model was trained on."""
+    before = load(f"folder:{folder}")
+    picture(folder / "cat" / "aa.png", 500)
+    picture(folder / "dog" / "zz.png", 501)
+    after = load(f"folder:{folder}")
+    assert len(set(after.test.ids) & set(before.train.ids)) <= 1
+    assert len(after.all) == len(before.all) + 2
+
+
+def test_classes_too_small_for_a_sample_share_some() -> None:
+    """A tenth of four is none: the best of 300 epochs would be chosen by one picture."""
+    from edgekit.data.dataset import Split
+
+    targets = np.repeat(np.arange(50), 4)
+    split = Split(tuple(map(str, range(200))), targets, str)
+    rest, part = split.part(0.1)
+    assert len(part) == 20
+    assert len(set(part.targets.tolist())) == 20
+    assert len(rest) == 180
+    assert len(split.take(range(8)).part(0.1)[1]) == 1
+    assert len(split.take(range(4)).part(0.1)[1]) == 0  # nothing, not one for all
+
+
 def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
     """All truths would be taken for the first of them, and every answer be right."""
     np.savez(tmp_path / "d.npz", images=np.zeros((20, 8, 8), np.uint8), labels=np.arange(20) % 2, classes=["a", "a"])
@@ -191,6 +215,10 @@ def test_one_class_or_an_empty_class_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no images"):
         load(f"folder:{tmp_path}")
+    picture(tmp_path / "test" / "only" / "0.png", 0)
+    (tmp_path / "test" / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no images"):  # as a folder of its own it is trained on
+        load(f"folder:{tmp_path / 'test'}")
 
 
 def test_one_image_a_class_leaves_nothing_to_test_on(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from edgekit.bundle import Bundle
 from edgekit.data import load
 from edgekit.evaluation import RECORDED_CLASSES, Accuracy, accuracy, evaluate, evaluation_split
+from edgekit.manifest import history_entry
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60))
@@ -31,11 +34,22 @@ def test_its_own_data_is_judged_on_the_held_out_split_and_other_data_whole(digit
 
 
 def test_a_folder_changed_since_training_is_still_judged_held_out(digits_bundle: Bundle, capfd: pytest.CaptureFixture[str]):
-    from dataclasses import replace
-
     changed = replace(load("digits"), digest="another")
     assert len(evaluation_split(digits_bundle, changed)) == 1000
     assert "has changed since training" in capfd.readouterr().err
+
+
+def test_a_changed_folder_is_known_by_every_spelling_of_its_path(
+    digits_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    entry = history_entry("train", {"data": "folder:goods", "data_digest": "of before"}, {})
+    manifest = msgspec.structs.replace(digits_bundle.manifest, history=(entry,))
+    bundle = Bundle(digits_bundle.path, manifest)
+    monkeypatch.chdir(tmp_path)
+    for spec in ("folder:goods", "folder:goods/", "folder:./goods", f"folder:{tmp_path}/goods"):
+        assert len(evaluation_split(bundle, replace(load("digits"), spec=spec))) == 1000
+    for spec in ("folder:other", "npz:goods", "goods"):
+        assert len(evaluation_split(bundle, replace(load("digits"), spec=spec))) == 5000
 
 
 def test_eval_records_its_figures_for_the_report(cli, digits_bundle: Bundle):

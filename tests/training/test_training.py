@@ -69,7 +69,13 @@ def test_every_preset_for_pictures_learns(name: str, few_digits: str):
 
 
 def test_same_seed_same_weights(tmp_path: Path, few_digits: str):
-    made = [train(data=few_digits, out=tmp_path / f"{i}.edge", epochs=1, seed=3) for i in range(2)]
+    """With several threads, whatever the other tests run with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made = [train(data=few_digits, out=tmp_path / f"{i}.edge", epochs=1, seed=3) for i in range(2)]
+    finally:
+        torch.set_num_threads(threads)
     assert made[0].manifest.files[WEIGHTS] == made[1].manifest.files[WEIGHTS]
     assert made[0].digest == made[1].digest
 

@@ -130,10 +130,10 @@ def test_pasted_pairs_have_targets_by_area():
         mixed, shares = objective.blended(x, y)
         torch.testing.assert_close(mixed.mean((2, 3)), shares)  # each pixel is of one of the two, and counted
         assert set(mixed.unique().tolist()) <= {0.0, 1.0}
-        left.append(float((mixed[0, 0] == x[0, 0]).float().mean()))
+        left.append(float(shares.diagonal().min()))  # one that was paired with itself is all there
     assert min(left) < 0.4
     assert max(left) > 0.95
-    assert 0.5 < np.mean(left) < 0.85
+    assert 0.64 < np.mean(left) < 0.74
     assert x.equal(torch.eye(4)[:, :, None, None].repeat(1, 1, 10, 12)), "the samples were changed in place"
 
 
