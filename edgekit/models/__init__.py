@@ -84,7 +84,7 @@ PRESETS: dict[str, Preset] = {
     "lstm-series": Preset(
         _RNN + "SeriesRnn", "convolution - two LSTM layers, for sensor series", 3e-3, _SERIES, batch=64, args={"cell": "lstm"}
     ),
-    "crnn": Preset(_RNN + "Crnn", "convolutions - two LSTM layers - CTC, reads a line of text", 1e-3, _READING, 15, 64),
+    "crnn": Preset(_RNN + "Crnn", "convolutions - two LSTM layers - CTC, reads a line of text", 1e-3, _READING, 10, 64),
 }
 #: A Hugging Face encoder, fine-tuned: ``hf:FOLDER`` on the command line.
 PRETRAINED = Preset(
