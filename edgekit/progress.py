@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -13,6 +15,8 @@ import click
 __all__ = ["bar", "first", "say", "track"]
 
 T = TypeVar("T")
+
+QUIET = 30.0  # seconds
 
 
 def first() -> bool:
@@ -36,15 +40,39 @@ def track(items: Iterable[T], label: str, length: int | None = None) -> Iterator
 def bar(label: str, length: int) -> Iterator[Callable[[int, str], None]]:
     """A bar of ``length`` steps; call what it yields with (steps done since, a note to show behind the bar).
 
-    With a note of 30 characters it fits into 80 columns.
+    With a note of 30 characters it fits into 80 columns. Off a terminal a line says the same now and then.
     """
     if not first():
         yield lambda steps, note: None
+        return
+    if not sys.stderr.isatty():
+        yield _Lines(label, length).advance
         return
     with click.progressbar(
         length=length, label=label, file=sys.stderr, width=16, show_percent=False, show_pos=True, item_show_func=lambda n: n
     ) as shown:
         yield shown.update
+
+
+class _Lines:
+    """A bar for a log: the label, then a line every `QUIET` seconds."""
+
+    def __init__(self, label: str, length: int) -> None:
+        self.label, self.length, self.done = label, length, 0
+        self.begun = self.said = time.monotonic()
+        self.resumed: int | None = None  # steps that were done before
+        say(label)
+
+    def advance(self, steps: int, note: str) -> None:
+        self.done += steps
+        if self.resumed is None:
+            self.resumed = self.done
+        now = time.monotonic()
+        if now - self.said < QUIET or self.done == self.resumed:
+            return
+        self.said = now
+        left = (now - self.begun) / (self.done - self.resumed) * (self.length - self.done)
+        say(f"{self.label} {self.done}/{self.length}, {datetime.timedelta(seconds=round(left))} left  {note}".rstrip())
 
 
 def say(message: str) -> None:

@@ -37,7 +37,7 @@ def pipeline(recipe: Path | None, out: Path | None, data: str | None, show: bool
     from edgekit.pipeline import read_recipe, recipe_file
 
     if show:
-        text = recipe_file(recipe).read_text(encoding="utf-8") if recipe_file(recipe).exists() else ""
+        text = recipe_file(recipe).read_text(encoding="utf-8") if recipe_file(recipe).is_file() else ""
         if not text or recipe_file(recipe) == recipe:
             read_recipe(recipe, data)
         return Answer({"recipe": text}, text.rstrip())

@@ -71,5 +71,7 @@ def load(spec: str) -> Dataset:
     module, path = find(spec)
     dataset: Dataset = importlib.import_module(module).load(path)
     if not len(dataset.test) or not len(dataset.all):
-        raise DataError(f"{spec} has no samples to test on", "add samples: several a class")
+        raise DataError(
+            f"{spec} has no samples to test on", "add samples: several different ones a class; equal ones stay together"
+        )
     return dataset

@@ -42,7 +42,7 @@ def recipe_file(recipe: str | os.PathLike[str] | None) -> Path:
     if recipe is None:
         return BUILT_IN
     path = Path(recipe)
-    return path if path.exists() else built_in_recipes().get(str(recipe), path)
+    return path if path.is_file() else built_in_recipes().get(str(recipe), path)
 
 
 AnyStage = Train | Prune | Quantize | Eval | Build | Bench | Samples | Explain | Report | Scan

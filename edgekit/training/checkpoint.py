@@ -40,6 +40,14 @@ def run_key(module: nn.Module, data: Tensors, config: dict[str, Any], objective:
     return digest.hexdigest()
 
 
+def _epochs(path: Path) -> int:
+    """How many epochs are in the checkpoint ``path``; 0 where there is none."""
+    try:
+        return len(torch.load(path, weights_only=True, map_location="cpu")["curve"])
+    except Exception:  # noqa: BLE001  absent, damaged, or something else
+        return 0
+
+
 def save_checkpoint(path: Path | None, state: dict[str, Any]) -> None:
     if path is None:
         return
@@ -58,8 +66,9 @@ def load_checkpoint(path: Path | None, key: str) -> dict[str, Any] | None:
         say(f"{path} cannot be read; starting again")
         return None
     if not isinstance(state, dict) or state.get("key") != key:
-        kept = path.with_name(f"{path.name}.old")  # it may be hours of work
-        path.replace(kept)
-        say(f"{path} belongs to other settings or data; starting again, that one is kept as {kept.name}")
+        kept = path.with_name(f"{path.name}.old")
+        if _epochs(path) >= _epochs(kept):  # it may be hours of work
+            path.replace(kept)
+        say(f"{path} belongs to other settings or data; starting again, the longest of such runs is kept as {kept.name}")
         return None
     return state

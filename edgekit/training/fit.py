@@ -40,6 +40,7 @@ SHORT_RUN = 2000
 SETTLING = 2000  # samples
 ANSWERED = 250  # samples at once, at most
 WARMUP_EPOCHS = 8  # at most
+FEW_STEPS = 10
 #: Of SGD; AdamW's first beta. From the upper to the lower while the rate rises, and back.
 MOMENTA = (0.85, 0.95)
 
@@ -130,6 +131,8 @@ def fit(
     with devices.together():
         run = _Run(module, data, config, objective, augmentation, after_step, devices, about)
         curve = run.resume(checkpoint, label)
+        if config.epochs * run.steps < FEW_STEPS:
+            say(f"{config.epochs * run.steps} steps in all are few to learn from: raise --epochs, or lower --batch")
         with bar(label, config.epochs * run.steps) as advance:
             advance(len(curve) * run.steps, "")
             for epoch in range(len(curve), config.epochs):

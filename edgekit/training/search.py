@@ -267,8 +267,9 @@ class _Journal:
         known = self.study.user_attrs.get("about", about)
         if other := [key for key in about if known.get(key) != about[key]]:
             was, key = known.get(other[0]), other[0]
+            values = "" if key == "data" else f": {was}, not {about[key]}"  # digests say nothing to people
             raise UsageError(
-                f"the study {path} is of another {key}: {was}, not {about[key]}",
+                f"the study {path} is of another {key}{values}",
                 "give the data and options that it was begun with, or another --study",
             )
 

@@ -204,6 +204,7 @@ def _write(
             labels=plan.dataset.labels,
         )
         entry = history_entry("train", settings, figures)
+        say("exporting to ONNX, and comparing the graph with torch")
         written = write_model(target, module, held_out.x, manifest, entry, plan.tokenizer).manifest
         _checkpoint(target).unlink(missing_ok=True)
     with devices.together():  # on another machine there is no file to open

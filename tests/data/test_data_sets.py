@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgekit.data import Dataset, check_damaged, load
+from edgekit.data import SOURCES, Dataset, check_damaged, load
 from edgekit.data.dataset import digest_of, stratified
 from edgekit.errors import DataError, EdgekitError, UsageError
 from edgekit.manifest import ImagePreprocessing
@@ -92,6 +93,14 @@ def test_missing_data_is_one_clear_error(spec: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="none"):
         load(spec)
+
+
+def test_every_kind_of_data_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)[:`]", text, re.M)
+    assert set(rows) == set(SOURCES)
+    assert len(load("labels:whole,500").train) == 500
+    assert len(load("labels:lines,degraded").test) == 1000
 
 
 # folders

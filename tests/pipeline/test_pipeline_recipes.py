@@ -68,6 +68,14 @@ def test_a_recipe_is_valid(name: str, folder: str, cli):
     assert shown.out.strip() == RECIPES[name].read_text(encoding="utf-8").strip()
 
 
+def test_a_folder_of_the_recipes_name_is_no_recipe(folder: str, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The recipe reads `folder:parcels`: it is what lies there."""
+    (tmp_path / "parcels").symlink_to(folder.removeprefix("folder:"))
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("parcels").data == "folder:parcels"
+    assert cli("pipeline", "parcels", "--show").code == 0
+
+
 def test_a_recipe_for_folders_asks_for_one(cli, tmp_path: Path):
     with pytest.raises(DataError, match="there is no folder signs"):
         read_recipe("signs")

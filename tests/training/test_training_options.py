@@ -406,7 +406,13 @@ def test_a_checkpoint_of_another_model_or_objective_is_not_taken(
         averaged_after(2, tensors, tmp_path / "c")
         capfd.readouterr()
         curve = fit(module, tensors, tensors, CONFIG, objective=objective, checkpoint=tmp_path / "c")
-        assert "belongs to other settings or data; starting again, that one is kept as c.old" in capfd.readouterr().err
+        assert (
+            "belongs to other settings or data; starting again, the longest of such runs is kept as c.old"
+            in capfd.readouterr().err
+        )
         assert len(torch.load(tmp_path / "c.old", weights_only=True)["curve"]) == 2  # it may be hours of work
         assert len(curve) == 6
+        averaged_after(1, tensors, tmp_path / "c")
+        fit(linear(seed=5), tensors, tensors, CONFIG, objective=Rigged(SCORES), checkpoint=tmp_path / "c")
+        assert len(torch.load(tmp_path / "c.old", weights_only=True)["curve"]) == 2  # not the shorter one
         assert objective.steps == 24
