@@ -86,7 +86,7 @@ POLICIES: dict[str, Policy] = {
     ),
     "photos": Policy(
         rotation=15, crop=0.3, mirror=0.5, light=0.15, contrast=0.3, saturation=0.3, warmth=0.3, erase=0.25, mixup=0.2,
-        cutmix=0.5, margin=1 / 7, smaller=1 / 7, epochs=300,
+        cutmix=0.5, margin=1 / 7, smaller=1 / 7, epochs=150,
     ),
     "medical": Policy(rotation=10, scale=0.1, shift=0.05, mirror=0.5, light=0.06, contrast=0.1),
     "logistics": Policy(
