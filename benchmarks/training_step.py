@@ -53,7 +53,7 @@ def case(name: str, policy: str, size: int, channels: int, batch: int, steps: in
     ours = _Run(
         module,
         data,
-        FitConfig(10, 1e-3, batch, augmentation=policy),
+        FitConfig(rounds + 1, 1e-3, batch, augmentation=policy),
         Classification(10, 0.1, policy_named(policy)),
         augmentation,
         None,
