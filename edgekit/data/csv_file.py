@@ -156,11 +156,10 @@ def _check_groups(table: _Table, samples: _Samples) -> None:
 def _check_sides(table: _Table, samples: _Samples, inside: list[int], outside: list[int]) -> None:
     last = table.rows[-1].line
     if not outside:
-        hint = "mark rows test" if samples.held_out else "give each class three samples or more, and two groups or more"
-        different = f"{len(set(samples.contents))} different ones of {len(samples.ids)}"
-        raise table.error(
-            last, f"up to here nothing can be held out to test on: {different}, and equal ones stay together", hint
-        )
+        if samples.held_out:
+            raise table.error(last, "up to here nothing is held out to test on", "mark rows test")
+        message = f"up to here nothing can be held out: {len(set(samples.contents))} of {len(samples.ids)} samples differ"
+        raise table.error(last, message, "give each class three different samples or more, and two groups or more")
     if not inside:
         raise table.error(last, "up to here nothing is left to train on", "mark rows train that are not test rows too")
     known = {samples.labels[i] for i in inside}

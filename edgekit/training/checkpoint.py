@@ -40,14 +40,6 @@ def run_key(module: nn.Module, data: Tensors, config: dict[str, Any], objective:
     return digest.hexdigest()
 
 
-def _epochs(path: Path) -> int:
-    """How many epochs are in the checkpoint ``path``; 0 where there is none."""
-    try:
-        return len(torch.load(path, weights_only=True, map_location="cpu")["curve"])
-    except Exception:  # noqa: BLE001  absent, damaged, or something else
-        return 0
-
-
 def save_checkpoint(path: Path | None, state: dict[str, Any]) -> None:
     if path is None:
         return
@@ -60,15 +52,24 @@ def load_checkpoint(path: Path | None, key: str) -> dict[str, Any] | None:
     """The state in ``path``, if it is there, whole, and belongs to the run called ``key``; says why not otherwise."""
     if path is None or not path.is_file():
         return None
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # noqa: BLE001  a damaged checkpoint costs time, not the run
+    state = _read(path)
+    if state is None:
         say(f"{path} cannot be read; starting again")
         return None
-    if not isinstance(state, dict) or state.get("key") != key:
+    if state["key"] != key:
         kept = path.with_name(f"{path.name}.old")
-        if _epochs(path) >= _epochs(kept):  # it may be hours of work
+        before = _read(kept)
+        if before is None or len(state["curve"]) >= len(before["curve"]):  # it may be hours of work
             path.replace(kept)
         say(f"{path} belongs to other settings or data; starting again, the longest of such runs is kept as {kept.name}")
         return None
     return state
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What `save_checkpoint` wrote; None where there is nothing of the kind: a damaged checkpoint costs time, not the run."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # noqa: BLE001  torch's reader raises many types on damaged bytes
+        return None
+    return state if isinstance(state, dict) and {"key", "curve"} <= state.keys() else None
