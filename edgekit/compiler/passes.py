@@ -51,9 +51,9 @@ def opset(model: onnx.ModelProto) -> int:
 
 
 def dims(value: onnx.ValueInfoProto) -> list[int | str | None]:
-    """Axes of a tensor: a number, a symbol, or None for an axis that says nothing (also 0 and -1, as some exporters write)."""
+    """Axes of a tensor: a number, a symbol, or None for one that says nothing (also 0, -1 and "?", as some exporters write)."""
     return [
-        int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None)
+        int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param.strip("?") or None)
         for d in value.type.tensor_type.shape.dim
     ]
 

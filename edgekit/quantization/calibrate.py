@@ -1,9 +1,9 @@
-"""From samples to an int8 graph: observe, choose a method by measured error, find what stays float, correct, measure."""
+"""From samples to an int8 graph: observe, fit, find what stays float, fit again, measure."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,19 +22,24 @@ from .budget import Budget, by_share, fewest_float
 from .graph import Parameters, insert
 from .placement import Placement, multiply_accumulates, place, shape_tensors, weights_of
 from .prepare import prepare
-from .record import Calibration, Drawn, LayerRecord
-from .recovery import WEIGHT_METHODS, correct_biases, weight_scales
+from .reconstruct import reconstruct
+from .record import Calibration, Drawn, LayerRecord, QuantizerRecord
+from .rounding import weight_scales
 from .samples import Pool, Samples, digests
 from .sensitivity import Sensitivity, Study, most_harmful_first
-from .simulate import Array, Feeds, Simulator, exposed, observe, signal_to_noise, with_reference
+from .simulate import Array, Feeds, Simulator, measured_shapes, observe, signal_to_noise, with_reference
 from .statistics import METHODS, Statistics, scale_of
 
 __all__ = ["Result", "calibrate", "culprit"]
 
-STUDIED = (8, 64)  # samples behind the choice of a method and the sensitivities: fewest and most
-CORRECTED = (16, 256)  # samples behind the bias correction
-WORK = 10**12  # multiply-accumulates that each of the two may cost: a minute or two on one core
+STUDIED = (8, 64)  # samples behind the choice of a recovery and the sensitivities: fewest and most
+STUDIED_BYTES = 32 << 20  # of float outputs that are held meanwhile
+FITTED = (16, 256)  # samples behind the fitted weights
+SPOOLED_BYTES = 2 << 30  # on disk meanwhile
+WORK = 10**12  # multiply-accumulates that each of these may cost: a minute or two on one core
+BATCH_BYTES = 32 << 20  # of tensors that one run shows
 EXPLAINED = 3  # layers whose loss is put into words
+WORTH_DB = 0.5  # operators in front of Q must gain this much at the output, fitting at all must gain something
 
 
 class Result(NamedTuple):
@@ -46,10 +51,18 @@ class Result(NamedTuple):
     missed: str
 
 
+class Recovered(NamedTuple):
+    """Numbers, by which recovery, and the output SNR of each recovery that was tried, all int8."""
+
+    parameters: Parameters
+    recovery: str
+    tried: dict[str, float]
+
+
 class Candidate(NamedTuple):
     """An int8 graph that was tried. ``drop`` in points of top-1, where labels are at hand."""
 
-    layers: list[str]
+    names: list[str]
     parameters: Parameters
     model: onnx.ModelProto
     snr_db: float
@@ -64,48 +77,61 @@ class Bench(NamedTuple):
     placement: Placement
     macs: dict[str, int]
     pool: Pool
+    batch: int
     statistics: dict[str, Statistics]  # by tensor
     grouped: dict[str, Statistics]  # by group
     study: Study
     golden: Feeds
 
-    def parameters(self, method: str, weight_method: str) -> Parameters:
+    def rounded(self, method: str) -> Parameters:
+        """Ranges by one method, weights rounded to nearest."""
         scales = {name: scale_of(METHODS[method](seen)) for name, seen in self.grouped.items()}
-        weights = weights_of(self.prepared, self.placement)
-        axes = {layer.name: layer.axis for layer in self.placement.layers}
-        return Parameters(scales, {name: weight_scales(w, axes[name], weight_method) for name, w in weights.items()})
+        weights, axes = weights_of(self.prepared, self.placement), {layer.name: layer.axis for layer in self.placement.layers}
+        how = "minmax" if method == "minmax" else "mse"
+        return Parameters(scales, {name: weight_scales(w, axes[name], how) for name, w in weights.items()})
 
-    def candidate(self, layers: list[str], parameters: Parameters, labelled: bool) -> Candidate:
-        """Quantize these layers, correct biases where that helps, measure on samples that gave no range."""
-        some = self.pool.calibration.spread(_affordable(CORRECTED, len(layers) * sum(self.macs.values()) // 2))
-        corrected = correct_biases(self.prepared, self.placement, parameters, layers, some.batches)
-        if self.study.snr_db(corrected, layers) > self.study.snr_db(parameters, layers):
-            parameters = corrected
-        model = insert(self.prepared, self.placement, parameters, layers)
+    def fitted(self, parameters: Parameters, names: Sequence[str], recovery: str) -> Parameters:
+        """Weights fitted layer by layer, for these layers int8."""
+        cost = 6 * sum(self.macs.values())
+        live = sum(seen.count for seen in self.statistics.values()) // max(len(self.pool.calibration), 1)
+        count = min(_affordable(FITTED, cost), max(FITTED[0], SPOOLED_BYTES // max(4 * live, 1)))
+        some = self.pool.calibration.spread(count)
+        size = max(1, min(self.batch, len(some) // 8))
+
+        def batches() -> Iterator[Feeds]:
+            return some.batches(size)
+
+        return reconstruct(self.prepared, self.placement, parameters, names, batches, extra=recovery == "shifted")
+
+    def candidate(self, names: list[str], parameters: Parameters, labelled: bool) -> Candidate:
+        """Quantize these layers, measure on samples that chose nothing."""
+        model = insert(self.prepared, self.placement, parameters, names)
         snr = signal_to_noise(model, with_reference(self.original, self.judging()))
         drop = _drop(self.original, model, self.pool.labelled) if labelled else None
-        return Candidate(layers, parameters, model, snr, drop)
+        return Candidate(names, parameters, model, snr, drop)
 
-    def judging(self) -> Iterable[Feeds]:
-        return self.pool.held_out.batches() if len(self.pool.held_out) else [self.golden]
+    def judging(self) -> Iterator[Feeds]:
+        return self.pool.held_out.batches(self.batch) if len(self.pool.held_out) else iter([self.golden])
 
 
-def calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int) -> Result:
+def calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, *, extra: bool = True) -> Result:
     """Raises `GraphError` where nothing can be quantized, `UsageError` where ``max_drop`` has no labels to go by."""
     if budget.max_drop is not None and (pool.labelled.targets is None or not len(pool.labelled)):
         raise UsageError("--max-drop needs labelled samples, and these have none", "add --data SPEC, or state --min-snr")
     graph = bundle.file(FLOAT_GRAPH).read_bytes()
     bench = _bench(bundle, graph, pool)
-    method, weight_method, parameters = _choose(bench, method)
-    rows = bench.study.sensitivities(parameters)
-    found, missed = _within(bench, budget, parameters, rows)
+    recovered = _recover(bench, method, extra)
+    stated = budget.max_drop is not None or budget.min_snr is not None or budget.share is not None
+    rows = bench.study.sensitivities(recovered.parameters, alone=not stated)
+    found, missed = _within(bench, budget, recovered, rows)
     data: bytes = found.model.SerializeToString(deterministic=True)
+    parameters = found.parameters
     calibration = Calibration(
-        format=1,
+        format=2,
         graph=hashlib.sha256(graph).hexdigest(),
         int8_graph=hashlib.sha256(data).hexdigest(),
         method=method,
-        weight_method=weight_method,
+        recovery=recovered.recovery,
         samples=Drawn(pool.source, pool.data_digest, pool.split, seed, pool.calibration.ids, digests(pool.calibration)),
         preprocessing=bundle.manifest.preprocessing,
         versions={
@@ -116,41 +142,51 @@ def calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int
         },
         tensors={name: record.tensor_record(seen, parameters.scales[name]) for name, seen in bench.grouped.items()},
         groups=bench.placement.groups,
-        layers=_layer_records(bench, found, parameters, rows),
+        quantizers={
+            site: QuantizerRecord(
+                record.exact(quantizer.scale), *(None if v is None else record.exact_all(v) for v in quantizer[1:])
+            )
+            for site, quantizer in parameters.quantizers.items()
+        },
+        layers=_layer_records(bench, found, bench.rounded("mse" if method == "auto" else method), rows),
     )
-    figures = _figures(bench, found, method, weight_method, len(data), culprit(calibration))
+    figures = _figures(bench, found, method, recovered, len(data), culprit(calibration))
     return Result(data, record.encode(calibration), figures, missed)
 
 
 def culprit(calibration: Calibration) -> dict[str, Any] | None:
-    """The int8 layer that adds the most noise alone."""
-    measured = [layer for layer in calibration.layers if layer.int8 and layer.alone_db is not None]
+    """The int8 layer that costs the output most."""
+    measured = [layer for layer in calibration.layers if layer.int8 and layer.gain_db is not None]
     if not measured:
         return None
-    worst = min(measured, key=lambda layer: layer.alone_db or 0.0)
+    worst = max(measured, key=lambda layer: layer.gain_db or 0.0)
     return {"layer": worst.name, "op": worst.op, "alone_db": worst.alone_db, "gain_db": worst.gain_db, "why": worst.why}
 
 
 def _bench(bundle: Bundle, graph: bytes, pool: Pool) -> Bench:
     prepared = prepare(graph)
     placement = place(prepared)
-    if not placement.layers:
+    if not placement.names:
         reasons = "; ".join(sorted({f"{node.op}: {node.reason}" for node in placement.unquantized})[:3])
         raise GraphError(
             f"the graph has no layer to quantize ({reasons or 'no Conv, Gemm or MatMul'})", "build it as it is: edgekit build B"
         )
     original = onnx.load_model_from_string(graph)
     golden = _single(bundle)
-    shapes = Simulator(exposed(prepared, wanted := shape_tensors(prepared, placement)))(golden)
-    macs = multiply_accumulates(prepared, placement, dict(zip(wanted, (a.shape for a in shapes.values()), strict=True)))
-    batches = track(pool.calibration.batches(), f"calibrating with {len(pool.calibration)} samples")
-    statistics = observe(prepared, placement.groups, batches)
+    wanted = list(dict.fromkeys([*shape_tensors(prepared, placement), *placement.groups]))
+    shapes = measured_shapes(prepared, wanted, golden)
+    macs = multiply_accumulates(prepared, placement, shapes)
+    shown = {name: 4 * int(np.prod(shapes[name], dtype=np.int64)) for name in placement.groups}
+    batch = int(np.clip(BATCH_BYTES // max(sum(shown.values()), 1), 1, 64))
+    statistics = observe(prepared, shown, lambda: pool.calibration.batches(batch), BATCH_BYTES)
     grouped: dict[str, Statistics] = {}
     for name, group in placement.groups.items():
         grouped[group] = grouped[group].merged(statistics[name]) if group in grouped else statistics[name]
-    studied = pool.calibration.spread(_affordable(STUDIED, 2 * len(placement.layers) * sum(macs.values())))
-    study = Study(prepared, placement, list(with_reference(original, studied.batches())))
-    return Bench(original, prepared, placement, macs, pool, statistics, grouped, study, golden)
+    outputs = 4 * sum(int(np.prod(s)) for s in measured_shapes(original, [v.name for v in original.graph.output], golden).values())
+    count = min(_affordable(STUDIED, 2 * len(placement.names) * sum(macs.values())), max(2, STUDIED_BYTES // max(outputs, 1)))
+    studied = pool.calibration.spread(count)
+    study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))))
+    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, golden)
 
 
 def _affordable(limits: tuple[int, int], cost: int) -> int:
@@ -165,29 +201,51 @@ def _single(bundle: Bundle) -> dict[str, Array]:
     return {k: v[:1] if specs.get(k) and isinstance(specs[k][0], str) else v for k, v in inputs.items()}
 
 
-def _choose(bench: Bench, method: str) -> tuple[str, str, Parameters]:
-    """The calibration method with the best output SNR on a few of the samples; a stated one is taken as it is."""
+def _recover(bench: Bench, method: str, extra: bool) -> Recovered:
+    """A stated method as the books have it; ``auto``: the recovery with the best output, each step only where it helps."""
+    rounded = bench.rounded("mse" if method == "auto" else method)
     if method != "auto":
-        weight_method = "minmax" if method == "minmax" else "mse"
-        return method, weight_method, bench.parameters(method, weight_method)
-    names = [layer.name for layer in bench.placement.layers]
-    trials = [(activation, weight) for activation in METHODS for weight in WEIGHT_METHODS]
-    measured = []
-    for activation, weight in track(trials, "choosing a method"):
-        parameters = bench.parameters(activation, weight)
-        measured.append((bench.study.snr_db(parameters, names), activation, weight, parameters))
-    _, activation, weight, parameters = max(measured, key=lambda trial: trial[0])
-    return activation, weight, parameters
+        return Recovered(rounded, "none", {})
+    names = bench.placement.names
+    judges = list(with_reference(bench.original, _few(bench)))
+
+    def measured(parameters: Parameters) -> float:
+        return signal_to_noise(insert(bench.prepared, bench.placement, parameters, names), judges)
+
+    best, tried = Recovered(rounded, "none", {}), {"none": measured(rounded)}
+    for recovery in ("fitted", "shifted") if extra else ("fitted",):
+        parameters = bench.fitted(rounded, names, recovery)
+        tried[recovery] = measured(parameters)
+        say(f"{recovery}: {tried[recovery]:.1f} dB ({', '.join(f'{k} {v:.1f}' for k, v in tried.items() if k != recovery)})")
+        if tried[recovery] > tried[best.recovery] + (WORTH_DB if recovery == "shifted" else 0.0):
+            best = Recovered(parameters, recovery, {})
+    return best._replace(tried={name: round(value, 2) for name, value in tried.items()})
 
 
-def _within(bench: Bench, budget: Budget, parameters: Parameters, rows: list[Sensitivity]) -> tuple[Candidate, str]:
+def _few(bench: Bench) -> Iterator[Feeds]:
+    """Held-out samples, as few as the study has, other than those that give the final figure where there are enough."""
+    held, few = bench.pool.held_out, sum(len(next(iter(feeds.values()))) for feeds, _ in bench.study.batches)
+    return held.spread(max(few, 1)).batches(bench.batch) if len(held) else iter([bench.golden])
+
+
+def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensitivity]) -> tuple[Candidate, str]:
     """The candidate that the budget asks for, and how it is missed, or ""."""
-    order = most_harmful_first(rows, bench.macs)
+    order, parameters = most_harmful_first(rows, bench.macs), recovered.parameters
     total = sum(bench.macs.values())
+    labelled = budget.max_drop is not None
+
+    def settled(names: list[str]) -> Candidate:
+        """Fitted anew for just these layers, where that is better."""
+        found = bench.candidate(names, parameters, labelled)
+        if recovered.recovery == "none" or len(names) == len(order):
+            return found
+        again = bench.candidate(names, bench.fitted(bench.rounded("mse"), names, recovered.recovery), labelled)
+        return again if again.snr_db > found.snr_db else found
+
     if budget.share is not None:
         names = by_share(order, bench.macs, total, budget.share) or order[-1:]
-        found = bench.candidate(names, parameters, False)
         reached = sum(bench.macs[name] for name in names) / max(total, 1)
+        found = settled(names)
         if reached < budget.share - 1e-9:
             reasons = "; ".join(f"{node.name}: {node.reason}" for node in bench.placement.unquantized[:3])
             return found, f"a share of {reached:.3f} can be quantized, {budget.share:g} was asked ({reasons})"
@@ -196,18 +254,23 @@ def _within(bench: Bench, budget: Budget, parameters: Parameters, rows: list[Sen
         return bench.candidate(order, parameters, False), ""
 
     def attempt(names: list[str]) -> Candidate:
-        found = bench.candidate(names, parameters, budget.max_drop is not None)
+        found = bench.candidate(names, parameters, labelled)
         drop = "" if found.drop is None else f", drop {found.drop:.2f} points"
         say(f"{len(order) - len(names)} of {len(order)} layers float: {found.snr_db:.1f} dB{drop}")
         return found
 
+    def met(found: Candidate) -> bool:
+        return found.snr_db >= budget.min_snr if budget.min_snr is not None else (found.drop or 0.0) <= (budget.max_drop or 0.0)
+
+    found, kept = fewest_float(order, attempt, met, lambda c: -(c.drop or 0.0) if labelled else c.snr_db)
+    better = settled(found.names)
+    if met(better) or not kept:
+        found, kept = better, met(better)
+    if kept:
+        return found, ""
     if budget.min_snr is not None:
-        limit = budget.min_snr
-        found, met = fewest_float(order, attempt, lambda c: c.snr_db >= limit, lambda c: c.snr_db)
-        return found, "" if met else f"the best SNR is {found.snr_db:.1f} dB, {limit:g} was asked"
-    points = budget.max_drop or 0.0
-    found, met = fewest_float(order, attempt, lambda c: (c.drop or 0.0) <= points, lambda c: -(c.drop or 0.0))
-    return found, "" if met else f"the least drop is {found.drop:.2f} points, {points:g} were allowed"
+        return found, f"the best SNR is {found.snr_db:.1f} dB, {budget.min_snr:g} was asked"
+    return found, f"the least drop is {found.drop:.2f} points, {budget.max_drop:g} were allowed"
 
 
 def _drop(original: onnx.ModelProto, model: onnx.ModelProto, labelled: Samples) -> float:
@@ -223,25 +286,33 @@ def _drop(original: onnx.ModelProto, model: onnx.ModelProto, labelled: Samples) 
 
 
 def _layer_records(
-    bench: Bench, found: Candidate, parameters: Parameters, rows: Sequence[Sensitivity]
+    bench: Bench, found: Candidate, rounded: Parameters, rows: Sequence[Sensitivity]
 ) -> tuple[LayerRecord, ...]:
     layers = {layer.name: layer for layer in bench.placement.layers}
-    worst = sorted((row for row in rows), key=lambda row: row.alone_db)[:EXPLAINED]
-    why = {row.layer: bench.study.why(layers[row.layer], parameters, bench.statistics) for row in worst}
-    measured = {row.layer: row for row in rows}
+    ops = {product.name: product.op for product in bench.placement.products} | {k: v.op for k, v in layers.items()}
+    worst = sorted((row for row in rows if row.layer in layers), key=lambda row: -row.gain_db)[:EXPLAINED]
+    why = {
+        row.layer: bench.study.why(layers[row.layer], rounded, bench.statistics)
+        + ("" if found.parameters.quantizer(bench.placement, layers[row.layer].data).plain else "; shifted or scaled by channel")
+        for row in worst
+    }
+    measured, parameters = {row.layer: row for row in rows}, found.parameters
+    nearest = dict(record.nearest_integers(bench.prepared, bench.placement, parameters, parameters.integers))
     result = []
-    for name, layer in layers.items():
-        int8, bias = name in found.layers, found.parameters.biases.get(name)
+    for name in bench.placement.names:
+        int8, bias = name in found.names, parameters.biases.get(name)
+        row = measured[name]
         result.append(
             LayerRecord(
                 name,
-                layer.op,
+                ops[name],
                 int8,
                 bench.macs[name],
-                round(measured[name].alone_db, 2),
-                round(measured[name].gain_db, 2),
-                record.exact_all(found.parameters.weights[name]) if int8 else (),
+                None if row.alone_db is None else round(row.alone_db, 2),
+                round(row.gain_db, 2),
+                record.exact_all(parameters.weights[name]) if int8 and name in layers else (),
                 record.exact_all(bias) if int8 and bias is not None else None,
+                record.packed(parameters.integers[name], nearest[name]) if int8 and name in nearest else None,
                 "; ".join(text for text in (why.get(name, ""), "" if int8 else "left float by the budget") if text),
             )
         )
@@ -252,18 +323,21 @@ def _layer_records(
 
 
 def _figures(
-    bench: Bench, found: Candidate, method: str, weight_method: str, size: int, worst: dict[str, Any] | None
+    bench: Bench, found: Candidate, method: str, recovered: Recovered, size: int, worst: dict[str, Any] | None
 ) -> dict[str, Any]:
     total = sum(bench.macs.values())
-    every = len(bench.placement.layers) + len(bench.placement.unquantized)
+    every = len(bench.placement.names) + len(bench.placement.unquantized)
+    extras = sum(not quantizer.plain for quantizer in found.parameters.quantizers.values())
     figures = {
         "snr_db": round(found.snr_db, 2),
         "measured_on": f"{len(bench.pool.held_out)} held-out samples" if len(bench.pool.held_out) else "golden inputs",
-        "share": round(sum(bench.macs[name] for name in found.layers) / max(total, 1), 6),
+        "share": round(sum(bench.macs[name] for name in found.names) / max(total, 1), 6),
         "size_bytes": size,
         "method": method,
-        "weight_method": weight_method,
-        "layers": {"int8": len(found.layers), "float": every - len(found.layers)},
+        "recovery": recovered.recovery,
+        "recoveries_db": recovered.tried,
+        "shifted_inputs": extras,
+        "layers": {"int8": len(found.names), "float": every - len(found.names)},
         "culprit": worst,
     }
     if found.drop is not None:

@@ -36,7 +36,7 @@ def rebuild(graph: bytes, calibration: Calibration) -> bytes:
     prepared = prepare(graph)
     placement = place(prepared)
     _check_fit(calibration, placement, prepared)
-    data: bytes = insert(prepared, placement, calibration.parameters(), calibration.chosen).SerializeToString(
+    data: bytes = insert(prepared, placement, calibration.parameters(prepared, placement), calibration.chosen).SerializeToString(
         deterministic=True
     )
     if hashlib.sha256(data).hexdigest() != calibration.int8_graph:
@@ -68,7 +68,7 @@ def rebuild_result(bundle: Bundle, path: Path) -> Result:
         "share": round(sum(layer.macs for layer in calibration.layers if layer.int8) / max(total, 1), 6),
         "size_bytes": len(data),
         "method": calibration.method,
-        "weight_method": calibration.weight_method,
+        "recovery": calibration.recovery,
         "layers": {"int8": len(calibration.chosen), "float": len(calibration.layers) - len(calibration.chosen)},
         "culprit": culprit(calibration),
     }
@@ -81,13 +81,13 @@ def _check_fit(calibration: Calibration, placement: Placement, prepared: onnx.Mo
     layers = {layer.name: layer for layer in placement.layers}
     cause = ""
     for entry in calibration.layers:
-        if entry.int8 and entry.name not in layers:
+        if entry.int8 and entry.name not in placement.names:
             cause = f"the graph has no layer {entry.name!r} to quantize"
-        elif entry.int8 and len(entry.weights) != shapes[entry.name][layers[entry.name].axis]:
+        elif entry.int8 and entry.name in layers and len(entry.weights) != shapes[entry.name][layers[entry.name].axis]:
             cause = (
                 f"{entry.name!r} needs {shapes[entry.name][layers[entry.name].axis]} weight scales, not {len(entry.weights)}"
             )
-        elif entry.bias is not None and not (entry.name in layers and layers[entry.name].biased):
+        elif entry.bias is not None and entry.name not in layers:
             cause = f"{entry.name!r} has no bias to correct"
     if calibration.groups != placement.groups or not set(placement.groups.values()) <= set(calibration.tensors):
         cause = cause or "its tensors are not those of the graph"

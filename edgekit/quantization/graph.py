@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -14,24 +14,43 @@ from onnx import helper, numpy_helper
 from edgekit.errors import GraphError
 
 from .placement import Layer, Placement
-from .prepare import constants, prune
+from .prepare import attribute, constants, prune
 from .statistics import LEVELS
 
-__all__ = ["Parameters", "check", "insert", "quantized_weight"]
+__all__ = ["Parameters", "Quantizer", "check", "insert", "quantized_weight", "scaled_weight"]
 
 Array = NDArray[Any]
+
+
+class Quantizer(NamedTuple):
+    """How a layer's input becomes int8: ``round((x - shift) * factor / scale)``; float32, (channels,) or None."""
+
+    scale: float
+    shift: Array | None = None
+    factor: Array | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.shift is None and self.factor is None
 
 
 @dataclass(frozen=True)
 class Parameters:
     """All numbers of an int8 graph, float32.
 
-    ``scales``: group -> activation scale; ``weights``: layer -> scales (channels,); ``biases``: layer -> corrected bias.
+    ``scales``: group -> activation scale. ``quantizers``: site -> what its layers use instead. By layer: ``weights`` has the
+    scales (channels,), ``integers`` the rounded weights (absent: rounded to nearest), ``biases`` the corrected bias.
     """
 
     scales: dict[str, float]
     weights: dict[str, Array]
     biases: dict[str, Array] = field(default_factory=dict)
+    quantizers: dict[str, Quantizer] = field(default_factory=dict)
+    integers: dict[str, NDArray[np.int8]] = field(default_factory=dict)
+
+    def quantizer(self, placement: Placement, tensor: str) -> Quantizer:
+        """Of a layer's data."""
+        return self.quantizers.get(placement.sites[tensor]) or Quantizer(self.scales[placement.groups[tensor]])
 
 
 def quantized_weight(weight: Array, scale: Array, axis: int) -> NDArray[np.int8]:
@@ -41,18 +60,52 @@ def quantized_weight(weight: Array, scale: Array, axis: int) -> NDArray[np.int8]
     return np.clip(q, -LEVELS, LEVELS).astype(np.int8)
 
 
+def scaled_weight(weight: Array, layer: Layer, factor: Array | None) -> Array:
+    """float32 weights that meet inputs multiplied by ``factor`` (channels of the data,), and so are divided by it."""
+    if factor is None:
+        return weight
+    divided: Array = weight.astype(np.float32) / _spread(weight, layer, factor.astype(np.float32))
+    return divided
+
+
+def _spread(weight: Array, layer: Layer, factor: Array) -> Array:
+    """``factor`` in a shape that multiplies the weights along their input channels."""
+    if layer.op == "Conv":
+        groups = factor.size // weight.shape[1]
+        rows: Array = np.repeat(factor.reshape(groups, -1), weight.shape[0] // groups, axis=0)
+        return rows.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
+    if layer.op == "ConvTranspose":
+        return factor.reshape(-1, *[1] * (weight.ndim - 1))
+    return factor[None, :] if layer.axis == 0 else factor[:, None]  # Gemm with transB: (outputs, inputs)
+
+
+class _Reading(NamedTuple):
+    """Who reads a quantized tensor in the same form: (node, input index) each."""
+
+    tensor: str
+    quantizer: Quantizer
+    shape: tuple[int, ...]  # of shift and factor, to broadcast
+    pads: tuple[int, ...]  # applied before the shift: (before..., after...) of the spatial axes
+    ends: list[tuple[str, int]]
+
+
 def insert(
     prepared: onnx.ModelProto,
     placement: Placement,
     parameters: Parameters,
-    layers: Collection[str],
+    chosen: Collection[str],
     *,
     weights: bool = True,
     activations: bool = True,
 ) -> onnx.ModelProto:
-    """A copy of the graph in which the named layers are quantized; ``weights`` or ``activations`` alone, to tell causes."""
+    """A copy of the graph in which the named layers and products are quantized.
+
+    ``weights`` or ``activations`` alone, to tell causes: then nothing is shifted or scaled, and no weight is fitted.
+    """
     model = onnx.ModelProto.FromString(prepared.SerializeToString())
-    return _Inserter(model, placement, parameters).run(set(layers), weights, activations)
+    if not (weights and activations):
+        parameters = Parameters(parameters.scales, parameters.weights)
+    return _Inserter(model, placement, parameters).run(set(chosen), weights, activations)
 
 
 class _Inserter:
@@ -60,57 +113,102 @@ class _Inserter:
         self.model, self.graph = model, model.graph
         self.placement, self.parameters = placement, parameters
         self.nodes = {node.name: node for node in model.graph.node}
-        self.floats = {name: numpy_helper.to_array(tensor) for name, tensor in constants(model.graph).items()}
+        self.floats = constants(model.graph)
         self.before: dict[str, list[onnx.NodeProto]] = {}  # node name -> new nodes that go in front of it
+        self.after: dict[str, list[onnx.NodeProto]] = {}
         self.done: dict[tuple[object, ...], str] = {}  # what is quantized already -> its dequantized name
+        self.bases: dict[str, int] = {}  # tensor -> how many forms of it there are
         self.position = {node.name: i for i, node in enumerate(model.graph.node)}
 
     def run(self, names: set[str], weights: bool, activations: bool) -> onnx.ModelProto:
-        chosen = [layer for layer in self.placement.layers if layer.name in names]
+        chosen = [layer for layer in self.placement.layers if layer.name in names and layer.name in self.nodes]
         if activations:
-            self._activations(chosen)
+            for reading in self._readings(chosen, names):
+                self._pair(reading)
         for layer in chosen:
             if weights:
                 self._weight(layer)
             if layer.name in self.parameters.biases:
                 self._bias(layer, self.parameters.biases[layer.name])
-        nodes = [new for node in self.graph.node for new in (*self.before.get(node.name, ()), node)]
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        order = [
+            new
+            for node in self.graph.node
+            for new in (*self.before.get(node.name, ()), node, *self.after.get(node.name, ()))
+        ]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in order]
         del self.graph.node[:]
         self.graph.node.extend(copies)
         prune(self.model, [value.name for value in self.graph.output])
         return self.model
 
-    def _activations(self, chosen: list[Layer]) -> None:
-        """One Q/DQ pair a tensor, in front of its first quantized reader."""
-        readers: dict[str, list[tuple[str, int]]] = {}
-        for layer in chosen:
-            readers.setdefault(layer.data, []).append((layer.name, 1 - layer.position))
-            if layer.residual:
-                readers.setdefault(layer.residual, []).append((layer.adder, layer.branch))
-        for tensor, ends in readers.items():
-            first = min((name for name, _ in ends), key=self.position.__getitem__)
-            scale = np.array(self.parameters.scales[self.placement.groups[tensor]], np.float32)
-            output = self._pair(tensor, scale, first)
-            for name, end in ends:
-                self.nodes[name].input[end] = output
+    def _readings(self, chosen: list[Layer], names: set[str]) -> list[_Reading]:
+        """One for each form of each tensor."""
+        found: dict[tuple[object, ...], _Reading] = {}
 
-    def _pair(self, tensor: str, scale: Array, first: str) -> str:
-        names = [f"{tensor}/{part}" for part in ("scale", "int8", "dequantized")]
-        self._constant(names[0], scale)
-        shared = [names[0], self._zero_point(())]
-        self.before.setdefault(first, []).extend(
-            [
-                helper.make_node("QuantizeLinear", [tensor, *shared], [names[1]], name=f"{tensor}/quantize"),
-                helper.make_node("DequantizeLinear", [names[1], *shared], [names[2]], name=f"{tensor}/dequantize"),
-            ]
-        )
-        return names[2]
+        def add(tensor: str, quantizer: Quantizer, shape: tuple[int, ...], pads: tuple[int, ...], end: tuple[str, int]) -> None:
+            parts = [None if part is None else part.tobytes() for part in (quantizer.shift, quantizer.factor)]
+            key = (tensor, quantizer.scale, *parts, pads)
+            found.setdefault(key, _Reading(tensor, quantizer, shape, pads, [])).ends.append(end)
+
+        for layer in chosen:
+            node, quantizer = self.nodes[layer.name], self.parameters.quantizer(self.placement, layer.data)
+            pads = self._freed_pads(node) if quantizer.shift is not None else ()
+            ones = len(self.floats[layer.weight].dims) - 2 if layer.features == 1 else 0
+            add(layer.data, quantizer, (-1, *[1] * ones), pads, (layer.name, 1 - layer.position))
+        for pair in self.placement.pairs:
+            if pair.owner in names and pair.node in self.nodes:
+                scale = self.parameters.scales[self.placement.groups[pair.tensor]]
+                add(pair.tensor, Quantizer(scale), (), (), (pair.node, pair.index))
+        return list(found.values())
+
+    def _freed_pads(self, node: onnx.NodeProto) -> tuple[int, ...]:
+        """The padding of a convolution, taken out of it: padded zeros must be there before the shift."""
+        pads = tuple(attribute(node, "pads", ()))
+        if not any(pads):
+            return ()
+        kept = [found for found in node.attribute if found.name != "pads"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        return pads
+
+    def _pair(self, reading: _Reading) -> None:
+        """[Pad,] [Sub,] [Mul,] QuantizeLinear, DequantizeLinear in front of the tensor's first reader of this form."""
+        tensor, quantizer = reading.tensor, reading.quantizer
+        count = self.bases[tensor] = self.bases.get(tensor, 0) + 1
+        base = tensor if count == 1 else f"{tensor}/{count}"
+        first = min((name for name, _ in reading.ends), key=self.position.__getitem__)
+        new, current = self.before.setdefault(first, []), tensor
+
+        def then(op: str, operand: Array, part: str) -> None:
+            nonlocal current
+            self._constant(f"{base}/{part}", operand)
+            new.append(helper.make_node(op, [current, f"{base}/{part}"], [f"{base}/{part}ed"], name=f"{base}/{op.lower()}"))
+            current = f"{base}/{part}ed"
+
+        if reading.pads:
+            half = len(reading.pads) // 2
+            then("Pad", np.array([0, 0, *reading.pads[:half], 0, 0, *reading.pads[half:]], np.int64), "pad")
+        if quantizer.shift is not None:
+            then("Sub", quantizer.shift.astype(np.float32).reshape(reading.shape), "shift")
+        if quantizer.factor is not None:
+            then("Mul", quantizer.factor.astype(np.float32).reshape(reading.shape), "factor")
+        self._constant(f"{base}/scale", np.array(quantizer.scale, np.float32))
+        shared = [f"{base}/scale", self._zero_point(())]
+        new += [
+            helper.make_node("QuantizeLinear", [current, *shared], [f"{base}/int8"], name=f"{base}/quantize"),
+            helper.make_node("DequantizeLinear", [f"{base}/int8", *shared], [f"{base}/dequantized"], name=f"{base}/dequantize"),
+        ]
+        for name, end in reading.ends:
+            self.nodes[name].input[end] = f"{base}/dequantized"
 
     def _weight(self, layer: Layer) -> None:
         """int8 initializer and DequantizeLinear; equal weights (shared, or copied) are stored once."""
-        value, scale = self.floats[layer.weight], self.parameters.weights[layer.name].astype(np.float32)
-        q = quantized_weight(value, scale, layer.axis)
+        scale = self.parameters.weights[layer.name].astype(np.float32)
+        q = self.parameters.integers.get(layer.name)
+        if q is None:
+            factor = self.parameters.quantizer(self.placement, layer.data).factor
+            value = numpy_helper.to_array(self.floats[layer.weight])
+            q = quantized_weight(scaled_weight(value, layer, factor), scale, layer.axis)
         key = (q.shape, layer.axis, q.tobytes(), scale.tobytes())
         if key not in self.done:
             base = f"{layer.name}/weight"
@@ -127,6 +225,15 @@ class _Inserter:
     def _bias(self, layer: Layer, bias: Array) -> None:
         name = f"{layer.name}/bias"
         self._constant(name, bias.astype(np.float32))
+        if not layer.biased:  # none so far: an Add of its own
+            node, raw = self.nodes[layer.name], f"{layer.output}/unbiased"
+            node.output[0] = raw
+            self.after.setdefault(layer.name, []).append(
+                helper.make_node("Add", [raw, name], [layer.output], name=f"{layer.name}/add_bias")
+            )
+            return
+        if layer.biased not in self.nodes:  # cut off behind the layer
+            return
         node = self.nodes[layer.biased]
         if layer.biased != layer.name:  # the Add behind a MatMul
             node.input[list(node.input).index(layer.bias or "")] = name

@@ -3,10 +3,12 @@
 Source: NVIDIA TensorRT documentation, "Working with quantized types", explicit quantization, and ModelOpt's defaults.
 
     Conv, ConvTranspose, Gemm, MatMul with constant weights   quantize the data input and the weights, never the output
+    MatMul of two activations (attention)                     quantize both inputs
     Add behind a quantized Conv                               quantize the other (residual) branch: it decides the fused type
     Concat, pooling by maximum, reshapes                      tensors on both sides share one scale, so that Q moves through
+    LSTM, GRU, RNN                                            stay float: TensorRT's parser wants their weights as they are
     bias; ReLU behind Conv; Softmax, Sigmoid, LayerNorm       stay float: no Q/DQ in between, fusions stay whole
-    MatMul of two activations, LSTM, GRU, RNN                 stay float
+    If, Loop, Scan                                            stay float, with all that is inside
 """
 
 from __future__ import annotations
@@ -20,26 +22,27 @@ from onnx import numpy_helper
 
 from .prepare import attribute, constants, consumers
 
-__all__ = ["Layer", "Placement", "Unquantized", "place"]
+__all__ = ["Layer", "Pair", "Placement", "Product", "Unquantized", "place"]
 
 Array = NDArray[Any]
 
 
 class Pattern(NamedTuple):
-    """Input positions of an operator's data, weights and bias; the channel axis of its output."""
+    """Input positions of an operator's data, weights and bias; the channel axis of its data and of its output."""
 
     data: int
     weight: int
     bias: int | None
+    features: int
     channels: int
 
 
-#: What is quantized.
+#: What is quantized with its weights.
 WEIGHTED = {
-    "Conv": Pattern(0, 1, 2, 1),
-    "ConvTranspose": Pattern(0, 1, 2, 1),
-    "Gemm": Pattern(0, 1, 2, -1),
-    "MatMul": Pattern(0, 1, None, -1),
+    "Conv": Pattern(0, 1, 2, 1, 1),
+    "ConvTranspose": Pattern(0, 1, 2, 1, 1),
+    "Gemm": Pattern(0, 1, 2, -1, -1),
+    "MatMul": Pattern(0, 1, None, -1, -1),
 }
 #: Operators through which TensorRT moves Q and DQ: the tensors around them share a scale where they are quantized.
 TRANSPARENT = {
@@ -47,16 +50,20 @@ TRANSPARENT = {
 }  # fmt: skip
 #: Operators with multiply-accumulates that no rule quantizes, and why.
 FLOAT = {
-    "LSTM": "recurrent: TensorRT runs it in float",
-    "GRU": "recurrent: TensorRT runs it in float",
-    "RNN": "recurrent: TensorRT runs it in float",
+    "LSTM": "recurrent: TensorRT's parser takes no Q/DQ in front of its weights",
+    "GRU": "recurrent: TensorRT's parser takes no Q/DQ in front of its weights",
+    "RNN": "recurrent: TensorRT's parser takes no Q/DQ in front of its weights",
+    "If": "a subgraph",
+    "Loop": "a subgraph",
+    "Scan": "a subgraph",
 }
 
 
 class Layer(NamedTuple):
-    """A node that can be quantized. Names are of tensors; ``axis`` is the weights' channel axis for their scales.
+    """A node with constant weights. Names are of tensors; ``axis`` is the weights' channel axis for their scales.
 
-    ``position`` is the weights' input; ``residual`` the tensor quantized with it, read by node ``adder`` at ``branch``.
+    ``position`` is the weights' input; ``features`` and ``channels`` are the channel axes of the data and of the output.
+    ``biased``: the node that adds the bias: itself, the Add behind a MatMul, or "" where there is none.
     """
 
     name: str
@@ -66,12 +73,28 @@ class Layer(NamedTuple):
     axis: int
     position: int
     output: str
+    features: int
     channels: int
     bias: str | None
-    biased: str  # the node that adds the bias: itself, or the Add behind a MatMul, or "" where there is none
-    residual: str | None = None
-    adder: str = ""
-    branch: int = 0
+    biased: str
+
+
+class Product(NamedTuple):
+    """A MatMul or Gemm of two activations."""
+
+    name: str
+    op: str
+    inputs: tuple[str, str]
+    output: str
+
+
+class Pair(NamedTuple):
+    """An input that is quantized along with a layer or product (``owner``): ``node`` reads ``tensor`` at ``index``."""
+
+    owner: str
+    node: str
+    index: int
+    tensor: str
 
 
 class Unquantized(NamedTuple):
@@ -83,11 +106,23 @@ class Unquantized(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """``layers`` in the graph's order; ``groups`` maps each tensor to quantize to the name its scale goes by."""
+    """``layers`` and ``products`` in the graph's order; ``pairs`` are residual branches and the inputs of products.
+
+    ``sites`` maps the data of each layer to its site: tensors that one quantizer serves, for they meet the same weights.
+    ``groups`` maps every quantized tensor to the first of those that share its scale where nothing but Q/DQ is inserted.
+    """
 
     layers: tuple[Layer, ...]
+    products: tuple[Product, ...]
+    pairs: tuple[Pair, ...]
     unquantized: tuple[Unquantized, ...]
+    sites: dict[str, str]
     groups: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """All that can be int8, layers first."""
+        return [*(layer.name for layer in self.layers), *(product.name for product in self.products)]
 
 
 def place(model: onnx.ModelProto) -> Placement:
@@ -95,63 +130,75 @@ def place(model: onnx.ModelProto) -> Placement:
     graph = model.graph
     known = constants(graph)
     layers: list[Layer] = []
+    products: list[Product] = []
     unquantized: list[Unquantized] = []
     for node in graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            continue
         if node.op_type in FLOAT:
             unquantized.append(Unquantized(node.name, node.op_type, FLOAT[node.op_type]))
-        elif node.op_type in WEIGHTED and node.domain in ("", "ai.onnx"):
+        elif node.op_type in WEIGHTED:
             found = _layer(node, known)
             if isinstance(found, Layer):
                 layers.append(found)
+            elif isinstance(found, Product):
+                products.append(found)
             else:
                 unquantized.append(Unquantized(node.name, node.op_type, found))
     layers = _with_matmul_bias(graph, known, layers)
-    layers = _with_residuals(graph, known, layers)
-    tensors = list(dict.fromkeys(name for layer in layers for name in (layer.data, layer.residual) if name))
-    return Placement(tuple(layers), tuple(unquantized), _groups(graph, tensors))
+    pairs = [*_residuals(graph, known, layers), *(Pair(p.name, p.name, i, t) for p in products for i, t in enumerate(p.inputs))]
+    tensors = list(dict.fromkeys([*(layer.data for layer in layers), *(pair.tensor for pair in pairs)]))
+    return Placement(
+        tuple(layers), tuple(products), tuple(pairs), tuple(unquantized), _sites(layers), _groups(graph, layers, tensors)
+    )
 
 
-def _layer(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> Layer | str:
-    """The layer that a node makes, or the reason why it makes none."""
+def _layer(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> Layer | Product | str:
+    """The layer or product that a node makes, or the reason why it makes none."""
     pattern = WEIGHTED[node.op_type]
-    data, position = pattern.data, pattern.weight
+    data, position, features = pattern.data, pattern.weight, pattern.features
     if node.op_type == "MatMul" and node.input[0] in known:
-        data, position = position, data
+        data, position, features = position, data, -2
     weight = known.get(node.input[position])
     if weight is None:
-        return "both inputs are activations" if node.op_type in ("MatMul", "Gemm") else "the weights are computed"
+        plain = node.op_type == "MatMul" or (node.op_type == "Gemm" and len(node.input) < 3)
+        return Product(node.name, node.op_type, (node.input[0], node.input[1]), node.output[0]) if plain else (
+            "the weights are computed"
+        )  # fmt: skip
     if node.input[data] in known:
         return "its input is a constant"
     if weight.data_type != onnx.TensorProto.FLOAT:
         return f"the weights are {onnx.TensorProto.DataType.Name(weight.data_type).lower()}, not float32"
-    if node.op_type == "MatMul" and len(weight.dims) != 2:
-        return f"the weights have {len(weight.dims)} axes, not 2"
+    if node.op_type == "MatMul" and len(weight.dims) < 2:
+        return "the weights are a vector"
     if 0 in weight.dims:
         return "the weights are empty"
     name = node.input[pattern.bias] if pattern.bias is not None and len(node.input) > pattern.bias else ""
     # A bias that is computed, or that broadcasts over rows, is left as it is.
     channels = _channels(node, weight)
     own = pattern.bias is not None and (not name or (name in known and _is_vector(known[name], channels)))
+    if node.op_type == "Gemm" and attribute(node, "transA", 0):
+        features = 0
     return Layer(
-        node.name, node.op_type, node.input[data], node.input[position], _axis(node, position), position, node.output[0],
-        pattern.channels if position else -2, name or None, node.name if own else "",
+        node.name, node.op_type, node.input[data], node.input[position], _axis(node, position, len(weight.dims)), position,
+        node.output[0], features, pattern.channels if position else -2, name or None, node.name if own else "",
     )  # fmt: skip
 
 
-def _axis(node: onnx.NodeProto, position: int) -> int:
+def _axis(node: onnx.NodeProto, position: int, rank: int) -> int:
     if node.op_type == "Conv":
         return 0
     if node.op_type == "ConvTranspose":
         return 1
     if node.op_type == "Gemm":
         return 0 if attribute(node, "transB", 0) else 1
-    return 1 if position else 0  # MatMul: columns of the right matrix, rows of the left one
+    return rank - 1 if position else rank - 2  # MatMul: columns of the right matrix, rows of the left one
 
 
 def _channels(node: onnx.NodeProto, weight: onnx.TensorProto) -> int:
     if node.op_type == "ConvTranspose":
         return int(weight.dims[1]) * int(attribute(node, "group", 1))
-    return int(weight.dims[_axis(node, 1)])
+    return int(weight.dims[_axis(node, 1, len(weight.dims))])
 
 
 def _is_vector(tensor: onnx.TensorProto, channels: int) -> bool:
@@ -167,79 +214,104 @@ def _with_matmul_bias(graph: onnx.GraphProto, known: dict[str, onnx.TensorProto]
         add = adds.get(layer.output)
         if layer.op == "MatMul" and layer.position == 1 and add is not None and uses[layer.output] == 1:
             other = next((name for name in add.input if name in known), "")
-            channels = int(known[layer.weight].dims[1])
+            channels = int(known[layer.weight].dims[-1])
             if other and list(known[other].dims) == [channels] and known[other].data_type == onnx.TensorProto.FLOAT:
                 layer = layer._replace(bias=other, biased=add.name)
         result.append(layer)
     return result
 
 
-def _with_residuals(graph: onnx.GraphProto, known: dict[str, onnx.TensorProto], layers: list[Layer]) -> list[Layer]:
+def _residuals(graph: onnx.GraphProto, known: dict[str, onnx.TensorProto], layers: list[Layer]) -> list[Pair]:
     """For each Add behind a Conv: TensorRT fuses the Add into the later Conv; the other branch is quantized with it."""
     order = {layer.output: i for i, layer in enumerate(layers) if layer.op in ("Conv", "ConvTranspose")}
     uses = consumers(graph)
-    result = list(layers)
+    result = []
     for node in graph.node:
         if node.op_type != "Add" or any(name in known for name in node.input) or node.input[0] == node.input[1]:
             continue
         fused = [(order[name], branch) for branch, name in enumerate(node.input) if name in order and uses[name] == 1]
         if fused:
             index, branch = max(fused)
-            result[index] = result[index]._replace(residual=node.input[1 - branch], adder=node.name, branch=1 - branch)
+            result.append(Pair(layers[index].name, node.name, 1 - branch, node.input[1 - branch]))
     return result
 
 
-def _groups(graph: onnx.GraphProto, tensors: list[str]) -> dict[str, str]:
-    """Union of the tensors that are joined by transparent operators; each group goes by its first quantized tensor."""
-    parent: dict[str, str] = {}
+class _Union:
+    """Names joined into sets."""
 
-    def root(name: str) -> str:
-        while parent.get(name, name) != name:
-            name = parent[name]
+    def __init__(self) -> None:
+        self.parent: dict[str, str] = {}
+
+    def root(self, name: str) -> str:
+        while self.parent.get(name, name) != name:
+            name = self.parent[name]
         return name
 
+    def join(self, one: str, other: str) -> None:
+        self.parent[self.root(other)] = self.root(one)
+
+    def leaders(self, names: list[str]) -> dict[str, str]:
+        """Each name's set, by the first of ``names`` in it."""
+        found: dict[str, str] = {}
+        return {name: found.setdefault(self.root(name), name) for name in names}
+
+
+def _sites(layers: list[Layer]) -> dict[str, str]:
+    """Layers that share weights (an unrolled recurrence) need one quantizer for all their inputs."""
+    union, first = _Union(), dict[str, str]()
+    for layer in layers:
+        union.join(first.setdefault(layer.weight, layer.data), layer.data)
+    return union.leaders(list(dict.fromkeys(layer.data for layer in layers)))
+
+
+def _groups(graph: onnx.GraphProto, layers: list[Layer], tensors: list[str]) -> dict[str, str]:
+    """Union of the tensors that are joined by transparent operators or by shared weights."""
+    union = _Union()
     for node in graph.node:
         if node.op_type in TRANSPARENT:
             joined = [*(node.input if node.op_type == "Concat" else node.input[:1]), *node.output]
             for name in joined[1:]:
-                parent[root(name)] = root(joined[0])
-    leaders: dict[str, str] = {}
-    return {name: leaders.setdefault(root(name), name) for name in tensors}
+                union.join(joined[0], name)
+    for name, site in _sites(layers).items():
+        union.join(site, name)
+    return union.leaders(tensors)
 
 
 def multiply_accumulates(model: onnx.ModelProto, placement: Placement, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Multiply-accumulates of every layer and every unquantized node, for inputs of the measured ``shapes``."""
+    """Multiply-accumulates of everything that the table names, for inputs of the measured ``shapes``; recurrences have none.
+
+    Recurrent layers count nothing: shares are of convolutions and products, as users and peers count them.
+    """
     known = constants(model.graph)
-    names = {*(layer.name for layer in placement.layers), *(node.name for node in placement.unquantized)}
+    names = _counted(placement)
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(known[name].dims) if name in known else shapes[name]
 
-    result: dict[str, int] = {}
+    result = {node.name: 0 for node in placement.unquantized}
     for node in model.graph.node:
         if node.name not in names:
             continue
         if node.op_type in ("Conv", "ConvTranspose"):
             places = shape(node.output[0]) if node.op_type == "Conv" else shape(node.input[0])
-            macs = _product(places) * _product(shape(node.input[1])[1:])
-        elif node.op_type in FLOAT:
-            steps, batch = shape(node.input[0])[:2]
-            macs = steps * batch * (_product(shape(node.input[1])) + _product(shape(node.input[2])))
+            result[node.name] = _product(places) * _product(shape(node.input[1])[1:])
         else:
             inner = shape(node.input[0])[0 if attribute(node, "transA", 0) else -1]
-            macs = _product(shape(node.output[0])) * inner
-        result[node.name] = macs
+            result[node.name] = _product(shape(node.output[0])) * inner
     return result
+
+
+def _counted(placement: Placement) -> set[str]:
+    return {*placement.names, *(node.name for node in placement.unquantized if node.op in WEIGHTED)}
 
 
 def shape_tensors(model: onnx.ModelProto, placement: Placement) -> list[str]:
     """The tensors whose shapes `multiply_accumulates` needs."""
-    known = constants(model.graph)
-    names = {*(layer.name for layer in placement.layers), *(node.name for node in placement.unquantized)}
+    known, names = constants(model.graph), _counted(placement)
     wanted: dict[str, None] = {}
     for node in model.graph.node:
         if node.name in names:
-            wanted.update(dict.fromkeys(name for name in (*node.input[:3], node.output[0]) if name and name not in known))
+            wanted.update(dict.fromkeys(name for name in (*node.input[:2], node.output[0]) if name and name not in known))
     return list(wanted)
 
 

@@ -5,20 +5,26 @@ No times and no paths, so the same inputs give the same bytes. On the device the
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from edgekit.errors import DataError
 from edgekit.manifest import Preprocessing
 
-from .graph import Parameters
+from .graph import Parameters, Quantizer, quantized_weight, scaled_weight
+from .placement import Placement
+from .prepare import constants
 from .statistics import BINS, Statistics
 
 __all__ = ["Calibration", "Drawn", "LayerRecord", "TensorRecord", "decode", "encode", "exact"]
@@ -51,7 +57,8 @@ class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One layer. ``alone_db``: output SNR where only it is int8; ``gain_db``: what the output gains where only it is float.
 
-    ``weights``: a float32 scale for each output channel; ``bias``: the corrected float32 bias.
+    ``weights``: a float32 scale for each output channel; ``bias``: the corrected float32 bias; ``integers``: the int8 weights
+    less the nearest ones, zlib in base64, where they were fitted (`packed`).
     ``why``: why it is float, or why it loses much.
     """
 
@@ -63,11 +70,27 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gain_db: float | None = None
     weights: tuple[float, ...] = ()
     bias: tuple[float, ...] | None = None
+    integers: str | None = None
     why: str = ""
 
     def __post_init__(self) -> None:
         for scale in self.weights:
             _positive(scale)
+
+
+class QuantizerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A layer input that is shifted or scaled channel by channel before it is rounded: `graph.Quantizer`."""
+
+    scale: float
+    shift: tuple[float, ...] | None = None
+    factor: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self.scale)
+        for factor in self.factor or ():
+            _positive(factor)
+        if not np.isfinite(np.array(self.shift or (), np.float64)).all():
+            raise ValueError("a shift is not finite")
 
 
 class Drawn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,18 +105,22 @@ class Drawn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``graph`` and ``int8_graph`` are sha256 of ``model.onnx`` and ``model.int8.onnx``; ``groups`` share a scale."""
+    """``graph`` and ``int8_graph`` are sha256 of ``model.onnx`` and ``model.int8.onnx``; ``groups`` share a scale.
 
-    format: Literal[1]
+    ``quantizers``: by the first of the tensors that one serves; inputs without an entry have the scale of their group.
+    """
+
+    format: Literal[2]
     graph: str
     int8_graph: str
     method: str
-    weight_method: str
+    recovery: str
     samples: Drawn
     preprocessing: Preprocessing | None
     versions: dict[str, str]
     tensors: dict[str, TensorRecord]
     groups: dict[str, str]
+    quantizers: dict[str, QuantizerRecord]
     layers: tuple[LayerRecord, ...]
 
     def __post_init__(self) -> None:
@@ -106,13 +133,54 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Names of the int8 layers."""
         return [layer.name for layer in self.layers if layer.int8]
 
-    def parameters(self) -> Parameters:
-        """The numbers of the int8 graph."""
-        return Parameters(
+    def parameters(self, model: onnx.ModelProto, placement: Placement) -> Parameters:
+        """The numbers of the int8 graph of a prepared float graph."""
+        quantizers = {
+            site: Quantizer(entry.scale, _array(entry.shift), _array(entry.factor)) for site, entry in self.quantizers.items()
+        }
+        parameters = Parameters(
             {name: tensor.scale for name, tensor in self.tensors.items()},
             {layer.name: np.array(layer.weights, np.float32) for layer in self.layers if layer.weights},
             {layer.name: np.array(layer.bias, np.float32) for layer in self.layers if layer.bias is not None},
+            quantizers,
         )
+        fitted = {layer.name: layer.integers for layer in self.layers if layer.integers is not None}
+        for name, nearest in nearest_integers(model, placement, parameters, fitted):
+            parameters.integers[name] = unpacked(fitted[name], nearest)
+        return parameters
+
+
+def _array(values: tuple[float, ...] | None) -> NDArray[np.float32] | None:
+    return None if values is None else np.array(values, np.float32)
+
+
+def nearest_integers(
+    model: onnx.ModelProto, placement: Placement, parameters: Parameters, names: Collection[str]
+) -> Iterator[tuple[str, NDArray[np.int8]]]:
+    """The weights of the named layers rounded to nearest at the recorded scales: what `packed` counts from."""
+    known = constants(model.graph)
+    for layer in placement.layers:
+        if layer.name in names:
+            factor = parameters.quantizer(placement, layer.data).factor
+            weight = scaled_weight(numpy_helper.to_array(known[layer.weight]), layer, factor)
+            yield layer.name, quantized_weight(weight, parameters.weights[layer.name], layer.axis)
+
+
+def packed(integers: NDArray[np.int8], nearest: NDArray[np.int8]) -> str:
+    """int8 weights as text: their distance from the nearest ones is small, and so compresses."""
+    return base64.b64encode(zlib.compress((integers - nearest).tobytes(), 9)).decode()
+
+
+def unpacked(text: str, nearest: NDArray[np.int8]) -> NDArray[np.int8]:
+    """The inverse of `packed`. Raises `DataError` for anything else."""
+    try:
+        found = zlib.decompressobj()
+        data = found.decompress(base64.b64decode(text, validate=True), nearest.size + 1)
+    except (ValueError, zlib.error) as error:
+        raise DataError(f"the calibration's weights are damaged: {error}", "calibrate again, with data") from None
+    if len(data) != nearest.size:
+        raise DataError(f"the calibration has {len(data)} weights for {nearest.size}", "calibrate again, with data")
+    return (np.frombuffer(data, np.int8).reshape(nearest.shape) + nearest).astype(np.int8)
 
 
 def _positive(scale: float) -> None:

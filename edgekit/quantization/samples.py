@@ -53,13 +53,13 @@ class Samples:
             return self
         return self.take([i * len(self) // count for i in range(count)])
 
-    def batches(self) -> Iterator[Feeds]:
-        """Neighbours of equal shape together, as far as the graph takes batches and memory stays flat."""
+    def batches(self, most: int = MAX_BATCH) -> Iterator[Feeds]:
+        """Neighbours of equal shape together, at most ``most``, as far as the graph takes batches and memory stays flat."""
         held: list[Feeds] = []
         for i in range(len(self)):
             feeds = self.read(i)
             size = sum(array.nbytes for array in feeds.values())
-            full = not self.batchable or len(held) >= min(MAX_BATCH, max(1, BATCH_BYTES // max(size, 1)))
+            full = not self.batchable or len(held) >= min(most, max(1, BATCH_BYTES // max(size, 1)))
             if held and (full or any(held[0][name].shape[1:] != feeds[name].shape[1:] for name in feeds)):
                 yield _stack(held)
                 held = []

@@ -18,11 +18,16 @@ __all__ = ["Sensitivity", "Study", "most_harmful_first"]
 
 
 class Sensitivity(NamedTuple):
-    """``alone_db``: output SNR where only this layer is int8. ``gain_db``: what it gains where only this one is float."""
+    """``alone_db``: output SNR where only this layer is int8, None where it was not measured.
+
+    ``gain_db``: what the output gains where only this one is float; ``power``: the noise power that it takes away, over the
+    signal's.
+    """
 
     layer: str
-    alone_db: float
+    alone_db: float | None
     gain_db: float
+    power: float
 
 
 class Study(NamedTuple):
@@ -36,14 +41,15 @@ class Study(NamedTuple):
         """Output SNR in dB with these layers quantized."""
         return signal_to_noise(insert(self.prepared, self.placement, parameters, layers, **parts), self.batches)
 
-    def sensitivities(self, parameters: Parameters) -> list[Sensitivity]:
-        """One row a layer, in the graph's order."""
-        names = [layer.name for layer in self.placement.layers]
+    def sensitivities(self, parameters: Parameters, *, alone: bool = True) -> list[Sensitivity]:
+        """One row for each layer and product, in the graph's order; ``alone`` also measures each one as the only int8 layer."""
+        names = self.placement.names
         every = self.snr_db(parameters, names)
         rows = []
         for name in track(names, "measuring layers"):
             without = self.snr_db(parameters, [other for other in names if other != name])
-            rows.append(Sensitivity(name, self.snr_db(parameters, [name]), without - every))
+            single = self.snr_db(parameters, [name]) if alone else None
+            rows.append(Sensitivity(name, single, without - every, _noise(every) - _noise(without)))
         return rows
 
     def why(self, layer: Layer, parameters: Parameters, statistics: Mapping[str, Statistics]) -> str:
@@ -58,10 +64,10 @@ class Study(NamedTuple):
         return f"its input costs most ({inputs:.1f} dB alone, its weights {weights:.1f} dB): {spread}{sided}"
 
 
+def _noise(snr_db: float) -> float:
+    return float(10.0 ** (-snr_db / 10))
+
+
 def most_harmful_first(rows: list[Sensitivity], macs: Mapping[str, int]) -> list[str]:
-    """Layer names by the noise power that each adds alone for every multiply-accumulate it saves."""
-
-    def harm(row: Sensitivity) -> float:
-        return float(10.0 ** (-row.alone_db / 10)) / max(macs[row.layer], 1)
-
-    return [row.layer for row in sorted(rows, key=harm, reverse=True)]
+    """Layer names by the noise power that leaving each float takes away, for every multiply-accumulate that it costs."""
+    return [row.layer for row in sorted(rows, key=lambda row: row.power / max(macs[row.layer], 1), reverse=True)]

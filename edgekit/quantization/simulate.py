@@ -5,7 +5,7 @@ One thread, so that the same inputs give the same sums. Memory stays flat: batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from edgekit.errors import GraphError
 from .prepare import prune
 from .statistics import Statistics
 
-__all__ = ["Array", "Feeds", "Noise", "Simulator", "exposed", "observe", "signal_to_noise"]
+__all__ = ["Array", "Feeds", "Noise", "Simulator", "exposed", "measured_shapes", "observe", "signal_to_noise"]
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -40,6 +40,7 @@ class Simulator:
             raise GraphError(
                 f"ONNX Runtime refuses the graph: {_first(error)}", "import it again: edgekit import MODEL.onnx"
             ) from None
+        self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
@@ -69,21 +70,48 @@ def exposed(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     return copy
 
 
-def observe(model: onnx.ModelProto, tensors: Iterable[str], batches: Iterable[Feeds]) -> dict[str, Statistics]:
-    """Statistics of the named tensors over all batches. Raises `GraphError` where one becomes NaN or Inf."""
+def measured_shapes(model: onnx.ModelProto, tensors: Iterable[str], feeds: Feeds) -> dict[str, tuple[int, ...]]:
+    """Shapes of the named tensors for one set of inputs; the tensors themselves are not kept."""
+    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
     names = list(dict.fromkeys(tensors))
-    run = Simulator(exposed(model, names))
-    found = {name: Statistics() for name in names}
-    for feeds in batches:
-        for statistics, (name, array) in zip(found.values(), run(feeds).items(), strict=True):
-            try:
-                statistics.update(array)
-            except FloatingPointError:
-                raise GraphError(
-                    f"the float model gives NaN or Inf in the tensor {name.removesuffix('/seen')!r}",
-                    "check the calibration samples and the model: edgekit compare B --backends onnxruntime",
-                ) from None
+    copy.graph.node.extend(helper.make_node("Shape", [name], [f"{name}/shape"]) for name in names)
+    prune(copy, [f"{name}/shape" for name in names])
+    run = Simulator(copy)
+    found = run({name: array for name, array in feeds.items() if name in run.inputs})
+    return {name: tuple(int(n) for n in shape) for name, shape in zip(names, found.values(), strict=True)}
+
+
+def observe(
+    model: onnx.ModelProto, tensors: Mapping[str, int], batches: Callable[[], Iterable[Feeds]], most: int
+) -> dict[str, Statistics]:
+    """Statistics of tensors over all batches, in as many passes as keep what is shown under ``most`` bytes.
+
+    ``tensors``: names, and bytes a sample. Raises `GraphError` where one becomes NaN or Inf.
+    """
+    found = {name: Statistics() for name in tensors}
+    for names in _parts(tensors, most):
+        run = Simulator(exposed(model, names))
+        for feeds in batches():
+            for name, (shown, array) in zip(names, run({k: v for k, v in feeds.items() if k in run.inputs}).items(), strict=True):
+                try:
+                    found[name].update(array)
+                except FloatingPointError:
+                    raise GraphError(
+                        f"the float model gives NaN or Inf in the tensor {shown.removesuffix('/seen')!r}",
+                        "check the calibration samples and the model: edgekit compare B --backends onnxruntime",
+                    ) from None
     return found
+
+
+def _parts(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    held: list[str] = []
+    for name in sizes:
+        if held and sum(sizes[other] for other in held) + sizes[name] > most:
+            yield held
+            held = []
+        held.append(name)
+    if held:
+        yield held
 
 
 class Noise:

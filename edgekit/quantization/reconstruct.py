@@ -1,0 +1,294 @@
+"""Layer by layer through the graph: choose how each input becomes int8, then fit and round the weights to what arrives.
+
+What arrives is what the quantized layers before have made of it, so each layer also mends their errors, as far as it can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from edgekit.progress import track
+
+from .graph import Parameters, Quantizer, insert, scaled_weight
+from .placement import Layer, Placement
+from .prepare import constants
+from .ranges import Drawn, Reader, propose
+from .rounding import Moments, Rounded, clip_scales, fit_and_round
+from .simulate import Feeds
+from .statistics import LEVELS
+from .streams import Stream
+from .unfold import Unfolding, unfolding
+
+__all__ = ["reconstruct"]
+
+Array = NDArray[Any]
+ROWS = (2048, 32768)  # rows of a layer that are looked at: fewest and most
+DRAWN = 2048  # rows behind the choice of a range
+WORK = 10**12  # multiply-accumulates that the second moments of all layers may cost
+WIDEST = 1152  # inputs whose second moments are kept whole: 10 MB; wider ones in blocks
+HELD_OUT = 4  # every fourth batch judges the ridge and the quantizer
+JUDGES = 1024  # rows of those that are kept to judge
+TRIAL = 4  # a trial sees a fourth of the rows
+WORTH = 0.8  # an operator in front of Q must take a fifth of a layer's error away
+
+
+class _Unit(NamedTuple):
+    """Layers that share their weights, in the graph's order, with their geometry; ``start`` and ``end`` node indices."""
+
+    layers: tuple[Layer, ...]
+    unfolding: Unfolding
+    start: int
+    end: int
+
+
+def reconstruct(
+    prepared: onnx.ModelProto,
+    placement: Placement,
+    parameters: Parameters,
+    chosen: Collection[str],
+    batches: Callable[[], Iterator[Feeds]],
+    *,
+    extra: bool = True,
+) -> Parameters:
+    """Better numbers for the chosen layers than ``parameters``, by the samples in ``batches``.
+
+    ``extra`` allows Sub, Mul and Pad in front of QuantizeLinear where they take a fifth of a layer's input error away.
+    Layers with no simple geometry (`unfolding`) keep what they have.
+    """
+    work = _Reconstruction(prepared, placement, parameters, set(chosen), extra)
+    units = work.units()
+    if not units:
+        return parameters
+    with Stream(prepared, batches()) as exact, Stream(prepared, batches()) as rounded:
+        for unit in track(units, "fitting layers"):
+            exact.advance(unit.start, lambda model: model)
+            rounded.advance(unit.start, work.rewrite)
+            work.fit(unit, exact, rounded)
+    return work.parameters
+
+
+class _Reconstruction:
+    def __init__(
+        self, prepared: onnx.ModelProto, placement: Placement, parameters: Parameters, chosen: set[str], extra: bool
+    ) -> None:
+        self.prepared, self.placement, self.parameters, self.extra = prepared, placement, parameters, extra
+        self.chosen = chosen
+        self.position = {node.name: i for i, node in enumerate(prepared.graph.node)}
+        known = constants(prepared.graph)
+        self.known = known
+        self.fitted = {name for name in chosen if name not in {layer.name for layer in placement.layers}}
+        self.shapes: dict[str, Unfolding] = {}
+        for layer in placement.layers:
+            node = prepared.graph.node[self.position[layer.name]]
+            found = unfolding(layer, node, tuple(known[layer.weight].dims))
+            foreign_bias = not layer.biased and layer.bias is not None
+            if found is not None and not foreign_bias:
+                self.shapes[layer.name] = found
+        self.plain = {  # sites with a reader that is only rounded
+            placement.sites[layer.data] for layer in placement.layers if layer.name not in self.shapes
+        }
+        self.decided: set[str] = set()
+
+    def units(self) -> list[_Unit]:
+        shared: dict[str, list[Layer]] = {}
+        for layer in self.placement.layers:
+            if layer.name in self.chosen and layer.name in self.shapes:
+                shared.setdefault(layer.weight, []).append(layer)
+            elif layer.name in self.chosen:
+                self.fitted.add(layer.name)  # rounded only, and so ready from the start
+        found = []
+        for layers in shared.values():
+            at = [self.position[layer.name] for layer in layers]
+            found.append(_Unit(tuple(layers), self.shapes[layers[0].name], min(at), max(at) + 1))
+        return sorted(found, key=lambda unit: unit.start)
+
+    def rewrite(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A stretch of the graph with all that is decided quantized."""
+        return insert(model, self.placement, self.parameters, self.fitted)
+
+    def fit(self, unit: _Unit, exact: Stream, rounded: Stream) -> None:
+        site = self.placement.sites[unit.layers[0].data]
+        if site not in self.decided:
+            self._decide(site, unit, exact, rounded)
+        quantizer = self.parameters.quantizer(self.placement, unit.layers[0].data)
+        found, gathered = self._solve(unit, quantizer, exact, rounded, 1)
+        self._store(unit, found, gathered, self._biased(unit, quantizer))
+
+    def _biased(self, unit: _Unit, quantizer: Quantizer) -> bool:
+        return all(layer.biased or quantizer.shift is not None for layer in unit.layers)
+
+    def _solve(
+        self, unit: _Unit, quantizer: Quantizer, exact: Stream, rounded: Stream, thinned: int
+    ) -> tuple[Rounded, _Gathered]:
+        biased = self._biased(unit, quantizer)
+        weight = numpy_helper.to_array(self.known[unit.layers[0].weight])
+        matrix = unit.unfolding.matrix(scaled_weight(weight, unit.layers[0], quantizer.factor))
+        tie = None
+        if unit.layers[0].op == "ConvTranspose":
+            tie = unit.unfolding.output_scales(np.arange(weight.shape[1]))[0]
+        blocks = -(-unit.unfolding.inputs // WIDEST)
+        gathered = self._gather(unit, quantizer, matrix, exact, rounded, blocks, thinned)
+        if blocks > 1:
+            return _in_blocks(matrix, gathered, blocks), gathered
+        return fit_and_round(matrix, gathered.fit, gathered.held_out, tie, biased=biased), gathered
+
+    def _decide(self, site: str, unit: _Unit, exact: Stream, rounded: Stream) -> None:
+        """The quantizer of a site, from all its chosen layers; the first of them is measured with each that is proposed."""
+        self.decided.add(site)
+        if site in self.plain:
+            return
+        layers = [l for l in self.placement.layers if self.placement.sites[l.data] == site and l.name in self.chosen]
+        proposals = self._proposals(layers, rounded)
+        best, chosen = np.inf, proposals[0]
+        if len(proposals) > 1:
+            for quantizer in proposals:
+                found, gathered = self._solve(unit, quantizer, exact, rounded, TRIAL)
+                error = gathered.error(found, self._biased(unit, quantizer))
+                if error < (best if quantizer.plain or not chosen.plain else WORTH * best):
+                    best, chosen = error, quantizer
+        self.parameters = dataclasses.replace(self.parameters, quantizers={**self.parameters.quantizers, site: chosen})
+
+    def _proposals(self, layers: list[Layer], rounded: Stream) -> list[Quantizer]:
+        tensors = list(dict.fromkeys(layer.data for layer in layers))
+        end = max((self._made(tensor) for tensor in tensors), default=0)
+        shape = self.shapes[layers[0].name]
+        rows: tuple[list[Array], list[Array]] = ([], [])
+        low, high = np.full((2, shape.channels), np.inf), np.full((2, shape.channels), -np.inf)
+        each = max(DRAWN // max(rounded.count * len(tensors), 1), 16)
+        for i, feeds in enumerate(rounded.look(max(end, rounded.position), tensors, self.rewrite)):
+            half = i % 2
+            for tensor in tensors:
+                found = shape.channel_rows(feeds[tensor])
+                low[half], high[half] = np.minimum(low[half], found.min(0)), np.maximum(high[half], found.max(0))
+                at = np.random.default_rng([i, len(found)]).choice(len(found), min(each, len(found)), replace=False)
+                rows[half].append(found[np.sort(at)].astype(np.float32))
+        readers = {}
+        for layer in layers:
+            value = numpy_helper.to_array(self.known[layer.weight])
+            readers[layer.weight] = Reader(self.shapes[layer.name], self.shapes[layer.name].matrix(value))
+        if any(any(reader.unfolding.pads) for reader in readers.values()):
+            low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)  # padded zeros must be representable
+        halves = [Drawn(np.concatenate(part), low[i], high[i]) for i, part in enumerate(rows) if part]
+        return propose(halves, list(readers.values()), extra=self.extra)
+
+    def _made(self, tensor: str) -> int:
+        """Index behind the node that makes a tensor; 0 for a graph input."""
+        return next((i + 1 for i, node in enumerate(self.prepared.graph.node) if tensor in node.output), 0)
+
+    def _gather(
+        self, unit: _Unit, quantizer: Quantizer, matrix: Array, exact: Stream, rounded: Stream, blocks: int, thinned: int
+    ) -> _Gathered:
+        groups, inputs, outputs = matrix.shape
+        size = -(-inputs // blocks)
+        gathered = _Gathered(groups * blocks, size, 1 if blocks > 1 else outputs)
+        cost = groups * inputs * (size + outputs)
+        limit = int(np.clip(WORK // max(len(self.chosen), 1) // max(cost, 1), *ROWS))
+        limit = max(limit // max(exact.count * len(unit.layers) * thinned, 1), 8)
+        expanded = _expanded(quantizer, unit.unfolding)
+        last = max(self._made(layer.data) for layer in unit.layers)
+        seen = rounded.look(max(last, rounded.position), [layer.data for layer in unit.layers], self.rewrite)
+        wanted = exact.look(unit.end, [layer.output for layer in unit.layers], lambda model: model)
+        for i, (have, want) in enumerate(zip(seen, wanted, strict=True)):
+            for layer in unit.layers:
+                shape = self.shapes[layer.name]
+                x, y = shape.rows(have[layer.data], want[layer.output], limit, i)
+                x = _moved(x, expanded)
+                gathered.means(layer.name, x, y, i % HELD_OUT == HELD_OUT - 1 or exact.count < HELD_OUT)
+                if blocks > 1:
+                    padded = np.pad(x, ((0, 0), (0, 0), (0, size * blocks - inputs)))
+                    x = padded.reshape(groups, -1, blocks, size).transpose(0, 2, 1, 3).reshape(groups * blocks, -1, size)
+                    y = np.zeros((groups * blocks, x.shape[1], 1), np.float32)
+                gathered.add(x, y, i % HELD_OUT == HELD_OUT - 1)
+        return gathered
+
+    def _store(self, unit: _Unit, found: Rounded, gathered: _Gathered, biased: bool) -> None:
+        parameters = self.parameters
+        integers, weights, biases = dict(parameters.integers), dict(parameters.weights), dict(parameters.biases)
+        scales = unit.unfolding.channel_scales(found.scales).astype(np.float32)
+        matrix = found.integers * found.scales[:, None, :]
+        for layer in unit.layers:
+            integers[layer.name] = unit.unfolding.weight(found.integers)
+            weights[layer.name] = scales
+            if not biased:
+                continue
+            x, y, count = gathered.sums[layer.name]
+            bias = unit.unfolding.bias(y / count - np.einsum("gk,gko->go", x / count, matrix))
+            if layer.bias and layer.biased != layer.name:  # the Add behind a MatMul: the output did not hold it yet
+                bias = bias + numpy_helper.to_array(self.known[layer.bias]).astype(np.float64).ravel()
+            biases[layer.name] = bias.astype(np.float32)
+        self.parameters = dataclasses.replace(parameters, integers=integers, weights=weights, biases=biases)
+        self.fitted |= {layer.name for layer in unit.layers}
+
+
+class _Gathered:
+    """Moments of a unit, and the means of each of its layers."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+        self.shape = (groups, inputs, outputs)
+        self.fit, self.held_out = Moments(*self.shape), Moments(*self.shape)
+        self.sums: dict[str, tuple[Array, Array, int]] = {}
+        self.judges: list[tuple[Array, Array]] = []  # whole rows of held-out batches
+        self.kept = 0
+
+    def error(self, found: Rounded, biased: bool) -> float:
+        """Mean squared error of the outputs on held-out rows, over the float outputs' power."""
+        matrix = (found.integers * found.scales[:, None, :]).astype(np.float32)
+        off = np.concatenate([y - x @ matrix for x, y in self.judges], axis=1)
+        if biased:
+            off = off - off.mean(1, keepdims=True)
+        return float(np.square(off, dtype=np.float64).mean())
+
+    def add(self, x: Array, y: Array, held_out: bool) -> None:
+        if not self.fit.count:
+            origin = (x.mean(1, dtype=np.float64).astype(np.float32), y.mean(1, dtype=np.float64).astype(np.float32))
+            self.fit, self.held_out = Moments(*self.shape, origin), Moments(*self.shape, origin)
+        (self.held_out if held_out else self.fit).add(x, y)
+
+    def means(self, layer: str, x: Array, y: Array, judge: bool) -> None:
+        if judge and self.kept < JUDGES:
+            self.judges.append((x, y))
+            self.kept += x.shape[1]
+        before = self.sums.get(layer, (0.0, 0.0, 0))
+        self.sums[layer] = (
+            before[0] + x.sum(1, dtype=np.float64), before[1] + y.sum(1, dtype=np.float64), before[2] + x.shape[1],
+        )  # fmt: skip
+
+
+def _expanded(quantizer: Quantizer, shape: Unfolding) -> tuple[np.float32, Array | None, Array | None]:
+    """Scale, shift and factor for each input of the unfolded layer: (groups, 1, inputs)."""
+    parts = [None if v is None else shape.per_input(v.astype(np.float32))[:, None] for v in (quantizer.shift, quantizer.factor)]
+    return np.float32(quantizer.scale), parts[0], parts[1]
+
+
+def _moved(x: Array, expanded: tuple[np.float32, Array | None, Array | None]) -> Array:
+    """Unfolded inputs (groups, rows, inputs) as the product sees them: shifted, scaled, rounded, back to float32."""
+    scale, shift, factor = expanded
+    x = x.astype(np.float32)
+    if shift is not None:
+        x = x - shift
+    if factor is not None:
+        x = x * factor
+    moved: Array = np.clip(np.rint(x / scale), -LEVELS - 1, LEVELS) * scale
+    return moved
+
+
+def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int) -> Rounded:
+    """Very wide layers: second moments between blocks of inputs are taken as none, and the weights are rounded, not fitted."""
+    groups, inputs, outputs = matrix.shape
+    moments = gathered.fit.merged(gathered.held_out)
+    size = moments.x.shape[1]
+    wide = np.pad(matrix, ((0, 0), (0, size * blocks - inputs), (0, 0)))
+    power = moments.centred(True)[0]
+    diagonal = np.einsum("gkk->gk", power).reshape(groups, -1)
+    scales = clip_scales(wide, diagonal)
+    split = wide.reshape(groups * blocks, size, outputs)
+    found = fit_and_round(split, moments, Moments(groups * blocks, size, 1, moments.origin), scales=np.repeat(scales, blocks, axis=0))
+    integers = found.integers.reshape(groups, -1, outputs)[:, :inputs]
+    return Rounded(integers, scales, found.error)

@@ -1,0 +1,138 @@
+"""A graph run stretch by stretch over many samples: what later stretches need waits on disk, so memory stays flat.
+
+Two streams of one graph, float and quantized, show every layer both of its inputs; each node runs once a sample, where
+running the graph anew for each layer would cost the square of its depth.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from .prepare import consumers
+from .simulate import Feeds, Simulator
+
+__all__ = ["Spool", "Stream"]
+
+Array = NDArray[Any]
+KEPT_BYTES = 32 << 20  # held in memory; the rest on disk
+Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
+
+
+class Spool:
+    """Lists of arrays by name, in memory while they are small."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._held, self._files, self._bytes = folder, dict[int, Feeds](), dict[int, Path](), 0
+
+    def put(self, index: int, arrays: Feeds) -> None:
+        size = sum(array.nbytes for array in arrays.values())
+        self._drop(index)
+        if self._bytes + size <= KEPT_BYTES:
+            self._held[index] = arrays
+            self._bytes += size
+            return
+        file = self._folder / f"{index}.npz"
+        # npz has no room for names with slashes: they go in as one array
+        np.savez(file, names=np.array(list(arrays)), **{f"_{i}": array for i, array in enumerate(arrays.values())})
+        self._files[index] = file
+
+    def get(self, index: int) -> Feeds:
+        if index in self._held:
+            return self._held[index]
+        with np.load(self._files[index], allow_pickle=False) as file:
+            return {str(name): file[f"_{i}"] for i, name in enumerate(file["names"])}
+
+    def _drop(self, index: int) -> None:
+        if index in self._held:
+            self._bytes -= sum(array.nbytes for array in self._held.pop(index).values())
+
+
+class Stream:
+    """One graph on its way over a list of batches. Use as a context manager: the spool is removed at the end."""
+
+    def __init__(self, model: onnx.ModelProto, batches: Iterable[Feeds]) -> None:
+        self.model, self.position = model, 0
+        self._folder = tempfile.TemporaryDirectory(prefix="edgekit-calibration-")
+        self._spool = Spool(Path(self._folder.name))
+        self.count = 0
+        wanted = set(consumers(model.graph))
+        for feeds in batches:
+            self._spool.put(self.count, {name: array for name, array in feeds.items() if name in wanted})
+            self.count += 1
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def advance(self, end: int, rewrite: Rewrite) -> None:
+        """Run all nodes before index ``end``; ``rewrite`` turns the stretch into what is really run (its Q/DQ form)."""
+        if end <= self.position:
+            return
+        for i, _, found in self._run(end, self._live(end), rewrite):
+            self._spool.put(i, found)
+        self.position = end
+
+    def look(self, end: int, tensors: Sequence[str], rewrite: Rewrite) -> Iterator[Feeds]:
+        """The named tensors of each batch, as the nodes before ``end`` make them, without moving on."""
+        for _, held, found in self._run(end, tensors, rewrite):
+            yield {name: found.get(name, held.get(name)) for name in tensors}  # type: ignore[misc]
+
+    def _live(self, end: int) -> list[str]:
+        """Tensors made before ``end`` that a node from there on reads."""
+        nodes = self.model.graph.node
+        made = {name for node in nodes[:end] for name in node.output} | {value.name for value in self.model.graph.input}
+        return [name for name in _reads(nodes[end:]) if name in made]
+
+    def _run(self, end: int, tensors: Sequence[str], rewrite: Rewrite) -> Iterator[tuple[int, Feeds, Feeds]]:
+        stretch = list(self.model.graph.node[self.position : end])
+        made = {name for node in stretch for name in node.output}
+        outputs = [name for name in tensors if name in made]
+        run: Simulator | None = None
+        for i in range(self.count):
+            held = self._spool.get(i)
+            if run is None and outputs:
+                run = Simulator(rewrite(self._cut(stretch, held, outputs)))
+            found = dict(run({name: held[name] for name in run.inputs})) if run else {}
+            for name in tensors:
+                if name not in made and name in held:
+                    found[name] = held[name]
+            yield i, held, found
+
+    def _cut(self, stretch: list[onnx.NodeProto], held: Feeds, outputs: list[str]) -> onnx.ModelProto:
+        """A model of some nodes, with what they read from before as its inputs."""
+        graph = self.model.graph
+        reads = set(_reads(stretch))
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
+            for name, array in held.items()
+            if name in reads
+        ]
+        part = helper.make_graph(
+            stretch,
+            "stretch",
+            inputs,
+            [helper.make_empty_tensor_value_info(name) for name in outputs],
+            [tensor for tensor in graph.initializer if tensor.name in reads],
+        )
+        return helper.make_model(part, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+
+
+def _reads(nodes: Iterable[onnx.NodeProto]) -> list[str]:
+    """Names that the nodes read, those inside their subgraphs too."""
+    found: dict[str, None] = {}
+    for node in nodes:
+        found.update(dict.fromkeys(name for name in node.input if name))
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                found.update(dict.fromkeys(consumers(inner)))
+    return list(found)
