@@ -70,15 +70,6 @@ def _softmax(rewriter: Rewriter, node: onnx.NodeProto) -> None:
     rewriter.quantized(node.output[0], value, node.input[3], part(node, 4))
 
 
-def _reduce_mean(rewriter: Rewriter, node: onnx.NodeProto) -> None:
-    x = rewriter.operand(node, 0)
-    attributes, inputs = _attributes(node), [x]
-    if rewriter.opset >= 18:  # the axes became an input
-        inputs.append(rewriter.keep(np.array(attributes.pop("axes"), np.int64), f"{node.output[0]}/axes"))
-    value = rewriter.emit("ReduceMean", inputs, attributes=attributes, base=node.output[0])
-    rewriter.quantized(node.output[0], value, node.input[3], part(node, 4))
-
-
 def _concat(rewriter: Rewriter, node: onnx.NodeProto) -> None:
     parts = [rewriter.operand(node, i) for i in range(2, len(node.input), 3)]
     value = rewriter.emit("Concat", parts, attributes=_attributes(node), base=node.output[0])
@@ -207,7 +198,6 @@ HANDLERS: dict[str, Handler] = {
     "QLinearGlobalAveragePool": _unary("GlobalAveragePool"),
     "QLinearLeakyRelu": _unary("LeakyRelu"),
     "QLinearMul": _binary("Mul"),
-    "QLinearReduceMean": _reduce_mean,
     "QLinearSigmoid": _unary("Sigmoid"),
     "QLinearSoftmax": _softmax,
     "QLinearWhere": _where,

@@ -288,4 +288,6 @@ _STANDARD: dict[str, Callable[[Rewriter, onnx.NodeProto], None]] = {
     "QuantizeLinear": _quantize,
 }
 #: Operators of quantized graphs, with those that stay: attention and embeddings that ONNX Runtime fused, integer Mul.
-QUANTIZED = frozenset({*_STANDARD, *MICROSOFT, "QAttention", "QEmbedLayerNormalization", "MulInteger"} - {"Cast"})
+QUANTIZED = frozenset(
+    {*_STANDARD, *MICROSOFT, "QAttention", "QEmbedLayerNormalization", "QLinearReduceMean", "MulInteger"} - {"Cast"}
+)

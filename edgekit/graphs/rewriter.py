@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class Rewriter:
     def __init__(self, model: onnx.ModelProto, rounding: bool) -> None:
         graph = model.graph
         self.rounding = rounding
+        self._model, self._inferred = model, False
         self.opset = opset(model)
         self.nodes: list[onnx.NodeProto] = []
         self.encoded: dict[str, Encoded] = {}
@@ -236,8 +238,14 @@ class Rewriter:
         return self._once[key]
 
     def rank(self, name: str) -> int:
-        """Axes of a tensor. Raises `GraphError` where the file does not say."""
+        """Axes of a tensor. Raises `GraphError` where neither the file nor inference says."""
         found = self.types.get(name)
+        if (found is None or not found.HasField("shape")) and not self._inferred:
+            self._inferred = True
+            with contextlib.suppress(Exception):  # inference fails on graphs that run
+                graph = onnx.shape_inference.infer_shapes(self._model).graph
+                self.types |= {v.name: v.type.tensor_type for v in graph.value_info}
+            found = self.types.get(name)
         if found is None or not found.HasField("shape"):
             raise GraphError(
                 f"{name!r} has a scale per channel and a shape that the file does not state",
