@@ -423,7 +423,8 @@ def test_subgraphs_read_what_they_read_before() -> None:
         (between(node("QLinearGlobalAveragePool", "xq s z s z", "yq", domain=MS, channels_last=1)), "channels are last"),
         (between(node("QLinearConv", "xq s z w s z s z", "yq", domain=MS, channels_last=1),
                  weights={"w": constant_int8(4, 4, 1, 1, kind=np.uint8)}), "channels are last"),
-        (graph([node("DequantizeLinear", "x cs", "y")], {"cs": np.ones(8, F32)}, None, x_type=TensorProto.INT8), "scale per channel"),
+        (graph([node("DequantizeLinear", "x cs", "y")], {"cs": np.ones(8, F32)}, None, x_type=TensorProto.INT8),
+         "scale per channel"),
     ],
 )  # fmt: skip
 def test_damaged_graphs_are_refused_and_untouched(made: onnx.ModelProto, why: str) -> None:
