@@ -181,7 +181,7 @@ class Rewriter:
         if key not in self._once:
             steps = self.emit("Cast", [name], attributes={"to": self._float_type(scale)}, base=name)
             if zero:
-                steps = self.arithmetic("Sub", steps, self._spread(self.float_zero(zero, scale), name, axis), name)
+                steps = self.arithmetic("Sub", steps, self.float_zero(self._spread(zero, name, axis), scale), name)
             self._once[key] = self.arithmetic("Mul", steps, self._spread(scale, name, axis), name)
         return self._once[key]
 
@@ -214,11 +214,14 @@ class Rewriter:
             return
         self._computed.add(name)
         steps = self.arithmetic("Div", found.value, self._spread(found.scale, name, found.axis), name)
-        steps = self.emit("Round", [steps], base=name)
+        if self.opset >= 11:
+            steps = self.emit("Round", [steps], base=name)
+        else:
+            half = self.keep(np.array(0.5, self._numpy_type(found.scale)), f"{name}/half")
+            steps = self.emit("Floor", [self.arithmetic("Add", steps, half, name)], base=name)
         if found.zero:
-            steps = self.arithmetic(
-                "Add", steps, self._spread(self.float_zero(found.zero, found.scale), name, found.axis), name
-            )
+            zero = self.float_zero(self._spread(found.zero, name, found.axis), found.scale)
+            steps = self.arithmetic("Add", steps, zero, name)
         limits = limits_of(found.dtype)
         if limits:
             steps = self._clip(steps, *limits, self._numpy_type(found.scale))
@@ -305,7 +308,7 @@ class Rewriter:
 
     def _clip(self, value: str, low: float, high: float, dtype: Any) -> str:
         if self.opset < 11:  # limits were attributes
-            limits = {"min": low, "max": high}
+            limits = {"min": float(low), "max": float(high)}
             return self.emit("Clip", [value], attributes={k: v for k, v in limits.items() if np.isfinite(v)})
         ends = [self.keep(np.array(end, dtype), f"{value}/limit") if np.isfinite(end) else "" for end in (low, high)]
         return self.emit("Clip", [value, *ends])
@@ -325,7 +328,15 @@ class Rewriter:
     def _spread(self, vector: str, like: str, axis: int) -> str:
         """A scale or zero point that broadcasts along an axis of ``like``; a negative axis counts from the end."""
         value = self.constant(vector)
-        if self.is_single(vector) or (value is not None and value.ndim != 1) or axis == -1:
+        if self.is_single(vector):
+            return vector
+        rank = value.ndim if value is not None else self.rank(vector)
+        if rank != 1:
+            raise GraphError(
+                f"the activation {like!r} is quantized in blocks (scale {vector!r})",
+                "import the float model that it was made from",
+            )
+        if axis == -1:
             return vector
         after = -axis - 1 if axis < 0 else self.rank(like) - axis - 1
         if value is not None:
