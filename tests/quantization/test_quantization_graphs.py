@@ -271,17 +271,6 @@ def test_quantized_graphs_come_back_to_float() -> None:
     back = prepare(made.int8.SerializeToString())
     assert [node.op_type for node in back.graph.node] == ["Gemm"]
     assert signal_to_noise(back, with_reference(made.prepared, made.batches)) > 28
-    with pytest.raises(GraphError, match="other files"):
-        prepare(_with_external_weights(back))
-
-
-def _with_external_weights(model: onnx.ModelProto) -> bytes:
-    weight = model.graph.initializer[0]
-    weight.ClearField("raw_data")
-    weight.data_location = TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value="w.bin")
-    data: bytes = model.SerializeToString()
-    return data
 
 
 def test_junk_is_refused() -> None:
