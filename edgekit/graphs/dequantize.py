@@ -58,14 +58,17 @@ def _is_symmetric(node: onnx.NodeProto, known: dict[str, TensorProto]) -> bool:
     if node.op_type not in _PAIR:
         return False
     zero = part(node, 2)
-    stored = known.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+    stored = known.get(part(node, 0)) if node.op_type == "DequantizeLinear" else None
     allowed = (TensorProto.INT8, TensorProto.INT4, TensorProto.INT32) if stored is not None else (TensorProto.INT8,)
     if not zero:
         stated = stored.data_type if stored is not None else attribute(node, "output_dtype", 0)
         return stated in allowed or (stored is None and node.op_type == "DequantizeLinear")
     if zero not in known or known[zero].data_type not in allowed:
         return False
-    return not numpy_helper.to_array(known[zero]).astype(np.int32).any()
+    try:
+        return not numpy_helper.to_array(known[zero]).astype(np.int32).any()
+    except ValueError:  # its bytes do not fill its shape
+        return False
 
 
 def float_biases(model: onnx.ModelProto) -> int:
@@ -99,23 +102,24 @@ def to_float(model: onnx.ModelProto, rounding: bool = False) -> tuple[bool, list
 
     Raises `GraphError`, the model untouched, where a node cannot be brought back.
     """
-    if not quantized_nodes(model) and not _narrow_weights(model):
-        return False, []
-    rewriter = Rewriter(model, rounding)
-    for original in model.graph.node:
-        node = onnx.NodeProto.FromString(original.SerializeToString())
-        for i, name in enumerate(node.input):
-            node.input[i] = rewriter.resolved(name)
-        try:
+    where = "the quantized graph"
+    try:
+        if not quantized_nodes(model) and not _narrow_weights(model):
+            return False, []
+        rewriter = Rewriter(model, rounding)
+        for original in model.graph.node:
+            where = f"node {original.name or ''.join(original.output[:1])!r} ({original.op_type})"
+            node = onnx.NodeProto.FromString(original.SerializeToString())
+            for i, name in enumerate(node.input):
+                node.input[i] = rewriter.resolved(name)
             rewrite_node(rewriter, node)
-        except (IndexError, KeyError, ValueError, TypeError) as error:  # inputs that the operator's schema requires are missing
-            raise GraphError(
-                f"node {original.name or original.output[:1]} ({original.op_type}) is damaged: {error}",
-                "export the model again",
-            ) from None
-    for value in model.graph.output:
-        rewriter.integers(value.name)
-    _replace(model, rewriter)
+        for value in model.graph.output:
+            rewriter.integers(value.name)
+        _replace(model, rewriter)
+    # Inputs that the schema requires are missing, a tensor's bytes do not fill its shape, a name is no UTF-8.
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GraphError(f"{where} is damaged: {reason}"[:300], "export the model again") from None
     left = Counter(node.op_type for node in quantized_nodes(model))
     return True, _notes(rewriter, left)
 
@@ -126,7 +130,7 @@ def _narrow_weights(model: onnx.ModelProto) -> bool:
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
             types[node.output[0]] = node.attribute[0].t.data_type
-        elif node.op_type == "Cast" and is_narrow(types.get(node.input[0], TensorProto.FLOAT)):
+        elif node.op_type == "Cast" and node.input and is_narrow(types.get(node.input[0], TensorProto.FLOAT)):
             return True
     return False
 
@@ -162,8 +166,8 @@ def _named_outputs(rewriter: Rewriter) -> list[onnx.NodeProto]:
     kept = []
     renamed: dict[str, str] = {}
     for node in rewriter.nodes:
-        source = node.input[0] if node.op_type == "Identity" else ""
-        if node.output[0] in rewriter.outputs and source in makers and source not in rewriter.pinned | set(renamed):
+        source = node.input[0] if node.op_type == "Identity" and node.input and node.output else ""
+        if source and node.output[0] in rewriter.outputs and source in makers and source not in rewriter.pinned | set(renamed):
             renamed[source] = node.output[0]
         else:
             kept.append(node)

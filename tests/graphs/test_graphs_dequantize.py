@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -478,3 +479,26 @@ def test_removing_pairs_gives_the_float_graph(plan: list[tuple[str, int, Any, in
     assert not quantized_nodes(made)
     assert [n.op_type for n in made.graph.node] == [n.op_type for n in expected.graph.node]
     np.testing.assert_array_equal(answers(made.SerializeToString(), feeds), answers(expected.SerializeToString(), feeds))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(list(BY_HAND)), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_damaged_file_comes_back_or_is_refused_untouched(name: str, flips: list[tuple[int, int]]) -> None:
+    data = bytearray(BY_HAND[name].SerializeToString())
+    for position, value in flips:
+        data[position % len(data)] = value
+    made = onnx.ModelProto()
+    try:
+        made.ParseFromString(bytes(data))
+    except DecodeError:
+        return
+    before = made.SerializeToString(deterministic=True)
+    is_explicit(made)
+    message = ""
+    try:
+        changed, notes = to_float(made)
+    except GraphError as error:
+        changed, notes, message = False, [], error.message
+    assert changed == bool(notes)
+    assert "\n" not in message
+    assert changed or made.SerializeToString(deterministic=True) == before
