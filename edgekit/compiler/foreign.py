@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import traceback
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN
 from edgekit.errors import BackendError, EdgekitError, GraphError
+from edgekit.graphs import exact_reference, float_biases, is_explicit, quantized_nodes, to_float
 from edgekit.runtime.golden import compare_arrays, save_golden
 from edgekit.runtime.onnxruntime import DTYPES, session
 
@@ -26,6 +28,8 @@ from .shapes import Axis
 __all__ = ["import_graph"]
 
 MAX_RELATIVE = 1e-4  # as the bundle's golden tolerance
+MIN_SNR_DB = 10.0  # between a quantized original and its float form: only rounding may be missing
+EXACT_SNR_DB = 25.0  # with the rounding emulated, ties and the order of sums remain: 45 to 200 dB are usual
 SEEDS = 3  # the first becomes golden, all are compared
 SAMPLES = (4, 1)  # golden samples tried along a dynamic first axis
 SIZES = (64, 32, 128, 224, 256, 16, 8, 1)  # tried for dynamic axes without a range
@@ -66,7 +70,11 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     original = _reference(source.model, notes)
     trials = _feeds(original, bound, binding.ranges, notes)
     truths = [_outputs(original, feeds) for feeds in trials]
-    graph, model, error = _rewritten(source.data, bound, binding.changed or source.changed, trials, truths, notes)
+    changed, quantized = binding.changed or source.changed, {}
+    if quantized_nodes(bound):
+        quantized = _unquantized(bound, trials, truths, notes)
+        changed = changed or bool(quantized)
+    graph, model, error = _rewritten(source.data, bound, changed, trials, truths, notes)
     run = session(graph, 0)
     (folder / FLOAT_GRAPH).write_bytes(graph)
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
@@ -82,12 +90,16 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "nodes_before": len(source.model.graph.node),
             "parameters": sum(int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type in passes.WEIGHT_TYPES),
             "relative_error": error,
+            **quantized,
         },
     }
 
 
 def _reference(model: onnx.ModelProto, notes: list[str]) -> Any:
     """A session of the original. ONNX Runtime has no kernels below opset 7: there ONNX's own converter vouches, with a note."""
+    if quantized_nodes(model):
+        with contextlib.suppress(BackendError):  # not every kernel takes signed inputs beside unsigned weights
+            return session(exact_reference(model), 0)
     try:
         return session(model.SerializeToString(), 0)
     except BackendError as error:
@@ -97,6 +109,69 @@ def _reference(model: onnx.ModelProto, notes: list[str]) -> Any:
             raise GraphError(error.message, "export the model again, with opset 17") from None
         notes.append(f"ONNX Runtime does not run opset {passes.opset(model)}: golden outputs are of the converted graph")
         return session(raised.SerializeToString(), 0)
+
+
+def _unquantized(bound: onnx.ModelProto, trials: list[Feeds], truths: list[Feeds], notes: list[str]) -> dict[str, float]:
+    """Bring a quantized graph back to float, in place; ``truths`` become its answers. Returns figures, none where it stays.
+
+    The original rounds and the float form does not, so no tolerance holds them together. Two things speak for the rewrite:
+    its distance from the original, and that the same rewrite with the rounding left in agrees. Explicit int8 Q/DQ graphs,
+    which TensorRT takes, stay quantized; only their int32 biases become float.
+    """
+    form = onnx.ModelProto()
+    form.CopyFrom(bound)
+    proven = None
+    try:
+        if is_explicit(bound):
+            count, said, limit = float_biases(form), [], EXACT_SNR_DB
+            if not count:
+                return {}
+            said = [f"{count} int32 biases became float, which TensorRT needs; the graph stays quantized"]
+        else:
+            said, limit = to_float(form)[1], MIN_SNR_DB
+            proven = _emulated(bound, trials, truths)
+        answers = [_outputs(session(form.SerializeToString(), 0), feeds) for feeds in trials]
+        snr = _distance(truths, answers)
+        if snr < limit and (proven is None or proven < EXACT_SNR_DB):
+            raise GraphError(
+                f"brought back to float, the graph is only {snr:.1f} dB from the quantized original, {limit:g} were expected",
+                "import the float model that it was made from",
+            )
+    except EdgekitError as reason:
+        if any(node.domain == "com.microsoft" for node in quantized_nodes(bound)):
+            raise
+        notes.append(f"the graph stays quantized as it was: {reason.message}")
+        return {}
+    bound.CopyFrom(form)
+    truths[:] = answers
+    figures = {"quantized_snr_db": round(snr, 1)}
+    if proven is not None:
+        figures["emulated_snr_db"] = round(proven, 1)
+        said.append(
+            f"the original's rounding is gone: {snr:.1f} dB between them on random inputs, {proven:.1f} dB with it emulated"
+            "; the float graph is the reference from now on, and edgekit quantize makes it int8 again"
+        )
+    notes += said
+    return figures
+
+
+def _emulated(bound: onnx.ModelProto, trials: list[Feeds], truths: list[Feeds]) -> float | None:
+    """SNR in dB between the original and its rewrite with all rounding left in; None where that does not run."""
+    twin = onnx.ModelProto()
+    twin.CopyFrom(bound)
+    try:
+        to_float(twin, rounding=True)
+        run = session(exact_reference(twin), 0)
+        return _distance(truths, [_outputs(run, feeds) for feeds in trials])
+    except EdgekitError:
+        return None
+
+
+def _distance(truths: list[Feeds], answers: list[Feeds]) -> float:
+    """The lowest output's SNR in dB; integers beside float outputs (labels, indices) have no noise power and do not count."""
+    floats = {name for name, value in truths[0].items() if value.dtype.kind == "f"} or set(truths[0])
+    pairs = [(truth[name], found[name]) for truth, found in zip(truths, answers, strict=True) for name in sorted(floats)]
+    return min(compare_arrays(truth, found).snr_db for truth, found in pairs)
 
 
 def _rewritten(

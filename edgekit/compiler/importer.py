@@ -42,6 +42,10 @@ def import_onnx(
     byte for byte. ONNX Runtime must give the original's outputs on seeded random inputs within 1e-4 (relative to the
     largest output); the first of them become ``golden.npz``.
 
+    A quantized file (QLinear and integer operators, Q/DQ that is not symmetric int8, ONNX Runtime's own operators) is brought
+    back to float, with the distance from the original in the notes: that graph is then the reference, and `quantize` makes it
+    int8 again. Explicit symmetric Q/DQ, which TensorRT takes, stays.
+
     Raises `UsageError` for shapes that do not fit, `GraphError` for what cannot be read or run (naming nodes and
     operators), `OutputExists`. A failed import leaves nothing behind.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from edgekit.graphs.editing import all_nodes, subgraphs
+from edgekit.graphs.opset import MIN_OPSET, opset
+from edgekit.graphs.opset import raise_opset as raise_to_wanted
 from edgekit.runtime.onnxruntime import session
 
 __all__ = [
@@ -24,7 +26,6 @@ __all__ = [
     "simplify",
 ]
 
-OLDEST_OPSET, WANTED_OPSET = 13, 17  # 13 has per-channel Q/DQ, 17 is what TensorRT 8.6 reads
 MAX_FOLDED_BYTES = 64 << 20  # a constant that is larger stays computed
 MAX_ROUNDS = 4
 WEIGHT_TYPES = (
@@ -45,11 +46,6 @@ _KEPT = frozenset("RandomNormal RandomNormalLike RandomUniform RandomUniformLike
 _GROWING = frozenset("ConstantOfShape Expand Tile Range Resize Upsample Pad OneHot EyeLike GatherND Gather".split())  # noqa: SIM905
 
 
-def opset(model: onnx.ModelProto) -> int:
-    """Version of the standard operator set that a model states, 0 for none."""
-    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
 def dims(value: onnx.ValueInfoProto) -> list[int | str | None]:
     """Axes of a tensor: a number, a symbol, or None for one that says nothing (also 0, -1 and "?", as some exporters write)."""
     return [
@@ -58,22 +54,10 @@ def dims(value: onnx.ValueInfoProto) -> list[int | str | None]:
     ]
 
 
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Every node, those of subgraphs too."""
-    for node in graph.node:
-        yield node
-        for inner in _subgraphs(node):
-            yield from all_nodes(inner)
-
-
-def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    return [g for a in node.attribute for g in (*a.graphs, *([a.g] if a.HasField("g") else []))]
-
-
 def _used(graph: onnx.GraphProto) -> set[str]:
     """Names that anything reads: nodes, subgraphs and the graph's outputs."""
     names = {name for node in all_nodes(graph) for name in node.input} | {o.name for o in graph.output}
-    return names | {o.name for node in all_nodes(graph) for inner in _subgraphs(node) for o in inner.output}
+    return names | {o.name for node in all_nodes(graph) for inner in subgraphs(node) for o in inner.output}
 
 
 def simplify(model: onnx.ModelProto) -> tuple[bool, list[str]]:
@@ -91,24 +75,14 @@ def simplify(model: onnx.ModelProto) -> tuple[bool, list[str]]:
 
 
 def raise_opset(model: onnx.ModelProto, notes: list[str]) -> bool:
-    """Opsets below 13 become 17, else 13; one that does not convert stays, with a note."""
+    """Opsets below 13 become 17, else 13; one that does not convert stays. Both with a note."""
     before = opset(model)
-    if before >= OLDEST_OPSET:
-        return False
-    reason = ""
-    for wanted in (WANTED_OPSET, OLDEST_OPSET):
-        try:
-            converted = onnx.version_converter.convert_version(model, wanted)
-            onnx.checker.check_model(converted)
-        except Exception as error:  # noqa: BLE001  the converter raises plain RuntimeErrors
-            reason = (str(error).strip().splitlines() or ["?"])[0][:160]
-            continue
-        model.CopyFrom(converted)
-        model.ir_version = max(model.ir_version, 8)
-        notes.append(f"opset {before} was raised to {wanted}")
-        return True
-    notes.append(f"opset {before} stays, for it does not convert ({reason}); quantize needs {OLDEST_OPSET}")
-    return False
+    changed, reason = raise_to_wanted(model)
+    if changed:
+        notes.append(f"opset {before} was raised to {opset(model)}")
+    elif reason:
+        notes.append(f"opset {before} stays, for it does not convert ({reason}); quantize needs {MIN_OPSET}")
+    return changed
 
 
 def infer_shapes(model: onnx.ModelProto) -> bool:
@@ -148,7 +122,7 @@ def fold_constants(model: onnx.ModelProto) -> bool:
     if len(rest) == len(graph.node):
         return False
     made = {name for node in folded for name in node.output if name}
-    needed = {n for node in rest for n in node.input} | {n for node in rest for g in _subgraphs(node) for n in _used(g)}
+    needed = {n for node in rest for n in node.input} | {n for node in rest for g in subgraphs(node) for n in _used(g)}
     wanted = sorted(made & needed)
     values = _evaluate(model, folded, wanted, shapes)
     if values is None:
@@ -174,7 +148,7 @@ def _static_shape(node: onnx.NodeProto, known: dict[str, onnx.ValueInfoProto]) -
 
 
 def _foldable(node: onnx.NodeProto, constant: set[str], known: dict[str, onnx.ValueInfoProto]) -> bool:
-    if node.op_type in _KEPT or node.domain not in ("", "ai.onnx") or _subgraphs(node):
+    if node.op_type in _KEPT or node.domain not in ("", "ai.onnx") or subgraphs(node):
         return False
     if node.op_type != "Constant" and (not node.input or any(n and n not in constant for n in node.input)):
         return False

@@ -13,6 +13,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
 
 from edgekit.errors import GraphError
+from edgekit.graphs import MICROSOFT_OPERATORS
 
 from .passes import all_nodes, opset
 
@@ -128,11 +129,16 @@ def _load_external(model: onnx.ModelProto, path: Path) -> bool:
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
-    """Refuse operators outside the ONNX standard, and ones that the stated opset does not have; all are named."""
+    """Refuse operators that are neither ONNX standard nor brought back to float, and ones that the stated opset does not have.
+
+    All are named.
+    """
     version = opset(model)
     found: dict[str, list[str]] = defaultdict(list)
     for node in all_nodes(model.graph):
         where = node.name or (node.output[0] if node.output else "?")
+        if node.domain == "com.microsoft" and node.op_type in MICROSOFT_OPERATORS:
+            continue
         if node.domain not in ("", "ai.onnx"):
             found[f"{node.domain}.{node.op_type}"].append(where)
         elif not onnx.defs.has(node.op_type, max_inclusive_version=version):

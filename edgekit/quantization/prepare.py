@@ -1,45 +1,42 @@
 """A float graph made ready for Q/DQ: opset 13 or later, weights as initializers, BatchNormalization folded.
 
-Every step is elementwise IEEE arithmetic in a fixed order, so that the same file gives the same graph on every machine.
+A graph that is quantized already comes back to float first. Every step is elementwise IEEE arithmetic in a fixed order, so
+that the same file gives the same graph on every machine.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper, version_converter
+from onnx import TensorProto, numpy_helper
 
 from edgekit.errors import GraphError
+from edgekit.graphs import raise_opset, to_float
+from edgekit.graphs.editing import Array, all_nodes, attribute, constants, consumers, prune, set_constant, subgraphs
+from edgekit.graphs.opset import MIN_OPSET, WANTED_OPSET, opset
+from edgekit.progress import say
 
 __all__ = ["MIN_OPSET", "attribute", "constants", "consumers", "prepare", "prune", "set_constant"]
 
-Array = NDArray[Any]
-MIN_OPSET = 13  # the first with a scale per channel
-TARGET_OPSET = 17
-_QUANTIZED = {
-    "QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
-    "QLinearAdd", "QGemm", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat",
-}  # fmt: skip
+MAX_BYTES = 2 << 30  # what one protobuf message can hold
 
 
 def prepare(data: bytes) -> onnx.ModelProto:
-    """ONNX bytes -> the graph that is quantized.
+    """ONNX bytes -> the float graph that is quantized. Quantized graphs are brought back to float, and that is said.
 
-    Raises `GraphError` where the bytes are no ONNX graph, hold quantized operators, or cannot be brought to opset 13.
+    Operators of other domains and subgraphs (If, Loop, Scan) stay as they are, which is said too. Raises `GraphError` where
+    the bytes are no ONNX graph that holds its weights, cannot be brought back to float, or not to opset 13.
     """
-    try:
-        model = onnx.load_model_from_string(data)
-    except Exception as error:  # noqa: BLE001  protobuf raises types of its own
-        raise GraphError(f"the float graph cannot be read: {error}", "import it again: edgekit import MODEL.onnx") from None
-    _refuse_quantized(model)
-    model = _raise_opset(model)
+    model = _parsed(data)
+    _, notes = to_float(model)
+    for note in notes:
+        say(f"note: {note}")
+    _say_what_stays(model)
+    _raise(model)
     graph = model.graph
     _constants_to_initializers(graph)
-    _dequantize_weights(graph)
     _name_nodes(graph)
     _fold_batchnorm(graph)
     _fold_gemm_factors(graph)
@@ -53,88 +50,40 @@ def prepare(data: bytes) -> onnx.ModelProto:
     return model
 
 
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    for found in node.attribute:
-        if found.name == name:
-            return helper.get_attribute_value(found)
-    return default
+def _parsed(data: bytes) -> onnx.ModelProto:
+    again = "import it again: edgekit import MODEL.onnx"
+    if len(data) >= MAX_BYTES:
+        raise GraphError(
+            f"the float graph holds {len(data)} bytes, less than {MAX_BYTES} can be quantized", "use a smaller model"
+        )
+    try:
+        model: onnx.ModelProto = onnx.load_model_from_string(data)
+    except Exception as error:  # noqa: BLE001  protobuf raises types of its own
+        raise GraphError(f"the float graph cannot be read: {error}", again) from None
+    outside = [tensor.name for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    if outside:
+        raise GraphError(f"the float graph keeps {len(outside)} weights in other files, as {outside[0]!r}", again)
+    return model
 
 
-def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Initializers by name."""
-    return {tensor.name: tensor for tensor in graph.initializer}
+def _say_what_stays(model: onnx.ModelProto) -> None:
+    foreign = Counter(f"{n.domain}.{n.op_type}" for n in all_nodes(model.graph) if n.domain not in ("", "ai.onnx"))
+    if foreign:
+        named = ", ".join(f"{name} ({count})" for name, count in sorted(foreign.items())[:6])
+        say(f"note: operators outside the ONNX standard stay float: {named}")
+    inner = sum(len(subgraphs(node)) for node in model.graph.node)
+    if inner:
+        say(f"note: {inner} subgraph{'s' if inner > 1 else ''} (If, Loop, Scan) stay float")
 
 
-def consumers(graph: onnx.GraphProto) -> Counter[str]:
-    """How often each tensor is read: by nodes (subgraphs included) and as a graph output."""
-    uses = Counter(value.name for value in graph.output)
-    for node in graph.node:
-        uses.update(node.input)
-        for found in node.attribute:
-            for inner in (found.g, *found.graphs):
-                uses.update(consumers(inner))
-    return uses
-
-
-def set_constant(graph: onnx.GraphProto, name: str, value: Array) -> None:
-    """Add an initializer, or replace the one of that name."""
-    tensor = numpy_helper.from_array(np.asarray(value, order="C"), name)
-    for existing in graph.initializer:
-        if existing.name == name:
-            existing.CopyFrom(tensor)
-            return
-    graph.initializer.append(tensor)
-
-
-def prune(model: onnx.ModelProto, outputs: list[str]) -> None:
-    """Cut the graph, in place, to what ``outputs`` (tensor names) need. Graph inputs stay."""
-    graph = model.graph
-    known = {value.name: value for value in graph.output}
-    needed = set(outputs)
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            kept.append(node)
-            needed.update(name for name in node.input if name)
-            for found in node.attribute:
-                for inner in (found.g, *found.graphs):
-                    needed.update(consumers(inner))
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
-    if len(nodes) != len(graph.node):
-        del graph.node[:]
-        graph.node.extend(nodes)
-    tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
-    if len(tensors) != len(graph.initializer):
-        copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
-        del graph.initializer[:]
-        graph.initializer.extend(copies)
-    if list(known) != outputs:
-        values = [known.get(name) or helper.make_empty_tensor_value_info(name) for name in outputs]
-        copies_out = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in values]
-        del graph.output[:]
-        graph.output.extend(copies_out)
-
-
-def _refuse_quantized(model: onnx.ModelProto) -> None:
-    for node in model.graph.node:
-        if node.op_type in _QUANTIZED:
-            raise GraphError(
-                f"node {node.name or node.output[0]!r} is {node.op_type}: the graph is quantized already",
-                "import and quantize the float model it was made from",
-            )
-
-
-def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < MIN_OPSET:
-        try:
-            model = version_converter.convert_version(model, TARGET_OPSET)
-        except Exception as error:  # noqa: BLE001  the converter raises bare RuntimeErrors
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise GraphError(
-                f"the graph has opset {opset}, int8 needs {MIN_OPSET} or later, and it cannot be converted: {reason}",
-                f"export the model again with opset {TARGET_OPSET}",
-            ) from None
+def _raise(model: onnx.ModelProto) -> None:
+    before = opset(model)
+    _, reason = raise_opset(model)
+    if reason:
+        raise GraphError(
+            f"the graph has opset {before}, int8 needs {MIN_OPSET} or later, and it cannot be converted: {reason}",
+            f"export the model again with opset {WANTED_OPSET}",
+        )
     model.ir_version = max(model.ir_version, 8)
     # Before IR 4 every initializer was an input too; then a weight would not be a constant.
     names = set(constants(model.graph))
@@ -142,7 +91,6 @@ def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     if len(inputs) != len(model.graph.input):
         del model.graph.input[:]
         model.graph.input.extend(inputs)
-    return model
 
 
 def _replace_nodes(graph: onnx.GraphProto, drop: set[int]) -> None:
@@ -168,28 +116,6 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
             graph.initializer.append(copy)
             known[copy.name] = copy
             drop.add(i)
-    _replace_nodes(graph, drop)
-
-
-def _dequantize_weights(graph: onnx.GraphProto) -> None:
-    """A weight stored as DequantizeLinear of constants becomes float: it gets a scale of this room's own."""
-    drop: set[int] = set()
-    known = constants(graph)
-    for i, node in enumerate(graph.node):
-        if node.op_type != "DequantizeLinear":
-            continue
-        if any(name not in known for name in node.input if name) or attribute(node, "block_size", 0):
-            raise GraphError(
-                f"node {node.name or node.output[0]!r} is DequantizeLinear of an activation: the graph is quantized already",
-                "import and quantize the float model it was made from",
-            )
-        values = [numpy_helper.to_array(known[name]) for name in node.input if name]
-        x, scale = values[0], values[1].astype(np.float32)
-        shape = [-1 if axis == attribute(node, "axis", 1) % max(x.ndim, 1) else 1 for axis in range(x.ndim)]
-        shift = values[2].astype(np.int32) if len(values) > 2 else np.zeros_like(scale, np.int32)
-        spread = (scale.reshape(shape), shift.reshape(shape)) if scale.size > 1 else (scale.reshape(()), shift.reshape(()))
-        set_constant(graph, node.output[0], (x.astype(np.int32) - spread[1]).astype(np.float32) * spread[0])
-        drop.add(i)
     _replace_nodes(graph, drop)
 
 

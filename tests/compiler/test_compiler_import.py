@@ -223,6 +223,55 @@ def test_what_cannot_be_taken_is_named(tmp_path: Path, made: onnx.ModelProto, wh
     assert not (tmp_path / "b.edge").exists()
 
 
+def quantized(zero: Any) -> onnx.ModelProto:
+    """x -> Q -> DQ -> MatMul with int8 weights -> y."""
+    nodes = [N("QuantizeLinear", ["x", "s", "z"], ["q"]), N("DequantizeLinear", ["q", "s", "z"], ["d"]),
+             N("DequantizeLinear", ["i", "s", "o"], ["w"]), N("MatMul", ["d", "w"], ["y"])]  # fmt: skip
+    weights = {"s": np.float32(0.03), "z": zero, "o": np.int8(0), "i": np.eye(4, dtype=np.int8) * 30}
+    return model(nodes, weights, y=["n", 4])
+
+
+def test_asymmetric_quantization_comes_back_to_float_and_symmetric_stays(tmp_path: Path) -> None:
+    bundle = import_onnx(saved(tmp_path / "a.onnx", quantized(np.uint8(128))), out=tmp_path / "a.edge")
+    assert [n.op_type for n in onnx.load(bundle.path / "model.onnx").graph.node] == ["MatMul"]
+    figures = bundle.manifest.history[-1].figures
+    assert figures["quantized_snr_db"] > 30
+    assert figures["emulated_snr_db"] > 100
+    assert any("edgekit quantize makes it int8 again" in note for note in figures["notes"])
+    assert check_golden(bundle).relative <= 1e-4
+    symmetric = saved(tmp_path / "s.onnx", quantized(np.int8(0)))
+    kept = import_onnx(symmetric, out=tmp_path / "s.edge")
+    assert (kept.path / "model.onnx").read_bytes() == symmetric.read_bytes()
+
+
+def test_onnx_runtimes_own_operators_are_taken_where_float_can_say_them(tmp_path: Path) -> None:
+    microsoft = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    made = model(
+        [N("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft", name="d")],
+        {"w": np.arange(-8, 8, dtype=np.int8).reshape(4, 4), "s": np.float32(0.1)}, y=["n", 4],
+    )  # fmt: skip
+    del made.opset_import[:]
+    made.opset_import.extend(microsoft)
+    bundle = import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge")
+    assert [n.op_type for n in onnx.load(bundle.path / "model.onnx").graph.node] == ["MatMul"]
+    made.graph.node[0].op_type = "FusedMatMul"
+    with pytest.raises(GraphError, match=r"com\.microsoft\.FusedMatMul \(d\)"):
+        import_onnx(saved(tmp_path / "f.onnx", made), out=tmp_path / "f.edge")
+
+
+def test_a_rewrite_that_does_not_agree_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(made: onnx.ModelProto, rounding: bool = False) -> tuple[bool, list[str]]:
+        made.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.float32(3), "s"))
+        return True, ["rewritten"]
+
+    monkeypatch.setattr(foreign, "to_float", wrong)
+    path = saved(tmp_path / "m.onnx", quantized(np.uint8(128)))
+    answer = foreign.import_graph({"model": str(path), "shape": {}, "dynamic": {}}, tmp_path)
+    assert (tmp_path / "model.onnx").read_bytes() == path.read_bytes()
+    assert any("stays quantized as it was" in note and "dB from the quantized original" in note for note in answer["notes"])
+    assert "quantized_snr_db" not in answer["figures"]
+
+
 def test_what_tensorrt_refuses_is_noted(tmp_path: Path) -> None:
     nodes = [helper.make_node("NonZero", ["x"], ["z"], name="nz"), helper.make_node("Cast", ["z"], ["y"], to=F)]
     bundle = import_onnx(saved(tmp_path / "m.onnx", model(nodes, y=[2, None])), out=tmp_path / "b.edge")

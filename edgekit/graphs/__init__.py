@@ -1,0 +1,31 @@
+"""ONNX graph passes that more than one stage needs. They work in place and say what they did. numpy and onnx.
+
+editing.py      small tools: attributes, constants, consumers, pruning
+opset.py        the opset raised
+dequantize.py   quantized graphs brought back to float
+rewriter.py     the walk behind it: what each integer tensor stands for
+operators.py    what each quantized operator of the ONNX standard computes, in float
+microsoft.py    the same for ONNX Runtime's own
+weights.py      what constants stand for
+"""
+
+from edgekit.errors import MissingExtra
+
+try:  # once, in front of every module of this room
+    import onnx as _onnx  # noqa: F401
+except ModuleNotFoundError as error:
+    raise MissingExtra("onnx", error.name or "onnx") from None
+
+from .dequantize import MICROSOFT_OPERATORS, exact_reference, float_biases, is_explicit, quantized_nodes, to_float
+from .opset import opset, raise_opset
+
+__all__ = [
+    "MICROSOFT_OPERATORS",
+    "exact_reference",
+    "float_biases",
+    "is_explicit",
+    "opset",
+    "quantized_nodes",
+    "raise_opset",
+    "to_float",
+]
