@@ -16,14 +16,14 @@ __all__ = ["check_picture", "layer_chart"]
 _MARK = "<!-- edgekit compare -->"
 _LEFT, _RIGHT, _TOP, _CALLOUTS, _PLOT = 60, 28, 84, 46, 280  # pixels
 _NAMED_SLOT, _VALUED_SLOT = 15, 36  # the narrowest slots in which a name, and a figure, can be read
-_LONGEST_NAME = 24
+_LONGEST_NAME = 18
 _STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #56616f }
 .title { font-size: 17px; font-weight: 600; fill: #16202c }
 .value { font-size: 11px; text-anchor: middle; fill: #16202c }
 .name { font-size: 11px; text-anchor: end }
 .tick { text-anchor: end; font-variant-numeric: tabular-nums }
-.callout { font-weight: 600; fill: #b34700 }
+.callout { font-weight: 600; fill: #b34700; paint-order: stroke; stroke: #ffffff; stroke-width: 4px }
 .grid { stroke: #e6e9ed } .base { stroke: #8b96a3 } .leader { stroke: #d55e00; stroke-width: 1; stroke-dasharray: 2 3 }
 .limit { stroke: #d55e00; stroke-width: 1.2; stroke-dasharray: 6 4 }
 .int8 { fill: #0072b2 } .float { fill: #a9b4c0 } .diverging { fill: #d55e00 }
@@ -83,9 +83,14 @@ class _Chart:
 
     def _head(self, title: str) -> Iterator[str]:
         yield f'<text class="title" x="{_LEFT}" y="32">{escape(_short(title, 64))}</text>'
-        legend = [("int8", "int8 layer"), ("float", "float layer"), ("diverging", "diverging"), ("fitted", "rescaled")]
+        legend = [
+            ("int8", "int8 layer"),
+            ("float", "float layer"),
+            ("diverging", f"below {self.diverge:g} dB"),
+            ("fitted", "rescaled"),
+        ]
         for place, (kind, words) in enumerate(legend if any(row["note"] == "rescaled" for row in self.rows) else legend[:3]):
-            x = _LEFT + 104 * place
+            x = _LEFT + 112 * place
             yield f'<rect class="{kind}" x="{x}" y="48" width="11" height="11" rx="2"/><text x="{x + 17}" y="58">{words}</text>'
 
     def _axis(self) -> Iterator[str]:
@@ -108,7 +113,8 @@ class _Chart:
         zero, y, x = self._y(0), self._y(level), self._x(i) - self.bar / 2
         below = row["note"] != "rescaled" and (row["snr_db"] is None or level < self.diverge)
         kind = "diverging" if below else row["type"]
-        figure = row["note"] or ("equal" if level >= 200 else f"{level:.1f} dB")
+        figure = "not finite" if row["snr_db"] is None else "equal" if level >= 200 else f"{level:.1f} dB"
+        figure += "" if row["fitted_db"] is None else f", rescaled: {row['fitted_db']:.1f} dB"
         hint = escape(f"{i + 1}. {row['layer']} ({row['op']}, {row['type']}): {figure}")
         top, tall = min(y, zero), max(abs(y - zero), 1.5)
         size = f'x="{x:.2f}" y="{top:.2f}" width="{self.bar:.2f}" height="{tall:.2f}"'
@@ -119,10 +125,11 @@ class _Chart:
             yield f'<rect class="fitted" {size}/>'
             top = min(top, high)
         if self.slot >= _VALUED_SLOT:
-            words = "not finite" if row["snr_db"] is None else "equal" if level >= 200 else f"{level:.1f}"
+            counts = level if row["fitted_db"] is None else row["fitted_db"]
+            words = "not finite" if row["snr_db"] is None else "equal" if counts >= 200 else f"{counts:.1f}"
             yield f'<text class="value" x="{self._x(i):.1f}" y="{top - 5:.1f}">{words}</text>'
         if self.slot >= _NAMED_SLOT:
-            place = f"translate({self._x(i) + 4:.1f} {self.bottom + 14}) rotate(-40)"
+            place = f"translate({self._x(i) + 4:.1f} {self.bottom + 14}) rotate(-55)"
             yield f'<text class="name" transform="{place}">{escape(_short(row["layer"], _LONGEST_NAME))}</text>'
 
     def _callouts(self) -> Iterator[str]:
@@ -134,6 +141,7 @@ class _Chart:
             said.append((self.first, f"first below {self.diverge:g} dB: {_short(self.first['layer'], 32)}"))
         if self.fall:
             said.append((self.fall, f"largest fall: {_short(self.fall['layer'], 32)}, {_fall(self.fall)}"))
+        texts = []
         for line, (named, words) in enumerate(said):
             i = next(i for i, row in enumerate(self.rows) if row["tensor"] == named["tensor"])
             x, high = self._x(i), _TOP + 12 + 18 * line
@@ -143,7 +151,8 @@ class _Chart:
             middle = min(max(x, _LEFT + half), right - half)
             if end > high + 8:
                 yield f'<line class="leader" x1="{x:.1f}" x2="{x:.1f}" y1="{high + 5}" y2="{end:.1f}"/>'
-            yield f'<text class="callout" x="{middle:.1f}" y="{high}" text-anchor="middle">{escape(words)}</text>'
+            texts.append(f'<text class="callout" x="{middle:.1f}" y="{high}" text-anchor="middle">{escape(words)}</text>')
+        yield from texts  # over the leaders, which cross them
 
 
 def _fall(fall: Mapping[str, Any]) -> str:

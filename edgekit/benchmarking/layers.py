@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, BundleError, GraphError
 from edgekit.runtime.onnx_wire import holds_external_data
-from edgekit.runtime.onnxruntime import session
 
 from .comparison import errors_between
 
@@ -170,7 +170,8 @@ def _sizes(model: onnx.ModelProto, inputs: Mapping[str, Array], step: int, sampl
     copy = onnx.ModelProto.FromString(model.SerializeToString())
     for value in copy.graph.input:
         if value.name in inputs:
-            shape = inputs[value.name][:step].shape if inputs[value.name].ndim else ()
+            array = inputs[value.name]
+            shape = array[:step].shape if step < samples else array.shape
             del value.type.tensor_type.shape.dim[:]
             for length in shape:
                 value.type.tensor_type.shape.dim.add().dim_value = length
@@ -206,23 +207,47 @@ def _groups(names: Iterable[str], sizes: Mapping[str, int], limit: int) -> Itera
         yield held
 
 
+def _exposed(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
+    """A copy with the named tensors as its outputs, cut to what they need."""
+    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
+    needed, kept = set(tensors), list[onnx.NodeProto]()
+    for node in reversed(model.graph.node):
+        if not needed.isdisjoint(node.output):
+            needed.update(_reads(node))
+            kept.append(node)
+    del copy.graph.node[:], copy.graph.output[:]
+    copy.graph.node.extend(reversed(kept))
+    copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
+    return copy
+
+
+def _open(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
+    """Runs the graph as it is written: optimized, ONNX Runtime moves QuantizeLinear to the far side of a Transpose."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
+        reason = str(error).splitlines()[0]
+        raise BackendError(f"ONNX Runtime cannot load the graph with its layers exposed: {reason}", "make it again") from None
+
+
 def _run(
     model: onnx.ModelProto, tensors: list[str], inputs: Mapping[str, Array], starts: range, threads: int
 ) -> dict[str, Array]:
-    """The named tensors over all samples. ONNX Runtime leaves out what they do not need."""
-    copy = onnx.ModelProto.FromString(model.SerializeToString())
-    del copy.graph.output[:]
-    copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
-    opened = session(copy.SerializeToString(), threads)
+    """The named tensors over all samples."""
+    opened = _open(_exposed(model, tensors), threads)
     known = {value.name for value in opened.get_inputs()}  # a branch may need only some of the inputs
     feeds = {name: array for name, array in inputs.items() if name in known}
     parts = []
     for start in starts:
+        part = {k: v[start : start + starts.step] for k, v in feeds.items()} if len(starts) > 1 else feeds
         try:
-            part = opened.run(None, {k: v[start : start + starts.step] if v.ndim else v for k, v in feeds.items()})
+            parts.append(opened.run(None, part))
         except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
             raise BackendError(f"ONNX Runtime failed: {str(error).splitlines()[0]}", "check the input values") from None
-        parts.append(part)
     if len(parts) == 1:
         return dict(zip(tensors, parts[0], strict=True))
     return {name: np.concatenate([np.atleast_1d(part[i]) for part in parts]) for i, name in enumerate(tensors)}
