@@ -147,7 +147,7 @@ class _Chart:
             x, high = self._x(i), _TOP + 12 + 18 * line
             level = self.rows[i]["snr_db"]
             end = self._y(self.low if level is None else max(level, 0)) - (20 if self.slot >= _VALUED_SLOT else 4)
-            half = 3.4 * len(words)  # half of the text's width, roughly
+            half = 3.6 * len(words)  # half of the text's width, roughly
             middle = min(max(x, _LEFT + half), right - half)
             if end > high + 8:
                 yield f'<line class="leader" x1="{x:.1f}" x2="{x:.1f}" y1="{high + 5}" y2="{end:.1f}"/>'

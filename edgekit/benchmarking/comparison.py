@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgekit.runtime import BACKENDS, compare_arrays, open_runner
 from edgekit.runtime.golden import load_golden, run_samples
 
 from .chart import check_picture, layer_chart
+from .inputs import Feeds, read_folder
 
 __all__ = ["compare", "errors_between"]
 
@@ -32,44 +34,40 @@ def compare(
     backends: str = "onnxruntime",
     threads: int = 1,
     other: Source | None = None,
+    data: str | os.PathLike[str] | None = None,
     layers: bool = False,
     diverge: float = 20.0,
     plot: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Errors of every output, for each graph of the bundle (float, int8) on each of ``backends`` (comma-separated).
 
-    ``other``: the graphs of this bundle instead, on the inputs and against the golden outputs of ``bundle``; no tolerance
-    is held then. ``layers``: also the errors of every layer on ONNX Runtime, the int8 graph (of ``other`` the float one, if
-    it has no int8) against the float graph of ``bundle``; ``diverge``: the SNR in dB below which a layer counts as diverging.
-    ``plot``: draw them to this .svg, which implies ``layers``; an earlier picture of this kind is replaced.
+    ``other``: the graphs of this bundle instead, held against the answers of ``bundle``. ``data``: a folder of ``.npz``,
+    each an array for every input, instead of the golden inputs; the float graph's answers are golden then. With either, no
+    tolerance is held. ``layers``: also every layer's errors on ONNX Runtime, of the int8 graph (of ``other`` the float one
+    where it has no int8) against the float graph of ``bundle``; below ``diverge`` dB a layer counts as diverging. ``plot``:
+    draw them to this .svg, which implies ``layers``; an earlier chart there is replaced.
 
     Returns ``bundle``, ``other``, ``samples`` and ``outputs``, one row each: ``backend``, ``graph``, ``output``, ``snr_db``
     (200 for equal), ``relative`` (max |error| over max |golden|), ``max_abs``, ``cosine``, ``agree`` (share of samples with
     the same largest entry; None for outputs that are no (N, classes)), ``tolerance`` and ``within_tolerance`` (None where
     the manifest states no tolerance for the graph), and ``note`` where an output is missing, misshapen or not finite,
-    and its figures are None. With ``layers`` also what `layers.compare_layers` returns, ``plot`` with the path.
+    and its figures are None. With ``layers`` also what `layers.compare_layers` returns, with ``plot`` its path.
 
-    Raises `UsageError` for an unknown backend, and for ``layers`` without onnxruntime among them or a ``plot`` that is no
-    .svg, `OutputExists` for another file at ``plot``, `BackendError` and `MissingExtra` where one cannot run here,
-    `BundleError` without golden outputs or, for ``layers``, without an int8 graph, `GraphError` where no layer can be
-    matched, `BudgetNotMet` with all rows where one misses its tolerance.
+    Raises `UsageError` for an unknown backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg,
+    `OutputExists` for another file at ``plot``, `BackendError` and `MissingExtra` where one cannot run here, `DataError` for
+    samples that do not fit, `BundleError` without golden outputs or, for ``layers``, an int8 graph, `GraphError` where no
+    layer has its like, `BudgetNotMet` with all rows where one misses its tolerance.
     """
     names = _backends(backends)
     layers = layers or plot is not None
-    reference = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    candidate = reference if other is None else other if isinstance(other, Bundle) else Bundle.open(other)
+    reference = _opened(bundle)
+    candidate = reference if other is None else _opened(other)
     if layers:
         _check_layers(candidate, other is not None, names, diverge)
-    picture = check_picture(Path(plot)) if plot is not None else None
-    inputs, golden = load_golden(reference)
-    rows = []
-    for name in names:
-        for graph in filter(candidate.has, (FLOAT_GRAPH, INT8_GRAPH)):
-            tolerance = candidate.manifest.golden.get(graph) if other is None else None
-            with open_runner(candidate, name, graph, threads) as runner:
-                found = run_samples(runner, inputs)
-            about = {"backend": name, "graph": graph}
-            rows += [{**about, **_row(output, golden[output], found.get(output), tolerance)} for output in golden]
+    picture = None if plot is None else check_picture(Path(plot))
+    inputs, golden = load_golden(reference) if data is None else _answered(reference, Path(data), threads)
+    tolerances = candidate.manifest.golden if other is data is None else {}
+    rows = [row for name in names for row in _output_rows(candidate, name, inputs, golden, tolerances, threads)]
     samples = len(next(iter(golden.values()))) if golden else 0
     answer: dict[str, Any] = {"bundle": str(reference.path), "other": None if other is None else str(candidate.path)}
     answer |= {"samples": samples, "outputs": rows}
@@ -78,11 +76,35 @@ def compare(
 
         graph = INT8_GRAPH if candidate.has(INT8_GRAPH) else FLOAT_GRAPH
         answer |= compare_layers((reference, FLOAT_GRAPH), (candidate, graph), inputs, threads=threads, diverge=diverge)
-    if picture:
-        atomic_write(picture, layer_chart(answer, f"{candidate.path.stem}: {graph} against {reference.path.stem}").encode())
-        answer["plot"] = str(picture)
+        if picture:
+            of = FLOAT_GRAPH if other is None else f"{reference.path.name}/{FLOAT_GRAPH}"
+            atomic_write(picture, layer_chart(answer, f"{candidate.path.name}/{graph} against {of}").encode())
+            answer["plot"] = str(picture)
     _hold(answer)
     return answer
+
+
+def _opened(bundle: Source) -> Bundle:
+    return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+
+
+def _output_rows(
+    bundle: Bundle, backend: str, inputs: Feeds, golden: Feeds, tolerances: Mapping[str, Tolerance], threads: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for graph in filter(bundle.has, (FLOAT_GRAPH, INT8_GRAPH)):
+        with open_runner(bundle, backend, graph, threads) as runner:
+            found = run_samples(runner, inputs)
+        about = {"backend": backend, "graph": graph}
+        rows += [{**about, **_row(name, golden[name], found.get(name), tolerances.get(graph))} for name in golden]
+    return rows
+
+
+def _answered(bundle: Bundle, folder: Path, threads: int) -> tuple[Feeds, Feeds]:
+    """The samples of a folder, and what the float graph of ``bundle`` answers."""
+    with open_runner(bundle, LAYERS_BACKEND, FLOAT_GRAPH, threads) as runner:
+        inputs = read_folder(folder, runner.inputs)
+        return inputs, run_samples(runner, inputs)
 
 
 def _backends(backends: str) -> list[str]:

@@ -102,7 +102,7 @@ def compare_layers(
             f"{candidate[0].path / candidate[1]} and {reference[0].path / reference[1]} have no tensor in common",
             "compare a bundle with one that was made from it",
         )
-    _note_rescaled(rows)
+    _note_rescaled(rows, diverge)
     return {
         "layers": [row.data for row in rows],
         "first_diverging": _first_below(rows, diverge),
@@ -315,9 +315,10 @@ def _rows(graph: onnx.GraphProto, figures: Mapping[str, dict[str, Any]]) -> list
     return rows
 
 
-def _note_rescaled(rows: list[_Row]) -> None:
+def _note_rescaled(rows: list[_Row], diverge: float) -> None:
     """Mark rows whose error a fit for each channel explains, where all that follows is right again."""
-    candidates = {i for i, row in enumerate(rows) if row.fitted_db >= row.level + RESCALED_DB and row.data["note"] is None}
+    fits = [row.data["note"] is None and row.fitted_db >= max(row.level + RESCALED_DB, diverge) for row in rows]
+    candidates = {i for i, fit in enumerate(fits) if fit}
     for i in candidates:
         seen, ahead, levels = {i}, [i], list[float]()
         while ahead:

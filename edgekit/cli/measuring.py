@@ -64,6 +64,12 @@ def bench(bundle: Path, **options: Any) -> Answer:
     type=click.Path(path_type=Path),
     help="Hold this bundle's graphs against the first's answers.",
 )
+@click.option(
+    "--data",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="A folder of .npz, one array an input name, instead of the golden inputs.",
+)
 @click.option("--layers", is_flag=True, help="Also compare the int8 graph with the float graph layer by layer.")
 @click.option("--diverge", default=20.0, show_default=True, metavar="DB", type=float, help="A layer diverges below this SNR.")
 @click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the layers' SNR; implies --layers.")
@@ -77,6 +83,7 @@ def compare(bundle: Path, **options: Any) -> Answer:
     Example:
       edgekit compare digits8.edge --backends onnxruntime
       edgekit compare digits8.edge --layers --plot layers.svg
+      edgekit compare model8.edge --layers --data npz-folder/
       edgekit compare digits.edge --with pruned8.edge
     """
     import edgekit
