@@ -66,7 +66,7 @@ def compare(
         _check_layers(candidate, other is not None, names, diverge)
     picture = None if plot is None else check_picture(Path(plot))
     inputs, golden = load_golden(reference) if data is None else _answered(reference, Path(data), threads)
-    tolerances = candidate.manifest.golden if other is data is None else {}
+    tolerances = candidate.manifest.golden if other is None and data is None else {}
     rows = [row for name in names for row in _output_rows(candidate, name, inputs, golden, tolerances, threads)]
     samples = len(next(iter(golden.values()))) if golden else 0
     answer: dict[str, Any] = {"bundle": str(reference.path), "other": None if other is None else str(candidate.path)}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, BundleError, GraphError
+from edgekit.progress import track
 from edgekit.runtime.onnx_wire import holds_external_data
 
 from .comparison import errors_between
@@ -88,7 +89,8 @@ def compare_layers(
     step, samples = _step(models[0], inputs)
     figures: dict[str, dict[str, Any]] = {}
     no_floats = 0
-    for group in _groups(names, _sizes(models[0], inputs, step, samples), exposed_bytes):
+    groups = list(_groups(names, _sizes(models[0], inputs, step, samples), exposed_bytes))
+    for group in track(groups, "comparing layers"):
         expected, found = (_run(model, group, inputs, range(0, samples, step), threads) for model in models)
         for tensor in group:
             a, b = expected.pop(tensor), found.pop(tensor)
