@@ -30,7 +30,7 @@ Array = NDArray[Any]
 #: Size of the tensors that are read from one graph at a time; one larger tensor is read alone.
 EXPOSED_BYTES = 64 << 20
 
-#: SNR of an evenly spread tensor rounded to 255 levels, 20 log10 254: what a layer's input gains above it, int8 must lose.
+#: SNR of an evenly spread tensor rounded to 255 levels, 20 log10 254: no fall is counted from above what int8 can keep.
 INT8_CEILING_DB = 48.1
 
 #: A scale and an offset for each channel must explain this much of a tensor's error for it to count as rescaled.
@@ -50,7 +50,7 @@ class _Row:
     level: float
     sources: frozenset[int]  # the rows that it reads, through whatever has no row; _INPUT for a graph input
     readers: set[int] = field(default_factory=set)
-    ends: bool = False  # an output of the graph, or that output's only way
+    ends: bool = False  # an output of the graph, at once or through what has no row
 
 
 _INPUT = -1

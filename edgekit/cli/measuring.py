@@ -68,7 +68,7 @@ def bench(bundle: Path, **options: Any) -> Answer:
     "--data",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="A folder of .npz, one array an input name, instead of the golden inputs.",
+    help="A folder of .npz, one array an input name, instead of the golden inputs (noise, where the model was imported).",
 )
 @click.option("--layers", is_flag=True, help="Also compare the int8 graph with the float graph layer by layer.")
 @click.option("--diverge", default=20.0, show_default=True, metavar="DB", type=float, help="A layer diverges below this SNR.")
