@@ -3,46 +3,136 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
-from edgekit.errors import BudgetNotMet, UsageError
+from edgekit.errors import BudgetNotMet, BundleError, UsageError
+from edgekit.files import atomic_write
+from edgekit.manifest import Tolerance
 from edgekit.runtime import BACKENDS, compare_arrays, open_runner
 from edgekit.runtime.golden import load_golden, run_samples
 
-__all__ = ["compare"]
+from .chart import check_picture, layer_chart
+from .inputs import Feeds, read_folder
+
+__all__ = ["compare", "errors_between"]
+
+#: Where tensors inside of a graph can be read: other backends fuse them away.
+LAYERS_BACKEND = "onnxruntime"
+
+Source = Bundle | str | os.PathLike[str]
 
 
-def compare(bundle: Bundle | str | os.PathLike[str], *, backends: str = "onnxruntime", threads: int = 1) -> dict[str, Any]:
+def compare(
+    bundle: Source,
+    *,
+    backends: str = "onnxruntime",
+    threads: int = 1,
+    other: Source | None = None,
+    data: str | os.PathLike[str] | None = None,
+    layers: bool = False,
+    diverge: float = 20.0,
+    plot: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
     """Errors of every output, for each graph of the bundle (float, int8) on each of ``backends`` (comma-separated).
 
-    Returns ``bundle``, ``samples`` and ``outputs``, one row each: ``backend``, ``graph``, ``output``, ``snr_db`` (200 for
-    equal), ``relative`` (max |error| over max |golden|), ``max_abs``, ``cosine``, ``agree`` (share of samples with the
-    same largest entry; None for outputs that are no (N, classes)), ``tolerance`` and ``within_tolerance`` (None where
-    the manifest states no tolerance for the graph), and ``note`` where an output is missing, misshapen or not finite,
-    and its figures are None.
+    ``other``: the graphs of this bundle instead, held against the answers of ``bundle``. ``data``: a folder of ``.npz``,
+    each an array for every input, instead of the golden inputs; the float graph's answers are golden then. With either, no
+    tolerance is held. ``layers``: also every layer's errors on ONNX Runtime, of the int8 graph (of ``other`` the float one
+    where it has no int8) against the float graph of ``bundle``; below ``diverge`` dB a layer counts as diverging. ``plot``:
+    draw them to this .svg, which implies ``layers``; an earlier chart there is replaced.
 
-    Raises `UsageError` for an unknown backend, `BackendError` and `MissingExtra` where one cannot run here, `BundleError`
-    without golden outputs, `BudgetNotMet` with all rows where one misses its tolerance.
+    Returns ``bundle``, ``other``, ``samples`` and ``outputs``, one row each: ``backend``, ``graph``, ``output``, ``snr_db``
+    (200 for equal), ``relative`` (max |error| over max |golden|), ``max_abs``, ``cosine``, ``agree`` (share of samples with
+    the same largest entry; None for outputs that are no (N, classes)), ``tolerance`` and ``within_tolerance`` (None where
+    the manifest states no tolerance for the graph), and ``note`` where an output is missing, misshapen or not finite,
+    and its figures are None. With ``layers`` also what `layers.compare_layers` returns, with ``plot`` its path.
+
+    Raises `UsageError` for an unknown backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg,
+    `OutputExists` for another file at ``plot``, `BackendError` and `MissingExtra` where one cannot run here, `DataError` for
+    samples that do not fit, `BundleError` without golden outputs or, for ``layers``, an int8 graph, `GraphError` where no
+    layer has its like, `BudgetNotMet` with all rows where one misses its tolerance.
     """
+    names = _backends(backends)
+    layers = layers or plot is not None
+    reference = _opened(bundle)
+    candidate = reference if other is None else _opened(other)
+    if layers:
+        _check_layers(candidate, other is not None, names, diverge)
+    picture = None if plot is None else check_picture(Path(plot))
+    inputs, golden = load_golden(reference) if data is None else _answered(reference, Path(data), threads)
+    tolerances = candidate.manifest.golden if other is None and data is None else {}
+    rows = [row for name in names for row in _output_rows(candidate, name, inputs, golden, tolerances, threads)]
+    samples = len(next(iter(golden.values()))) if golden else 0
+    answer: dict[str, Any] = {"bundle": str(reference.path), "other": None if other is None else str(candidate.path)}
+    answer |= {"samples": samples, "outputs": rows}
+    if layers:
+        from .layers import compare_layers
+
+        graph = INT8_GRAPH if candidate.has(INT8_GRAPH) else FLOAT_GRAPH
+        answer |= compare_layers((reference, FLOAT_GRAPH), (candidate, graph), inputs, threads=threads, diverge=diverge)
+        if picture:
+            of = FLOAT_GRAPH if other is None else f"{reference.path.name}/{FLOAT_GRAPH}"
+            atomic_write(picture, layer_chart(answer, f"{candidate.path.name}/{graph} against {of}").encode())
+            answer["plot"] = str(picture)
+    _hold(answer)
+    return answer
+
+
+def _opened(bundle: Source) -> Bundle:
+    return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+
+
+def _output_rows(
+    bundle: Bundle, backend: str, inputs: Feeds, golden: Feeds, tolerances: Mapping[str, Tolerance], threads: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for graph in filter(bundle.has, (FLOAT_GRAPH, INT8_GRAPH)):
+        with open_runner(bundle, backend, graph, threads) as runner:
+            found = run_samples(runner, inputs)
+        about = {"backend": backend, "graph": graph}
+        rows += [{**about, **_row(name, golden[name], found.get(name), tolerances.get(graph))} for name in golden]
+    return rows
+
+
+def _answered(bundle: Bundle, folder: Path, threads: int) -> tuple[Feeds, Feeds]:
+    """The samples of a folder, and what the float graph of ``bundle`` answers."""
+    with open_runner(bundle, LAYERS_BACKEND, FLOAT_GRAPH, threads) as runner:
+        inputs = read_folder(folder, runner.inputs)
+        return inputs, run_samples(runner, inputs)
+
+
+def _backends(backends: str) -> list[str]:
     names = [name.strip() for name in backends.split(",") if name.strip()]
     if unknown := [name for name in names if name not in BACKENDS]:
         raise UsageError(f"there is no backend {unknown[0]!r}", f"choose among: {','.join(BACKENDS)}")
     if not names:
         raise UsageError("no backend was named", f"choose among: {','.join(BACKENDS)}")
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    inputs, golden = load_golden(opened)
-    rows = []
-    for name in names:
-        for graph in filter(opened.has, (FLOAT_GRAPH, INT8_GRAPH)):
-            with open_runner(opened, name, graph, threads) as runner:
-                found = run_samples(runner, inputs)
-            rows += [_row(opened, name, graph, output, golden[output], found.get(output)) for output in golden]
-    samples = len(next(iter(golden.values()))) if golden else 0
-    answer = {"bundle": str(opened.path), "samples": samples, "outputs": rows}
+    return names
+
+
+def _check_layers(candidate: Bundle, other: bool, backends: list[str], diverge: float) -> None:
+    if LAYERS_BACKEND not in backends:
+        raise UsageError(
+            f"layers are compared on {LAYERS_BACKEND} only, which is not among {','.join(backends)}",
+            f"add it: --backends {','.join([*backends, LAYERS_BACKEND])}",
+        )
+    if not -200 <= diverge <= 200:
+        raise UsageError(f"layers cannot diverge below {diverge} dB", "name an SNR in dB, for example --diverge 20")
+    if not other and not candidate.has(INT8_GRAPH):
+        raise BundleError(
+            f"{candidate.path} has no {INT8_GRAPH}, so there are no layers to compare with the float graph",
+            "make one: edgekit quantize B --out B2; or compare with another bundle: --with B2",
+        )
+
+
+def _hold(answer: dict[str, Any]) -> None:
+    rows = answer["outputs"]
     if missed := [row for row in rows if row["within_tolerance"] is False]:
         worst = missed[0]
         raise BudgetNotMet(
@@ -51,28 +141,40 @@ def compare(bundle: Bundle | str | os.PathLike[str], *, backends: str = "onnxrun
             "make the graph again: edgekit import, or edgekit quantize with more calibration samples or a smaller --share",
             answer,
         )
-    return answer
 
 
-def _row(
-    bundle: Bundle, backend: str, graph: str, output: str, golden: NDArray[Any], found: NDArray[Any] | None
-) -> dict[str, Any]:
-    tolerance = bundle.manifest.golden.get(graph)
+def errors_between(golden: NDArray[Any], found: NDArray[Any]) -> dict[str, float | None]:
+    """``snr_db`` (-200 to 200, for equal ones), ``relative``, ``max_abs``, ``cosine`` of two arrays of one shape.
+
+    All None where one is not finite and the other is not equal to it there; ``cosine`` is None where one is all zeros.
+    """
+    result = compare_arrays(golden, found)
+    if not np.isfinite(result.relative):
+        return dict.fromkeys(("snr_db", "relative", "max_abs", "cosine"))
+    finite = np.isfinite(golden)
+    a, b = golden[finite].astype(np.float64), found[finite].astype(np.float64)
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return {
+        "snr_db": max(result.snr_db, -200.0),
+        "relative": result.relative,
+        "max_abs": float(np.abs(a - b).max(initial=0.0)),
+        "cosine": float(a @ b / length) if length else None,
+    }
+
+
+def _row(output: str, golden: NDArray[Any], found: NDArray[Any] | None, tolerance: Tolerance | None) -> dict[str, Any]:
     sign = {"relative": "relative <=", "snr_db": "SNR dB >="}
-    row: dict[str, Any] = {"backend": backend, "graph": graph, "output": output}
+    row: dict[str, Any] = {"output": output}
     row |= dict.fromkeys(("snr_db", "relative", "max_abs", "cosine", "agree"))
     row["tolerance"] = f"{sign[tolerance.kind]} {tolerance.limit:g}" if tolerance else None
     row["note"] = _unusable(golden, found)
     if row["note"] or found is None:
         return {**row, "within_tolerance": False if tolerance else None}
-    result = compare_arrays(golden, found)
-    a, b = golden.astype(np.float64).ravel(), found.astype(np.float64).ravel()
-    length = float(np.linalg.norm(a) * np.linalg.norm(b))
-    row |= {"snr_db": result.snr_db, "relative": result.relative, "max_abs": float(np.abs(a - b).max(initial=0.0))}
-    row["cosine"] = float(a @ b / length) if length else None
+    row |= errors_between(golden, found)
     if golden.ndim == 2 and golden.shape[1] > 1:
         row["agree"] = float((golden.argmax(1) == found.argmax(1)).mean())
-    return {**row, "within_tolerance": result.within(tolerance) if tolerance else None}
+    within = compare_arrays(golden, found).within(tolerance) if tolerance else None
+    return {**row, "within_tolerance": within}
 
 
 def _unusable(golden: NDArray[Any], found: NDArray[Any] | None) -> str | None:

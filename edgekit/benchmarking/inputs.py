@@ -3,24 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import GOLDEN, Bundle
-from edgekit.errors import UsageError
+from edgekit.errors import DataError, UsageError
 from edgekit.manifest import ImagePreprocessing, TensorSpec
 from edgekit.runtime.golden import load_golden
 
-__all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none"]
+__all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none", "read_folder"]
 
 Feeds = dict[str, NDArray[Any]]
+
+MAX_FILES = 64
 
 
 def golden_or_none(bundle: Bundle) -> Feeds | None:
     """The golden inputs by name; None where the bundle has none (a packed one may not)."""
     return load_golden(bundle)[0] if bundle.has(GOLDEN) else None
+
+
+def read_folder(folder: Path, inputs: Sequence[TensorSpec]) -> Feeds:
+    """The ``.npz`` of a folder, each one array (samples, ...) for every input name, joined along the first axis.
+
+    Of more than 64 files, 64 evenly from first to last by name. Arrays take the inputs' types; one without axes is taken
+    from the first file. Raises `DataError` where there are none, one cannot be read, or shapes differ.
+    """
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise DataError(f"{folder} holds no .npz", "one file a sample (or batch), one array an input name")
+    count = min(len(paths), MAX_FILES)
+    files = [_read_npz(paths[i * len(paths) // count], inputs) for i in range(count)]
+    joined = {}
+    for spec in inputs:
+        arrays = [file[spec.name] for file in files]
+        if len({array.shape[1:] for array in arrays}) > 1 or len({array.ndim for array in arrays}) > 1:
+            shapes = sorted({str(array.shape) for array in arrays})
+            raise DataError(f"{folder} has {spec.name} in several shapes: {', '.join(shapes)[:120]}", "give all one shape")
+        joined[spec.name] = np.concatenate(arrays) if arrays[0].ndim else arrays[0]
+    return joined
+
+
+def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
+    names = [spec.name for spec in inputs]
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # noqa: BLE001  zip and npy readers raise many types on damaged bytes
+        raise DataError(f"{path} cannot be read: {error}", "write it with numpy.savez") from None
+    if missing := [name for name in names if name not in arrays]:
+        raise DataError(f"{path} has no array {missing[0]!r}; it has: {', '.join(arrays) or 'none'}", "name it as the input")
+    return {spec.name: np.asarray(arrays[spec.name], None if spec.dtype == "str" else spec.dtype) for spec in inputs}
 
 
 def batchable(inputs: Sequence[TensorSpec]) -> bool:

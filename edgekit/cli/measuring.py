@@ -7,9 +7,13 @@ from typing import Any
 
 import click
 
+from edgekit.errors import BudgetNotMet
+
 from .common import Answer, answers, bundle_argument, table
 
 __all__ = ["bench", "compare", "doctor"]
+
+WORST_LAYERS = 12
 
 
 @click.command("bench")
@@ -53,8 +57,24 @@ def bench(bundle: Path, **options: Any) -> Answer:
 @bundle_argument()
 @click.option("--backends", default="onnxruntime", show_default=True, metavar="NAMES", help="Backends, comma-separated.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(0, 1024), help="CPU cores, 0 for all.")
+@click.option(
+    "--with",
+    "other",
+    metavar="B",
+    type=click.Path(path_type=Path),
+    help="Hold this bundle's graphs against the first's answers.",
+)
+@click.option(
+    "--data",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="A folder of .npz, one array an input name, instead of the golden inputs (noise, where the model was imported).",
+)
+@click.option("--layers", is_flag=True, help="Also compare the int8 graph with the float graph layer by layer.")
+@click.option("--diverge", default=20.0, show_default=True, metavar="DB", type=float, help="A layer diverges below this SNR.")
+@click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the layers' SNR; implies --layers.")
 @answers
-def compare(bundle: Path, backends: str, threads: int) -> Answer:
+def compare(bundle: Path, **options: Any) -> Answer:
     """Run the same inputs through every graph and backend and show each output's error against the golden outputs.
 
     Exits 3 where an output misses the tolerance that the bundle states for its graph.
@@ -62,23 +82,19 @@ def compare(bundle: Path, backends: str, threads: int) -> Answer:
     \b
     Example:
       edgekit compare digits8.edge --backends onnxruntime
+      edgekit compare digits8.edge --layers --plot layers.svg
+      edgekit compare model8.edge --layers --data npz-folder/
+      edgekit compare digits.edge --with pruned8.edge
     """
     import edgekit
 
-    result = edgekit.compare(bundle, backends=backends, threads=threads)
-    columns = [
-        "backend",
-        "graph",
-        "output",
-        "snr_db",
-        "relative",
-        "max_abs",
-        "cosine",
-        "agree",
-        "tolerance",
-        "within_tolerance",
-    ]
-    return Answer(result, table(result["outputs"], columns))
+    try:
+        result = edgekit.compare(bundle, **options)
+    except BudgetNotMet as error:
+        if not click.get_current_context().params["as_json"]:
+            click.echo(_compare_text(error.result))  # where it went wrong is what one asks next
+        raise
+    return Answer(result, _compare_text(result))
 
 
 @click.command("doctor")
@@ -99,6 +115,47 @@ def doctor() -> Answer:
         hint = f"  ({check['hint']})" if check["hint"] else ""
         lines.append(f"  {'ok' if check['ok'] else '--'}  {check['check'].ljust(width)}  {check['found']}{hint}")
     return Answer(result, "\n".join(lines))
+
+
+def _compare_text(result: dict[str, Any]) -> str:
+    columns = [
+        "backend",
+        "graph",
+        "output",
+        "snr_db",
+        "relative",
+        "max_abs",
+        "cosine",
+        "agree",
+        "tolerance",
+        "within_tolerance",
+    ]
+    text = table(result["outputs"], columns)
+    return f"{text}\n\n{_layers_text(result)}" if "layers" in result else text
+
+
+def _layers_text(result: dict[str, Any]) -> str:
+    def level(row: dict[str, Any]) -> float:
+        snr = row["snr_db"] if row["fitted_db"] is None else row["fitted_db"]
+        return -200.0 if snr is None else float(snr)
+
+    rows, first, fall = result["layers"], result["first_diverging"], result["largest_fall"]
+    worst = sorted(rows, key=level)[:WORST_LAYERS]
+    lines = [f"the worst {len(worst)} of {len(rows)} layers"]
+    if result["unmatched"]:
+        lines[0] += f" ({result['unmatched']} more have no tensor in the float graph)"
+    lines += [table(worst, ["layer", "op", "tensor", "type", "snr_db", "cosine", "max_abs", "relative", "note"]), ""]
+    if first:
+        found = "not finite" if first["snr_db"] is None else f"{first['snr_db']:.1f} dB"
+        lines.append(f"first below {result['diverge_db']:g} dB: {first['layer']} ({first['op']}), {found}")
+    else:
+        lines.append(f"no layer falls below {result['diverge_db']:g} dB")
+    if fall:
+        before = "exact" if fall["from_db"] >= 200 else f"{fall['from_db']:.1f}"
+        lines.append(f"largest fall: {fall['layer']} ({fall['op']}), from {before} to {fall['to_db']:.1f} dB")
+    else:
+        lines.append("largest fall: none beyond what rounding to int8 costs")
+    return "\n".join([*lines, *([f"drawn in {result['plot']}"] if "plot" in result else [])])
 
 
 def _bench_text(result: dict[str, Any]) -> str:
