@@ -57,8 +57,9 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         levels, step, unit = ctx.saved_tensors
         gradient = gradients[0] if unit is None else gradients[0] * unit
-        inside = (levels >= ctx.limits[0]) & (levels <= ctx.limits[1])
-        of_step = levels.round().clamp_(*ctx.limits).sub_(levels * inside).mul_(gradient)
+        clamped = levels.clamp(*ctx.limits)
+        inside = clamped.eq(levels)
+        of_step = clamped.round_().sub_(levels * inside).mul_(gradient)
         return gradient * inside, of_step.sum_to_size(step.shape) * ctx.factor, None, None, None
 
 
