@@ -34,9 +34,11 @@ __all__ = ["BATCH", "EPOCHS", "QatResult", "fine_tune"]
 EPOCHS = 20
 BATCH = 32  # samples a step; those of a graph with a fixed batch, or of other shapes, are added up to it
 TEMPERATURE = 2.0
+DIVERGENCE, LABELS = 0.5, 0.01
 #: Rates of AdamW at the start of the cosine. Of weights in their steps of int8, of steps and of float values in shares of
 #: their own size: so one rate suits every layer of every graph.
-WEIGHT_RATE, STEP_RATE, FLOAT_RATE = 0.02, 3e-4, 3e-4
+WEIGHT_RATE, STEP_RATE, FLOAT_RATE = 0.01, 2e-4, 3e-4
+BETAS = (0.9, 0.99)  # a step whose gradient is rare must not jump: the second moment forgets soon
 CLIP = 1.0  # of the gradient's norm
 _BATCH_BYTES = 64 << 20
 
@@ -50,10 +52,16 @@ class QatResult(NamedTuple):
 
 
 class _Score(NamedTuple):
-    """Compared in this order; ``top1`` (a share) is 0 where there are no labels."""
+    """Compared in this order; ``top1`` (a share) is 0 where there are no labels.
+
+    A few labelled samples more are often luck: they alone do not pay for a lower SNR, so both must hold (`no_worse`).
+    """
 
     top1: float
     snr_db: float
+
+    def no_worse(self, other: _Score) -> bool:
+        return self.top1 >= other.top1 and self.snr_db >= other.snr_db
 
 
 def fine_tune(
@@ -62,7 +70,8 @@ def fine_tune(
     """Train an int8 graph that `insert` made to answer as the float graph that it was made from.
 
     ``samples`` teach, ``held_out`` choose the epoch: by top-1 where they have ``targets``, then by the output's SNR to the
-    float graph. An epoch that is not better than the graph given is never returned. Same seed, same machine: same bytes.
+    float graph. What is returned is not worse in either than the graph given, which is returned itself where no epoch is
+    better. Same seed, same machine: same bytes.
     Raises `GraphError` for a node that PyTorch cannot run (it is named), `UsageError` where there is nothing to learn from.
     """
     if epochs < 1:
@@ -85,7 +94,7 @@ def fine_tune(
             losses.append(round(loss, 6))
             trained = run.module.export()
             score = judge.score(trained)
-            if score > best:
+            if score > best and score.no_worse(before):
                 best, best_epoch = score, epoch + 1
                 chosen = trained.SerializeToString(deterministic=True)
     if not best_epoch:
@@ -123,14 +132,14 @@ class _Run:
         self.module = TorchGraph(model, originals(model, original)).to(self.device)
         self.teacher, self.samples, self.seed = Simulator(original), samples, seed
         self.label_output = original.graph.output[0].name
+        steps = [part.ratio for part in (*self.module.weights.values(), *self.module.steps)]
         groups = [
             {"params": [weight.master for weight in self.module.weights.values()], "lr": WEIGHT_RATE},
-            {"params": [part.ratio for part in (*self.module.weights.values(), *self.module.steps)], "lr": STEP_RATE},
+            {"params": [step for step in steps if step.requires_grad], "lr": STEP_RATE},
             {"params": [value.shift for value in self.module.floats.values()], "lr": FLOAT_RATE},
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        steps = epochs * -(-len(samples) // BATCH)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs * -(-len(samples) // BATCH))
         self.shapes: dict[int, tuple[Any, ...]] = {}
 
     def epoch(self, epoch: int, advance: Any, note: str) -> float:
@@ -178,21 +187,21 @@ class _Run:
             if wanted.dtype.kind != "f":
                 continue
             target, found = torch.tensor(wanted, device=self.device), answers[name]
+            loss = F.mse_loss(found, target) / target.var(correction=0).clamp(min=1e-12)
             if self.samples.targets is not None and name == self.label_output and target.ndim == 2:
                 labels = torch.tensor(self.samples.targets[rows], device=self.device)
-                losses.append(classification_loss(found, target, labels))
-            else:
-                losses.append(F.mse_loss(found, target) / target.var(correction=0).clamp(min=1e-12))
+                loss = loss + classification_loss(found, target, labels)
+            losses.append(loss)
         return torch.stack(losses).mean()
 
 
 def classification_loss(found: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """Half the divergence from the teacher's distribution at `TEMPERATURE`, half the cross-entropy; all (N, classes)."""
+    """The divergence from the teacher's distribution at `TEMPERATURE`, and a little cross-entropy; all (N, classes)."""
     if bool((target >= 0).all()) and bool(((target.sum(1) - 1).abs() < 1e-3).all()):  # the graph ends in a softmax
         found, target = found.clamp(min=1e-9).log(), target.clamp(min=1e-9).log()
     student, teacher = (F.log_softmax(logits / TEMPERATURE, 1) for logits in (found, target))
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * TEMPERATURE**2
-    return 0.5 * divergence + 0.5 * F.cross_entropy(found, labels)
+    return DIVERGENCE * divergence + LABELS * F.cross_entropy(found, labels)
 
 
 def originals(model: onnx.ModelProto, original: onnx.ModelProto) -> dict[str, Array]:

@@ -153,6 +153,7 @@ class TorchGraph(nn.Module):
         self._weight_of: dict[str, tuple[str, str]] = {}  # int8 initializer -> its key in ``weights``, its scale
         self._step_of: dict[str, ActivationStep] = {}  # scale initializer -> step
         self._float_of: dict[str, str] = {}  # float initializer -> its key in ``floats``
+        self._inputs = {value.name for value in graph.input}
         self._outputs = [value.name for value in graph.output]
         self._originals = dict(originals or {})
         pairs = self._pairs()
@@ -208,7 +209,7 @@ class TorchGraph(nn.Module):
         model: onnx.ModelProto = onnx.ModelProto.FromString(self._model.SerializeToString())
         for tensor in model.graph.initializer:
             if tensor.name in values:
-                tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values[tensor.name]), tensor.name))
+                tensor.CopyFrom(numpy_helper.from_array(np.asarray(values[tensor.name], order="C"), tensor.name))
         return model
 
     def _pairs(self) -> set[str]:
@@ -266,6 +267,9 @@ class TorchGraph(nn.Module):
                 self._step_of[name] = step
                 return step
         step = self._step_of[name] = ActivationStep(scale.reshape(()))
+        # White pixels, and other values that an input has often, lie on a level or beside it: learning their step by a gradient
+        # that is straight through the rounding costs more than it gains (2 dB and back, on digits).
+        step.ratio.requires_grad_(node.input[0] not in self._inputs)
         self.steps.append(step)
         return step
 
