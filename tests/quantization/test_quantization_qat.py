@@ -216,7 +216,11 @@ def test_presets_run_alike(name: str) -> None:
     module = getattr(importlib.import_module(home), preset)(5, **PRESETS[name].args, **args)
     text = "vocabulary" in args
     x = np.random.default_rng(0).integers(0, 50, (3, *shape)) if text else normal(3, *shape, scale=1.0)
-    assert_same(export_onnx(module, torch.tensor(x[:2])), x)
+    graph = export_onnx(module, torch.tensor(x[:2]))
+    assert_same(graph, x)
+    # On another device no node mixes it with the CPU: torch's device without values would raise.
+    elsewhere = TorchGraph(onnx.load_model_from_string(graph)).to("meta")({"x": torch.tensor(x, device="meta")})["y"]
+    assert elsewhere.shape == (3, 5)
 
 
 def quantized(graph: bytes, batch: list[Array], scale_by: float = 1.0) -> bytes:
@@ -308,6 +312,37 @@ def test_the_module_in_training_answers_as_what_it_exports() -> None:
     assert contents(exported) != contents(model)
     noise = Noise()
     noise.add(Simulator(exported)({"x": X}), torch_run(module, X))
+    assert noise.snr_db() > 55
+
+
+def test_a_shift_and_a_factor_in_front_of_the_pair_stay() -> None:
+    """Sub, Mul and Pad before QuantizeLinear give a channel its share of int8; the weights know nothing of them."""
+    weight = normal(6, 3, 3, 3)
+    graph = build([node("Conv", "x w b", "y", pads=[1] * 4)], {"w": weight, "b": normal(6)}, ["n", 3, 8, 8])
+    factor, shift = np.array([0.5, 1, 4], np.float32), np.array([0.5, 0, -1], np.float32)
+    known = {
+        "shift": shift.reshape(3, 1, 1), "factor": factor.reshape(3, 1, 1), "pads": ints(0, 0, 1, 1, 0, 0, 1, 1),
+        "s": np.float32(0.1), "z": np.int8(0), "zw": np.zeros(6, np.int8),
+        "b": normal(6) + (weight * shift[:, None, None]).sum((1, 2, 3)),
+        "ws": np.abs(weight / factor[:, None, None]).max((1, 2, 3)) / 127,
+    }  # fmt: skip
+    scaled = weight / factor[:, None, None] / known["ws"][:, None, None, None]
+    known["q"] = np.rint(scaled).astype(np.int8)
+    nodes = [
+        node("Pad", "x pads", "p"), node("Sub", "p shift", "c"), node("Mul", "c factor", "m"),
+        node("QuantizeLinear", "m s z", "i"), node("DequantizeLinear", "i s z", "d"),
+        node("DequantizeLinear", "q ws zw", "w", axis=0), node("Conv", "d w b", "y"),
+    ]  # fmt: skip
+    start = build(nodes, known, ["n", 3, 8, 8])
+    result = fine_tune(start, graph, TRAIN, HELD, epochs=3, seed=0)
+    trained = onnx.load_model_from_string(result.graph)
+    found = {t.name: numpy_helper.to_array(t) for t in trained.graph.initializer}
+    assert result.figures["best_epoch"] > 0
+    for name in ("shift", "factor", "pads", "z", "zw"):
+        np.testing.assert_array_equal(found[name], known[name])
+    assert (found["b"] != known["b"]).any()
+    noise = Noise()
+    noise.add(Simulator(trained)({"x": X}), torch_run(TorchGraph(trained), X))
     assert noise.snr_db() > 55
 
 
