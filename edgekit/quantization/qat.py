@@ -6,7 +6,7 @@ graph teaches (G. Hinton et al., "Distilling the knowledge in a neural network",
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,8 @@ __all__ = ["BATCH", "EPOCHS", "QatResult", "fine_tune"]
 EPOCHS = 20
 BATCH = 32  # samples a step; those of a graph with a fixed batch, or of other shapes, are added up to it
 TEMPERATURE = 2.0
+#: Beside the normalised squared error of the logits. More for the labels and the int8 graph leaves its teacher: half took
+#: digits from 31.7 to 24.8 dB, for a top-1 within the noise.
 DIVERGENCE, LABELS = 0.5, 0.01
 #: Rates of AdamW at the start of the cosine. Of weights in their steps of int8, of steps and of float values in shares of
 #: their own size: so one rate suits every layer of every graph.
@@ -114,14 +116,15 @@ class _Judge:
         self.name = original.graph.output[0].name
 
     def score(self, model: onnx.ModelProto) -> _Score:
-        run, noise, answers = Simulator(model), Noise(), list[NDArray[Any]]()
+        run, noise, targets, right, done = Simulator(model), Noise(), self.held_out.targets, 0, 0
         for feeds in self.held_out.batches():
             found = run(feeds)
             noise.add(self.teacher(feeds), found)
-            answers.append(found[self.name].argmax(-1).ravel())
-        if self.held_out.targets is None:
-            return _Score(0.0, noise.snr_db())
-        return _Score(float((np.concatenate(answers) == self.held_out.targets).mean()), noise.snr_db())
+            if targets is not None:
+                answers = found[self.name].argmax(-1).ravel()
+                right += int((answers == targets[done : done + len(answers)]).sum())
+                done += len(answers)
+        return _Score(right / max(done, 1), noise.snr_db())
 
 
 class _Run:
@@ -142,7 +145,7 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs * -(-len(samples) // BATCH))
         self.shapes: dict[int, tuple[Any, ...]] = {}
 
-    def epoch(self, epoch: int, advance: Any, note: str) -> float:
+    def epoch(self, epoch: int, advance: Callable[[int, str], None], note: str) -> float:
         """One pass over the shuffled samples; the mean loss, NaN as soon as it is not finite."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
         total, done = 0.0, 0

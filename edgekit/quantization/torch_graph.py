@@ -146,7 +146,7 @@ class TorchGraph(nn.Module):
         super().__init__()
         self._model = onnx.ModelProto.FromString(model.SerializeToString())
         graph = self._model.graph
-        self._known = constants(graph)
+        self._known, self._uses = constants(graph), consumers(graph)
         self._integers: dict[str, Tensor] = {}
         self._buffer_of: dict[str, str] = {}  # float constant -> buffer
         self.weights, self.steps, self.floats = nn.ModuleDict(), nn.ModuleList(), nn.ModuleDict()
@@ -278,7 +278,7 @@ class TorchGraph(nn.Module):
         if name not in self._known or attribute(node, "block_size", 0):
             raise _refused(node, "of something that is neither a constant nor quantized before it")
         if name not in self._weight_of:
-            if consumers(self._model.graph)[scale] != 1:
+            if self._uses[scale] != 1:
                 raise _refused(node, "with a scale that others use too")
             levels, scales = (numpy_helper.to_array(self._known[n]) for n in (name, scale))
             key = f"w{len(self.weights)}"
