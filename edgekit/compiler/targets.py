@@ -55,6 +55,11 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         version = tuple(int(part) for part in self.tensorrt.split("."))
         return max((opset for since, opset in OPSETS.items() if version >= since), default=0)
 
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether the graph decides the types there; before TensorRT 10 builder flags do."""
+        return int(self.tensorrt.split(".")[0]) >= 10
+
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One table of ``targets.toml``; its comments state the units. Absent figures are per card, or not published."""
