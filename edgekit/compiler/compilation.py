@@ -29,9 +29,11 @@ __all__ = ["MIN_FP16_SNR_DB", "compile_graph"]
 #: An fp16 graph must reproduce the golden outputs this well on ONNX Runtime. float16 has 11 bits: about 66 dB an
 #: operation; below 40 dB something overflowed or lost its small values.
 MIN_FP16_SNR_DB = 40.0
-#: What float16 outside of Q/DQ may cost an int8 graph: 1 dB is a quarter more noise power than int8 makes alone. Noise that
-#: is independent of it then lies 6 dB below it.
-MAX_INT8_LOSS_DB = 1.0
+#: How far the noise of float16 must lie below that of int8 where it is measured alone: it then costs 1 dB.
+INT8_HEADROOM_DB = 6.0
+#: What both together may lose against the golden outputs. More than 1 dB, for few golden samples give another draw of the
+#: rounding to int8 (0.5 dB were seen with 80 outputs, where 2,500 showed none); it is the margin that a device has as well.
+INT8_MARGIN_DB = 3.0
 #: The same operations in another order of memory: what rounding in float16 can differ by.
 SAME = 2e-3
 
@@ -125,24 +127,35 @@ def _typed_graph(request: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
 def _half_graph(path: Path, golden: str | None, int8: bool) -> tuple[bytes, float, int]:
     """(float16 graph, golden SNR in dB, nodes left in float32). Raises `GoldenError` where it is too far from ``golden``.
 
-    A float graph owes `MIN_FP16_SNR_DB`; an int8 graph its own distance from the golden outputs, less `MAX_INT8_LOSS_DB`.
+    A float graph owes `MIN_FP16_SNR_DB`. An int8 graph owes its own distance from the golden outputs less `INT8_MARGIN_DB`,
+    and float16 alone, without the rounding to int8, must make less noise than int8 by `INT8_HEADROOM_DB`.
     """
     if golden is None:
         raise GoldenError("the bundle has no golden outputs to hold it against")
     model = onnx.load_model(str(path), load_external_data=False)
     inputs, outputs = _golden(Path(golden))
-    least, than = MIN_FP16_SNR_DB, ""
+    peaks = precision.activation_peaks(model, inputs)
+    least = MIN_FP16_SNR_DB
     if int8:
         own = precision.against_golden(path.read_bytes(), inputs, outputs).snr_db
-        least, than = own - MAX_INT8_LOSS_DB, f", for the int8 graph has {own:.1f} dB"
-    peaks = precision.activation_peaks(model, inputs)
+        least = own - INT8_MARGIN_DB
+        alone = _half_noise(precision.without_rounding(model), peaks, inputs)
+        if not alone >= own + INT8_HEADROOM_DB:
+            raise GoldenError(f"float16 alone makes noise at {alone:.1f} dB, int8 at {own:.1f} dB")
     made = precision.to_fp16(model, peaks)
     graph: bytes = made.SerializeToString(deterministic=True)
     twin: bytes = precision.to_fp16(model, peaks, twin=True).SerializeToString()
     snr_db = min(precision.against_golden(form, inputs, outputs).snr_db for form in (twin, graph))
     if not snr_db >= least:
-        raise GoldenError(f"{snr_db:.1f} dB against the golden outputs, {least:g} dB are needed{than}")
+        raise GoldenError(f"{snr_db:.1f} dB against the golden outputs, {least:.4g} dB are needed")
     return graph, round(snr_db, 2), precision.kept_float32(model, peaks)
+
+
+def _half_noise(model: onnx.ModelProto, peaks: Mapping[str, float], inputs: Mapping[str, NDArray[Any]]) -> float:
+    """Output SNR in dB of a graph with the rounding to float16 against the graph without."""
+    run = session(model.SerializeToString())
+    truth = dict(zip([o.name for o in run.get_outputs()], run.run(None, dict(inputs)), strict=True))
+    return precision.against_golden(precision.to_fp16(model, peaks, twin=True).SerializeToString(), inputs, truth).snr_db
 
 
 def _check_same(before: bytes, after: bytes, golden: Path) -> None:

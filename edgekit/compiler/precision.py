@@ -30,7 +30,7 @@ try:
 except ImportError:
     raise MissingExtra("onnx", "onnx") from None
 
-__all__ = ["HALF_OPS", "activation_peaks", "against_golden", "kept_float32", "to_fp16"]
+__all__ = ["HALF_OPS", "activation_peaks", "against_golden", "kept_float32", "to_fp16", "without_rounding"]
 
 MAX_ACTIVATION = 512.0
 MAX_WEIGHT = 65504.0
@@ -277,6 +277,17 @@ def to_fp16(model: onnx.ModelProto, peaks: Mapping[str, float], *, twin: bool = 
         model = _with_half_scales(model)
     made = _Caster(model, peaks, twin).run()
     _check_types(made)
+    return made
+
+
+def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which what reads a quantized activation reads the activation itself; stored weights stay as they are."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    sources = {node.output[0]: node.input[0] for node in made.graph.node if node.op_type == "QuantizeLinear"}
+    for node in made.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in sources:
+            node.CopyFrom(helper.make_node("Identity", [sources[node.input[0]]], [node.output[0]], node.name))
     return made
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.compiler.precision import activation_peaks, against_golden, kept_float32, to_fp16
+from edgekit.compiler.precision import activation_peaks, against_golden, kept_float32, to_fp16, without_rounding
 from edgekit.errors import BackendError
 from edgekit.runtime.onnxruntime import session
 
@@ -327,3 +327,16 @@ def test_the_twin_of_a_quantized_graph_rounds_alike() -> None:
     assert {v for k, v in types(twin).items() if k.endswith("_q")} == {TensorProto.INT8}
     error = answer(twin) - answer(to_fp16(made, peaks))
     assert 10 * np.log10((answer(twin) ** 2).mean() / max((error**2).mean(), 1e-20)) > 40
+
+
+def test_without_its_rounding_a_quantized_graph_is_the_float_graph_of_its_weights() -> None:
+    weight = WEIGHT * STORED["ws"][:, None, None, None]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("Conv", ["r", "w"], ["y"]),
+    ]
+    truth = answer(quantized(nodes, {"w": weight.astype(np.float32)}, [2, 8, 9, 9]))
+    found = answer(without_rounding(two_convolutions()))
+    np.testing.assert_allclose(found, truth, atol=1e-5)
+    assert np.abs(answer(two_convolutions()) - truth).max() > 1e-3
