@@ -71,8 +71,8 @@ def build(
     ``engines/TARGET.kit.zip``, which their own TensorRT compiles. ``engines/TARGET.json`` says what decided it.
     ``precision``: fp32, fp16, int8, or best: int8 where the bundle is quantized, else fp16 where it reproduces the golden
     outputs within 40 dB, else fp32. Outside of int8 an int8 engine computes in float16, but for nodes whose range needs
-    float32, and but for graphs in which float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8", for graphs with a
-    dynamic first axis; 1 if not given.
+    float32, and but for graphs in which float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8",
+    for graphs with a dynamic first axis; 1 if not given.
 
     Raises `UsageError` for an unknown target, a precision the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for and does not hold, `GraphError` where
