@@ -76,7 +76,8 @@ def _half_scale(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -
 
     A channel whose int8 weights are all 0 gets the scale 1: it means nothing there, and is often too small for float16.
     """
-    stated = any(a.name in ("output_dtype", "precision") and a.i for a in node.attribute)  # opsets 21 and 23
+    own = "precision" if node.op_type == "QuantizeLinear" else "output_dtype"  # from opset 23 on
+    stated = any(a.name == own and a.i for a in node.attribute)
     if stated or node.input[1] not in weights or weights[node.input[1]].data_type != TensorProto.FLOAT:
         return None
     scale = numpy_helper.to_array(weights[node.input[1]]).copy()
@@ -309,11 +310,13 @@ def _with_half_scales(model: onnx.ModelProto) -> onnx.ModelProto:
         if entry.domain in ("", "ai.onnx"):
             entry.version = HALF_SCALE_OPSET
     raised.ir_version = max(raised.ir_version, 9)
-    try:
-        _check_types(raised)
-        return raised
-    except GraphError:
-        pass
+    # Split without sizes needs an attribute from 18 on, RoiAlign has another default from 16 on.
+    if not any(node.op_type in ("Split", "RoiAlign") for node in raised.graph.node):
+        try:
+            _check_types(raised)
+            return raised
+        except GraphError:
+            pass
     try:
         converted: onnx.ModelProto = onnx.version_converter.convert_version(model, HALF_SCALE_OPSET)
     except Exception as error:  # noqa: BLE001  the converter raises plain RuntimeErrors

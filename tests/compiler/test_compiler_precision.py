@@ -310,8 +310,14 @@ def test_what_stands_in_front_of_a_quantizer_is_float16() -> None:
     assert 10 * np.log10((answer(made) ** 2).mean() / (error**2).mean()) > 40
 
 
-def test_an_operator_that_changed_before_opset_19_is_converted() -> None:
-    between = [helper.make_node("ReduceMean", ["r"], ["t"], axes=[2], keepdims=1)]
+@pytest.mark.parametrize(
+    "between",
+    [
+        [helper.make_node("ReduceMean", ["r"], ["t"], axes=[2], keepdims=1)],
+        [helper.make_node("Split", ["r"], ["t", "u"], axis=1)],
+    ],
+)
+def test_an_operator_that_changed_before_opset_19_is_converted(between: list[Any]) -> None:
     nodes = [*pair("x"), DEQUANTIZED, helper.make_node("Conv", ["x_d", "wd"], ["c"]), helper.make_node("Relu", ["c"], ["r"])]
     made = quantized([*nodes, *between, *pair("t"), helper.make_node("Neg", ["t_d"], ["y"])], STORED, [2, 8, 9, 9])
     half = to_fp16(made, {})
