@@ -11,6 +11,9 @@ Which forms TensorRT-RTX 1.7 builds, found by building them:
     DequantizeLinear of a table, then Gather          stored as int8 or int4, one kernel that dequantizes what it gathers
     int4 with a scale per channel or tensor           builds, dequantized before the product
     int4 in blocks as the left matrix of a MatMul     crashes the builder: int8 a channel instead
+    W and R of LSTM, int8, a scale per gate row       stored as int8, in all directions
+    W and R of GRU                                    refused by the builder but for W of forward layers and for R without
+                                                      linear_before_reset ("op->parent() == this"): they stay float
     last block shorter than the others                refused ("must divide into whole blocks"): int8 a channel instead
     Gather of an int8 table, then DequantizeLinear    refused ("Quantized constant is only allowed before DQ")
 
@@ -48,6 +51,8 @@ _CHUNK = 1 << 21  # weights fitted at once
 class _Weight(NamedTuple):
     """A constant matrix: the axis that is summed over (a table's: the one inside of a row), and its first reader.
 
+    Those of LSTM have three axes, (directions, 4 x hidden, inputs): a scale per row, shared by the directions.
+
     ``blocks``: whether every reader takes it in blocks along that axis.
     """
 
@@ -63,9 +68,9 @@ def weight_only(model: onnx.ModelProto, *, bits: int, block: int) -> tuple[onnx.
 
     ``bits``: 8 or 4. ``block``: weights along the inner axis (K of a MatMul's float32 (K, N), a table's columns) that share
     a scale, one of `BLOCKS`; 0, with 8 bits only, for one scale per output channel or table row. Quantized are the constant
-    float32 matrices of MatMul and Gemm and the tables of Gather along axis 0, from `MIN_PARAMETERS` weights on. Where a
-    block does not divide the inner axis, and where not every reader takes blocks, a layer gets int8 and a scale per
-    channel. Scales are float32, and the clip of each minimizes its squared error: a search over scales, then the
+    float32 matrices of MatMul, Gemm and LSTM and the tables of Gather along axis 0, from `MIN_PARAMETERS` weights on. Where
+    a block does not divide the inner axis, where not every reader takes blocks, and in LSTM, weights are int8 with a scale
+    per channel. Scales are float32, and the clip of each minimizes its squared error: a search over scales, then the
     least-squares scale for the integers found.
 
     Returns the graph (opset 13 or later, 21 with blocks) and its figures: ``bits``, ``block``, ``bytes_before`` and
@@ -99,14 +104,15 @@ def _weights(graph: onnx.GraphProto) -> list[_Weight]:
     large = {
         tensor.name
         for tensor in graph.initializer
-        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.name not in inputs
-        if tensor.dims[0] * tensor.dims[1] >= MIN_PARAMETERS
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in inputs and np.prod(tensor.dims) >= MIN_PARAMETERS
     }
+    known = constants(graph)
     readers: dict[str, list[_Weight]] = {}
     for node in graph.node:
         for position, inner in _positions(node):
-            if (name := node.input[position]) in large:
-                blocks = node.op_type != "MatMul" or position == 1
+            recurrent = node.op_type == "LSTM"
+            if (name := node.input[position]) in large and len(known[name].dims) == (3 if recurrent else 2):
+                blocks = not recurrent and (node.op_type != "MatMul" or position == 1)
                 readers.setdefault(name, []).append(_Weight(name, inner, node.name or node.output[0], node.op_type, blocks))
     return [
         those[0]._replace(blocks=len(those) == uses[name] and all(w.blocks and w.inner == those[0].inner for w in those))
@@ -124,7 +130,7 @@ def _positions(node: onnx.NodeProto) -> list[tuple[int, int]]:
         return [(1, 1 if attribute(node, "transB", 0) else 0)]
     if node.op_type == "Gather" and attribute(node, "axis", 0) == 0:
         return [(0, 1)]
-    return []
+    return [(1, 2), (2, 2)] if node.op_type == "LSTM" else []
 
 
 def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) -> dict[str, Any]:
@@ -134,12 +140,14 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
     if not np.isfinite(values).all():
         raise GraphError(f"the weights {weight.name!r} hold NaN or Inf", "train or export the model again")
     inner, whole = weight.inner, values.shape[weight.inner]
+    channel = 1 if values.ndim == 3 else 1 - inner
     size, bits = (block, bits) if block and whole % block == 0 and weight.blocks else (whole, 8)
-    rows = np.moveaxis(values, inner, 1)  # (channels, inner)
-    q, scale = _fit(rows.reshape(-1, size), *_RANGES[bits])
-    stored = np.moveaxis(q.reshape(rows.shape), 1, inner)
     blocked = size != whole or bits == 4
-    scales = np.moveaxis(scale.reshape(len(rows), -1), 1, inner) if blocked else scale.ravel()
+    rows = np.moveaxis(values, channel, 0)  # (channels, inner), or (channels, directions, inner)
+    groups = rows.reshape(-1, size) if blocked else rows.reshape(len(rows), -1)
+    q, scale = _fit(groups, *_RANGES[bits])
+    stored = np.moveaxis(q.reshape(rows.shape), 0, channel)
+    scales = np.moveaxis(scale.reshape(len(rows), -1), 0, channel) if blocked else scale.ravel()
     base = _free(graph, weight.name)
     graph.initializer.remove(tensor)
     graph.initializer.extend([_stored(stored, bits, f"{base}/int{bits}"), _constant(scales, f"{base}/scale")])
@@ -147,10 +155,10 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
     if not blocked:  # TensorRT 8.6 is used to a zero point
         graph.initializer.append(_constant(np.zeros(scales.shape, np.int8), f"{base}/zero_point"))
         inputs.append(f"{base}/zero_point")
-    attributes = {"axis": inner, "block_size": size} if blocked else {"axis": 1 - inner}
+    attributes = {"axis": inner, "block_size": size} if blocked else {"axis": channel}
     node = helper.make_node("DequantizeLinear", inputs, [weight.name], name=f"{base}/dequantize", **attributes)
     graph.node.insert(0, node)
-    noise = float(((q * scale - rows.reshape(-1, size)) ** 2).sum(dtype=np.float64))
+    noise = float(((q * scale - groups) ** 2).sum(dtype=np.float64))
     signal = float((values**2).sum(dtype=np.float64))
     return {
         "name": weight.node,

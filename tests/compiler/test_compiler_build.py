@@ -145,6 +145,16 @@ def test_an_int8_engine_computes_in_float16_elsewhere(quantized: Bundle, precisi
     assert record(quantized, "rtx-ada")["graph_sha256"] == quantized.manifest.files[FLOAT_GRAPH]
 
 
+def test_an_int8_engine_owes_what_its_own_graph_reaches(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weight, x = random.normal(size=(32, 32)), random.normal(size=(1, 32)).astype(np.float32)
+    graphs = {FLOAT_GRAPH: linear(weight), INT8_GRAPH: linear(weight, quantized=True)}
+    bundle = write(tmp_path / "t.edge", graphs, x, ("n", 32), golden={INT8_GRAPH: Tolerance("snr_db", 60.0)})
+    build(bundle, target="jetson-thor")
+    found = record(bundle, "jetson-thor")
+    assert found["golden"]["limit"] == pytest.approx(found["golden_snr_db"] - 3, abs=0.06)
+
+
 def cancelling(weight: np.ndarray[Any, Any]) -> onnx.ModelProto:
     """As `linear`, quantized, behind (x + 500) - 500, which keeps no more than 0.25 of x in float16."""
     made = linear(weight, quantized=True)

@@ -78,6 +78,13 @@ def engine(model: onnx.ModelProto, compute_capability: str = "SM89") -> int:
     return 0 if plan is None else int(plan.nbytes)
 
 
+def lstm(direction: str, directions: int = 1) -> tuple[list[Any], dict[str, Any], Array]:
+    """One layer of 64 inputs and 80 hidden units over 12 steps of one sequence."""
+    weights = {"w": normal(directions, 320, 64), "r": normal(directions, 320, 80, scale=0.1)}
+    layer = node("LSTM", "x w r", "y", hidden_size=80, direction=direction)
+    return [layer], weights, RNG.normal(size=(12, 1, 64)).astype(np.float32)
+
+
 TOKENS = RNG.integers(0, 500, (2, 6))
 ROWS = RNG.normal(size=(2, 6, 256)).astype(np.float32)
 #: name -> (nodes, weights, x)
@@ -92,7 +99,13 @@ LAYERS: dict[str, tuple[list[Any], dict[str, Any], Array]] = {
         {"t": normal(500, 128), "w": normal(128, 256)},
         TOKENS,
     ),
+    "lstm": lstm("forward"),
+    "reverse lstm": lstm("reverse"),
+    "bidirectional lstm": lstm("bidirectional", 2),
 }
+#: Those that blocks do not fit: the left matrix, a table of 64 columns, LSTM.
+UNBLOCKED = {("left matmul", 64), ("left matmul", 128), ("embedding", 128)}
+UNBLOCKED |= {(name, block) for name in LAYERS if "lstm" in name for block in (64, 128)}
 
 
 def layer(name: str) -> tuple[onnx.ModelProto, Array]:
@@ -109,13 +122,12 @@ def test_weights_alone_are_small_and_near(name: str, bits: int, block: int, leas
     check(made)
     assert snr_db(run(model, x), run(made, x)) > least
     assert figures["bytes_after"] == made.ByteSize()
-    if name != "left matmul" and not (name == "embedding" and block == 128):  # a table of 64 columns
-        assert figures["bytes_after"] < (0.29 if bits == 8 else 0.19) * figures["bytes_before"]
-        assert {entry["form"].split(",")[0] for entry in figures["layers"]} == {f"int{bits}"}
-        assert all(entry["snr_db"] > least for entry in figures["layers"])
-    assert figures["parameters"] == sum(
-        int(np.prod(i.dims)) for i in model.graph.initializer if np.prod(i.dims) >= MIN_PARAMETERS
-    )
+    bits = 8 if (name, block) in UNBLOCKED else bits
+    assert {entry["form"].split(",")[0] for entry in figures["layers"]} == {f"int{bits}"}
+    assert all(entry["snr_db"] > least for entry in figures["layers"])
+    assert figures["bytes_after"] < (0.29 if bits == 8 else 0.19) * figures["bytes_before"]
+    large = [int(np.prod(i.dims)) for i in model.graph.initializer if np.prod(i.dims) >= MIN_PARAMETERS]
+    assert figures["parameters"] == sum(large)
 
 
 @pytest.mark.parametrize(("bits", "block"), [(8, 0), (8, 64), (4, 64), (4, 128)])
