@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-__all__ = ["BuildError", "build", "check", "main", "network_flags", "precision_flags"]
+__all__ = ["BuildError", "build", "check", "main", "network_flags", "precision_flags", "strongly_typed"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,9 +42,14 @@ def network_flags(trt: Any) -> int:
     return sum(1 << int(flag) for flag in wanted if flag is not None)
 
 
+def strongly_typed(trt: Any) -> bool:
+    """Whether the graph decides the types (TensorRT 10 and later, TensorRT-RTX)."""
+    return hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
+
+
 def precision_flags(trt: Any, precision: str) -> list[str]:
     """Builder flags that allow a precision. Only weakly typed TensorRT needs them; a strongly typed one rejects them."""
-    if hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED"):
+    if strongly_typed(trt):
         return []
     wanted = {"fp16": ["FP16"], "int8": ["INT8", "FP16"]}.get(precision, [])
     return [name for name in wanted if hasattr(trt.BuilderFlag, name)]
@@ -250,12 +255,10 @@ def check(trt: Any, plan: bytes, golden: Path, tolerance: dict[str, Any], cuda: 
     return {"snr_db": snr, "relative": relative}
 
 
-def _verified(folder: Path, spec: dict[str, Any]) -> bytes:
+def _verify(folder: Path, spec: dict[str, Any]) -> None:
     for name, expected in spec["files"].items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise BuildError(f"{name} is damaged: its sha256 is not that of build.json")
-    graph: bytes = (folder / spec["graph"]).read_bytes()
-    return graph
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -283,8 +286,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
-        graph = _verified(options.kit, spec)
+        _verify(options.kit, spec)
         trt = importlib.import_module(options.module)
+        name = spec["graph" if strongly_typed(trt) else "untyped_graph"]
+        graph = (options.kit / name).read_bytes()
         spec["compute_capability"] = options.compute_capability
         start = time.perf_counter()
         plan = build(trt, graph, spec, _print_progress, options.timing_cache)
@@ -296,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
             "seconds": round(time.perf_counter() - start, 3),
             "size_bytes": len(plan),
             "engine_sha256": hashlib.sha256(plan).hexdigest(),
-            "graph_sha256": spec["files"][spec["graph"]],
+            "graph_sha256": spec["files"][name],
             "golden": None if options.no_check else check(trt, plan, options.kit / "golden.npz", spec["golden"]),
         }
         out = options.out or options.kit

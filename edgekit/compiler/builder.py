@@ -29,10 +29,11 @@ from .targets import PRECISIONS, JetPack, Target, target_named
 
 __all__ = ["BuildResult", "build"]
 
-RECIPE = 2  # raise it where the same inputs would now give another engine
+RECIPE = 3  # raise it where the same inputs would now give another engine
 #: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
+_INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def build(
     ``rtx`` targets get ``engines/TARGET.engine``, built here by TensorRT-RTX without a GPU; devices get
     ``engines/TARGET.kit.zip``, which their own TensorRT compiles. ``engines/TARGET.json`` says what decided it.
     ``precision``: fp32, fp16, int8, or best: int8 where the bundle is quantized, else fp16 where it reproduces the golden
-    outputs within 40 dB, else fp32. ``batch``: 4 or "1..8", for graphs with a dynamic first axis; 1 if not given.
+    outputs within 40 dB, else fp32. Outside of int8 an int8 engine computes in float16, but for nodes whose range needs
+    float32, and but for graphs in which float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8",
+    for graphs with a dynamic first axis; 1 if not given.
 
     Raises `UsageError` for an unknown target, a precision the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for and does not hold, `GraphError` where
@@ -131,12 +134,19 @@ def _listed(entries: Iterable[JetPack]) -> str:
     return ", ".join(f"{entry.tensorrt} (JetPack {entry.jetpack})" for entry in entries)
 
 
-def _readers(target: Target, opset: int) -> tuple[tuple[JetPack, ...], list[str]]:
-    """(the JetPacks whose TensorRT reads a graph of this opset, a note for each of the others)."""
-    able = tuple(entry for entry in target.tensorrt if opset <= entry.opset)
+def _readers(target: Target, opset: int, untyped: int | None = None) -> tuple[tuple[JetPack, ...], list[str]]:
+    """(the JetPacks whose TensorRT reads a graph of this opset, a note for each of the others).
+
+    ``untyped``: opset of the graph that a weakly typed TensorRT takes instead.
+    """
+
+    def read(entry: JetPack) -> int:
+        return opset if entry.strongly_typed or untyped is None else untyped
+
+    able = tuple(entry for entry in target.tensorrt if read(entry) <= entry.opset)
     notes = [
         f"not for JetPack {entry.jetpack}: TensorRT {entry.tensorrt} "
-        + (f"reads opset {entry.opset} at most, the graph has {opset}" if entry.opset else "is older than the kit's 8.6")
+        + (f"reads opset {entry.opset} at most, the graph has {read(entry)}" if entry.opset else "is older than the kit's 8.6")
         for entry in target.tensorrt
         if entry not in able
     ]
@@ -189,9 +199,15 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any]) -> dict[st
     }
 
 
-def _tolerance(bundle: Bundle, precision: str) -> Tolerance:
-    """What the engine owes the golden outputs on a GPU: TF32 and fp16 have 11 bits, int8 what the bundle states."""
+def _tolerance(bundle: Bundle, precision: str, golden_snr_db: float | None) -> Tolerance:
+    """What the engine owes the golden outputs on a GPU: TF32 and fp16 have 11 bits, int8 what the bundle states.
+
+    float16 around int8 draws the rounding to int8 anew: on few samples the graph itself may lie below the one it was made
+    from (`compilation`), and the engine owes what the typed graph reaches, less the same margin.
+    """
     stated = bundle.manifest.golden.get(INT8_GRAPH) if precision == "int8" else None
+    if stated is not None and stated.kind == "snr_db" and golden_snr_db is not None:
+        return Tolerance("snr_db", min(stated.limit, round(golden_snr_db - _INT8_MARGIN_DB, 1)))
     return stated or _DEFAULT_TOLERANCE
 
 
@@ -209,7 +225,7 @@ def _outputs(
         "module": "tensorrt_rtx" if target.kind == "rtx" else "tensorrt",
         "tensorrt": answer["tensorrt"],
         "graph_sha256": answer["graph_sha256"],
-        "golden": msgspec.to_builtins(_tolerance(bundle, answer["precision"])),
+        "golden": msgspec.to_builtins(_tolerance(bundle, answer["precision"], answer["golden_snr_db"])),
         "golden_snr_db": answer["golden_snr_db"],
         "opset": answer["opset"],
         "seconds": answer.get("seconds"),
@@ -223,10 +239,11 @@ def _outputs(
             record["notes"].append("TensorRT-RTX documents int8 for weights only: expect no int8 speed")
     else:
         golden = bundle.file(GOLDEN).read_bytes() if bundle.has(GOLDEN) else None
-        able, unable = _readers(target, answer["opset"])
+        able, unable = _readers(target, answer["opset"], answer["untyped_opset"])
         record["tensorrt"] = _listed(able) or "none"
         record["notes"] += unable
-        data = make_kit(target, able, record, graph, golden)
+        untyped = (folder / "untyped.onnx").read_bytes() if answer["untyped_opset"] else None
+        data = make_kit(target, able, record, graph, golden, untyped)
         name, record["kit_sha256"] = f"engines/{target.name}.kit.zip", hashlib.sha256(data).hexdigest()
         if able:
             record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")

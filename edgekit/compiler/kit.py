@@ -17,22 +17,31 @@ __all__ = ["SCRIPT", "make_kit"]
 
 SCRIPT = Path(__file__).with_name("build_engine.py")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can state: the same inputs give the same bytes
-_GRAPH = "graph.onnx"
+_GRAPH, _UNTYPED = "graph.onnx", "untyped.onnx"
 
 
 def make_kit(
-    target: Target, readers: Sequence[JetPack], record: Mapping[str, Any], graph: bytes, golden: bytes | None
+    target: Target,
+    readers: Sequence[JetPack],
+    record: Mapping[str, Any],
+    graph: bytes,
+    golden: bytes | None,
+    untyped: bytes | None = None,
 ) -> bytes:
     """A stored (not deflated: zlib's versions differ) zip of the typed graph, build.json, golden.npz, script and README.
 
-    ``readers``: the JetPacks whose TensorRT reads the graph.
+    ``readers``: the JetPacks whose TensorRT reads the graph. ``untyped``: the graph that a weakly typed TensorRT (8.6)
+    takes instead, where it does not read the typed one; left out where no reader is one.
     """
     files = {_GRAPH: graph, "build_engine.py": SCRIPT.read_bytes()}
     if golden is not None:
         files["golden.npz"] = golden
+    if untyped is not None and not all(entry.strongly_typed for entry in readers):
+        files[_UNTYPED] = untyped
     spec = {
         **{k: record[k] for k in ("target", "precision", "profiles", "flags", "golden", "key")},
         "graph": _GRAPH,
+        "untyped_graph": _UNTYPED if _UNTYPED in files else _GRAPH,
         "compute_capability": target.sm,
         "tensorrt": [msgspec.to_builtins(entry) for entry in readers],
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
@@ -73,7 +82,7 @@ It needs the tensorrt and numpy of JetPack and nothing else, and writes {spec["t
 With --timing-cache FILE a later build is faster. An engine runs only with the TensorRT that built it.
 
 The same with NVIDIA's own tool (TensorRT 10; version 11 needs no --stronglyTyped; version 8 takes {legacy or "nothing"}
-in its place):
+in its place{f", and --onnx={other}" if (other := spec["untyped_graph"]) != _GRAPH else ""}):
 
     {_trtexec(spec)}
 

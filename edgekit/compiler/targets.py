@@ -21,9 +21,10 @@ __all__ = ["OPSETS", "PRECISIONS", "Figure", "JetPack", "Target", "load_targets"
 
 #: What `edgekit build` can make; a target may list more, which its hardware runs and edgekit does not build yet.
 PRECISIONS = ("fp32", "fp16", "int8")
-#: TensorRT version -> the newest opset that a kit may have, from that version on. Unconfirmed: not read in the documents
-#: of these releases (a later onnx-tensorrt is said to read 22), so 20 is on the safe side. The script is written for 8.6 on.
-OPSETS = {(8, 6): 17, (10, 0): 20}
+#: TensorRT version -> the newest opset that a kit may have, from that version on, by what onnx-tensorrt's changelog says
+#: of the ONNX it parses with: 1.13 in 8.6, INT4 (opset 21) from 10.0 on, 1.17 (opset 22) in 10.6. 8.6 reads 18 by that;
+#: 17 is on the safe side. The script is written for 8.6 on.
+OPSETS = {(8, 6): 17, (10, 0): 21, (10, 6): 22}
 TARGETS = Path(__file__).with_name("targets.toml")
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Precision = Literal["fp32", "fp16", "int8", "fp8", "fp4"]
@@ -54,6 +55,11 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The newest opset that a kit may have there; 0 where kits are not made for this TensorRT."""
         version = tuple(int(part) for part in self.tensorrt.split("."))
         return max((opset for since, opset in OPSETS.items() if version >= since), default=0)
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether the graph decides the types there; before TensorRT 10 builder flags do."""
+        return int(self.tensorrt.split(".")[0]) >= 10
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

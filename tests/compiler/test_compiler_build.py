@@ -16,7 +16,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.compiler import build, child
+from edgekit.compiler import build, build_engine, child
+from edgekit.compiler.compilation import compile_graph
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
 from edgekit.runtime.golden import save_golden
@@ -131,13 +132,66 @@ def test_a_cached_build_loads_no_heavy_library(digits_bundle: Bundle) -> None:
     assert json.loads(done.stdout)["cached"] is True
 
 
-def test_best_takes_the_int8_graph(quantized: Bundle) -> None:
-    made = build(quantized, target="rtx-ada")
+@pytest.mark.parametrize("precision", ["best", "int8"])
+def test_an_int8_engine_computes_in_float16_elsewhere(quantized: Bundle, precision: str) -> None:
+    made = build(quantized, target="rtx-ada", precision=precision)
     assert made.precision == "int8"
-    assert record(quantized, "rtx-ada")["graph_sha256"] == quantized.manifest.files[INT8_GRAPH]
-    assert record(quantized, "rtx-ada")["golden"] == {"kind": "snr_db", "limit": 30.0}
+    assert "float16 elsewhere" in made.note
+    found = record(quantized, "rtx-ada")
+    assert found["opset"] == 19
+    assert found["golden_snr_db"] > 30
+    assert found["golden"] == {"kind": "snr_db", "limit": 30.0}
     assert build(quantized, target="rtx-ada", precision="fp32").precision == "fp32"
     assert record(quantized, "rtx-ada")["graph_sha256"] == quantized.manifest.files[FLOAT_GRAPH]
+
+
+def test_an_int8_engine_owes_what_its_own_graph_reaches(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weight, x = random.normal(size=(32, 32)), random.normal(size=(1, 32)).astype(np.float32)
+    graphs = {FLOAT_GRAPH: linear(weight), INT8_GRAPH: linear(weight, quantized=True)}
+    bundle = write(tmp_path / "t.edge", graphs, x, ("n", 32), golden={INT8_GRAPH: Tolerance("snr_db", 60.0)})
+    build(bundle, target="jetson-thor")
+    found = record(bundle, "jetson-thor")
+    assert found["golden"]["limit"] == pytest.approx(found["golden_snr_db"] - 3, abs=0.06)
+
+
+def cancelling(weight: np.ndarray[Any, Any]) -> onnx.ModelProto:
+    """As `linear`, quantized, behind (x + 500) - 500, which keeps no more than 0.25 of x in float16."""
+    made = linear(weight, quantized=True)
+    made.graph.node[0].input[0] = "b"
+    made.graph.node.insert(0, helper.make_node("Sub", ["a", "big"], ["b"]))
+    made.graph.node.insert(0, helper.make_node("Add", ["x", "big"], ["a"]))
+    made.graph.initializer.append(numpy_helper.from_array(np.float32(500), "big"))
+    return made
+
+
+def test_int8_keeps_float32_around_it_where_float16_makes_noise_of_its_size(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weight, x = random.normal(size=(32, 32)), random.normal(size=(4, 32)).astype(np.float32)
+    graphs = {FLOAT_GRAPH: linear(weight), INT8_GRAPH: cancelling(weight)}
+    bundle = write(tmp_path / "c.edge", graphs, x, ("n", 32))
+    made = build(bundle, target="rtx-ada")
+    assert made.precision == "int8"
+    assert "float32 outside of int8, because fp16 did not hold: float16 alone" in made.note
+    assert record(bundle, "rtx-ada")["graph_sha256"] == bundle.manifest.files[INT8_GRAPH]
+
+
+def test_int8_keeps_float32_around_it_where_tensorrt_refuses_float16(
+    quantized: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(trt: Any, graph: bytes, *rest: Any) -> bytes:
+        if b"fp16" in graph:
+            raise build_engine.BuildError("no float16 here")
+        return b"plan"
+
+    monkeypatch.setattr(build_engine, "build", refuse)
+    request = {"float_graph": str(quantized.file(FLOAT_GRAPH)), "int8_graph": str(quantized.file(INT8_GRAPH))}
+    request |= {"golden": str(quantized.file(GOLDEN)), "precision": "best", "target_precisions": ["fp32", "fp16", "int8"]}
+    request |= {"engine": True, "module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.9", "target": "rtx-ada"}
+    answer = compile_graph(request, tmp_path)
+    assert (answer["precision"], answer["opset"], answer["golden_snr_db"]) == ("int8", 17, None)
+    assert "no float16 here" in answer["notes"][0]
+    assert (tmp_path / "graph.onnx").read_bytes() == quantized.read(INT8_GRAPH)
 
 
 def test_best_falls_back_to_fp32_where_fp16_does_not_hold(tmp_path: Path) -> None:

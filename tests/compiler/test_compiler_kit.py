@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekit.bundle import Bundle
+from edgekit.bundle import INT8_GRAPH, Bundle
 from edgekit.compiler import build, build_engine
 from edgekit.compiler.builder import _readers
 from edgekit.compiler.kit import SCRIPT
 from edgekit.compiler.targets import target_named
+from edgekit.quantization import quantize
 from edgekit.runtime.golden import load_golden, save_golden
 
 #: What each TensorRT's Python module has, of all that build_engine.py asks for (read from the bindings of each version).
@@ -286,6 +287,53 @@ def test_a_kit_names_only_the_jetpacks_that_read_it(tmp_path: Path, tiny_bundle:
     assert result.tensorrt == "none"
     assert "run python3 build_engine.py" not in result.note
     assert build(result.bundle, target="jetson-xavier-nx").cached
+
+
+@pytest.fixture
+def int8_kit(tmp_path: Path, tiny_bundle: Bundle, calibration_folder: Path) -> tuple[Bundle, Path]:
+    quantized = quantize(tiny_bundle, out=tmp_path / "q.edge", calib=calibration_folder, samples=8)
+    made = build(quantized, target="jetson-orin-nano").kit
+    assert made is not None
+    zipfile.ZipFile(made).extractall(tmp_path / "kit")
+    return quantized, tmp_path / "kit"
+
+
+def test_an_int8_kit_has_a_graph_for_strongly_typed_tensorrt_and_one_for_flags(int8_kit: tuple[Bundle, Path]) -> None:
+    quantized, kit = int8_kit
+    spec = json.loads((kit / "build.json").read_text())
+    assert (spec["graph"], spec["untyped_graph"]) == ("graph.onnx", "untyped.onnx")
+    assert [e["tensorrt"] for e in spec["tensorrt"]] == ["8.6.2", "10.3.0", "10.16.2"]
+    assert (kit / "untyped.onnx").read_bytes() == quantized.read(INT8_GRAPH)
+    assert spec["files"]["untyped.onnx"] == quantized.manifest.files[INT8_GRAPH]
+    assert "--onnx=untyped.onnx" in (kit / "README.txt").read_text()
+    thor = build(quantized, target="jetson-thor").kit  # no TensorRT 8 there
+    assert thor is not None
+    assert "untyped.onnx" not in zipfile.ZipFile(thor).namelist()
+
+
+@pytest.mark.parametrize(("version", "name"), [("8.6", "untyped.onnx"), ("10.3", "graph.onnx"), ("11.4", "graph.onnx")])
+def test_the_script_picks_the_graph_that_its_tensorrt_reads(
+    int8_kit: tuple[Bundle, Path], monkeypatch: pytest.MonkeyPatch, version: str, name: str
+) -> None:
+    _, kit = int8_kit
+    calls: list[tuple[str, Any]] = []
+    trt = fake(version, calls)
+    trt.__version__ = version
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    assert build_engine.main(["--kit", str(kit), "--no-check"]) == 0
+    assert [arguments for call, arguments in calls if call == "parse"] == [((kit / name).read_bytes(),)]
+    answer = json.loads((kit / "jetson-orin-nano.json").read_text())
+    assert answer["graph_sha256"] == hashlib.sha256((kit / name).read_bytes()).hexdigest()
+    assert [a[0] for n, a in calls if n == "set_flag"] == (["INT8", "FP16"] if version == "8.6" else [])
+
+
+def test_a_kit_names_the_jetpacks_that_read_either_graph() -> None:
+    able, notes = _readers(target_named("jetson-orin-nano"), 19, 17)
+    assert [entry.tensorrt for entry in able] == ["8.6.2", "10.3.0", "10.16.2"]
+    assert notes == []
+    able, notes = _readers(target_named("jetson-orin-nano"), 19, 18)
+    assert [entry.tensorrt for entry in able] == ["10.3.0", "10.16.2"]
+    assert notes == ["not for JetPack 6.0: TensorRT 8.6.2 reads opset 17 at most, the graph has 18"]
 
 
 def test_a_scalar_input_goes_along_with_every_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

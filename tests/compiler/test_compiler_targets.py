@@ -51,6 +51,6 @@ def test_a_wrong_table_is_named(tmp_path: Path, old: str, new: str, why: str) ->
         load_targets(path)
 
 
-@pytest.mark.parametrize(("tensorrt", "opset"), [("8.5.2", 0), ("8.6.2", 17), ("10.3.0", 20), ("10.16.2", 20), ("11.4.1", 20)])
+@pytest.mark.parametrize(("tensorrt", "opset"), [("8.5.2", 0), ("8.6.2", 17), ("10.3.0", 21), ("10.16.2", 22), ("11.4.1", 22)])
 def test_each_tensorrt_reads_its_opsets(tensorrt: str, opset: int) -> None:
     assert JetPack("1", tensorrt, "12", "3.10", "a test's own").opset == opset
