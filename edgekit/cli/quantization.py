@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from edgekit.errors import BudgetNotMet
 
 from .common import SEED, Answer, answers, bundle_argument, out_option, table
 
@@ -26,6 +29,14 @@ _SHOWN = 12
 @click.option("--samples", default=256, show_default=True, help="Calibration samples.")
 @click.option("--data", metavar="SPEC", help="Labelled data for --max-drop and top-1, where --calib has no labels.")
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Which samples are drawn.")
+@click.option("--shift/--no-shift", default=True, help="Allow Sub, Mul and Pad in front of Q where they help.")
+@click.option(
+    "--format", "form", default="int8", show_default=True, metavar="NAME", help="int8, fp8 (SM 8.9 on), weights8 or weights4."
+)
+@click.option("--qat", is_flag=True, help="Train the int8 graph after that, taught by the float one.")
+@click.option("--qat-epochs", default=5, show_default=True, help="Epochs of --qat.")
+@click.option("--faster-on", metavar="BACKEND", help="Leave layers float until int8 is faster there than float: onnxruntime.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw each layer's cost, as SVG.")
 @answers
 def quantize(
     bundle: Path,
@@ -38,6 +49,12 @@ def quantize(
     samples: int,
     data: str | None,
     seed: int,
+    shift: bool,
+    form: str,
+    qat: bool,
+    qat_epochs: int,
+    faster_on: str | None,
+    plot: Path | None,
 ) -> Answer:
     """Quantize a bundle to int8, as an explicit Q/DQ graph for TensorRT.
 
@@ -46,31 +63,56 @@ def quantize(
     --max-drop or --min-snr is stated. --max-drop holds on the test split too. Ranges come from training samples,
     the SNR from others; a calibration.json gives the same graph again without data.
 
+    Method auto fits ranges and weights layer by layer and keeps what helps on held-out samples. The others are those
+    methods as the books have them: fast, and nothing is fitted.
+
     \b
     Examples:
       edgekit quantize digits.edge --out digits8.edge
       edgekit quantize digits.edge --out digits8.edge --calib digits --max-drop 0.5
       edgekit quantize ocr.edge --out ocr8.edge --calib samples/ --min-snr 20
+      edgekit quantize digits.edge --out digits8.edge --qat
+      edgekit quantize text.edge --out text4.edge --format weights4
       edgekit quantize digits.edge --out digits8.edge --calib calibration/digits-depthwise/calibration.json
     """
-    from edgekit.quantization import layer_table
+    from edgekit.bundle import Bundle
+    from edgekit.quantization import check_picture, draw_layers, layer_table
     from edgekit.quantization import quantize as run
 
-    written = run(
-        bundle, out=out, calib=calib, max_drop=max_drop, min_snr=min_snr, share=share,
-        method=method, samples=samples, data=data, seed=seed,
-    )  # fmt: skip
+    if plot is not None:
+        check_picture(plot)
+    try:
+        written = run(
+            bundle, out=out, calib=calib, max_drop=max_drop, min_snr=min_snr, share=share, method=method, samples=samples,
+            data=data, seed=seed, shift=shift, format=form, qat=qat, qat_epochs=qat_epochs, faster_on=faster_on,
+        )  # fmt: skip
+    except BudgetNotMet as missed:
+        if plot is not None and "bundle" in missed.result:
+            best = Bundle.open(missed.result["bundle"])
+            draw_layers(best, layer_table(best), plot)
+        raise
+    rows = layer_table(written)
+    if plot is not None:
+        draw_layers(written, rows, plot)
     entry = written.last("quantize")
     assert entry is not None
-    figures = entry.figures
-    rows = layer_table(written)
-    whys = [f"{row['layer']}: {row.pop('why')}" if row["why"] else str(row.pop("why")) for row in rows]
+    return Answer({"bundle": str(written.path), **entry.figures}, _text(written.path, entry.figures, rows))
+
+
+def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    recovery = f", {figures['recovery']}" if figures.get("recovery", "none") != "none" else ""
     lines = [
-        f"{written.path}: {figures['snr_db']:.1f} dB on {figures['measured_on']}, {figures['share']:.1%} of the MACs in int8, "
-        f"{figures['size_bytes'] / 1024:.0f} KiB, method {figures['method']}",
+        f"{path}: {figures['snr_db']:.1f} dB on {figures['measured_on']}, {figures['share']:.1%} of the MACs in "
+        f"{figures.get('format', 'int8')}, {figures['size_bytes'] / 1024:.0f} KiB, method {figures['method']}{recovery}",
     ]
+    if tried := figures.get("recoveries_db"):
+        lines.append("recoveries tried, all int8: " + ", ".join(f"{name} {db:.1f} dB" for name, db in tried.items()))
+    if figures.get("shifted_inputs"):
+        lines.append(f"{figures['shifted_inputs']} inputs are shifted or scaled in front of Q; --no-shift leaves that out")
     if "top1" in figures:
         before = f" (float {figures['top1_float']:.2%})" if "top1_float" in figures else ""
         lines.append(f"top-1 {figures['top1']:.2%}{before}")
-    lines += ["", table(rows[:_SHOWN]), "", *[why for why in whys[:_SHOWN] if why]]
-    return Answer({"bundle": str(written.path), **figures}, "\n".join(lines))
+    whys = [f"{row['layer']}: {row.pop('why')}" if row["why"] else str(row.pop("why")) for row in rows]
+    if rows:
+        lines += ["", table(rows[:_SHOWN]), "", *[why for why in whys[:_SHOWN] if why]]
+    return "\n".join(lines)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.errors import GraphError, UsageError
-from edgekit.progress import say, track
-from edgekit.runtime.golden import load_golden
+from edgekit.graphs.dequantize import quantized_nodes
+from edgekit.progress import say
 from edgekit.version import __version__
 
 from . import record
@@ -27,7 +27,7 @@ from .record import Calibration, Drawn, LayerRecord, QuantizerRecord
 from .rounding import weight_scales
 from .samples import Pool, Samples, digests
 from .sensitivity import Sensitivity, Study, most_harmful_first
-from .simulate import Array, Feeds, Simulator, measured_shapes, observe, signal_to_noise, with_reference
+from .simulate import Feeds, Simulator, measured_shapes, observe, signal_to_noise, with_reference
 from .statistics import METHODS, Statistics, scale_of
 
 __all__ = ["Result", "calibrate", "culprit"]
@@ -172,7 +172,9 @@ def _bench(bundle: Bundle, graph: bytes, pool: Pool) -> Bench:
             f"the graph has no layer to quantize ({reasons or 'no Conv, Gemm or MatMul'})", "build it as it is: edgekit build B"
         )
     original = onnx.load_model_from_string(graph)
-    golden = _single(bundle)
+    if quantized_nodes(original):  # what is rounded already is no reference: the same graph made float is
+        original = prepared
+    golden = pool.calibration.read(0)
     wanted = list(dict.fromkeys([*shape_tensors(prepared, placement), *placement.groups]))
     shapes = measured_shapes(prepared, wanted, golden)
     macs = multiply_accumulates(prepared, placement, shapes)
@@ -182,7 +184,8 @@ def _bench(bundle: Bundle, graph: bytes, pool: Pool) -> Bench:
     grouped: dict[str, Statistics] = {}
     for name, group in placement.groups.items():
         grouped[group] = grouped[group].merged(statistics[name]) if group in grouped else statistics[name]
-    outputs = 4 * sum(int(np.prod(s)) for s in measured_shapes(original, [v.name for v in original.graph.output], golden).values())
+    ends = measured_shapes(original, [value.name for value in original.graph.output], golden)
+    outputs = 4 * sum(int(np.prod(shape, dtype=np.int64)) for shape in ends.values())
     count = min(_affordable(STUDIED, 2 * len(placement.names) * sum(macs.values())), max(2, STUDIED_BYTES // max(outputs, 1)))
     studied = pool.calibration.spread(count)
     study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))))
@@ -192,13 +195,6 @@ def _bench(bundle: Bundle, graph: bytes, pool: Pool) -> Bench:
 def _affordable(limits: tuple[int, int], cost: int) -> int:
     """How many samples at ``cost`` multiply-accumulates each fit `WORK`, within the limits. No clock: the same everywhere."""
     return int(np.clip(WORK // max(cost, 1), *limits))
-
-
-def _single(bundle: Bundle) -> dict[str, Array]:
-    """One golden sample, or all where the batch is fixed."""
-    inputs, _ = load_golden(bundle)
-    specs = {spec.name: spec.shape for spec in bundle.manifest.inputs}
-    return {k: v[:1] if specs.get(k) and isinstance(specs[k][0], str) else v for k, v in inputs.items()}
 
 
 def _recover(bench: Bench, method: str, extra: bool) -> Recovered:
@@ -285,15 +281,17 @@ def _drop(original: onnx.ModelProto, model: onnx.ModelProto, labelled: Samples) 
     return 100 * (right[0] - right[1])
 
 
-def _layer_records(
-    bench: Bench, found: Candidate, rounded: Parameters, rows: Sequence[Sensitivity]
-) -> tuple[LayerRecord, ...]:
+def _layer_records(bench: Bench, found: Candidate, rounded: Parameters, rows: Sequence[Sensitivity]) -> tuple[LayerRecord, ...]:
     layers = {layer.name: layer for layer in bench.placement.layers}
     ops = {product.name: product.op for product in bench.placement.products} | {k: v.op for k, v in layers.items()}
     worst = sorted((row for row in rows if row.layer in layers), key=lambda row: -row.gain_db)[:EXPLAINED]
     why = {
         row.layer: bench.study.why(layers[row.layer], rounded, bench.statistics)
-        + ("" if found.parameters.quantizer(bench.placement, layers[row.layer].data).plain else "; shifted or scaled by channel")
+        + (
+            ""
+            if found.parameters.quantizer(bench.placement, layers[row.layer].data).plain
+            else "; shifted or scaled by channel"
+        )
         for row in worst
     }
     measured, parameters = {row.layer: row for row in rows}, found.parameters

@@ -33,12 +33,17 @@ def rebuild(graph: bytes, calibration: Calibration) -> bytes:
             f"the calibration was made for the float graph {calibration.graph[:12]}, this one is {found[:12]}",
             "calibrate this model: leave out --calib, or give it data",
         )
+    if calibration.recovery.endswith(record.TRAINED):
+        raise DataError(
+            "the graph of this calibration was trained further (--qat): its numbers are in the graph alone",
+            "keep the bundle itself, or calibrate again without --qat",
+        )
     prepared = prepare(graph)
     placement = place(prepared)
     _check_fit(calibration, placement, prepared)
-    data: bytes = insert(prepared, placement, calibration.parameters(prepared, placement), calibration.chosen).SerializeToString(
-        deterministic=True
-    )
+    data: bytes = insert(
+        prepared, placement, calibration.parameters(prepared, placement), calibration.chosen
+    ).SerializeToString(deterministic=True)
     if hashlib.sha256(data).hexdigest() != calibration.int8_graph:
         versions = ", ".join(f"{name} {version}" for name, version in calibration.versions.items())
         raise GraphError(

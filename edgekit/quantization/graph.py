@@ -131,9 +131,7 @@ class _Inserter:
             if layer.name in self.parameters.biases:
                 self._bias(layer, self.parameters.biases[layer.name])
         order = [
-            new
-            for node in self.graph.node
-            for new in (*self.before.get(node.name, ()), node, *self.after.get(node.name, ()))
+            new for node in self.graph.node for new in (*self.before.get(node.name, ()), node, *self.after.get(node.name, ()))
         ]
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in order]
         del self.graph.node[:]
@@ -158,7 +156,7 @@ class _Inserter:
         for pair in self.placement.pairs:
             if pair.owner in names and pair.node in self.nodes:
                 scale = self.parameters.scales[self.placement.groups[pair.tensor]]
-                add(pair.tensor, Quantizer(scale), (), (), (pair.node, pair.index))
+                add(pair.tensor, Quantizer(scale), (), (), (pair.node, pair.position))
         return list(found.values())
 
     def _freed_pads(self, node: onnx.NodeProto) -> tuple[int, ...]:

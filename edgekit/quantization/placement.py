@@ -89,11 +89,11 @@ class Product(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """An input that is quantized along with a layer or product (``owner``): ``node`` reads ``tensor`` at ``index``."""
+    """An input that is quantized along with a layer or product (``owner``): ``node`` reads ``tensor`` at ``position``."""
 
     owner: str
     node: str
-    index: int
+    position: int
     tensor: str
 
 

@@ -1,11 +1,11 @@
-"""The verb: bundle -> bundle with an int8 graph and the calibration that made it."""
+"""The verb: bundle -> bundle with a quantized graph and the calibration that made it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import onnx
@@ -16,15 +16,18 @@ from edgekit.evaluation import evaluate
 from edgekit.manifest import Tolerance
 from edgekit.progress import say
 from edgekit.runtime import check_golden, compare_arrays
-from edgekit.runtime.golden import load_golden
+from edgekit.runtime.golden import load_golden, save_golden
 from edgekit.runtime.onnxruntime import session
 
 from . import record
 from .budget import Budget
 from .calibrate import Result, calibrate
+from .formats import FORMATS, other_format
 from .frozen import rebuild_result
 from .graph import check
-from .samples import from_dataset, gather
+from .samples import Pool, Samples, from_dataset, gather
+from .simulate import Array, signal_to_noise, with_reference
+from .speed import BACKENDS, latencies
 from .statistics import METHODS
 
 __all__ = ["layer_table", "quantize"]
@@ -33,8 +36,21 @@ __all__ = ["layer_table", "quantize"]
 #: int8 error itself, which doubles the noise power: 3 dB. A wrong scale or layout costs far more.
 GOLDEN_MARGIN_DB = 3.0
 GOLDEN_LIMIT_DB = 60.0
+GOLDEN_SAMPLES, GOLDEN_BYTES = 4, 16 << 20
 #: The error has a third of the outputs' amplitude: no int8 graph worth having, unless the caller states what is enough.
 POOR_DB = 10.0
+QAT_SAMPLES = 1500
+#: Shares of the multiply-accumulates that are tried, one after the other, until int8 is faster than float.
+LADDER = (1.0, 0.75, 0.5, 0.25)
+
+
+class _Made(NamedTuple):
+    """A result, the labelled data that it is judged on, the budget (None: judged when it was frozen), new golden arrays."""
+
+    result: Result
+    labelled: str | None
+    budget: Budget | None
+    golden: bytes | None
 
 
 def quantize(
@@ -49,53 +65,89 @@ def quantize(
     samples: int = 256,
     data: str | None = None,
     seed: int = 0,
+    shift: bool = True,
+    format: str = "int8",  # noqa: A002  the name that the command line has
+    qat: bool = False,
+    qat_epochs: int = 5,
+    faster_on: str | None = None,
 ) -> Bundle:
-    """Post-training static int8: explicit Q/DQ, signed, symmetric, a scale per tensor and per weight channel.
+    """Static int8: explicit Q/DQ, signed, symmetric, a scale per tensor and per weight channel.
 
     ``calib``: a data spec (its train split is sampled, balanced by class, with ``seed``), a folder of ``.npz`` with one
     array an input name, a ``calibration.json`` with frozen ranges (no data is needed, and the same float graph gives the
     same bytes), or None for the data that the bundle was trained on. ``samples`` give the ranges; others the figures.
     ``max_drop`` (points of top-1, on labelled train samples; ``data`` names them where ``calib`` does not), ``min_snr``
     (dB at the output) or ``share`` (of the multiply-accumulates, 0..1) say how much may stay float; none: nothing does.
-    ``method``: auto, mse, entropy, percentile or minmax.
+
+    ``method``: ``auto`` fits ranges and weights layer by layer and keeps what helps on held-out samples; mse, entropy,
+    percentile and minmax are those methods as the books have them, and fit nothing. ``shift`` allows ``auto`` Sub, Mul and
+    Pad in front of Q where they help. ``qat`` then trains the int8 graph for ``qat_epochs``. ``format``: int8, fp8,
+    weights8 or weights4. ``faster_on`` (a backend) leaves layers float until the graph is faster there than the float one.
 
     Returns the new bundle; its last history entry has the figures. Raises `BudgetNotMet` with the best found written: also
     where ``max_drop`` is exceeded on the test split, and, with neither ``max_drop`` nor ``min_snr`` stated, below 10 dB.
     `GraphError` where the graph cannot be quantized, `DataError` for samples that do not fit, `UsageError`, `OutputExists`.
     """
     budget = Budget(max_drop, min_snr, share).checked()
-    if method not in ("auto", *METHODS):
-        raise UsageError(f"there is no method {method!r}", f"choose one of: auto, {', '.join(METHODS)}")
-    if samples < 1:
-        raise UsageError(f"--samples {samples} is no number of samples", "give 1 or more; 256 is usual")
+    _check(method, samples, format, qat, qat_epochs, faster_on, budget)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     new_path(out)
     config = {"calib": None if calib is None else os.fspath(calib), "method": method, "samples": samples, "seed": seed}
     config |= {name: value for name, value in budget._asdict().items() if value is not None}
+    changed: dict[str, tuple[Any, Any]] = {
+        "shift": (shift, True),
+        "format": (format, "int8"),
+        "qat": (qat, False),
+        "faster_on": (faster_on, None),
+    }
+    config |= {name: value for name, (value, usual) in changed.items() if value != usual}
     if calib is not None and Path(calib).suffix == ".json":
-        if method != "auto" or any(value is not None for value in budget):
+        if method != "auto" or any(value is not None for value in budget) or len(config) > 4:
             raise UsageError(
-                "a calibration.json already says which layers are int8, and how", "leave out --method and the budget"
+                "a calibration.json already says which layers are int8, and how", "leave out --method, the budget and the rest"
             )
-        result = rebuild_result(opened, Path(calib))
-        labelled, judged = data, None
-    else:
-        wanted = max_drop is not None
-        pool = gather(opened, calib, samples, seed, labelled=wanted)
-        if data is not None:
-            other = from_dataset(opened, data, samples if wanted else 1, seed, labelled=wanted)
-            pool = pool._replace(labelled=other.labelled)
-            config["labelled_digest"] = other.data_digest
-        config["data_digest"] = pool.data_digest  # evaluation then stays off both train splits
-        result = calibrate(opened, pool, budget, method, seed)
-        judged = budget
-        known = pool.labelled.targets is not None and len(pool.labelled) > 0
-        labelled = (data or pool.source) if known else None
-    return _finish(opened, out, config, result, labelled, judged)
+        return _finish(opened, out, config, _Made(rebuild_result(opened, Path(calib)), data, None, None))
+    wanted = max_drop is not None or qat
+    pool = gather(opened, calib, max(samples, QAT_SAMPLES) if qat else samples, seed, labelled=wanted)
+    training = pool.calibration
+    pool = pool._replace(calibration=training.take(range(min(samples, len(training)))))
+    if data is not None:
+        other = from_dataset(opened, data, samples if wanted else 1, seed, labelled=wanted)
+        pool = pool._replace(labelled=other.labelled)
+        config["labelled_digest"] = other.data_digest
+    config["data_digest"] = pool.data_digest  # evaluation then stays off both train splits
+    result = _result(opened, pool, budget, config, shift=shift)
+    if qat:
+        result = _trained(opened, result, training, pool, qat_epochs, seed)
+    known = pool.labelled.targets is not None and len(pool.labelled) > 0
+    golden = _golden(opened, pool) if opened.manifest.task == "tensor" else None
+    return _finish(opened, out, config, _Made(result, (data or pool.source) if known else None, budget, golden))
+
+
+def _check(method: str, samples: int, form: str, qat: bool, epochs: int, faster_on: str | None, budget: Budget) -> None:
+    if method not in ("auto", *METHODS):
+        raise UsageError(f"there is no method {method!r}", f"choose one of: auto, {', '.join(METHODS)}")
+    if samples < 1:
+        raise UsageError(f"--samples {samples} is no number of samples", "give 1 or more; 256 is usual")
+    if form not in FORMATS:
+        raise UsageError(f"there is no format {form!r}", f"choose one of: {', '.join(FORMATS)}")
+    if form != "int8" and (qat or faster_on or method != "auto" or any(value is not None for value in budget)):
+        raise UsageError(f"--format {form} takes no method, budget, --qat or --faster-on", "leave them out, or use int8")
+    if epochs < 1:
+        raise UsageError(f"--qat-epochs {epochs} is no number of epochs", "give 1 or more")
+    if faster_on is not None and faster_on not in BACKENDS:
+        raise UsageError(f"there is no backend {faster_on!r} to measure on here", f"choose one of: {', '.join(BACKENDS)}")
+    if faster_on is not None and (qat or any(value is not None for value in budget)):
+        raise UsageError("--faster-on is a budget of its own", "leave out --qat, --max-drop, --min-snr and --share")
 
 
 def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
-    """The layers of a quantized bundle, the most sensitive first: layer, op, type, share of MACs, dB, why."""
+    """The layers of a quantized bundle, the most costly first: layer, op, type, share of MACs, dB, why.
+
+    Empty for a form that has no calibration.
+    """
+    if not bundle.has(CALIBRATION):
+        return []
     calibration = record.decode(bundle.file(CALIBRATION))
     total = max(sum(layer.macs for layer in calibration.layers), 1)
     rows = [
@@ -110,38 +162,94 @@ def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
         }
         for layer in calibration.layers
     ]
-    return sorted(rows, key=lambda row: (row["alone_db"] is None, row["alone_db"] or 0.0))
+    return sorted(rows, key=lambda row: (row["gain_db"] is None, -(row["gain_db"] or 0.0)))
 
 
-def _finish(
-    parent: Bundle,
-    out: str | os.PathLike[str],
-    config: dict[str, Any],
-    result: Result,
-    labelled: str | None,
-    budget: Budget | None,
-) -> Bundle:
-    """Check the graph, measure it as the device would, write the bundle; raise where ``budget`` is not met (None: no gate)."""
+def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], *, shift: bool) -> Result:
+    """int8 by the budget, or by the ladder that ``faster_on`` walks; or another form."""
+    if (form := config.get("format", "int8")) != "int8":
+        return other_format(bundle, pool, form)
+    if "faster_on" not in config:
+        return _timed(bundle, calibrate(bundle, pool, budget, config["method"], config["seed"], extra=shift), pool)
+    best: Result | None = None
+    for step in LADDER:
+        found = calibrate(bundle, pool, Budget(share=step), config["method"], config["seed"], extra=shift)
+        found = _timed(bundle, found, pool)
+        times = found.figures["latency_ms"]
+        say(f"{found.figures['share']:.0%} int8: {times['int8']:.3f} ms, float {times['float']:.3f} ms")
+        if best is None or times["int8"] < best.figures["latency_ms"]["int8"]:
+            best = found
+        if times["int8"] < times["float"]:
+            return found
+    assert best is not None
+    times = best.figures["latency_ms"]
+    return best._replace(
+        missed=f"int8 takes {times['int8']:.3f} ms on {config['faster_on']}, float {times['float']:.3f} ms; so did each part"
+    )
+
+
+def _timed(bundle: Bundle, result: Result, pool: Pool) -> Result:
+    """With the latency of both graphs on ONNX Runtime; slower int8 is said."""
+    feeds = pool.calibration.read(0)
+    times = latencies([bundle.file(FLOAT_GRAPH).read_bytes(), result.graph], feeds)
+    latency = {"backend": "onnxruntime", "float": times[0], "int8": times[1]}
+    if times[1] > times[0]:
+        say(
+            f"on this CPU int8 takes {times[1]:.3f} ms and float {times[0]:.3f} ms: int8 here shows accuracy, not speed; "
+            "--faster-on onnxruntime leaves layers float until it is faster"
+        )
+    return result._replace(figures={**result.figures, "latency_ms": latency})
+
+
+def _trained(bundle: Bundle, result: Result, training: Samples, pool: Pool, epochs: int, seed: int) -> Result:
+    """The int8 graph after quantization-aware training, with its own figures; its calibration no longer rebuilds it."""
+    from .qat import fine_tune  # torch
+
+    graph = bundle.file(FLOAT_GRAPH).read_bytes()
+    judges = pool.labelled if len(pool.labelled) else pool.held_out if len(pool.held_out) else pool.calibration
+    made = fine_tune(result.graph, graph, training, judges, epochs=epochs, seed=seed)
+    held = pool.held_out if len(pool.held_out) else pool.calibration
+    snr = signal_to_noise(
+        onnx.load_model_from_string(made.graph), with_reference(onnx.load_model_from_string(graph), held.batches(8))
+    )
+    figures = {**result.figures, "snr_db": round(snr, 2), "size_bytes": len(made.graph), "qat": made.figures}
+    if made.graph == result.graph:
+        return result._replace(figures=figures)
+    calibration = record.trained(result.calibration, made.graph)
+    return result._replace(graph=made.graph, calibration=calibration, figures=figures)
+
+
+def _golden(bundle: Bundle, pool: Pool) -> bytes:
+    """Golden arrays from real samples: an imported bundle's own are random, and far outside of what is calibrated."""
+    source = pool.held_out if len(pool.held_out) else pool.calibration
+    first = source.read(0)
+    size = max(sum(array.nbytes for array in first.values()), 1)
+    count = min(GOLDEN_SAMPLES, max(1, GOLDEN_BYTES // size))
+    feeds = next(iter(source.take(range(min(count, len(source)))).batches(count)))
+    run = session(bundle.file(FLOAT_GRAPH).read_bytes())
+    names = [value.name for value in run.get_outputs()]
+    return save_golden(dict(feeds), dict(zip(names, run.run(names, dict(feeds)), strict=True)))
+
+
+def _finish(parent: Bundle, out: str | os.PathLike[str], config: dict[str, Any], made: _Made) -> Bundle:
+    """Check the graph, measure it as the device would, write the bundle; raise where the budget is not met."""
+    result, labelled = made.result, made.labelled
     check(onnx.load_model_from_string(result.graph))
-    golden_db = _golden_db(parent, result.graph)
+    golden_db = _golden_db(parent, made)
     limit = round(min(golden_db - GOLDEN_MARGIN_DB, GOLDEN_LIMIT_DB), 1)
     tolerance = Tolerance("snr_db", limit)
     figures = {**result.figures, "golden_snr_db": round(golden_db, 2), "golden_limit_db": limit}
     if labelled and parent.manifest.labels:
         with tempfile.TemporaryDirectory() as folder:
-            trial = _write(parent, Path(folder) / "trial.edge", config, result, figures, tolerance)
+            trial = _write(parent, Path(folder) / "trial.edge", config, made, figures, tolerance)
             # Both graphs of the one bundle, so that its history chooses the same samples for both.
             figures["top1"] = evaluate(trial, labelled)["top1"]
             figures["top1_float"] = evaluate(trial, labelled, precision="float")["top1"]
-    written = _write(parent, out, config, result, figures, tolerance)
+    written = _write(parent, out, config, made, figures, tolerance)
     check_golden(written, INT8_GRAPH)
-    missed, hint = _missed(result, figures, budget)
+    missed, hint = _missed(result, figures, made.budget)
     if missed:
-        raise BudgetNotMet(
-            missed,
-            hint,
-            {"bundle": str(written.path), **figures},
-        )
+        raise BudgetNotMet(missed, hint, {"bundle": str(written.path), **figures})
     return written
 
 
@@ -158,23 +266,23 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
         if lost > budget.max_drop + 1e-9:
             return (
                 f"top-1 drops by {lost:.2f} points on the test split, {budget.max_drop:g} were allowed",
-                "the best found is written; state a smaller --max-drop to leave more layers float, or retrain",
+                "the best found is written; state a smaller --max-drop to leave more layers float, or add --qat",
             )
         return "", ""
     worst = min(figures["snr_db"], figures["golden_snr_db"])
     if worst >= POOR_DB or (budget is not None and budget.min_snr is not None):
         return "", ""
-    poor = f"the int8 outputs are only {worst:.1f} dB from the float ones, {POOR_DB:g} is the least that is usable"
+    poor = f"the quantized outputs are only {worst:.1f} dB from the float ones, {POOR_DB:g} is the least that is usable"
     if budget is None:
         say(poor)
         return "", ""
     return poor, "the best found is written; leave layers float: --min-snr DB (a smaller DB accepts it as it is)"
 
 
-def _golden_db(bundle: Bundle, graph: bytes) -> float:
-    """Lowest output SNR of the int8 graph on the golden inputs, through the runtime's backend."""
-    inputs, outputs = load_golden(bundle)
-    run = session(graph)
+def _golden_db(bundle: Bundle, made: _Made) -> float:
+    """Lowest output SNR of the quantized graph on the golden inputs, through the runtime's backend."""
+    inputs, outputs = load_golden(bundle) if made.golden is None else _loaded(made.golden)
+    run = session(made.result.graph)
     found = dict(zip([value.name for value in run.get_outputs()], run.run(None, inputs), strict=True))
     worst = min((compare_arrays(golden, found[name]).snr_db for name, golden in outputs.items()), default=200.0)
     if worst == float("-inf"):
@@ -182,20 +290,32 @@ def _golden_db(bundle: Bundle, graph: bytes) -> float:
     return worst
 
 
+def _loaded(golden: bytes) -> tuple[dict[str, Array], dict[str, Array]]:
+    import io
+
+    import numpy as np
+
+    with np.load(io.BytesIO(golden), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    parts = {kind: {k.removeprefix(kind): v for k, v in arrays.items() if k.startswith(kind)} for kind in ("input/", "output/")}
+    return parts["input/"], parts["output/"]
+
+
 def _write(
     parent: Bundle,
     out: str | os.PathLike[str],
     config: dict[str, Any],
-    result: Result,
+    made: _Made,
     figures: dict[str, Any],
     tolerance: Tolerance,
 ) -> Bundle:
     with Bundle.create(out) as draft:
         for name in (FLOAT_GRAPH, WEIGHTS, GOLDEN, TOKENIZER):
             if parent.has(name):
-                draft.write(name, parent.read(name))
-        draft.write(INT8_GRAPH, result.graph)
-        draft.write(CALIBRATION, result.calibration)
+                draft.write(name, made.golden if name == GOLDEN and made.golden is not None else parent.read(name))
+        draft.write(INT8_GRAPH, made.result.graph)
+        if made.result.calibration:
+            draft.write(CALIBRATION, made.result.calibration)
         entry = parent.entry("quantize", config, figures)
         draft.manifest = msgspec.structs.replace(
             parent.manifest,

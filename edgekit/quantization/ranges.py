@@ -52,7 +52,7 @@ def propose(halves: Sequence[Drawn], readers: Sequence[Reader], *, extra: bool) 
     ``halves``: rows of different samples, so that what is chosen on one can be judged on the other. The rows of one sample
     are alike, and new samples leave the range of the old ones: how far to widen it is judged too.
     """
-    gain = sum(_input_gain(reader) for reader in readers)
+    gain: Array = np.sum([_input_gain(reader) for reader in readers], axis=0)
     both = Drawn(
         np.concatenate([half.rows for half in halves]),
         np.min([half.low for half in halves], axis=0),
@@ -99,7 +99,8 @@ def _judged(rows: Array, gain: Array, readers: Sequence[Reader], quantizer: Quan
 def _input_gain(reader: Reader) -> Array:
     """Squared weights that each channel meets, (channels,)."""
     squares = (reader.weight**2).sum(2)  # (groups, inputs)
-    return squares.reshape(reader.unfolding.channels, -1).sum(1)
+    gain: Array = squares.reshape(reader.unfolding.channels, -1).sum(1)
+    return gain
 
 
 def _middles(rows: Array, low: Array, high: Array) -> Array:

@@ -144,7 +144,7 @@ class _Reconstruction:
         self.decided.add(site)
         if site in self.plain:
             return
-        layers = [l for l in self.placement.layers if self.placement.sites[l.data] == site and l.name in self.chosen]
+        layers = [x for x in self.placement.layers if self.placement.sites[x.data] == site and x.name in self.chosen]
         proposals = self._proposals(layers, rounded)
         best, chosen = np.inf, proposals[0]
         if len(proposals) > 1:
@@ -289,6 +289,8 @@ def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int) -> Rounded:
     diagonal = np.einsum("gkk->gk", power).reshape(groups, -1)
     scales = clip_scales(wide, diagonal)
     split = wide.reshape(groups * blocks, size, outputs)
-    found = fit_and_round(split, moments, Moments(groups * blocks, size, 1, moments.origin), scales=np.repeat(scales, blocks, axis=0))
+    found = fit_and_round(
+        split, moments, Moments(groups * blocks, size, 1, moments.origin), scales=np.repeat(scales, blocks, axis=0)
+    )
     integers = found.integers.reshape(groups, -1, outputs)[:, :inputs]
     return Rounded(integers, scales, found.error)

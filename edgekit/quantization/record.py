@@ -29,6 +29,7 @@ from .statistics import BINS, Statistics
 
 __all__ = ["Calibration", "Drawn", "LayerRecord", "TensorRecord", "decode", "encode", "exact"]
 
+TRAINED = " and qat"
 SUMMARY_BINS = 64
 MAX_BYTES = 256 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -148,6 +149,13 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, nearest in nearest_integers(model, placement, parameters, fitted):
             parameters.integers[name] = unpacked(fitted[name], nearest)
         return parameters
+
+
+def trained(calibration: bytes, graph: bytes) -> bytes:
+    """The calibration of a graph that was trained further: statistics and layers stay, its numbers no longer rebuild it."""
+    found = msgspec.json.decode(calibration, type=Calibration)
+    digest = hashlib.sha256(graph).hexdigest()
+    return encode(msgspec.structs.replace(found, recovery=f"{found.recovery}{TRAINED}", int8_graph=digest))
 
 
 def _array(values: tuple[float, ...] | None) -> NDArray[np.float32] | None:

@@ -128,7 +128,7 @@ def _error(weight: Array, moments: Moments, biased: bool) -> float:
 def _shrunk(xx: Array, count: int) -> Array:
     """Covariances drawn to their diagonal, the more the fewer rows there were: few rows correlate by chance."""
     share = xx.shape[1] / (xx.shape[1] + 4.0 * max(count, 1))
-    result = xx * (1 - share)
+    result: Array = xx * (1 - share)
     diagonal = np.einsum("gkk->gk", xx)
     floor = 1e-8 * diagonal.mean(1, keepdims=True) + 1e-30  # a channel that never moved rounds to nearest
     np.einsum("gkk->gk", result)[:] = diagonal * (1 + _DAMP) + floor
@@ -136,7 +136,7 @@ def _shrunk(xx: Array, count: int) -> Array:
 
 
 def _refit(weight: Array, fit: Moments, held_out: Moments, biased: bool) -> Array:
-    """Weights that give the float outputs from the quantized inputs; the given ones where no ridge does better on held-out rows."""
+    """Weights that give the float outputs from the quantized inputs; those given, where none does better on held-out rows."""
     if not held_out.count or not fit.count:
         return weight
     xx, xy, _ = fit.centred(biased)
@@ -161,9 +161,7 @@ def _ridge(weight: Array, xx: Array, xy: Array, ridge: float) -> Array:
     return solved
 
 
-def clip_scales(
-    weight: Array, power: Array, tie: Array | None = None, ratios: Sequence[float] = _RATIOS
-) -> Array:
+def clip_scales(weight: Array, power: Array, tie: Array | None = None, ratios: Sequence[float] = _RATIOS) -> Array:
     """Scale of each output (groups, outputs): the clip with the least error, inputs weighted by their ``power``."""
     amax = np.abs(weight).max(1)
     if tie is not None:
@@ -185,7 +183,8 @@ def weight_scales(weight: Array, axis: int, method: str) -> NDArray[np.float32]:
     """float32 scales (channels of ``axis``,), of the least squared error (``mse``) or the whole range (``minmax``)."""
     rows = np.moveaxis(weight.astype(np.float64), axis, -1).reshape(1, -1, weight.shape[axis])
     ratios = (1.0,) if method == "minmax" else _RATIOS
-    return clip_scales(rows, np.ones(rows.shape[:2]), ratios=ratios)[0].astype(np.float32)
+    scales: NDArray[np.float32] = clip_scales(rows, np.ones(rows.shape[:2]), ratios=ratios)[0].astype(np.float32)
+    return scales
 
 
 def _tied(values: Array, tie: Array, combine: Any) -> Array:

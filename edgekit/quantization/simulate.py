@@ -92,7 +92,9 @@ def observe(
     for names in _parts(tensors, most):
         run = Simulator(exposed(model, names))
         for feeds in batches():
-            for name, (shown, array) in zip(names, run({k: v for k, v in feeds.items() if k in run.inputs}).items(), strict=True):
+            for name, (shown, array) in zip(
+                names, run({k: v for k, v in feeds.items() if k in run.inputs}).items(), strict=True
+            ):
                 try:
                     found[name].update(array)
                 except FloatingPointError:

@@ -41,7 +41,8 @@ class Spool:
             return
         file = self._folder / f"{index}.npz"
         # npz has no room for names with slashes: they go in as one array
-        np.savez(file, names=np.array(list(arrays)), **{f"_{i}": array for i, array in enumerate(arrays.values())})
+        numbered = {f"_{i}": array for i, array in enumerate(arrays.values())}
+        np.savez(file, names=np.array(list(arrays)), **numbered)  # type: ignore[arg-type]
         self._files[index] = file
 
     def get(self, index: int) -> Feeds:
@@ -85,7 +86,7 @@ class Stream:
     def look(self, end: int, tensors: Sequence[str], rewrite: Rewrite) -> Iterator[Feeds]:
         """The named tensors of each batch, as the nodes before ``end`` make them, without moving on."""
         for _, held, found in self._run(end, tensors, rewrite):
-            yield {name: found.get(name, held.get(name)) for name in tensors}  # type: ignore[misc]
+            yield {name: found[name] if name in found else held[name] for name in tensors}
 
     def _live(self, end: int) -> list[str]:
         """Tensors made before ``end`` that a node from there on reads."""

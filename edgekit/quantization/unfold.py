@@ -76,7 +76,7 @@ class Unfolding(NamedTuple):
     def bias(self, means: Array) -> Array:
         """Output means (groups, outputs) -> (channels,): taps of a ConvTranspose share their channel's bias."""
         if self.layer.op == "ConvTranspose":
-            return means.reshape(-1, int(np.prod(self.taps))).mean(1)
+            means = means.reshape(-1, int(np.prod(self.taps))).mean(1)
         return means.reshape(-1)
 
     def per_input(self, values: Array) -> Array:
