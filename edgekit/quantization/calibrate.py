@@ -34,7 +34,7 @@ __all__ = ["Result", "calibrate", "culprit"]
 
 STUDIED = (8, 64)  # samples behind the choice of a recovery and the sensitivities: fewest and most
 STUDIED_BYTES = 32 << 20  # of float outputs that are held meanwhile
-FITTED = (16, 256)  # samples behind the fitted weights
+FITTED = (16, 128)  # samples behind the fitted weights
 SPOOLED_BYTES = 2 << 30  # on disk meanwhile
 WORK = 10**12  # multiply-accumulates that each of these may cost: a minute or two on one core
 BATCH_BYTES = 32 << 20  # of tensors that one run shows

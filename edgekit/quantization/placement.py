@@ -148,9 +148,7 @@ def place(model: onnx.ModelProto) -> Placement:
     layers = _with_matmul_bias(graph, known, layers)
     pairs = [*_residuals(graph, known, layers), *(Pair(p.name, p.name, i, t) for p in products for i, t in enumerate(p.inputs))]
     tensors = list(dict.fromkeys([*(layer.data for layer in layers), *(pair.tensor for pair in pairs)]))
-    return Placement(
-        tuple(layers), tuple(products), tuple(pairs), tuple(unquantized), _sites(layers), _groups(graph, layers, tensors)
-    )
+    return Placement(tuple(layers), tuple(products), tuple(pairs), tuple(unquantized), _sites(layers), _groups(graph, tensors))
 
 
 def _layer(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> Layer | Product | str:
@@ -264,16 +262,14 @@ def _sites(layers: list[Layer]) -> dict[str, str]:
     return union.leaders(list(dict.fromkeys(layer.data for layer in layers)))
 
 
-def _groups(graph: onnx.GraphProto, layers: list[Layer], tensors: list[str]) -> dict[str, str]:
-    """Union of the tensors that are joined by transparent operators or by shared weights."""
+def _groups(graph: onnx.GraphProto, tensors: list[str]) -> dict[str, str]:
+    """Union of the tensors that are joined by transparent operators."""
     union = _Union()
     for node in graph.node:
         if node.op_type in TRANSPARENT:
             joined = [*(node.input if node.op_type == "Concat" else node.input[:1]), *node.output]
             for name in joined[1:]:
                 union.join(joined[0], name)
-    for name, site in _sites(layers).items():
-        union.join(site, name)
     return union.leaders(tensors)
 
 

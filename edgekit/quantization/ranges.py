@@ -22,11 +22,11 @@ from .unfold import Unfolding
 __all__ = ["Reader", "propose"]
 
 Array = NDArray[Any]
-_RATIOS = np.array([1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.45, 0.38, 0.3, 0.22, 0.15, 0.1], np.float32)
+_RATIOS = np.array([1.0, 0.88, 0.76, 0.65, 0.54, 0.44, 0.34, 0.25, 0.15], np.float32)
 _COARSE = (1.0, 0.85, 0.7, 0.55)
-_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_ALPHAS = (0.0, 0.5, 1.0)
 _ROUNDING = 0.35  # what fitting leaves of the weights' rounding error, roughly; the choice is not sensitive to it
-_MARGINS = (1.0, 1.1, 1.25, 1.5, 2.0)
+_MARGINS = (1.0, 1.15, 1.4, 2.0)
 _FLOOR = 0.2  # of the median half range
 _WORTH = 0.9  # an operator in front of Q must promise at least this
 

@@ -20,7 +20,7 @@ from .graph import Parameters, Quantizer, insert, scaled_weight
 from .placement import Layer, Placement
 from .prepare import constants
 from .ranges import Drawn, Reader, propose
-from .rounding import Moments, Rounded, clip_scales, fit_and_round
+from .rounding import SWEEPS, Moments, Rounded, clip_scales, fit_and_round
 from .simulate import Feeds
 from .statistics import LEVELS
 from .streams import Stream
@@ -29,9 +29,9 @@ from .unfold import Unfolding, unfolding
 __all__ = ["reconstruct"]
 
 Array = NDArray[Any]
-ROWS = (2048, 32768)  # rows of a layer that are looked at: fewest and most
-DRAWN = 2048  # rows behind the choice of a range
-WORK = 10**12  # multiply-accumulates that the second moments of all layers may cost
+ROWS = (2048, 16384)  # rows of a layer that are looked at: fewest and most
+DRAWN = 1024  # rows behind the choice of a range
+WORK = 4 * 10**11  # multiply-accumulates that the second moments of all layers may cost
 WIDEST = 1152  # inputs whose second moments are kept whole: 10 MB; wider ones in blocks
 HELD_OUT = 4  # every fourth batch judges the ridge and the quantizer
 JUDGES = 1024  # rows of those that are kept to judge
@@ -117,19 +117,21 @@ class _Reconstruction:
         site = self.placement.sites[unit.layers[0].data]
         if site not in self.decided:
             self._decide(site, unit, exact, rounded)
-        quantizer = self.parameters.quantizer(self.placement, unit.layers[0].data)
+        quantizer = self.parameters.quantizers.get(site)
         found, gathered = self._solve(unit, quantizer, exact, rounded, 1)
         self._store(unit, found, gathered, self._biased(unit, quantizer))
 
-    def _biased(self, unit: _Unit, quantizer: Quantizer) -> bool:
-        return all(layer.biased or quantizer.shift is not None for layer in unit.layers)
+    def _biased(self, unit: _Unit, quantizer: Quantizer | None) -> bool:
+        shifted = quantizer is not None and quantizer.shift is not None
+        return all(layer.biased or shifted for layer in unit.layers)
 
     def _solve(
-        self, unit: _Unit, quantizer: Quantizer, exact: Stream, rounded: Stream, thinned: int
+        self, unit: _Unit, quantizer: Quantizer | None, exact: Stream, rounded: Stream, thinned: int
     ) -> tuple[Rounded, _Gathered]:
+        """The unit's weights for one quantizer of its inputs; None: each tensor keeps the scale of its group."""
         biased = self._biased(unit, quantizer)
         weight = numpy_helper.to_array(self.known[unit.layers[0].weight])
-        matrix = unit.unfolding.matrix(scaled_weight(weight, unit.layers[0], quantizer.factor))
+        matrix = unit.unfolding.matrix(scaled_weight(weight, unit.layers[0], quantizer.factor if quantizer else None))
         tie = None
         if unit.layers[0].op == "ConvTranspose":
             tie = unit.unfolding.output_scales(np.arange(weight.shape[1]))[0]
@@ -137,7 +139,8 @@ class _Reconstruction:
         gathered = self._gather(unit, quantizer, matrix, exact, rounded, blocks, thinned)
         if blocks > 1:
             return _in_blocks(matrix, gathered, blocks), gathered
-        return fit_and_round(matrix, gathered.fit, gathered.held_out, tie, biased=biased), gathered
+        sweeps = SWEEPS if thinned == 1 else 0
+        return fit_and_round(matrix, gathered.fit, gathered.held_out, tie, biased=biased, sweeps=sweeps), gathered
 
     def _decide(self, site: str, unit: _Unit, exact: Stream, rounded: Stream) -> None:
         """The quantizer of a site, from all its chosen layers; the first of them is measured with each that is proposed."""
@@ -145,15 +148,27 @@ class _Reconstruction:
         if site in self.plain:
             return
         layers = [x for x in self.placement.layers if self.placement.sites[x.data] == site and x.name in self.chosen]
-        proposals = self._proposals(layers, rounded)
+        proposals: list[Quantizer | None] = [*self._proposals(layers, rounded)]
+        if len({layer.data for layer in layers}) > 1:  # tensors that share nothing but weights may need scales of their own
+            proposals.insert(1, None)
         best, chosen = np.inf, proposals[0]
         if len(proposals) > 1:
             for quantizer in proposals:
                 found, gathered = self._solve(unit, quantizer, exact, rounded, TRIAL)
                 error = gathered.error(found, self._biased(unit, quantizer))
-                if error < (best if quantizer.plain or not chosen.plain else WORTH * best):
+                if error < (WORTH * best if _is_plain(chosen) and not _is_plain(quantizer) else best):
                     best, chosen = error, quantizer
-        self.parameters = dataclasses.replace(self.parameters, quantizers={**self.parameters.quantizers, site: chosen})
+        if chosen is not None:
+            self._settle(site, chosen)
+
+    def _settle(self, site: str, quantizer: Quantizer) -> None:
+        """A plain scale becomes that of the tensor's group where no other tensor is in it, so that all readers share a pair."""
+        parameters, groups = self.parameters, self.placement.groups
+        alone = [name for name, group in groups.items() if group == groups[site]] == [site]
+        if quantizer.plain and alone and list(self.placement.sites.values()).count(site) == 1:
+            self.parameters = dataclasses.replace(parameters, scales={**parameters.scales, groups[site]: quantizer.scale})
+        else:
+            self.parameters = dataclasses.replace(parameters, quantizers={**parameters.quantizers, site: quantizer})
 
     def _proposals(self, layers: list[Layer], rounded: Stream) -> list[Quantizer]:
         tensors = list(dict.fromkeys(layer.data for layer in layers))
@@ -183,7 +198,7 @@ class _Reconstruction:
         return next((i + 1 for i, node in enumerate(self.prepared.graph.node) if tensor in node.output), 0)
 
     def _gather(
-        self, unit: _Unit, quantizer: Quantizer, matrix: Array, exact: Stream, rounded: Stream, blocks: int, thinned: int
+        self, unit: _Unit, quantizer: Quantizer | None, matrix: Array, exact: Stream, rounded: Stream, blocks: int, thinned: int
     ) -> _Gathered:
         groups, inputs, outputs = matrix.shape
         size = -(-inputs // blocks)
@@ -191,7 +206,10 @@ class _Reconstruction:
         cost = groups * inputs * (size + outputs)
         limit = int(np.clip(WORK // max(len(self.chosen), 1) // max(cost, 1), *ROWS))
         limit = max(limit // max(exact.count * len(unit.layers) * thinned, 1), 8)
-        expanded = _expanded(quantizer, unit.unfolding)
+        expanded = {
+            layer.name: _expanded(quantizer or self.parameters.quantizer(self.placement, layer.data), unit.unfolding)
+            for layer in unit.layers
+        }
         last = max(self._made(layer.data) for layer in unit.layers)
         seen = rounded.look(max(last, rounded.position), [layer.data for layer in unit.layers], self.rewrite)
         wanted = exact.look(unit.end, [layer.output for layer in unit.layers], lambda model: model)
@@ -199,7 +217,7 @@ class _Reconstruction:
             for layer in unit.layers:
                 shape = self.shapes[layer.name]
                 x, y = shape.rows(have[layer.data], want[layer.output], limit, i)
-                x = _moved(x, expanded)
+                x = _moved(x, expanded[layer.name])
                 gathered.means(layer.name, x, y, i % HELD_OUT == HELD_OUT - 1 or exact.count < HELD_OUT)
                 if blocks > 1:
                     padded = np.pad(x, ((0, 0), (0, 0), (0, size * blocks - inputs)))
@@ -225,6 +243,10 @@ class _Reconstruction:
             biases[layer.name] = bias.astype(np.float32)
         self.parameters = dataclasses.replace(parameters, integers=integers, weights=weights, biases=biases)
         self.fitted |= {layer.name for layer in unit.layers}
+
+
+def _is_plain(quantizer: Quantizer | None) -> bool:
+    return quantizer is None or quantizer.plain
 
 
 class _Gathered:

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from .statistics import LEVELS, MIN_SCALE
 
-__all__ = ["Moments", "Rounded", "clip_scales", "fit_and_round", "weight_scales"]
+__all__ = ["SWEEPS", "Moments", "Rounded", "clip_scales", "fit_and_round", "weight_scales"]
 
 Array = NDArray[Any]
 _RATIOS = (*np.linspace(1.0, 0.52, 17), 0.47, 0.42, 0.36, 0.3)
-_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal
 _DAMP = 1e-3
 _BLOCK = 64
-_SWEEPS = 2
+SWEEPS = 2
 
 
 class Moments:
@@ -95,10 +95,12 @@ def fit_and_round(
     *,
     biased: bool = True,
     scales: Array | None = None,
+    sweeps: int = SWEEPS,
 ) -> Rounded:
     """Round float64 weights (groups, inputs, outputs), which meet the inputs that the moments were taken of.
 
-    Where ``scales`` (groups, outputs) are given, the weights are only rounded: what y the moments hold does not matter.
+    ``sweeps``: how often coordinate descent goes through the inputs. Where ``scales`` (groups, outputs) are given, the
+    weights are only rounded: what y the moments hold does not matter.
 
     ``tie``: indices (outputs,) of outputs that share a scale, for a ConvTranspose's taps. Without a bias to carry the means
     (not ``biased``), moments are taken about zero.
@@ -107,15 +109,15 @@ def fit_and_round(
     xx, _, _ = every.centred(biased)
     hessian = _shrunk(xx, every.count)
     if scales is not None:
-        q = _sweep(_gptq(weight, scales, hessian), scales, hessian, hessian @ weight)
+        q = _sweep(_gptq(weight, scales, hessian), scales, hessian, hessian @ weight, sweeps)
         return Rounded(q.astype(np.int8), scales, 0.0)
     wanted = _refit(weight, fit, held_out, biased)
     scales = clip_scales(wanted, np.einsum("gkk->gk", hessian), tie)
     target = hessian @ wanted
-    q = _sweep(_gptq(wanted, scales, hessian), scales, hessian, target)
+    q = _sweep(_gptq(wanted, scales, hessian), scales, hessian, target, sweeps)
     if tie is None:
         scales = _rescaled(q, scales, hessian, target)
-        q = _sweep(q, scales, hessian, target)
+        q = _sweep(q, scales, hessian, target, sweeps)
     return Rounded(q.astype(np.int8), scales, _error(q * scales[:, None, :], every, biased))
 
 
@@ -219,12 +221,14 @@ def _gptq(weight: Array, scales: Array, xx: Array) -> Array:
     return q[:, back]
 
 
-def _sweep(q: Array, scales: Array, xx: Array, xy: Array) -> Array:
+def _sweep(q: Array, scales: Array, xx: Array, xy: Array, sweeps: int) -> Array:
     """Coordinate descent: each integer in turn to where the error is least, all others fixed."""
+    if not sweeps:
+        return q
     q, inputs = q.copy(), q.shape[1]
     diagonal = np.maximum(np.einsum("gkk->gk", xx), 1e-30)
     gradient = xx @ (q * scales[:, None, :]) - xy  # (groups, inputs, outputs), half of it
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         for start in range(0, inputs, _BLOCK):
             stop = min(start + _BLOCK, inputs)
             moved = np.zeros((q.shape[0], stop - start, q.shape[2]))

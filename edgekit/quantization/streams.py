@@ -30,7 +30,9 @@ class Spool:
     """Lists of arrays by name, in memory while they are small."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._held, self._files, self._bytes = folder, dict[int, Feeds](), dict[int, Path](), 0
+        self._folder, self._bytes = folder, 0
+        self._held: dict[int, Feeds] = {}
+        self._files: dict[int, tuple[Path, tuple[str, ...]]] = {}
 
     def put(self, index: int, arrays: Feeds) -> None:
         size = sum(array.nbytes for array in arrays.values())
@@ -39,17 +41,18 @@ class Spool:
             self._held[index] = arrays
             self._bytes += size
             return
-        file = self._folder / f"{index}.npz"
-        # npz has no room for names with slashes: they go in as one array
-        numbered = {f"_{i}": array for i, array in enumerate(arrays.values())}
-        np.savez(file, names=np.array(list(arrays)), **numbered)  # type: ignore[arg-type]
-        self._files[index] = file
+        file = self._folder / str(index)
+        with file.open("wb") as stream:  # plain arrays one after the other: npz would checksum them all
+            for array in arrays.values():
+                np.lib.format.write_array(stream, np.asarray(array), allow_pickle=False)
+        self._files[index] = (file, tuple(arrays))
 
     def get(self, index: int) -> Feeds:
         if index in self._held:
             return self._held[index]
-        with np.load(self._files[index], allow_pickle=False) as file:
-            return {str(name): file[f"_{i}"] for i, name in enumerate(file["names"])}
+        file, names = self._files[index]
+        with file.open("rb") as stream:
+            return {name: np.lib.format.read_array(stream, allow_pickle=False) for name in names}
 
     def _drop(self, index: int) -> None:
         if index in self._held:

@@ -18,7 +18,8 @@ from edgekit.errors import GraphError
 from edgekit.quantization.graph import Parameters, check, insert
 from edgekit.quantization.placement import Placement, place, weights_of
 from edgekit.quantization.prepare import prepare
-from edgekit.quantization.recovery import correct_biases, weight_scales
+from edgekit.quantization.reconstruct import reconstruct
+from edgekit.quantization.rounding import weight_scales
 from edgekit.quantization.simulate import MAX_SNR_DB, Simulator, observe, signal_to_noise, with_reference
 from edgekit.quantization.statistics import METHODS, scale_of
 from edgekit.runtime.onnxruntime import session
@@ -133,6 +134,28 @@ CASES = {
         ],
         {}, ["n", 4, 9, 9], 1,
     ),
+    "one-sided, wide and narrow channels": Case(
+        [node("Conv", "x w1 b1", "a"), node("Relu", "a", "r"), node("Conv", "r w2 b2", "y", pads=[2, 1, 0, 1], strides=[2, 1])],
+        {
+            "w1": normal(16, 4, 1, 1) * np.geomspace(0.02, 20, 16).astype(np.float32)[:, None, None, None],
+            "b1": np.geomspace(0.01, 10, 16).astype(np.float32), "w2": normal(8, 16, 3, 3), "b2": normal(8),
+        },
+        ["n", 4, 9, 9], 2,
+    ),
+    "unrolled recurrence": Case(
+        [
+            node("Split", "x", "x0 x1 x2", axis=1),
+            *(node("Reshape", f"x{i} flat", f"f{i}") for i in range(3)),
+            *(node("MatMul", f"f{i} wi", f"i{i}") for i in range(3)),
+            node("Tanh", "i0", "h0"),
+            *(n for i in (1, 2) for n in (
+                node("MatMul", f"h{i - 1} wh", f"r{i}"), node("Add", f"i{i} r{i}", f"s{i}"), node("Tanh", f"s{i}", f"h{i}"),
+            )),
+            node("MatMul", "h2 wo", "y"),
+        ],
+        {"flat": np.array([-1, 16], np.int64), "wi": normal(16, 16), "wh": normal(16, 16), "wo": normal(16, 4)},
+        ["n", 3, 16], 6, 13,
+    ),
     "int8 weight behind DequantizeLinear": Case(
         [node("DequantizeLinear", "q s z", "w", axis=0), node("Conv", "x w", "y")],
         {"q": RNG.integers(-127, 128, (8, 4, 3, 3)).astype(np.int8), "s": np.abs(normal(8)) + 0.01, "z": np.zeros(8, np.int8)},
@@ -149,33 +172,34 @@ class Made(NamedTuple):
     batches: list[dict[str, Array]]
 
 
-def quantized(graph: bytes, shape: list[Any], method: str = "mse", correct: bool = True) -> Made:
+def quantized(graph: bytes, shape: list[Any], method: str = "mse", recovery: str = "fitted") -> Made:
     """Everything int8, as `quantize` does it, without a bundle."""
     size = [4 if isinstance(axis, str) else axis for axis in shape]
     batches = [{"x": np.random.default_rng(i).normal(size=size).astype(np.float32)} for i in range(8)]
     prepared = prepare(graph)
     placement = place(prepared)
-    seen = observe(prepared, placement.groups, batches)
+    seen = observe(prepared, dict.fromkeys(placement.groups, 1), lambda: batches, 1 << 20)
     scales = {group: scale_of(METHODS[method](seen[group])) for group in dict.fromkeys(placement.groups.values())}
     axes = {layer.name: layer.axis for layer in placement.layers}
     weights = {name: weight_scales(w, axes[name], "mse") for name, w in weights_of(prepared, placement).items()}
-    parameters, names = Parameters(scales, weights), list(axes)
-    if correct:
-        parameters = correct_biases(prepared, placement, parameters, names, lambda: batches)
+    parameters, names = Parameters(scales, weights), placement.names
+    if recovery != "none":
+        parameters = reconstruct(prepared, placement, parameters, names, lambda: iter(batches), extra=recovery == "shifted")
     return Made(prepared, placement, parameters, insert(prepared, placement, parameters, names), batches)
 
 
+@pytest.mark.parametrize("recovery", ["none", "fitted", "shifted"])
 @pytest.mark.parametrize("name", CASES)
-def test_int8_is_near_the_float_graph(name: str) -> None:
+def test_int8_is_near_the_float_graph(name: str, recovery: str) -> None:
     case = CASES[name]
     graph = build(case)
-    made = quantized(graph, case.x)
+    made = quantized(graph, case.x, recovery=recovery)
     check(made.int8)
     assert len(made.placement.layers) == case.int8
     original = onnx.load_model_from_string(graph)
     # Folding alone changes nothing but the last bit.
     assert signal_to_noise(made.prepared, with_reference(original, made.batches)) > 100
-    assert signal_to_noise(made.int8, with_reference(original, made.batches)) > 28
+    assert signal_to_noise(made.int8, with_reference(original, made.batches)) > 26
     # The kernels of ONNX Runtime agree with the arithmetic that the Q/DQ nodes state.
     from edgekit.runtime.onnxruntime import session
 
@@ -209,29 +233,31 @@ def build_engine(graph: bytes, shape: list[Any]) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_tensorrt_builds_it(name: str) -> None:
     case = CASES[name]
-    assert build_engine(quantized(build(case), case.x).int8.SerializeToString(), case.x) > 0
+    assert build_engine(quantized(build(case), case.x, recovery="shifted").int8.SerializeToString(), case.x) > 0
 
 
 def test_placement_follows_the_table() -> None:
-    made = quantized(build(CASES["residual"]), CASES["residual"].x)
+    made = quantized(build(CASES["residual"]), CASES["residual"].x, recovery="none")
     reads = {node.name: list(node.input) for node in made.int8.graph.node}
     assert "r/dequantized" in reads["Add_s"]  # the residual branch, by the pair that the Conv reads
     assert reads["Relu_r"] == ["a"]  # nothing between Conv and ReLU
     assert reads["Conv_a"][1] == reads["Conv_y"][1]  # equal weights are stored once
     assert sum(name.endswith("/int8") for name in (t.name for t in made.int8.graph.initializer)) == 2
     attention = quantized(build(CASES["attention"]), CASES["attention"].x)
-    assert [node.reason for node in attention.placement.unquantized] == ["both inputs are activations"] * 2
+    assert [product.inputs for product in attention.placement.products] == [("a", "t"), ("p", "x")]
     reads = {node.name: list(node.input) for node in attention.int8.graph.node}
-    assert reads["Softmax_p"] == ["s"]
+    assert reads["Softmax_p"] == ["s"]  # nothing in front of it
+    assert all(name.endswith("/dequantized") for name in [*reads["MatMul_s"], *reads["MatMul_o"]])
     concat = quantized(build(CASES["concat"]), CASES["concat"].x)
     assert concat.placement.groups["k"] == concat.placement.groups["r"]
 
 
-def test_bias_correction_restores_the_mean() -> None:
+@pytest.mark.parametrize("recovery", ["fitted", "shifted"])
+def test_fitting_restores_the_mean(recovery: str) -> None:
     case = CASES["depthwise"]
     graph = build(case)
     original = onnx.load_model_from_string(graph)
-    plain, corrected = (quantized(graph, case.x, correct=flag) for flag in (False, True))
+    plain, corrected = (quantized(graph, case.x, recovery=name) for name in ("none", recovery))
     reference = [y for _, y in with_reference(original, plain.batches)]
 
     def bias(made: Made) -> float:
@@ -240,6 +266,28 @@ def test_bias_correction_restores_the_mean() -> None:
         return float(np.abs(np.mean(errors, axis=(0, 1, 3, 4))).max())
 
     assert bias(corrected) < bias(plain) / 10
+
+
+def test_shift_and_factor_recover_what_one_scale_cannot() -> None:
+    case = CASES["one-sided, wide and narrow channels"]
+    graph = build(case)
+    original = onnx.load_model_from_string(graph)
+    reached = {}
+    for recovery in ("none", "fitted", "shifted"):
+        made = quantized(graph, case.x, recovery=recovery)
+        reached[recovery] = signal_to_noise(made.int8, with_reference(original, made.batches))
+    assert reached["fitted"] > reached["none"]
+    assert reached["shifted"] > reached["fitted"] + 3
+    ops = [n.op_type for n in made.int8.graph.node]
+    assert {"Pad", "Sub", "Mul"} <= set(ops)  # zeros are padded before the shift
+    assert not any(a.name == "pads" for n in made.int8.graph.node if n.name == "Conv_y" for a in n.attribute)
+
+
+def test_shared_weights_stay_shared() -> None:
+    made = quantized(build(CASES["unrolled recurrence"]), CASES["unrolled recurrence"].x, recovery="shifted")
+    stored = [t.name for t in made.int8.graph.initializer if t.name.endswith("weight/int8")]
+    assert len(stored) == 3
+    assert len({made.placement.sites[f"f{i}"] for i in range(3)}) == 1
 
 
 def test_folding_leaves_weights_that_others_use() -> None:
@@ -288,9 +336,10 @@ def test_nan_inside_the_model_is_named() -> None:
 @given(
     st.lists(st.sampled_from(["conv", "depthwise", "pool", "relu", "bn", "residual", "concat"]), min_size=1, max_size=7),
     st.sampled_from(list(METHODS)),
+    st.sampled_from(["none", "fitted", "shifted"]),
     st.integers(0, 2**32 - 1),
 )
-def test_any_net_of_these_blocks(blocks: list[str], method: str, seed: int) -> None:
+def test_any_net_of_these_blocks(blocks: list[str], method: str, recovery: str, seed: int) -> None:
     """Random nets: the checker passes, Q/DQ is exact where it says so, and the SNR is that of int8."""
     r = np.random.default_rng(seed)
     nodes: list[Any] = []
@@ -315,7 +364,7 @@ def test_any_net_of_these_blocks(blocks: list[str], method: str, seed: int) -> N
             nodes.append(node("Relu", last, out) if block == "relu" else node("MaxPool", last, out, kernel_shape=[1, 1]))
         last = out
     graph = build(Case(nodes, weights, ["n", 4, 6, 6], 0))
-    made = quantized(graph, ["n", 4, 6, 6], method, correct=False)
+    made = quantized(graph, ["n", 4, 6, 6], method, recovery)
     check(made.int8)
     original = onnx.load_model_from_string(graph)
     assert 8 < signal_to_noise(made.int8, with_reference(original, made.batches)) < MAX_SNR_DB
