@@ -270,7 +270,7 @@ def measure_case(case: Case, options: argparse.Namespace, results: Results) -> N
     bench = Bench(case, options)
     results.models[case.name] = bench.model()
     for tool in [tool for tool in options.tools if tool != "edgekit"]:
-        for config in CONFIGS[tool]:
+        for config in [config for config in CONFIGS[tool] if not options.configs or config in options.configs]:
             tell(bench.row(tool, config), results, options.samples)
     if "edgekit" not in options.tools:
         return
@@ -294,6 +294,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--tools", nargs="+", default=["edgekit", *CONFIGS], choices=["edgekit", *CONFIGS])
+    parser.add_argument("--configs", nargs="+", help="Only these configurations of the peers.")
     parser.add_argument("--samples", type=int, default=64, help="Calibration samples.")
     parser.add_argument("--pictures", type=Path, help="Folder of photos, at any depth.")
     parser.add_argument("--bundle", type=Path, nargs="+", default=[], help="Bundles that edgekit trained.")
