@@ -27,7 +27,7 @@ RECURRENT = ("LSTM", "GRU", "RNN")
 #: An int8 value stays one through these: TensorRT and NNCF move Q/DQ over them.
 MOVED = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Split", "Slice", "Flatten", "Gather", "Expand")
 MOVED += ("MaxPool", "Pad", "Relu", "DepthToSpace", "SpaceToDepth")
-POLL_S = 0.02
+POLL_S = 0.05
 
 
 class Ran(NamedTuple):
