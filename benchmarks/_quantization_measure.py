@@ -26,7 +26,7 @@ WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 RECURRENT = ("LSTM", "GRU", "RNN")
 #: An int8 value stays one through these: TensorRT and NNCF move Q/DQ over them.
 MOVED = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Split", "Slice", "Flatten", "Gather", "Expand")
-MOVED += ("MaxPool", "Pad", "Relu", "DepthToSpace", "SpaceToDepth")
+MOVED += ("MaxPool", "Pad", "Relu", "Dropout", "DepthToSpace", "SpaceToDepth")
 POLL_S = 0.05
 
 

@@ -9,6 +9,7 @@ numpy and the tool; never edgekit, except for edgekit's own second form. `quanti
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 import sys
@@ -125,18 +126,21 @@ def run_onnxruntime(
         extra = {"ActivationSymmetric": True, "WeightSymmetric": True, **extra}
         if inputs:
             extra["OpTypesToExcludeOutputQuantization"] = WEIGHTED
-        q.quantize_static(
+        quantize = functools.partial(
+            q.quantize_static,
             str(prepared),
             str(out),
-            Reader(calib),
             quant_format=q.QuantFormat.QDQ,
             op_types_to_quantize=WEIGHTED if inputs else None,
             per_channel=True,
             activation_type=q.QuantType.QInt8,
             weight_type=q.QuantType.QInt8,
             calibrate_method=getattr(q.CalibrationMethod, method),
-            extra_options=extra,
         )
+        try:
+            quantize(calibration_data_reader=Reader(calib), extra_options=extra)
+        except ValueError:  # 1.32 compares a scale per channel with one number where it fits weights to int32 biases
+            quantize(calibration_data_reader=Reader(calib), extra_options={**extra, "QDQDisableWeightAdjustForInt32Bias": True})
 
 
 def run_nncf(source: Path, calib: Path, out: Path, **options: Any) -> None:
