@@ -121,15 +121,15 @@ def run_onnxruntime(
 
     module.create_calibrator = with_bins
     with tempfile.TemporaryDirectory() as folder:
-        prepared = Path(folder) / "prepared.onnx"
+        prepared, plain = Path(folder) / "prepared.onnx", Path(folder) / "plain.onnx"
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quant_pre_process(str(source), str(plain), skip_symbolic_shape=True, skip_optimization=True)
         extra = {"ActivationSymmetric": True, "WeightSymmetric": True, **extra}
         if inputs:
             extra["OpTypesToExcludeOutputQuantization"] = WEIGHTED
         quantize = functools.partial(
             q.quantize_static,
-            str(prepared),
-            str(out),
+            model_output=str(out),
             quant_format=q.QuantFormat.QDQ,
             op_types_to_quantize=WEIGHTED if inputs else None,
             per_channel=True,
@@ -138,9 +138,9 @@ def run_onnxruntime(
             calibrate_method=getattr(q.CalibrationMethod, method),
         )
         try:
-            quantize(calibration_data_reader=Reader(calib), extra_options=extra)
-        except ValueError:  # 1.32 compares a scale per channel with one number where it fits weights to int32 biases
-            quantize(calibration_data_reader=Reader(calib), extra_options={**extra, "QDQDisableWeightAdjustForInt32Bias": True})
+            quantize(str(prepared), calibration_data_reader=Reader(calib), extra_options=extra)
+        except ValueError:  # 1.32 fails on a Gemm with a bias (1, N), which its own optimization makes of MatMul and Add
+            quantize(str(plain), calibration_data_reader=Reader(calib), extra_options=extra)
 
 
 def run_nncf(source: Path, calib: Path, out: Path, **options: Any) -> None:
