@@ -68,9 +68,13 @@ class Stream:
         self._spool = Spool(Path(self._folder.name))
         self.count = 0
         wanted = set(consumers(model.graph))
-        for feeds in batches:
-            self._spool.put(self.count, {name: array for name, array in feeds.items() if name in wanted})
-            self.count += 1
+        try:
+            for feeds in batches:
+                self._spool.put(self.count, {name: array for name, array in feeds.items() if name in wanted})
+                self.count += 1
+        except BaseException:  # nobody will leave the context
+            self._folder.cleanup()
+            raise
 
     def __enter__(self) -> Stream:
         return self

@@ -1,0 +1,213 @@
+"""The small parts of quantization: weights as text, the picture, latencies, batches of samples."""
+
+from __future__ import annotations
+
+import base64
+import tracemalloc
+import zlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from edgekit.bundle import FLOAT_GRAPH, Bundle
+from edgekit.errors import BackendError, DataError, OutputExists, UsageError
+from edgekit.quantization import check_picture, draw_layers, samples, speed
+from edgekit.quantization.record import packed, unpacked
+from edgekit.quantization.samples import Samples
+
+Array = np.ndarray[Any, Any]
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[Array, Array]:
+    """Two int8 arrays of one shape, of any values: their difference may wrap around."""
+    shape = draw(array_shapes(max_dims=4, max_side=6))
+    fitted, nearest = (draw(arrays(np.int8, shape)) for _ in range(2))
+    return fitted, nearest
+
+
+@settings(max_examples=80, deadline=None)
+@given(weights())
+def test_packed_weights_come_back(pair: tuple[Array, Array]) -> None:
+    fitted, nearest = pair
+    text = packed(fitted, nearest)
+    assert text.isascii()
+    np.testing.assert_array_equal(unpacked(text, nearest), fitted, strict=True)
+
+
+def test_weights_at_the_ends_wrap_around() -> None:
+    fitted, nearest = (part.ravel() for part in np.meshgrid(*[np.arange(-128, 128).astype(np.int8)] * 2))
+    np.testing.assert_array_equal(unpacked(packed(fitted, nearest), nearest), fitted, strict=True)
+
+
+def test_weights_near_the_nearest_take_little_space() -> None:
+    r = np.random.default_rng(0)
+    nearest = r.integers(-100, 100, (64, 64, 3, 3)).astype(np.int8)
+    fitted = nearest + (r.random(nearest.shape) < 0.1).astype(np.int8)
+    assert len(packed(fitted, nearest)) < 0.15 * nearest.size
+
+
+NEAREST = np.arange(-30, 30, dtype=np.int8).reshape(5, 12)
+TEXT = packed((NEAREST * 3).astype(np.int8), NEAREST)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "not base64!", TEXT[:-8], TEXT[4:], TEXT + "====", "Ünïcode", TEXT[:20] + "AAAA" + TEXT[24:],
+        base64.b64encode(b"plain bytes").decode(), base64.b64encode(zlib.compress(bytes(59))).decode(),
+        base64.b64encode(zlib.compress(bytes(61))).decode(), base64.b64encode(zlib.compress(b"")).decode(),
+    ],
+)  # fmt: skip
+def test_damaged_weights_are_refused(text: str) -> None:
+    with pytest.raises(DataError, match="calibration") as caught:
+        unpacked(text, NEAREST)
+    assert "calibrate again" in caught.value.hint
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda data: base64.b64encode(data).decode()))
+def test_any_other_text_is_refused(text: str) -> None:
+    with pytest.raises(DataError):
+        unpacked(text, NEAREST)
+
+
+def test_unpacking_is_bounded() -> None:
+    """64 MB of zeros are 64 kB of text."""
+    text = base64.b64encode(zlib.compress(bytes(64 << 20), 9)).decode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="for 60"):
+            unpacked(text, NEAREST)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def row(layer: str, gain_db: float | None, kind: str = "int8", alone_db: float | None = 30.0, why: str = "") -> dict[str, Any]:
+    return {"layer": layer, "op": "Conv", "type": kind, "macs": 0.5, "alone_db": alone_db, "gain_db": gain_db, "why": why}
+
+
+def drawn(path: Path) -> ElementTree.Element:
+    return ElementTree.parse(path).getroot()  # noqa: S314  written a moment ago
+
+
+def bars(root: ElementTree.Element) -> list[ElementTree.Element]:
+    return [element for element in root.iter("{http://www.w3.org/2000/svg}rect") if "bar" in element.get("class", "")]
+
+
+def test_the_picture_has_a_bar_for_each_measured_layer(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    rows = [row("first", 6.0), row("second", 3.0, alone_db=None), row("third", -0.5, "float"), row("lstm", None, "float")]
+    path = check_picture(tmp_path / "layers.svg")
+    draw_layers(tiny_bundle, rows, path)
+    found = bars(drawn(path))
+    assert [bar.get("class") for bar in found] == ["bar worst", "bar int8", "bar float"]
+    widths = [float(bar.get("width", "0")) for bar in found]
+    assert widths[0] == pytest.approx(2 * widths[1])
+    assert widths[2] == 1  # less than nothing
+    text = path.read_text(encoding="utf-8")
+    assert "+6.00" in text
+    assert "-0.50" in text
+    assert "lstm" not in text
+    draw_layers(tiny_bundle, rows[:1], check_picture(path))  # such a picture may be drawn anew
+    assert len(bars(drawn(path))) == 1
+
+
+@pytest.mark.parametrize("name", ["<&>\"'", "tab\tand\nline", "nul\x00, bell\x07, escape\x1b", "\ufffe", "ё" * 200])
+def test_any_name_of_a_layer_can_be_drawn(tiny_bundle: Bundle, tmp_path: Path, name: str) -> None:
+    draw_layers(tiny_bundle, [row(name, 1.0, why=f"reason of {name}")], tmp_path / "layers.svg")
+    assert len(bars(drawn(tmp_path / "layers.svg"))) == 1
+
+
+def test_many_layers_are_cut_and_none_draws_nothing(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    draw_layers(tiny_bundle, [row(str(i), 100.0 - i) for i in range(100)], tmp_path / "many.svg")
+    assert len(bars(drawn(tmp_path / "many.svg"))) == 40
+    draw_layers(tiny_bundle, [row("a", None)], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
+@pytest.mark.parametrize("name", ["layers.png", "layers", "svg"])
+def test_other_pictures_than_svg_are_wrong_usage(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="SVG") as caught:
+        check_picture(tmp_path / name)
+    assert ".svg" in caught.value.hint
+
+
+def test_foreign_files_are_not_overwritten(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "mine.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    (tmp_path / "folder.svg").mkdir()
+    for name in ("mine.svg", "folder.svg"):
+        with pytest.raises(OutputExists):
+            check_picture(tmp_path / name)
+    with pytest.raises(UsageError):
+        check_picture(tiny_bundle.path / "layers.svg")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_latencies_are_one_for_each_graph(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(speed, "SECONDS", 0.02)
+    graph = tiny_bundle.file(FLOAT_GRAPH).read_bytes()
+    found = speed.latencies([graph] * count, {"x": np.zeros((1, 3, 32, 32), np.float32)})
+    assert len(found) == count
+    assert all(0 < latency < 1000 for latency in found)
+
+
+def test_a_larger_batch_takes_longer(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "SECONDS", 0.05)
+    graph = tiny_bundle.file(FLOAT_GRAPH).read_bytes()
+    one, many = (speed.latencies([graph], {"x": np.zeros((n, 3, 32, 32), np.float32)})[0] for n in (1, 64))
+    assert many > 5 * one
+
+
+def test_graphs_that_do_not_load_have_no_latency() -> None:
+    with pytest.raises(BackendError):
+        speed.latencies([b"no graph"], {})
+
+
+def made(sizes: list[int], batchable: bool = True) -> Samples:
+    """One sample a size: x (1, size), its index in every place."""
+    every = [{"x": np.full((1, size), i, np.float32), "flag": np.array([i], np.int64)} for i, size in enumerate(sizes)]
+    return Samples(tuple(map(str, range(len(sizes)))), every.__getitem__, batchable)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 3), max_size=20), st.integers(1, 6), st.booleans())
+def test_batches_hold_every_sample_once_in_order(sizes: list[int], most: int, batchable: bool) -> None:
+    batches = list(made(sizes, batchable).batches(most))
+    lengths = [len(batch["x"]) for batch in batches]
+    assert all(1 <= length <= (most if batchable else 1) for length in lengths)
+    assert [int(i) for batch in batches for i in batch["flag"]] == list(range(len(sizes)))
+    for batch in batches:
+        assert [len(batch["x"])] == list({len(array) for array in batch.values()})
+        assert {sizes[int(i)] for i in batch["flag"]} == {batch["x"].shape[1]}
+        assert (batch["x"][:, 0] == batch["flag"]).all()
+    if batchable:  # none is cut short: the next sample would not have fitted
+        for batch, following in pairwise(batches):
+            assert len(batch["x"]) == most or batch["x"].shape[1:] != following["x"].shape[1:]
+
+
+def test_batches_stay_small_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "BATCH_BYTES", 4 * (10 * 4 + 8))
+    assert [len(batch["x"]) for batch in made([10] * 10).batches()] == [4, 4, 2]
+    assert [len(batch["x"]) for batch in made([1000] * 3).batches()] == [1, 1, 1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 50), st.integers(1, 60))
+def test_spread_takes_from_first_to_last(count: int, wanted: int) -> None:
+    every = made([1] * count)
+    found = every.spread(wanted)
+    assert len(found) == min(count, wanted)
+    picked = [int(identity) for identity in found.ids]
+    assert picked == sorted(set(picked))
+    assert [int(found.read(i)["flag"][0]) for i in range(len(found))] == picked
+    if picked and count > wanted:
+        assert picked[0] == 0
+        assert np.ptp(np.diff([*picked, count])) <= 1

@@ -1,0 +1,240 @@
+"""A graph run stretch by stretch gives the tensors of the whole run, in any cuts, in memory and on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekit.quantization import streams
+from edgekit.quantization.graph import Parameters, insert
+from edgekit.quantization.placement import place
+from edgekit.quantization.prepare import prepare
+from edgekit.quantization.rounding import weight_scales
+from edgekit.quantization.simulate import Simulator, exposed
+from edgekit.quantization.streams import Spool, Stream
+
+Array = np.ndarray[Any, Any]
+
+
+def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs.split(), output.split(), name=f"{op}_{output.split()[0]}", **attributes)
+
+
+def branch(name: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
+    return helper.make_graph(nodes, name, [], [helper.make_empty_tensor_value_info(nodes[-1].output[0])])
+
+
+def graph() -> onnx.ModelProto:
+    """Convolutions, a residual branch, an If whose branches read early tensors and weights, a shape, a scalar flag."""
+    r = np.random.default_rng(0)
+    weights = {
+        "w1": r.normal(0, 0.3, (6, 3, 3, 3)), "w2": r.normal(0, 0.2, (6, 6, 3, 3)), "w3": r.normal(0, 0.3, (6, 5)),
+        "late": r.normal(0, 1, (1, 6, 1, 1)), "limit": np.array(0.0),
+    }  # fmt: skip
+    nodes = [
+        node("Conv", "x w1", "a", pads=[1] * 4),
+        node("Relu", "a", "r"),
+        node("ReduceSum", "x", "total", keepdims=0),
+        node("Greater", "total limit", "positive"),
+        node("Conv", "r w2", "c", pads=[1] * 4),
+        node("Add", "c r", "s"),
+        node("Shape", "x", "n", end=1),
+        node("If", "positive", "f", then_branch=branch("then", [node("Sub", "s a", "t1")]),
+             else_branch=branch("else", [node("Mul", "a late", "e0"), node("Add", "e0 s", "e1")])),
+        node("GlobalAveragePool", "f", "g"),
+        node("Concat", "n minus", "rows", axis=0),
+        node("Reshape", "g rows", "flat"),
+        node("MatMul", "flat w3", "m"),
+        node("Tanh", "m", "y"),
+    ]  # fmt: skip
+    tensors = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in weights.items()]
+    tensors.append(numpy_helper.from_array(np.array([-1], np.int64), "minus"))
+    made = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5])],
+        tensors,
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    return prepare(model.SerializeToString())
+
+
+GRAPH = graph()
+NAMES = [name for node in GRAPH.graph.node for name in node.output]
+COUNT = len(GRAPH.graph.node)
+#: Batches of other sizes and shapes; both branches of the If are taken.
+BATCHES = [
+    {"x": np.random.default_rng(i).normal(0.2 * (-1) ** i, 1, (1 + i % 2, 3, 5 + i, 6)).astype(np.float32)} for i in range(4)
+]
+
+
+def whole(model: onnx.ModelProto, names: list[str]) -> list[dict[str, Array]]:
+    run = Simulator(exposed(model, names))
+    return [run(feeds) for feeds in BATCHES]
+
+
+def same(model: onnx.ModelProto) -> onnx.ModelProto:
+    return model
+
+
+def made_in(start: int, end: int) -> list[str]:
+    return [name for node in GRAPH.graph.node[start:end] for name in node.output]
+
+
+def alive_at(position: int) -> list[str]:
+    """Tensors made before that a later node reads, inside of its branches too."""
+    later = list(GRAPH.graph.node[position:])
+    later += [inner for node in later for attribute in node.attribute for inner in attribute.g.node]
+    read = {name for node in later for name in node.input}
+    return [name for name in made_in(0, position) if name in read]
+
+
+EXPECTED = whole(GRAPH, NAMES)
+CUTS = st.lists(st.integers(0, COUNT), max_size=5)
+
+
+def check_cuts(
+    cuts: list[int], ahead: int, rewrite: streams.Rewrite, expected: list[dict[str, Array]]
+) -> list[dict[str, Array]]:
+    """Advance from cut to cut, look at what is held and at what comes; all that was seen."""
+    seen: list[dict[str, Array]] = [{} for _ in BATCHES]
+    with Stream(GRAPH, iter(BATCHES)) as stream:
+        assert stream.count == len(BATCHES)
+        for cut in [*cuts, COUNT]:
+            end = max(min(cut + ahead, COUNT), stream.position)
+            names = [*made_in(stream.position, end), *alive_at(stream.position)]
+            for i, found in enumerate(stream.look(end, names, rewrite)):
+                assert list(found) == names
+                for name, array in found.items():
+                    np.testing.assert_allclose(array, expected[i][name], rtol=1e-4, atol=1e-5, err_msg=name)
+                    assert array.dtype == expected[i][name].dtype
+                seen[i].update(found)
+            stream.advance(cut, rewrite)
+            assert stream.position == cut
+    return seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(CUTS.map(sorted), st.integers(0, COUNT))
+def test_any_cuts_give_the_tensors_of_the_whole_run(cuts: list[int], ahead: int) -> None:
+    check_cuts(cuts, ahead, same, EXPECTED)
+
+
+@settings(max_examples=15, deadline=None)
+@given(CUTS.map(sorted), st.integers(0, COUNT))
+def test_disk_and_memory_give_the_same(cuts: list[int], ahead: int) -> None:
+    kept = check_cuts(cuts, ahead, same, EXPECTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "KEPT_BYTES", 0)
+        spooled = check_cuts(cuts, ahead, same, EXPECTED)
+    for one, other in zip(kept, spooled, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+PLACEMENT = place(GRAPH)
+PARAMETERS = Parameters(
+    dict.fromkeys(PLACEMENT.groups.values(), 0.05),
+    {
+        layer.name: weight_scales(
+            numpy_helper.to_array(next(t for t in GRAPH.graph.initializer if t.name == layer.weight)), layer.axis, "mse"
+        )
+        for layer in PLACEMENT.layers
+    },
+)
+
+
+def quantized(model: onnx.ModelProto) -> onnx.ModelProto:
+    return insert(model, PLACEMENT, PARAMETERS, PLACEMENT.names)
+
+
+QUANTIZED = whole(quantized(GRAPH), NAMES)
+
+
+@settings(max_examples=20, deadline=None)
+@given(CUTS.map(sorted))
+def test_quantized_stretches_give_the_quantized_graph(cuts: list[int]) -> None:
+    assert len(PLACEMENT.layers) == 3
+    assert not np.allclose(QUANTIZED[0]["y"], EXPECTED[0]["y"], rtol=1e-4, atol=1e-5)
+    check_cuts(cuts, COUNT, quantized, QUANTIZED)
+
+
+def test_what_is_no_longer_read_is_let_go() -> None:
+    with Stream(GRAPH, BATCHES) as stream:
+        stream.advance(NAMES.index("f") + 1, same)
+        with pytest.raises(KeyError):
+            list(stream.look(stream.position, ["a"], same))
+        (found, *_) = stream.look(stream.position, ["f"], same)
+        assert set(found) == {"f"}
+
+
+def test_going_back_does_nothing() -> None:
+    with Stream(GRAPH, BATCHES) as stream:
+        stream.advance(5, same)
+        stream.advance(3, same)
+        assert stream.position == 5
+
+
+def folders(path: Path) -> list[Path]:
+    return list(path.glob("edgekit-calibration-*"))
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_the_folder_goes_with_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(streams, "KEPT_BYTES", kept)
+    with Stream(GRAPH, BATCHES) as stream:
+        stream.advance(4, same)
+        (folder,) = folders(tmp_path)
+        assert bool(list(folder.iterdir())) is (kept == 0)
+    assert not folders(tmp_path)
+    with pytest.raises(RuntimeError, match="stop"), Stream(GRAPH, BATCHES):
+        raise RuntimeError("stop")
+    assert not folders(tmp_path)
+
+
+def test_samples_that_cannot_be_read_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def damaged() -> Iterator[dict[str, Array]]:
+        yield BATCHES[0]
+        raise ValueError("damaged")
+
+    with pytest.raises(ValueError, match="damaged"):
+        Stream(GRAPH, damaged())
+    assert not folders(tmp_path)
+
+
+def test_the_spool_holds_at_most_what_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays of any type and layout; a smaller one that replaces a large one comes back into memory."""
+    monkeypatch.setattr(streams, "KEPT_BYTES", 4096)
+    spool = Spool(tmp_path)
+    arrays = [
+        {"a": np.arange(1000, dtype=np.float32), "b": np.array(3, np.int64)},
+        {"a": np.asfortranarray(np.arange(600, dtype=np.float32).reshape(20, 30)), "flag": np.array([True, False])},
+        {"empty": np.zeros((0, 3), np.int8)},
+        {},
+    ]
+    for i, held in enumerate(arrays):
+        spool.put(i, held)
+    assert [file.name for file in tmp_path.iterdir()] == ["1"]
+    for i, held in enumerate(arrays):
+        found = spool.get(i)
+        assert list(found) == list(held)
+        for name, array in held.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+    for i in (0, 1):
+        spool.put(i, {"c": np.full(2, float(i))})
+        np.testing.assert_array_equal(spool.get(i)["c"], np.full(2, float(i)))
