@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from edgekit.quantization.recovery import weight_scales
+from edgekit.quantization.rounding import weight_scales
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.errors import GraphError, UsageError
@@ -227,7 +227,7 @@ def quantized(graph: bytes, batch: list[Array], scale_by: float = 1.0) -> bytes:
     """Everything int8, by the largest values seen; ``scale_by`` spoils the activations' scales."""
     prepared = prepare(graph)
     placement = place(prepared)
-    seen = observe(prepared, placement.groups, [{"x": x} for x in batch])
+    seen = observe(prepared, dict.fromkeys(placement.groups, 1), lambda: [{"x": x} for x in batch], 1 << 20)
     scales = {g: scale_by * scale_of(METHODS["minmax"](seen[g])) for g in dict.fromkeys(placement.groups.values())}
     axes = {layer.name: layer.axis for layer in placement.layers}
     weights = {name: weight_scales(w, axes[name], "minmax") for name, w in weights_of(prepared, placement).items()}
