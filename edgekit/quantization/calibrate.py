@@ -20,6 +20,7 @@ from edgekit.version import __version__
 from . import record
 from .budget import Budget, by_share, fewest_float
 from .graph import Parameters, insert
+from .memory import give_back, returned
 from .placement import Placement, multiply_accumulates, place, shape_tensors, weights_of
 from .prepare import prepare
 from .reconstruct import reconstruct
@@ -33,7 +34,7 @@ from .statistics import METHODS, Statistics, scale_of
 __all__ = ["Result", "calibrate", "culprit"]
 
 STUDIED = (8, 64)  # samples behind the choice of a recovery and the sensitivities: fewest and most
-STUDIED_BYTES = 32 << 20  # of float outputs that are held meanwhile
+STUDIED_BYTES = 16 << 20  # of inputs and float outputs that are held meanwhile
 FITTED = (16, 128)  # samples behind the fitted weights
 SPOOLED_BYTES = 2 << 30  # on disk meanwhile
 WORK = 10**12  # multiply-accumulates that each of these may cost: a minute or two on one core
@@ -118,6 +119,11 @@ def calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int
     """Raises `GraphError` where nothing can be quantized, `UsageError` where ``max_drop`` has no labels to go by."""
     if budget.max_drop is not None and (pool.labelled.targets is None or not len(pool.labelled)):
         raise UsageError("--max-drop needs labelled samples, and these have none", "add --data SPEC, or state --min-snr")
+    with returned():
+        return _calibrate(bundle, pool, budget, method, seed, extra)
+
+
+def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, extra: bool) -> Result:
     graph = bundle.file(FLOAT_GRAPH).read_bytes()
     bench = _bench(bundle, graph, pool)
     recovered = _recover(bench, method, extra)
@@ -181,12 +187,13 @@ def _bench(bundle: Bundle, graph: bytes, pool: Pool) -> Bench:
     shown = {name: 4 * int(np.prod(shapes[name], dtype=np.int64)) for name in placement.groups}
     batch = int(np.clip(BATCH_BYTES // max(sum(shown.values()), 1), 1, 64))
     statistics = observe(prepared, shown, lambda: pool.calibration.batches(batch), BATCH_BYTES)
+    give_back()
     grouped: dict[str, Statistics] = {}
     for name, group in placement.groups.items():
         grouped[group] = grouped[group].merged(statistics[name]) if group in grouped else statistics[name]
     ends = measured_shapes(original, [value.name for value in original.graph.output], golden)
-    outputs = 4 * sum(int(np.prod(shape, dtype=np.int64)) for shape in ends.values())
-    count = min(_affordable(STUDIED, 2 * len(placement.names) * sum(macs.values())), max(2, STUDIED_BYTES // max(outputs, 1)))
+    size = 4 * sum(int(np.prod(shape, dtype=np.int64)) for shape in ends.values()) + sum(a.nbytes for a in golden.values())
+    count = min(_affordable(STUDIED, 2 * len(placement.names) * sum(macs.values())), max(2, STUDIED_BYTES // max(size, 1)))
     studied = pool.calibration.spread(count)
     study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))))
     return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, golden)

@@ -26,7 +26,9 @@ _RATIOS = np.array([1.0, 0.88, 0.76, 0.65, 0.54, 0.44, 0.34, 0.25, 0.15], np.flo
 _COARSE = (1.0, 0.85, 0.7, 0.55)
 _ALPHAS = (0.0, 0.5, 1.0)
 _ROUNDING = 0.35  # what fitting leaves of the weights' rounding error, roughly; the choice is not sensitive to it
-_MARGINS = (1.0, 1.15, 1.4, 2.0)
+_FINE = np.concatenate([np.linspace(1.0, 0.4, 13), [0.33, 0.26, 0.19, 0.12]]).astype(np.float32)
+_NEAR = 1.05  # a wider margin must be better by more than chance
+_MARGINS = (1.0, 1.1, 1.25, 1.5, 2.0)
 _FLOOR = 0.2  # of the median half range
 _WORTH = 0.9  # an operator in front of Q must promise at least this
 
@@ -67,7 +69,7 @@ def propose(halves: Sequence[Drawn], readers: Sequence[Reader], *, extra: bool) 
             found = _scaled(half, gain, readers, shifted, alpha)
             for margin, error in zip(errors, _judged(other.rows, gain, readers, found, list(errors)), strict=True):
                 errors[margin] += error
-        margin = min(errors, key=errors.__getitem__)
+        margin = next(m for m in errors if errors[m] <= _NEAR * min(errors.values()))
         return errors[margin], shifted, alpha, margin
 
     def made(shifted: bool, alpha: float, margin: float) -> Quantizer:
@@ -157,7 +159,7 @@ def _scaled(drawn: Drawn, gain: Array, readers: Sequence[Reader], shifted: bool,
         gain = gain / factor.astype(np.float64) ** 2
     best, scale = np.inf, 1.0
     top = float((half * factor).max()) if factor is not None else float(extreme.max())
-    tops = top * _RATIOS if factor is None else np.concatenate([[float(extreme.max())], top * _RATIOS])
+    tops = top * _FINE if factor is None else np.concatenate([[float(extreme.max())], top * _FINE])
     for clip in tops:
         step = max(float(clip) / LEVELS, MIN_SCALE)
         off = float((_error(moved, np.full(moved.shape[1], step)) * gain).sum())

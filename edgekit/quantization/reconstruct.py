@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from edgekit.progress import track
 
 from .graph import Parameters, Quantizer, insert, scaled_weight
+from .memory import give_back
 from .placement import Layer, Placement
 from .prepare import constants
 from .ranges import Drawn, Reader, propose
@@ -30,7 +31,7 @@ __all__ = ["reconstruct"]
 
 Array = NDArray[Any]
 ROWS = (2048, 16384)  # rows of a layer that are looked at: fewest and most
-DRAWN = 1024  # rows behind the choice of a range
+DRAWN = 2048  # rows behind the choice of a range
 WORK = 4 * 10**11  # multiply-accumulates that the second moments of all layers may cost
 WIDEST = 1152  # inputs whose second moments are kept whole: 10 MB; wider ones in blocks
 HELD_OUT = 4  # every fourth batch judges the ridge and the quantizer
@@ -71,6 +72,7 @@ def reconstruct(
             exact.advance(unit.start, lambda model: model)
             rounded.advance(unit.start, work.rewrite)
             work.fit(unit, exact, rounded)
+            give_back()
     return work.parameters
 
 

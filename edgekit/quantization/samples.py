@@ -27,7 +27,7 @@ HELD_OUT = 256  # for the SNR
 LABELLED = 2000  # for accuracy: half a point is ten of them
 MAX_BATCH = 64
 BATCH_BYTES = 64 << 20
-KEPT_BYTES = 64 << 20  # samples up to this size in all stay in memory between passes
+KEPT_BYTES = 16 << 20  # samples up to this size in all stay in memory between passes
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Simulator:
     def __init__(self, model: onnx.ModelProto) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # an arena keeps the most it ever held
         options.log_severity_level = 4
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:

@@ -22,7 +22,7 @@ from .simulate import Feeds, Simulator
 __all__ = ["Spool", "Stream"]
 
 Array = NDArray[Any]
-KEPT_BYTES = 32 << 20  # held in memory; the rest on disk
+KEPT_BYTES = 8 << 20  # held in memory; the rest on disk
 Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 
