@@ -179,6 +179,7 @@ def test_usage_errors(digits_bundle: Bundle, tiny_bundle: Bundle, calibration_fo
         {"share": 0.5, "min_snr": 20},
         {"share": 1.5},
         {"min_snr": float("nan")},
+        {"min_snr": -201.0},
         {"calib": "cifar"},
         {"calib": "folder:"},
         {"calib": tmp_path},  # a folder without .npz
