@@ -25,7 +25,7 @@ class Budget(NamedTuple):
         if len(given) > 1:
             names = " and ".join("--" + name.replace("_", "-") for name in given)
             raise UsageError(f"{names} exclude each other", "state one budget")
-        limits = {"max_drop": (0.0, 100.0), "min_snr": (0.0, 200.0), "share": (0.0, 1.0)}
+        limits = {"max_drop": (0.0, 100.0), "min_snr": (-200.0, 200.0), "share": (0.0, 1.0)}
         for name, value in given.items():
             low, high = limits[name]
             if not low <= value <= high:

@@ -41,9 +41,11 @@ def rebuild(graph: bytes, calibration: Calibration) -> bytes:
     prepared = prepare(graph)
     placement = place(prepared)
     _check_fit(calibration, placement, prepared)
-    data: bytes = insert(
-        prepared, placement, calibration.parameters(prepared, placement), calibration.chosen
-    ).SerializeToString(deterministic=True)
+    try:
+        model = insert(prepared, placement, calibration.parameters(prepared, placement), calibration.chosen)
+    except (ValueError, ZeroDivisionError):  # a factor of another size than its channels
+        raise DataError("the calibration does not fit: its sizes are not the graph's", "calibrate again, with data") from None
+    data: bytes = model.SerializeToString(deterministic=True)
     if hashlib.sha256(data).hexdigest() != calibration.int8_graph:
         versions = ", ".join(f"{name} {version}" for name, version in calibration.versions.items())
         raise GraphError(

@@ -9,6 +9,7 @@ from xml.sax import saxutils
 
 from edgekit.bundle import Bundle, refuse_inside_bundle
 from edgekit.errors import OutputExists, UsageError
+from edgekit.files import atomic_write
 
 __all__ = ["check_picture", "draw_layers"]
 
@@ -38,7 +39,7 @@ def draw_layers(bundle: Bundle, rows: Sequence[dict[str, Any]], path: Path) -> N
     """Write the picture of a `layer_table`; nothing where it has no measured layers."""
     measured = [row for row in rows if row["gain_db"] is not None][:_SHOWN]
     if measured:
-        path.write_text(_svg(measured, f"{bundle.manifest.name}: what each layer costs"), encoding="utf-8")
+        atomic_write(path, _svg(measured, f"{bundle.manifest.name}: what each layer costs").encode())
 
 
 def _svg(rows: Sequence[dict[str, Any]], title: str) -> str:

@@ -238,3 +238,6 @@ def test_the_spool_holds_at_most_what_it_may(tmp_path: Path, monkeypatch: pytest
     for i in (0, 1):
         spool.put(i, {"c": np.full(2, float(i))})
         np.testing.assert_array_equal(spool.get(i)["c"], np.full(2, float(i)))
+    for _ in range(10):  # what is replaced no longer counts
+        spool.put(0, {"a": np.zeros(500, np.float32)})
+    assert [file.name for file in tmp_path.iterdir()] == ["1"]
