@@ -42,9 +42,9 @@ HELPER = Path(__file__).with_name("_quantization_peers.py")
 JUDGED, LABELLED, MANY = 64, 1000, 1024
 FULL = 0.99
 TRAIN = {
-    "digits-depthwise": ["--data", "digits", "--epochs", "12"],
-    "digits-vit": ["--data", "digits", "--model", "vit", "--epochs", "30"],
-    "labels-crnn": ["--data", "labels:lines,4000", "--epochs", "8"],
+    "digits-depthwise": ["--data", "digits", "--epochs", "8"],
+    "digits-vit": ["--data", "digits", "--model", "vit", "--epochs", "8"],
+    "labels-crnn": ["--data", "labels:lines,2000", "--epochs", "4"],
     "spam-lstm": ["--data", "spam", "--model", "lstm-text", "--epochs", "3"],
 }
 Row = dict[str, Any]
