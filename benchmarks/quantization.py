@@ -209,7 +209,7 @@ def summary(rows: list[Row]) -> Row:
         peers = [r for r in rows if r["tool"] != "edgekit" and r.get("share", 0) > 0 and (kind == "any" or r["symmetric"])]
         for name, least in (("at_its_share", 0.0), ("everything", FULL)):
             peer = best([row for row in peers if row["share"] >= least])
-            mine = peer and best([row for row in ours if row["share"] >= min(peer["share"], FULL if least else 1) - 0.005])
+            mine = peer and best([row for row in ours if row["share"] >= (least or peer["share"] - 1e-3)])
             found[f"{kind}_{name}"] = peer and {
                 "peer": f"{peer['tool']} {peer['config']}",
                 "peer_snr_db": peer["snr_db"],
