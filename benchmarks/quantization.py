@@ -257,6 +257,9 @@ class Results:
         self.rows = [r for r in self.rows if any(r[k] != row[k] for k in key)] + [row]
         self.rows.sort(key=lambda r: [r[k] for k in key])
 
+    def drop(self, model: str, tool: str, samples: int) -> None:
+        self.rows = [r for r in self.rows if (r["model"], r["tool"], r["samples"]) != (model, tool, samples)]
+
     def save(self, samples: int) -> Row:
         leads = {name: summary(self.of(name, samples)) for name in self.models}
         tables = {name: list(table(name, m, [r for r in self.rows if r["model"] == name])) for name, m in self.models.items()}
@@ -274,6 +277,7 @@ def measure_case(case: Case, options: argparse.Namespace, results: Results) -> N
             tell(bench.row(tool, config), results, options.samples)
     if "edgekit" not in options.tools:
         return
+    results.drop(case.name, "edgekit", options.samples)  # of an edgekit that is no more
     mine = bench.row("edgekit", "default")
     tell(mine, results, options.samples)
     if mine.get("share", 0) < FULL:
