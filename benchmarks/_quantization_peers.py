@@ -56,6 +56,9 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {},
         "performance": {"preset": "PERFORMANCE", "overflow_fix": "DISABLE"},
         "performance, bias correction": {"preset": "PERFORMANCE", "overflow_fix": "DISABLE", "fast_bias_correction": False},
+        "signed": {"signed": True, "overflow_fix": "DISABLE"},
+        "signed, bias correction": {"signed": True, "overflow_fix": "DISABLE", "fast_bias_correction": False},
+        "signed, transformer": {"signed": True, "overflow_fix": "DISABLE", "model_type": "TRANSFORMER"},
         "mixed": {"preset": "MIXED", "overflow_fix": "DISABLE"},
         "transformer": {"model_type": "TRANSFORMER", "overflow_fix": "DISABLE"},
     },
@@ -143,17 +146,31 @@ def run_onnxruntime(
             quantize(str(plain), calibration_data_reader=Reader(calib), extra_options=extra)
 
 
-def run_nncf(source: Path, calib: Path, out: Path, **options: Any) -> None:
-    """nncf.quantize over all the samples. Without ``overflow_fix`` its default, which halves the weights' range on x86."""
+def run_nncf(source: Path, calib: Path, out: Path, signed: bool = False, **options: Any) -> None:
+    """nncf.quantize over all the samples.
+
+    Without ``overflow_fix`` its default, which halves the weights' range on x86. ``signed`` keeps its symmetric scheme from
+    another zero point where nothing is negative, for TensorRT takes zero alone; no option of NNCF's says so.
+    """
     import nncf
     import onnx
 
     names = {"preset": nncf.QuantizationPreset, "model_type": nncf.ModelType}
     chosen = {key: getattr(names[key], value) if key in names else value for key, value in options.items()}
+    advanced: dict[str, Any] = {}
     if fix := chosen.pop("overflow_fix", None):
-        chosen["advanced_parameters"] = nncf.AdvancedQuantizationParameters(overflow_fix=getattr(nncf.OverflowFix, fix))
+        advanced["overflow_fix"] = getattr(nncf.OverflowFix, fix)
+    if signed:
+        module: Any = importlib.import_module("nncf.quantization.fake_quantize")
+        ranges = module.symmetric_range
+        module.symmetric_range = lambda low, high, *rest: ranges(-high, high, *rest)
+        chosen["preset"] = nncf.QuantizationPreset.PERFORMANCE
     feeds = list(samples(calib))
-    onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(feeds), subset_size=len(feeds), **chosen), out)
+    parameters = nncf.AdvancedQuantizationParameters(**advanced)
+    made = nncf.quantize(
+        onnx.load(source), nncf.Dataset(feeds), subset_size=len(feeds), advanced_parameters=parameters, **chosen
+    )
+    onnx.save(made, out)
 
 
 def run_modelopt(source: Path, calib: Path, out: Path, **options: Any) -> None:
