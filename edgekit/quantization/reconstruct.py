@@ -31,7 +31,7 @@ __all__ = ["reconstruct"]
 
 Array = NDArray[Any]
 ROWS = (2048, 16384)  # rows of a layer that are looked at: fewest and most
-DRAWN = 2048  # rows behind the choice of a range
+DRAWN = (2048, 1 << 17)  # rows behind the choice of a range: at least so many, more where they are few values
 WORK = 4 * 10**11  # multiply-accumulates that the second moments of all layers may cost
 WIDEST = 1152  # inputs whose second moments are kept whole: 10 MB; wider ones in blocks
 HELD_OUT = 4  # every fourth batch judges the ridge and the quantizer
@@ -140,7 +140,8 @@ class _Reconstruction:
         blocks = -(-unit.unfolding.inputs // WIDEST)
         gathered = self._gather(unit, quantizer, matrix, exact, rounded, blocks, thinned)
         if blocks > 1:
-            return _in_blocks(matrix, gathered, blocks), gathered
+            nearest, fitted = _in_blocks(matrix, gathered, blocks)
+            return (fitted if gathered.error(fitted, biased) < gathered.error(nearest, biased) else nearest), gathered
         sweeps = SWEEPS if thinned == 1 else 0
         return fit_and_round(matrix, gathered.fit, gathered.held_out, tie, biased=biased, sweeps=sweeps), gathered
 
@@ -178,7 +179,8 @@ class _Reconstruction:
         shape = self.shapes[layers[0].name]
         rows: tuple[list[Array], list[Array]] = ([], [])
         low, high = np.full((2, shape.channels), np.inf), np.full((2, shape.channels), -np.inf)
-        each = max(DRAWN // max(rounded.count * len(tensors), 1), 16)
+        wanted = max(DRAWN[0], DRAWN[1] // shape.channels)
+        each = max(wanted // max(rounded.count * len(tensors), 1), 16)
         for i, feeds in enumerate(rounded.look(max(end, rounded.position), tensors, self.rewrite)):
             half = i % 2
             for tensor in tensors:
@@ -303,8 +305,8 @@ def _moved(x: Array, expanded: tuple[np.float32, Array | None, Array | None]) ->
     return moved
 
 
-def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int) -> Rounded:
-    """Very wide layers: second moments between blocks of inputs are taken as none, and the weights are rounded, not fitted."""
+def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int) -> tuple[Rounded, Rounded]:
+    """Very wide layers: rounded to nearest, and by second moments inside of blocks of inputs, those between taken as none."""
     groups, inputs, outputs = matrix.shape
     moments = gathered.fit.merged(gathered.held_out)
     size = moments.x.shape[1]
@@ -316,5 +318,6 @@ def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int) -> Rounded:
     found = fit_and_round(
         split, moments, Moments(groups * blocks, size, 1, moments.origin), scales=np.repeat(scales, blocks, axis=0)
     )
+    nearest = np.clip(np.rint(matrix / scales[:, None, :]), -LEVELS, LEVELS).astype(np.int8)
     integers = found.integers.reshape(groups, -1, outputs)[:, :inputs]
-    return Rounded(integers, scales, found.error)
+    return Rounded(nearest, scales, found.error), Rounded(integers, scales, found.error)

@@ -142,8 +142,8 @@ def _refit(weight: Array, fit: Moments, held_out: Moments, biased: bool) -> Arra
     if not held_out.count or not fit.count:
         return weight
     xx, xy, _ = fit.centred(biased)
-    # a mean of squares over n values is known to sqrt(2 / n) of itself: less than that is luck, and few rows have much of it
-    doubt = np.sqrt(2.0 / (held_out.count * held_out.yy.size))
+    # a mean of squares over n rows is known to sqrt(2 / n) of itself (outputs of one row err alike): less than that is luck
+    doubt = min(np.sqrt(2.0 / held_out.count), 0.9)
     best, chosen = (1.0 - doubt) * _error(weight, held_out, biased), None
     for ridge in _RIDGES:
         candidate = _error(_ridge(weight, xx, xy, ridge), held_out, biased)
