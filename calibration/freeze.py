@@ -57,7 +57,7 @@ top-1 of the draws on the test split (float: {top1_float:.2%}).
 |---|---|---|---|
 {sweep}
 
-From {fewest} to {count} samples the mean changes by {gained:+.1f} dB, from {count} to {most} by {more:+.1f} dB.
+From {fewest} to {count} samples the mean changes by {gained:+.1f} dB.
 
 ## Figures of the frozen graph
 
@@ -147,8 +147,6 @@ def readme(folder: Path, trained: Bundle, int8: Bundle, calibration: Calibration
         sweep="\n".join("| {samples} | {snr:.1f} | {low:.1f} .. {high:.1f} | {top1:.2%} |".format(**row) for row in sweep),
         fewest=sweep[0]["samples"],
         gained=usual["snr"] - sweep[0]["snr"],
-        most=sweep[-1]["samples"],
-        more=sweep[-1]["snr"] - usual["snr"],
         **{"top1": float("nan"), "top1_float": float("nan"), **figures},
     )
 
