@@ -87,6 +87,11 @@ class Bench(NamedTuple):
     def rounded(self, method: str) -> Parameters:
         """Ranges by one method, weights rounded to nearest."""
         scales = {name: scale_of(METHODS[method](seen)) for name, seen in self.grouped.items()}
+        layers = {self.placement.groups[layer.data] for layer in self.placement.layers}
+        for product in self.placement.products if method == "mse" else ():
+            # Attention hangs on its largest scores, and a squared error over all of them would clip those.
+            for group in {self.placement.groups[name] for name in product.inputs} - layers:
+                scales[group] = scale_of(METHODS["minmax"](self.grouped[group]))
         weights, axes = weights_of(self.prepared, self.placement), {layer.name: layer.axis for layer in self.placement.layers}
         how = "minmax" if method == "minmax" else "mse"
         return Parameters(scales, {name: weight_scales(w, axes[name], how) for name, w in weights.items()})

@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from edgekit.quantization.rounding import weight_scales
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.errors import GraphError, UsageError
@@ -19,6 +18,7 @@ from edgekit.quantization.graph import Parameters, insert
 from edgekit.quantization.placement import place, weights_of
 from edgekit.quantization.prepare import prepare
 from edgekit.quantization.qat import fine_tune, originals
+from edgekit.quantization.rounding import weight_scales
 from edgekit.quantization.samples import Samples
 from edgekit.quantization.simulate import Noise, Simulator, observe
 from edgekit.quantization.statistics import METHODS, scale_of
