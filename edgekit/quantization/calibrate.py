@@ -110,7 +110,7 @@ class Bench(NamedTuple):
         return reconstruct(self.prepared, self.placement, parameters, names, batches, extra=recovery == "shifted")
 
     def candidate(self, names: list[str], parameters: Parameters, labelled: bool) -> Candidate:
-        """Quantize these layers, measure on samples that chose nothing."""
+        """Quantize these layers, measure on samples that gave no range and no weight; they chose the recovery at most."""
         model = insert(self.prepared, self.placement, parameters, names)
         snr = signal_to_noise(model, with_reference(self.original, self.judging()))
         drop = _drop(self.original, model, self.pool.labelled) if labelled else None
@@ -231,7 +231,7 @@ def _recover(bench: Bench, method: str, extra: bool) -> Recovered:
 
 
 def _few(bench: Bench) -> Iterator[Feeds]:
-    """Held-out samples, as few as the study has, other than those that give the final figure where there are enough."""
+    """Held-out samples, as few as the study has."""
     held, few = bench.pool.held_out, sum(len(next(iter(feeds.values()))) for feeds, _ in bench.study.batches)
     return held.spread(max(few, 1)).batches(bench.batch) if len(held) else iter([bench.golden])
 
