@@ -38,7 +38,7 @@ STUDIED_BYTES = 16 << 20  # of inputs and float outputs that are held meanwhile
 FITTED = (16, 128)  # samples behind the fitted weights
 SPOOLED_BYTES = 2 << 30  # on disk meanwhile
 WORK = 10**12  # multiply-accumulates that each of these may cost: a minute or two on one core
-BATCH_BYTES = 32 << 20  # of tensors that one run shows
+BATCH_BYTES = 16 << 20  # of tensors that one run shows
 EXPLAINED = 3  # layers whose loss is put into words
 WORTH_DB = 0.5  # operators in front of Q must gain this much at the output, fitting at all must gain something
 

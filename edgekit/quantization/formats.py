@@ -12,7 +12,7 @@ from edgekit.progress import say
 from .calibrate import BATCH_BYTES, Result
 from .fp8 import to_fp8
 from .placement import Placement, multiply_accumulates, place, shape_tensors
-from .prepare import prepare
+from .prepare import attribute, prepare
 from .samples import Pool
 from .simulate import measured_shapes, observe, signal_to_noise, with_reference
 from .weight_only import weight_only
@@ -63,12 +63,10 @@ def other_format(bundle: Bundle, pool: Pool, form: str) -> Result:
 
 
 def _fp8(prepared: onnx.ModelProto, placement: Placement, pool: Pool) -> tuple[onnx.ModelProto, list[str]]:
-    """E4M3 for all layers but depthwise ones: TensorRT expands their weights, and gains nothing."""
-    known = {tensor.name: tensor for tensor in prepared.graph.initializer}
-    layers = [
-        layer for layer in placement.layers if not (layer.op == "Conv" and known[layer.weight].dims[1] == 1)
-        and len(known[layer.weight].dims) != 3 and layer.position == 1
-    ]  # fmt: skip
+    """E4M3 for all layers but grouped ones: TensorRT expands their weights, and gains nothing."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in prepared.graph.initializer}
+    depthwise = {node.name for node in prepared.graph.node if attribute(node, "group", 1) > 1}
+    layers = [x for x in placement.layers if x.name not in depthwise and ranks[x.weight] != 3 and x.position == 1]
     if not layers:
         raise GraphError("no layer can be fp8", "use --format int8")
     feeds = pool.calibration.read(0)
