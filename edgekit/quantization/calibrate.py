@@ -33,11 +33,12 @@ from .statistics import METHODS, Statistics, scale_of
 
 __all__ = ["Result", "calibrate", "culprit"]
 
-STUDIED = (8, 64)  # samples behind the choice of a recovery and the sensitivities: fewest and most
+STUDIED = (2, 64)  # samples behind the sensitivities: fewest and most
+JUDGED = (8, 64)  # held-out samples behind the choice of a recovery
 STUDIED_BYTES = 16 << 20  # of inputs and float outputs that are held meanwhile
 FITTED = (16, 128)  # samples behind the fitted weights
 SPOOLED_BYTES = 2 << 30  # on disk meanwhile
-WORK = 10**12  # multiply-accumulates that each of these may cost: a minute or two on one core
+WORK = 4 * 10**11  # multiply-accumulates that each of these may cost: a minute on one core
 BATCH_BYTES = 16 << 20  # of tensors that one run shows
 EXPLAINED = 3  # layers whose loss is put into words
 WORTH_DB = 0.5  # operators in front of Q must gain this much at the output, fitting at all must gain something
@@ -215,10 +216,12 @@ def _recover(bench: Bench, method: str, extra: bool) -> Recovered:
     if method != "auto":
         return Recovered(rounded, "none", {})
     names = bench.placement.names
-    judges = list(with_reference(bench.original, _few(bench)))
+    held = bench.pool.held_out.spread(_affordable(JUDGED, 6 * sum(bench.macs.values())))
 
     def measured(parameters: Parameters) -> float:
-        return signal_to_noise(insert(bench.prepared, bench.placement, parameters, names), judges)
+        judges = held.batches(bench.batch) if len(held) else iter([bench.golden])
+        model = insert(bench.prepared, bench.placement, parameters, names)
+        return signal_to_noise(model, with_reference(bench.original, judges))
 
     best, tried = Recovered(rounded, "none", {}), {"none": measured(rounded)}
     for recovery in ("fitted", "shifted") if extra else ("fitted",):
@@ -228,12 +231,6 @@ def _recover(bench: Bench, method: str, extra: bool) -> Recovered:
         if tried[recovery] > tried[best.recovery] + (WORTH_DB if recovery == "shifted" else 0.0):
             best = Recovered(parameters, recovery, {})
     return best._replace(tried={name: round(value, 2) for name, value in tried.items()})
-
-
-def _few(bench: Bench) -> Iterator[Feeds]:
-    """Held-out samples, as few as the study has."""
-    held, few = bench.pool.held_out, sum(len(next(iter(feeds.values()))) for feeds, _ in bench.study.batches)
-    return held.spread(max(few, 1)).batches(bench.batch) if len(held) else iter([bench.golden])
 
 
 def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensitivity]) -> tuple[Candidate, str]:
