@@ -83,7 +83,7 @@ class Bench(NamedTuple):
     statistics: dict[str, Statistics]  # by tensor
     grouped: dict[str, Statistics]  # by group
     study: Study
-    golden: Feeds
+    first: Feeds
 
     def rounded(self, method: str) -> Parameters:
         """Ranges by one method, weights rounded to nearest."""
@@ -103,6 +103,8 @@ class Bench(NamedTuple):
         live = sum(seen.count for seen in self.statistics.values()) // max(len(self.pool.calibration), 1)
         count = min(_affordable(FITTED, cost), max(FITTED[0], SPOOLED_BYTES // max(4 * live, 1)))
         some = self.pool.calibration.spread(count)
+        # Samples often come in turns, class after class: every other one must not be of one kind.
+        some = some.take([int(i) for i in np.random.default_rng(0).permutation(len(some))])
         size = max(1, min(self.batch, len(some) // 8))
 
         def batches() -> Iterator[Feeds]:
@@ -118,7 +120,7 @@ class Bench(NamedTuple):
         return Candidate(names, parameters, model, snr, drop)
 
     def judging(self) -> Iterator[Feeds]:
-        return self.pool.held_out.batches(self.batch) if len(self.pool.held_out) else iter([self.golden])
+        return self.pool.held_out.batches(self.batch) if len(self.pool.held_out) else iter([self.first])
 
 
 def calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, *, extra: bool = True) -> Result:
@@ -186,9 +188,9 @@ def _bench(bundle: Bundle, graph: bytes, pool: Pool) -> Bench:
     original = onnx.load_model_from_string(graph)
     if quantized_nodes(original):  # what is rounded already is no reference: the same graph made float is
         original = prepared
-    golden = pool.calibration.read(0)
+    first = pool.calibration.read(0)
     wanted = list(dict.fromkeys([*shape_tensors(prepared, placement), *placement.groups]))
-    shapes = measured_shapes(prepared, wanted, golden)
+    shapes = measured_shapes(prepared, wanted, first)
     macs = multiply_accumulates(prepared, placement, shapes)
     shown = {name: 4 * int(np.prod(shapes[name], dtype=np.int64)) for name in placement.groups}
     batch = int(np.clip(BATCH_BYTES // max(sum(shown.values()), 1), 1, 64))
@@ -197,12 +199,12 @@ def _bench(bundle: Bundle, graph: bytes, pool: Pool) -> Bench:
     grouped: dict[str, Statistics] = {}
     for name, group in placement.groups.items():
         grouped[group] = grouped[group].merged(statistics[name]) if group in grouped else statistics[name]
-    ends = measured_shapes(original, [value.name for value in original.graph.output], golden)
-    size = 4 * sum(int(np.prod(shape, dtype=np.int64)) for shape in ends.values()) + sum(a.nbytes for a in golden.values())
+    ends = measured_shapes(original, [value.name for value in original.graph.output], first)
+    size = 4 * sum(int(np.prod(shape, dtype=np.int64)) for shape in ends.values()) + sum(a.nbytes for a in first.values())
     count = min(_affordable(STUDIED, 2 * len(placement.names) * sum(macs.values())), max(2, STUDIED_BYTES // max(size, 1)))
     studied = pool.calibration.spread(count)
     study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))))
-    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, golden)
+    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, first)
 
 
 def _affordable(limits: tuple[int, int], cost: int) -> int:
@@ -219,7 +221,7 @@ def _recover(bench: Bench, method: str, extra: bool) -> Recovered:
     held = bench.pool.held_out.spread(_affordable(JUDGED, 6 * sum(bench.macs.values())))
 
     def measured(parameters: Parameters) -> float:
-        judges = held.batches(bench.batch) if len(held) else iter([bench.golden])
+        judges = held.batches(bench.batch) if len(held) else iter([bench.first])
         model = insert(bench.prepared, bench.placement, parameters, names)
         return signal_to_noise(model, with_reference(bench.original, judges))
 
@@ -337,7 +339,9 @@ def _figures(
     extras = sum(not quantizer.plain for quantizer in found.parameters.quantizers.values())
     figures = {
         "snr_db": round(found.snr_db, 2),
-        "measured_on": f"{len(bench.pool.held_out)} held-out samples" if len(bench.pool.held_out) else "golden inputs",
+        "measured_on": f"{len(bench.pool.held_out)} held-out samples"
+        if len(bench.pool.held_out)
+        else "the first calibration sample",
         "share": round(sum(bench.macs[name] for name in found.names) / max(total, 1), 6),
         "size_bytes": size,
         "method": method,

@@ -121,14 +121,15 @@ class _Inserter:
         self.position = {node.name: i for i, node in enumerate(model.graph.node)}
 
     def run(self, names: set[str], weights: bool, activations: bool) -> onnx.ModelProto:
-        chosen = [layer for layer in self.placement.layers if layer.name in names and layer.name in self.nodes]
+        named = [layer for layer in self.placement.layers if layer.name in names]
+        chosen = [layer for layer in named if layer.name in self.nodes]
         if activations:
             for reading in self._readings(chosen, names):
                 self._pair(reading)
-        for layer in chosen:
-            if weights:
+        for layer in named:  # in a stretch of a graph, a MatMul and the Add of its bias may lie apart
+            if weights and layer.name in self.nodes:
                 self._weight(layer)
-            if layer.name in self.parameters.biases:
+            if layer.name in self.parameters.biases and (layer.biased or layer.name) in self.nodes:
                 self._bias(layer, self.parameters.biases[layer.name])
         order = [
             new for node in self.graph.node for new in (*self.before.get(node.name, ()), node, *self.after.get(node.name, ()))
@@ -229,8 +230,6 @@ class _Inserter:
             self.after.setdefault(layer.name, []).append(
                 helper.make_node("Add", [raw, name], [layer.output], name=f"{layer.name}/add_bias")
             )
-            return
-        if layer.biased not in self.nodes:  # cut off behind the layer
             return
         node = self.nodes[layer.biased]
         if layer.biased != layer.name:  # the Add behind a MatMul

@@ -256,9 +256,9 @@ class _Union:
 
 def _sites(layers: list[Layer]) -> dict[str, str]:
     """Layers that share weights (an unrolled recurrence) need one quantizer for all their inputs."""
-    union, first = _Union(), dict[str, str]()
+    union, first = _Union(), dict[tuple[str, str, int], str]()
     for layer in layers:
-        union.join(first.setdefault(layer.weight, layer.data), layer.data)
+        union.join(first.setdefault((layer.weight, layer.op, layer.axis), layer.data), layer.data)
     return union.leaders(list(dict.fromkeys(layer.data for layer in layers)))
 
 

@@ -79,7 +79,8 @@ def propose(halves: Sequence[Drawn], readers: Sequence[Reader], *, extra: bool) 
     plain = tried(False, 0.0)
     chosen = [plain]
     if extra:
-        for shifted in (False, True):
+        tied = any(reader.unfolding.layer.op == "ConvTranspose" for reader in readers)  # one bias for all taps
+        for shifted in (False,) if tied else (False, True):
             best = min(tried(shifted, alpha) for alpha in _ALPHAS if shifted or alpha)
             if best[0] < _WORTH * plain[0]:
                 chosen.append(best)

@@ -99,10 +99,10 @@ class _Reconstruction:
         self.decided: set[str] = set()
 
     def units(self) -> list[_Unit]:
-        shared: dict[str, list[Layer]] = {}
+        shared: dict[tuple[str, str, int], list[Layer]] = {}
         for layer in self.placement.layers:
             if layer.name in self.chosen and layer.name in self.shapes:
-                shared.setdefault(layer.weight, []).append(layer)
+                shared.setdefault((layer.weight, layer.op, layer.axis), []).append(layer)
             elif layer.name in self.chosen:
                 self.fitted.add(layer.name)  # rounded only, and so ready from the start
         found = []
@@ -140,7 +140,7 @@ class _Reconstruction:
         blocks = -(-unit.unfolding.inputs // WIDEST)
         gathered = self._gather(unit, quantizer, matrix, exact, rounded, blocks, thinned)
         if blocks > 1:
-            nearest, fitted = _in_blocks(matrix, gathered, blocks)
+            nearest, fitted = _in_blocks(matrix, gathered, blocks, biased)
             return (fitted if gathered.error(fitted, biased) < gathered.error(nearest, biased) else nearest), gathered
         sweeps = SWEEPS if thinned == 1 else 0
         return fit_and_round(matrix, gathered.fit, gathered.held_out, tie, biased=biased, sweeps=sweeps), gathered
@@ -185,6 +185,8 @@ class _Reconstruction:
             half = i % 2
             for tensor in tensors:
                 found = shape.channel_rows(feeds[tensor])
+                if not len(found):
+                    continue
                 low[half], high[half] = np.minimum(low[half], found.min(0)), np.maximum(high[half], found.max(0))
                 at = np.random.default_rng([i, len(found)]).choice(len(found), min(each, len(found)), replace=False)
                 rows[half].append(found[np.sort(at)].astype(np.float32))
@@ -220,6 +222,8 @@ class _Reconstruction:
         for i, (have, want) in enumerate(zip(seen, wanted, strict=True)):
             for layer in unit.layers:
                 shape = self.shapes[layer.name]
+                if not have[layer.data].size:
+                    continue
                 x, y = shape.rows(have[layer.data], want[layer.output], limit, i)
                 x = _moved(x, expanded[layer.name])
                 gathered.means(layer.name, x, y, i % HELD_OUT == HELD_OUT - 1 or exact.count < HELD_OUT)
@@ -305,13 +309,13 @@ def _moved(x: Array, expanded: tuple[np.float32, Array | None, Array | None]) ->
     return moved
 
 
-def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int) -> tuple[Rounded, Rounded]:
+def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int, biased: bool) -> tuple[Rounded, Rounded]:
     """Very wide layers: rounded to nearest, and by second moments inside of blocks of inputs, those between taken as none."""
     groups, inputs, outputs = matrix.shape
     moments = gathered.fit.merged(gathered.held_out)
     size = moments.x.shape[1]
     wide = np.pad(matrix, ((0, 0), (0, size * blocks - inputs), (0, 0)))
-    power = moments.centred(True)[0]
+    power = moments.centred(biased)[0]
     diagonal = np.einsum("gkk->gk", power).reshape(groups, -1)
     scales = clip_scales(wide, diagonal)
     split = wide.reshape(groups * blocks, size, outputs)

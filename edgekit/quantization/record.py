@@ -77,6 +77,8 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         for scale in self.weights:
             _positive(scale)
+        if self.integers is not None and not (self.int8 and self.weights):
+            raise ValueError(f"{self.name!r} has integers without scales")
 
 
 class QuantizerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

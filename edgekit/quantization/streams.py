@@ -132,7 +132,9 @@ class Stream:
             [helper.make_empty_tensor_value_info(name) for name in outputs],
             [tensor for tensor in graph.initializer if tensor.name in reads],
         )
-        return helper.make_model(part, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+        return helper.make_model(
+            part, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, functions=self.model.functions
+        )
 
 
 def _reads(nodes: Iterable[onnx.NodeProto]) -> list[str]:
