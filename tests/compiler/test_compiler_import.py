@@ -95,6 +95,15 @@ def test_one_symbol_gets_one_size(tmp_path: Path) -> None:
         import_onnx(path, out=tmp_path / "c.edge", shape=["a:3x4", "b:2x4"])
 
 
+def test_axes_that_all_go_by_a_question_mark_are_no_symbol(tmp_path: Path) -> None:
+    """Paddle's exporter writes "?" for every axis it does not know; they need not be equal."""
+    free = [helper.make_tensor_value_info("x", F, ["?", "?", "?"])]
+    path = saved(tmp_path / "m.onnx", model([helper.make_node("Relu", ["x"], ["y"])], y=["?", "?", "?"], inputs=free))
+    bundle = import_onnx(path, out=tmp_path / "b.edge", shape="x:1x3x8")
+    assert bundle.manifest.inputs[0].shape == (1, 3, 8)
+    assert bundle.manifest.outputs[0].shape == (1, 3, 8)
+
+
 def test_an_old_opset_is_raised(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Unsqueeze", ["x"], ["u"], axes=[1]),
