@@ -6,10 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from xml.sax import saxutils
 
-from edgekit.bundle import refuse_inside_bundle
-from edgekit.errors import OutputExists, UsageError
+from edgekit.svg import checked_path, escape
 
 __all__ = ["check_picture", "layer_chart"]
 
@@ -33,12 +31,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-seri
 
 def check_picture(path: Path) -> Path:
     """``path``, fit to be written. Raises `UsageError` where it is no .svg, `OutputExists` for any file but such a chart."""
-    if path.suffix.lower() != ".svg":
-        raise UsageError(f"the chart is drawn as SVG, not as {path.suffix or 'a file without ending'!r}", "name it FILE.svg")
-    refuse_inside_bundle(path)
-    if path.is_dir() or (path.exists() and _MARK.encode() not in path.read_bytes()[:200]):
-        raise OutputExists(path)
-    return path
+    return checked_path(path, _MARK)
 
 
 def layer_chart(answer: Mapping[str, Any], title: str) -> str:
@@ -71,7 +64,7 @@ class _Chart:
         for i, row in enumerate(self.rows):
             parts += self._layer(i, row)
         parts += self._callouts()
-        lines = [head, _MARK, f"<title>{_escape(title)}</title>", f"<style>{_STYLE}</style>"]
+        lines = [head, _MARK, f"<title>{escape(title)}</title>", f"<style>{_STYLE}</style>"]
         return "\n".join([*lines, f'<rect {size} fill="#ffffff"/>', *parts, "</svg>", ""])
 
     def _x(self, i: int) -> float:
@@ -82,7 +75,7 @@ class _Chart:
         return float(self.bottom - share * _PLOT)
 
     def _head(self, title: str) -> Iterator[str]:
-        yield f'<text class="title" x="{_LEFT}" y="32">{_escape(_short(title, 64))}</text>'
+        yield f'<text class="title" x="{_LEFT}" y="32">{escape(_short(title, 64))}</text>'
         legend = [
             ("int8", "int8 layer"),
             ("float", "float layer"),
@@ -115,7 +108,7 @@ class _Chart:
         kind = "diverging" if below else row["type"]
         figure = "not finite" if row["snr_db"] is None else "equal" if level >= 200 else f"{level:.1f} dB"
         figure += "" if row["fitted_db"] is None else f", rescaled: {row['fitted_db']:.1f} dB"
-        hint = _escape(f"{i + 1}. {row['layer']} ({row['op']}, {row['type']}): {figure}")
+        hint = escape(f"{i + 1}. {row['layer']} ({row['op']}, {row['type']}): {figure}")
         top, tall = min(y, zero), max(abs(y - zero), 1.5)
         size = f'x="{x:.2f}" y="{top:.2f}" width="{self.bar:.2f}" height="{tall:.2f}"'
         yield f'<rect class="bar {kind}" {size} rx="{min(2.5, self.bar / 4):.1f}"><title>{hint}</title></rect>'
@@ -130,7 +123,7 @@ class _Chart:
             yield f'<text class="value" x="{self._x(i):.1f}" y="{top - 5:.1f}">{words}</text>'
         if self.slot >= _NAMED_SLOT:
             place = f"translate({self._x(i) + 4:.1f} {self.bottom + 14}) rotate(-55)"
-            yield f'<text class="name" transform="{place}">{_escape(_short(row["layer"], _LONGEST_NAME))}</text>'
+            yield f'<text class="name" transform="{place}">{escape(_short(row["layer"], _LONGEST_NAME))}</text>'
 
     def _callouts(self) -> Iterator[str]:
         """The limit, and two lines above the bars, each with a leader down to its own."""
@@ -151,18 +144,13 @@ class _Chart:
             middle = min(max(x, _LEFT + half), right - half)
             if end > high + 8:
                 yield f'<line class="leader" x1="{x:.1f}" x2="{x:.1f}" y1="{high + 5}" y2="{end:.1f}"/>'
-            texts.append(f'<text class="callout" x="{middle:.1f}" y="{high}" text-anchor="middle">{_escape(words)}</text>')
+            texts.append(f'<text class="callout" x="{middle:.1f}" y="{high}" text-anchor="middle">{escape(words)}</text>')
         yield from texts  # over the leaders, which cross them
 
 
 def _fall(fall: Mapping[str, Any]) -> str:
     before = "exact" if fall["from_db"] >= 200 else f"{fall['from_db']:.1f}"
     return f"{before} to {fall['to_db']:.1f} dB"
-
-
-def _escape(text: str) -> str:
-    """For XML, which holds no control characters at all; layer names come from files of any kind."""
-    return saxutils.escape("".join(c if c.isprintable() else "\ufffd" for c in text))
 
 
 def _short(name: str, longest: int) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax import saxutils
 
-from edgekit.bundle import Bundle, refuse_inside_bundle
-from edgekit.errors import OutputExists, UsageError
+from edgekit.bundle import Bundle
 from edgekit.files import atomic_write
+from edgekit.svg import checked_path, escape
 
 __all__ = ["check_picture", "draw_layers"]
 
@@ -27,12 +26,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-seri
 
 def check_picture(path: Path) -> Path:
     """``path``, fit to be written. Raises `UsageError` where it is no .svg, `OutputExists` for any file but such a chart."""
-    if path.suffix.lower() != ".svg":
-        raise UsageError(f"the chart is drawn as SVG, not as {path.suffix or 'a file without ending'!r}", "name it FILE.svg")
-    refuse_inside_bundle(path)
-    if path.is_dir() or (path.exists() and _MARK.encode() not in path.read_bytes()[:200]):
-        raise OutputExists(path)
-    return path
+    return checked_path(path, _MARK)
 
 
 def draw_layers(bundle: Bundle, rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -49,7 +43,7 @@ def _svg(rows: Sequence[dict[str, Any]], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
         f"{_MARK}<style>{_STYLE}</style>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text class="title" x="24" y="34">{_escape(title)}</text>',
+        f'<text class="title" x="24" y="34">{escape(title)}</text>',
         '<text x="24" y="58">dB that the output gains where this layer alone stays float; grey: it does stay float</text>',
     ]
     for i, row in enumerate(rows):
@@ -59,15 +53,10 @@ def _svg(rows: Sequence[dict[str, Any]], title: str) -> str:
         name = row["layer"] if len(row["layer"]) <= 30 else "…" + row["layer"][-29:]
         alone = "" if row["alone_db"] is None else f", alone {row['alone_db']:.1f} dB"
         parts += [
-            f'<text class="name" x="{_LEFT - 10}" y="{y + 14}">{_escape(name)} ({_escape(row["op"])})</text>',
+            f'<text class="name" x="{_LEFT - 10}" y="{y + 14}">{escape(name)} ({escape(row["op"])})</text>',
             f'<rect class="bar {kind}" x="{_LEFT}" y="{y + 3}" width="{max(length, 1):.1f}" height="{_ROW - 7}" rx="2">'
-            f"<title>{_escape(row['layer'])}: {row['gain_db']:+.2f} dB{alone}. {_escape(row['why'])}</title></rect>",
+            f"<title>{escape(row['layer'])}: {row['gain_db']:+.2f} dB{alone}. {escape(row['why'])}</title></rect>",
             f'<text class="value" x="{_LEFT + max(length, 1) + 8:.1f}" y="{y + 14}">{row["gain_db"]:+.2f}</text>',
         ]
     parts.append(f'<line class="base" x1="{_LEFT}" x2="{_LEFT}" y1="{_TOP}" y2="{_TOP + _ROW * len(rows)}"/></svg>')
     return "\n".join(parts) + "\n"
-
-
-def _escape(text: str) -> str:
-    """For XML, which cannot hold control characters at all; names of foreign graphs may."""
-    return saxutils.escape("".join(c if c.isprintable() else "\ufffd" for c in text))

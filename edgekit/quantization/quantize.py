@@ -44,6 +44,10 @@ QAT_SAMPLES = 1500
 LADDER = (1.0, 0.75, 0.5, 0.25)
 
 
+#: What is not recorded, for it changes nothing.
+_USUAL = {"shift": True, "format": "int8", "qat": False, "faster_on": None}
+
+
 class _Made(NamedTuple):
     """A result, the labelled data that it is judged on, the budget (None: judged when it was frozen), new golden arrays."""
 
@@ -93,35 +97,39 @@ def quantize(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     new_path(out)
     config = {"calib": None if calib is None else os.fspath(calib), "method": method, "samples": samples, "seed": seed}
+    usual = len(config)
     config |= {name: value for name, value in budget._asdict().items() if value is not None}
-    changed: dict[str, tuple[Any, Any]] = {
-        "shift": (shift, True),
-        "format": (format, "int8"),
-        "qat": (qat, False),
-        "faster_on": (faster_on, None),
-    }
-    config |= {name: value for name, (value, usual) in changed.items() if value != usual}
+    options: dict[str, Any] = {"shift": shift, "format": format, "qat": qat, "faster_on": faster_on}
+    config |= {name: value for name, value in options.items() if value != _USUAL[name]}
     if calib is not None and Path(calib).suffix == ".json":
-        if method != "auto" or any(value is not None for value in budget) or len(config) > 4:
+        if method != "auto" or len(config) > usual:
             raise UsageError(
                 "a calibration.json already says which layers are int8, and how", "leave out --method, the budget and the rest"
             )
         return _finish(opened, out, config, _Made(rebuild_result(opened, Path(calib)), data, None, None))
-    wanted = max_drop is not None or qat
-    pool = gather(opened, calib, max(samples, QAT_SAMPLES) if qat else samples, seed, labelled=wanted)
-    training = pool.calibration
-    pool = pool._replace(calibration=training.take(range(min(samples, len(training)))))
-    if data is not None:
-        other = from_dataset(opened, data, samples if wanted else 1, seed, labelled=wanted)
-        pool = pool._replace(labelled=other.labelled)
-        config["labelled_digest"] = other.data_digest
-    config["data_digest"] = pool.data_digest  # evaluation then stays off both train splits
+    pool, training = _drawn(opened, calib, data, config, labelled=max_drop is not None or qat)
     result = _result(opened, pool, budget, config, shift=shift)
     if qat:
         result = _trained(opened, result, training, pool, qat_epochs, seed)
     known = pool.labelled.targets is not None and len(pool.labelled) > 0
     golden = _golden(opened, pool) if opened.manifest.task == "tensor" else None
     return _finish(opened, out, config, _Made(result, (data or pool.source) if known else None, budget, golden))
+
+
+def _drawn(
+    bundle: Bundle, calib: str | os.PathLike[str] | None, data: str | None, config: dict[str, Any], *, labelled: bool
+) -> tuple[Pool, Samples]:
+    """The samples, and those that ``qat`` trains on; what they are is added to ``config``."""
+    samples, seed = config["samples"], config["seed"]
+    pool = gather(bundle, calib, max(samples, QAT_SAMPLES) if "qat" in config else samples, seed, labelled=labelled)
+    training = pool.calibration
+    pool = pool._replace(calibration=training.take(range(min(samples, len(training)))))
+    if data is not None:
+        other = from_dataset(bundle, data, samples if labelled else 1, seed, labelled=labelled)
+        pool = pool._replace(labelled=other.labelled)
+        config["labelled_digest"] = other.data_digest
+    config["data_digest"] = pool.data_digest  # evaluation then stays off both train splits
+    return pool, training
 
 
 def _check(method: str, samples: int, form: str, qat: bool, epochs: int, faster_on: str | None, budget: Budget) -> None:
