@@ -236,7 +236,7 @@ def test_one_sample_is_enough_and_constants_do_no_harm(tiny_bundle: Bundle, tmp_
     np.savez(folder / "zeros.npz", x=np.zeros((1, 3, 32, 32), np.float32))
     entry = edgekit.quantize(tiny_bundle, out=tmp_path / "t8.edge", calib=folder, min_snr=0).last("quantize")
     assert entry is not None
-    assert entry.figures["measured_on"] == "golden inputs"
+    assert entry.figures["measured_on"] == "the first calibration sample"
 
 
 @pytest.fixture
