@@ -9,7 +9,8 @@ from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.errors import GraphError
 from edgekit.progress import say
 
-from .calibrate import BATCH_BYTES, Result
+from .bench import BATCH_BYTES
+from .calibrate import Result
 from .fp8 import to_fp8
 from .placement import Placement, multiply_accumulates, place, shape_tensors
 from .prepare import attribute, prepare

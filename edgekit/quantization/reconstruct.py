@@ -24,7 +24,7 @@ from .ranges import Drawn, Reader, propose
 from .rounding import SWEEPS, Moments, Rounded, clip_scales, fit_and_round
 from .simulate import Feeds
 from .statistics import LEVELS
-from .streams import Stream
+from .streams import Stream, sequence_lives
 from .unfold import Unfolding, unfolding
 
 __all__ = ["reconstruct"]
@@ -87,22 +87,24 @@ class _Reconstruction:
         self.known = known
         self.fitted = {name for name in chosen if name not in {layer.name for layer in placement.layers}}
         self.shapes: dict[str, Unfolding] = {}
+        within = sequence_lives(prepared)
         for layer in placement.layers:
-            node = prepared.graph.node[self.position[layer.name]]
+            at = self.position[layer.name]
+            node = prepared.graph.node[at]
+            if any(at in life for life in within):
+                continue
             found = unfolding(layer, node, tuple(known[layer.weight].dims))
             foreign_bias = not layer.biased and layer.bias is not None
             if found is not None and not foreign_bias:
                 self.shapes[layer.name] = found
-        self.plain = {  # sites with a reader that is only rounded
-            placement.sites[layer.data] for layer in placement.layers if layer.name not in self.shapes
-        }
+        self.plain = _plain_sites(placement, self.shapes)
         self.decided: set[str] = set()
 
     def units(self) -> list[_Unit]:
-        shared: dict[tuple[str, str, int], list[Layer]] = {}
+        shared: dict[tuple[str, str, int, int], list[Layer]] = {}
         for layer in self.placement.layers:
             if layer.name in self.chosen and layer.name in self.shapes:
-                shared.setdefault((layer.weight, layer.op, layer.axis), []).append(layer)
+                shared.setdefault(layer.shares, []).append(layer)
             elif layer.name in self.chosen:
                 self.fitted.add(layer.name)  # rounded only, and so ready from the start
         found = []
@@ -152,14 +154,19 @@ class _Reconstruction:
             return
         layers = [x for x in self.placement.layers if self.placement.sites[x.data] == site and x.name in self.chosen]
         proposals: list[Quantizer | None] = [*self._proposals(layers, rounded)]
+        if not proposals:
+            return
         if len({layer.data for layer in layers}) > 1:  # tensors that share nothing but weights may need scales of their own
             proposals.insert(1, None)
+        elif not self._alone(site):  # a scale of its own parts it from the tensors on the other side of a Concat
+            proposals.insert(0, None)
         best, chosen = np.inf, proposals[0]
         if len(proposals) > 1:
             for quantizer in proposals:
                 found, gathered = self._solve(unit, quantizer, exact, rounded, TRIAL)
                 error = gathered.error(found, self._biased(unit, quantizer))
-                if error < (WORTH * best if _is_plain(chosen) and not _is_plain(quantizer) else best):
+                dearer = (chosen is None and not self._alone(site)) or (_is_plain(chosen) and not _is_plain(quantizer))
+                if error < (WORTH * best if dearer else best):
                     best, chosen = error, quantizer
         if chosen is not None:
             self._settle(site, chosen)
@@ -167,11 +174,15 @@ class _Reconstruction:
     def _settle(self, site: str, quantizer: Quantizer) -> None:
         """A plain scale becomes that of the tensor's group where no other tensor is in it, so that all readers share a pair."""
         parameters, groups = self.parameters, self.placement.groups
-        alone = [name for name, group in groups.items() if group == groups[site]] == [site]
-        if quantizer.plain and alone and list(self.placement.sites.values()).count(site) == 1:
+        if quantizer.plain and self._alone(site) and list(self.placement.sites.values()).count(site) == 1:
             self.parameters = dataclasses.replace(parameters, scales={**parameters.scales, groups[site]: quantizer.scale})
         else:
             self.parameters = dataclasses.replace(parameters, quantizers={**parameters.quantizers, site: quantizer})
+
+    def _alone(self, site: str) -> bool:
+        """Whether no other quantized tensor shares its scale."""
+        groups = self.placement.groups
+        return [name for name, group in groups.items() if group == groups[site]] == [site]
 
     def _proposals(self, layers: list[Layer], rounded: Stream) -> list[Quantizer]:
         tensors = list(dict.fromkeys(layer.data for layer in layers))
@@ -197,7 +208,7 @@ class _Reconstruction:
         if any(any(reader.unfolding.pads) for reader in readers.values()):
             low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)  # padded zeros must be representable
         halves = [Drawn(np.concatenate(part), low[i], high[i]) for i, part in enumerate(rows) if part]
-        return propose(halves, list(readers.values()), extra=self.extra)
+        return [] if not halves else propose(halves, list(readers.values()), extra=self.extra)
 
     def _made(self, tensor: str) -> int:
         """Index behind the node that makes a tensor; 0 for a graph input."""
@@ -242,7 +253,7 @@ class _Reconstruction:
         for layer in unit.layers:
             integers[layer.name] = unit.unfolding.weight(found.integers)
             weights[layer.name] = scales
-            if not biased:
+            if not biased or layer.name not in gathered.sums:  # no row of any sample came by
                 continue
             x, y, count = gathered.sums[layer.name]
             bias = unit.unfolding.bias(y / count - np.einsum("gk,gko->go", x / count, matrix))
@@ -251,6 +262,15 @@ class _Reconstruction:
             biases[layer.name] = bias.astype(np.float32)
         self.parameters = dataclasses.replace(parameters, integers=integers, weights=weights, biases=biases)
         self.fitted |= {layer.name for layer in unit.layers}
+
+
+def _plain_sites(placement: Placement, shapes: dict[str, Unfolding]) -> set[str]:
+    """Sites that keep the scale of their group: a reader is only rounded, or readers disagree where the channels are."""
+    geometry: dict[str, set[tuple[int, int] | None]] = {}
+    for layer in placement.layers:
+        shape = shapes.get(layer.name)
+        geometry.setdefault(placement.sites[layer.data], set()).add(shape and (layer.features, shape.channels))
+    return {site for site, found in geometry.items() if None in found or len(found) > 1}
 
 
 def _is_plain(quantizer: Quantizer | None) -> bool:
@@ -269,6 +289,8 @@ class _Gathered:
 
     def error(self, found: Rounded, biased: bool) -> float:
         """Mean squared error of the outputs on held-out rows, over the float outputs' power."""
+        if not self.judges:
+            return np.inf
         matrix = (found.integers * found.scales[:, None, :]).astype(np.float32)
         off = np.concatenate([y - x @ matrix for x, y in self.judges], axis=1)
         if biased:

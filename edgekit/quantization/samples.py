@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
-from edgekit.bundle import TOKENIZER, Bundle
+from edgekit.bundle import FLOAT_GRAPH, TOKENIZER, Bundle
 from edgekit.data import MAX_DAMAGED_SHARE, SOURCES, known_specs, load
 from edgekit.errors import DataError, UsageError
 from edgekit.manifest import TensorSpec
@@ -19,7 +20,7 @@ from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say, track
 
 from .record import digest
-from .simulate import Array, Feeds
+from .simulate import Array, Feeds, Simulator
 
 __all__ = ["Pool", "Samples", "gather", "training_data"]
 
@@ -27,6 +28,8 @@ HELD_OUT = 256  # for the SNR
 LABELLED = 2000  # for accuracy: half a point is ten of them
 MAX_BATCH = 64
 BATCH_BYTES = 64 << 20
+PROVED = 16  # samples among which two of one shape are looked for
+SAME = 1e-3  # of an output's largest value: what another order of sums may change
 KEPT_BYTES = 16 << 20  # samples up to this size in all stay in memory between passes
 
 
@@ -154,7 +157,7 @@ def from_dataset(bundle: Bundle, spec: str, count: int, seed: int, *, labelled: 
         )
     known = not reads and all(label in labels for label in dataset.labels)
     targets = np.array([labels.index(label) for label in dataset.labels])[split.targets] if known else None
-    every = Samples(split.ids, read, _batchable(bundle.manifest.inputs), targets).take(kept)
+    every = _proved(bundle, Samples(split.ids, read, _batchable(bundle.manifest.inputs), targets).take(kept))
     return _parted(spec, dataset.digest, "train", every, count)
 
 
@@ -195,9 +198,36 @@ def _remembering(read: Callable[[int], Feeds]) -> Callable[[int], Feeds]:
 
 
 def _batchable(inputs: tuple[TensorSpec, ...]) -> bool:
-    """Whether every input's first axis is the same dynamic one."""
+    """Whether every input's first axis is the same dynamic one, and so may be a batch."""
     first = {spec.shape[0] if spec.shape else 0 for spec in inputs}
     return len(first) == 1 and isinstance(next(iter(first)), str)
+
+
+def _proved(bundle: Bundle, samples: Samples) -> Samples:
+    """Not batchable, unless the float graph answers two samples together as it does apart: the axis may be time."""
+    if not samples.batchable or len(samples) < 2:
+        return samples
+    first = samples.read(0)
+    shapes = {name: array.shape for name, array in first.items()}
+    alike = (samples.read(i) for i in range(1, min(len(samples), PROVED)))
+    second = next((x for x in alike if {name: array.shape for name, array in x.items()} == shapes), None)
+    return samples if second is not None and _row_by_row(bundle, first, second) else replace(samples, batchable=False)
+
+
+def _row_by_row(bundle: Bundle, first: Feeds, second: Feeds) -> bool:
+    run = Simulator(onnx.load_model_from_string(bundle.file(FLOAT_GRAPH).read_bytes()))
+    apart, together = [run(first), run(second)], run(_stack([first, second]))
+    for name, found in together.items():
+        parts = [answers[name] for answers in apart]
+        if not all(isinstance(part, np.ndarray) and part.ndim for part in parts):
+            return False
+        wanted = np.concatenate(parts)
+        if found.shape != wanted.shape:
+            return False
+        largest = float(np.abs(wanted).max(initial=0.0)) if wanted.dtype.kind in "fiu" else 0.0
+        if not np.allclose(found, wanted, rtol=0.0, atol=SAME * largest, equal_nan=True):
+            return False
+    return True
 
 
 def _from_folder(bundle: Bundle, folder: Path, count: int) -> Pool:
@@ -222,6 +252,8 @@ def _from_folder(bundle: Bundle, folder: Path, count: int) -> Pool:
     for part in (calibration, held_out):
         for i in range(len(part)):
             part.read(i)
+    calibration = _proved(bundle, calibration)
+    held_out = replace(held_out, batchable=calibration.batchable)
     return Pool(folder.name, None, "folder", calibration, held_out, held_out.take([]))
 
 

@@ -19,7 +19,7 @@ from onnx import helper
 from .prepare import consumers
 from .simulate import Feeds, Simulator
 
-__all__ = ["Spool", "Stream"]
+__all__ = ["Spool", "Stream", "sequence_lives"]
 
 Array = NDArray[Any]
 KEPT_BYTES = 8 << 20  # held in memory; the rest on disk
@@ -135,6 +135,26 @@ class Stream:
         return helper.make_model(
             part, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, functions=self.model.functions
         )
+
+
+#: Operators that make a list of tensors, or perhaps none at all.
+_LISTS = {"SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase", "SequenceMap", "Optional"}
+
+
+def sequence_lives(model: onnx.ModelProto) -> list[range]:
+    """Node indices in front of which a sequence or optional lives: a stretch cannot begin there, for a spool holds arrays."""
+    nodes = model.graph.node
+    if not any(node.op_type in _LISTS for node in nodes):
+        return []
+    made = {name: i for i, node in enumerate(nodes) if node.op_type in _LISTS for name in node.output}
+    try:
+        typed = onnx.shape_inference.infer_shapes(model).graph.value_info
+    except Exception:  # noqa: BLE001  inference raises types of its own; the operators above are known without it
+        typed = []
+    named = {value.name for value in typed if value.type.WhichOneof("value") in ("sequence_type", "optional_type")}
+    made |= {name: i for i, node in enumerate(nodes) for name in node.output if name in named}
+    last = {name: i for i, node in enumerate(nodes) for name in _reads([node]) if name in made}
+    return [range(i + 1, last[name] + 1) for name, i in made.items() if name in last]
 
 
 def _reads(nodes: Iterable[onnx.NodeProto]) -> list[str]:

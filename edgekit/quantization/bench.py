@@ -1,0 +1,184 @@
+"""What every candidate of one calibration is made from and measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgekit.errors import GraphError
+from edgekit.graphs.dequantize import quantized_nodes
+
+from .graph import Parameters, insert
+from .memory import give_back
+from .placement import Placement, Unquantized, multiply_accumulates, place, shape_tensors, weights_of
+from .prepare import prepare
+from .reconstruct import reconstruct
+from .rounding import weight_scales
+from .samples import Pool, Samples
+from .sensitivity import Study
+from .simulate import Feeds, Simulator, measured_shapes, observe, signal_to_noise, with_reference
+from .statistics import METHODS, Statistics, scale_of
+
+__all__ = ["Bench", "Candidate", "Ranges", "affordable", "make_bench"]
+
+STUDIED = (2, 64)  # samples behind the sensitivities: fewest and most
+STUDIED_BYTES = 16 << 20  # of inputs and float outputs that are held meanwhile
+FITTED = (16, 128)  # samples behind the fitted weights
+SPOOLED_BYTES = 2 << 30  # on disk meanwhile
+WORK = 4 * 10**11  # multiply-accumulates that each of these may cost: a minute on one core
+BATCH_BYTES = 16 << 20  # of tensors that one run shows
+
+
+class Candidate(NamedTuple):
+    """An int8 graph that was tried. ``drop`` in points of top-1, where labels are at hand."""
+
+    names: list[str]
+    parameters: Parameters
+    model: onnx.ModelProto
+    snr_db: float
+    drop: float | None
+
+
+class Ranges(NamedTuple):
+    """Where ranges come from: a method for all tensors, one for those that only products read, and how far to widen them.
+
+    Attention hangs on its largest scores, which a squared error over all of them may clip; and few samples have not shown
+    how large a tensor becomes.
+    """
+
+    method: str
+    products: str
+    margin: float = 1.0
+
+
+class Bench(NamedTuple):
+    """The graph as it came and as it is quantized, what is known of its tensors, and the samples."""
+
+    original: onnx.ModelProto
+    prepared: onnx.ModelProto
+    placement: Placement
+    macs: dict[str, int]
+    pool: Pool
+    batch: int
+    statistics: dict[str, Statistics]  # by tensor
+    grouped: dict[str, Statistics]  # by group
+    study: Study
+    first: Feeds
+
+    def rounded(self, ranges: Ranges) -> Parameters:
+        """Ranges as stated, weights rounded to nearest."""
+        placement = self.placement
+        layers = {placement.groups[layer.data] for layer in placement.layers}
+        products = {placement.groups[name] for product in placement.products for name in product.inputs} - layers
+        scales = {
+            name: scale_of(ranges.margin * METHODS[ranges.products if name in products else ranges.method](seen))
+            for name, seen in self.grouped.items()
+        }
+        weights, axes = weights_of(self.prepared, placement), {layer.name: layer.axis for layer in placement.layers}
+        how = "minmax" if ranges.method == "minmax" else "mse"
+        return Parameters(scales, {name: weight_scales(w, axes[name], how) for name, w in weights.items()})
+
+    def fitted(self, parameters: Parameters, names: Sequence[str], recovery: str) -> Parameters:
+        """Weights fitted layer by layer, for these layers int8."""
+        cost = 6 * sum(self.macs.values())
+        live = sum(seen.count for seen in self.statistics.values()) // max(len(self.pool.calibration), 1)
+        count = min(affordable(FITTED, cost), max(FITTED[0], SPOOLED_BYTES // max(4 * live, 1)))
+        some = self.pool.calibration.spread(count)
+        # Samples often come in turns, class after class: every other one must not be of one kind.
+        some = some.take([int(i) for i in np.random.default_rng(0).permutation(len(some))])
+        size = max(1, min(self.batch, len(some) // 8))
+
+        def batches() -> Iterator[Feeds]:
+            return some.batches(size)
+
+        return reconstruct(self.prepared, self.placement, parameters, names, batches, extra=recovery == "shifted")
+
+    def candidate(self, names: list[str], parameters: Parameters, labelled: bool) -> Candidate:
+        """Quantize these layers, measure on samples that gave no range and no weight; they chose the recovery at most."""
+        model = insert(self.prepared, self.placement, parameters, names)
+        snr = signal_to_noise(model, with_reference(self.original, self.judging()))
+        drop = _drop(self.original, model, self.pool.labelled) if labelled else None
+        return Candidate(names, parameters, model, snr, drop)
+
+    def judging(self) -> Iterator[Feeds]:
+        return self.pool.held_out.batches(self.batch) if len(self.pool.held_out) else iter([self.first])
+
+    def snr_db(self, parameters: Parameters, held: Samples) -> float:
+        """Output SNR of the graph with all layers int8."""
+        model = insert(self.prepared, self.placement, parameters, self.placement.names)
+        judges = held.batches(self.batch) if len(held) else iter([self.first])
+        return signal_to_noise(model, with_reference(self.original, judges))
+
+
+def make_bench(graph: bytes, pool: Pool) -> Bench:
+    """Observe all that will be quantized. Raises `GraphError` where nothing can be."""
+    prepared = prepare(graph)
+    placement = place(prepared)
+    if not placement.names:
+        reasons = "; ".join(sorted({f"{node.op}: {node.reason}" for node in placement.unquantized})[:3])
+        raise GraphError(
+            f"the graph has no layer to quantize ({reasons or 'no Conv, Gemm or MatMul'})", "build it as it is: edgekit build B"
+        )
+    original = onnx.load_model_from_string(graph)
+    if quantized_nodes(original):  # what is rounded already is no reference: the same graph made float is
+        original = prepared
+    first = pool.calibration.read(0)
+    wanted = list(dict.fromkeys([*shape_tensors(prepared, placement), *placement.groups]))
+    shapes = measured_shapes(prepared, wanted, first)
+    shown = {name: 4 * int(np.prod(shapes[name], dtype=np.int64)) for name in placement.groups}
+    batch = int(np.clip(BATCH_BYTES // max(sum(shown.values()), 1), 1, 64))
+    statistics = observe(prepared, shown, lambda: pool.calibration.batches(batch), BATCH_BYTES)
+    give_back()
+    placement = _reached(placement, statistics)
+    macs = multiply_accumulates(prepared, placement, shapes)
+    grouped: dict[str, Statistics] = {}
+    for name, group in placement.groups.items():
+        grouped[group] = grouped[group].merged(statistics[name]) if group in grouped else statistics[name]
+    ends = measured_shapes(original, [value.name for value in original.graph.output], first)
+    size = 4 * sum(int(np.prod(shape, dtype=np.int64)) for shape in ends.values()) + sum(a.nbytes for a in first.values())
+    count = min(affordable(STUDIED, 2 * len(placement.names) * sum(macs.values())), max(2, STUDIED_BYTES // max(size, 1)))
+    studied = pool.calibration.spread(count)
+    study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))))
+    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, first)
+
+
+def _reached(placement: Placement, statistics: dict[str, Statistics]) -> Placement:
+    """Without the layers that no sample reached: rows that a Where or NonZero picked, and never did."""
+    empty = {name for name, seen in statistics.items() if not seen.count}
+    if not empty:
+        return placement
+    gone = {layer.name: layer.op for layer in placement.layers if layer.data in empty}
+    gone |= {product.name: product.op for product in placement.products if empty & {*product.inputs}}
+    found = placement._replace(
+        layers=tuple(layer for layer in placement.layers if layer.name not in gone),
+        products=tuple(product for product in placement.products if product.name not in gone),
+        pairs=tuple(pair for pair in placement.pairs if pair.owner not in gone and pair.tensor not in empty),
+        unquantized=(
+            *placement.unquantized,
+            *(Unquantized(name, op, "no sample reached it") for name, op in gone.items()),
+        ),
+    )
+    if not found.names:
+        raise GraphError("no sample reached a layer that could be quantized", "give samples that run through the whole graph")
+    return found
+
+
+def affordable(limits: tuple[int, int], cost: int) -> int:
+    """How many samples at ``cost`` multiply-accumulates each fit `WORK`, within the limits. No clock: the same everywhere."""
+    return int(np.clip(WORK // max(cost, 1), *limits))
+
+
+def _drop(original: onnx.ModelProto, model: onnx.ModelProto, labelled: Samples) -> float:
+    """Points of top-1 that the int8 graph loses on labelled samples."""
+    assert labelled.targets is not None
+    name = original.graph.output[0].name
+    right: list[float] = []
+    for graph in (original, model):
+        run = Simulator(graph)
+        answers: NDArray[Any] = np.concatenate([run(feeds)[name].argmax(-1).ravel() for feeds in labelled.batches()])
+        right.append(float((answers == labelled.targets).mean()))
+    return 100 * (right[0] - right[1])
