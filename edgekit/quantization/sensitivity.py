@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from edgekit.progress import track
 
 from .graph import Parameters, insert
 from .placement import Layer, Placement
+from .record import nearest_integers
 from .simulate import Array, Feeds, signal_to_noise
 from .statistics import Statistics
 
@@ -44,6 +46,9 @@ class Study(NamedTuple):
     def sensitivities(self, parameters: Parameters, *, alone: bool = True) -> list[Sensitivity]:
         """One row for each layer and product, in the graph's order; ``alone`` also measures each one as the only int8 layer."""
         names = self.placement.names
+        missing = [layer.name for layer in self.placement.layers if layer.name not in parameters.integers]
+        nearest = dict(nearest_integers(self.prepared, self.placement, parameters, missing))  # once, not for every graph
+        parameters = dataclasses.replace(parameters, integers={**parameters.integers, **nearest})
         every = self.snr_db(parameters, names)
         rows = []
         for name in track(names, "measuring layers"):
