@@ -166,9 +166,8 @@ def _added(graph: onnx.GraphProto, common: set[str]) -> set[str]:
     added = set[str]()
     for node in reversed(graph.node):
         for tensor in node.output:
-            into = readers.get(tensor, [])
-            shifted = node.op_type in _SHIFTS and into
-            shifted = shifted and all(reader.op_type == "QuantizeLinear" or reader.output[0] in added for reader in into)
+            into = readers.get(tensor, []) if node.op_type in _SHIFTS else []
+            shifted = into and all(reader.op_type == "QuantizeLinear" or reader.output[0] in added for reader in into)
             if tensor not in common and (shifted or tensor.removesuffix(_UNBIASED) in common):
                 added.add(tensor)
         for name in reads(node):
