@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, BundleError, GraphError
+from edgekit.graphs.editing import exposed, reads
 from edgekit.progress import track
 from edgekit.runtime.onnx_wire import holds_external_data
 
@@ -39,6 +40,8 @@ RESCALED_DB = 10.0
 #: Operators that pass every value on: their SNR is their input's, so they are no rows of their own.
 _MOVERS = {"DepthToSpace", "Dropout", "Flatten", "Identity", "Reshape", "SpaceToDepth", "Squeeze", "Transpose", "Unsqueeze"}
 _QDQ = {"DequantizeLinear", "QuantizeLinear"}
+_UNBIASED = "/unbiased"  # behind the name of a tensor whose layer had no bias: the layer's own output, in front of an Add
+_SHIFTS = {"Mul", "Pad", "Sub"}  # what quantization puts in front of QuantizeLinear
 
 
 @dataclass
@@ -72,20 +75,23 @@ def compare_layers(
 
     - ``layers``: rows in graph order: ``layer`` (node), ``op``, ``tensor``, ``type`` (``int8`` where the node reads a
       quantized activation, else ``float``), ``snr_db`` (200 for equal), ``cosine``, ``max_abs``, ``relative`` (max |error|
-      over max |reference|), ``fitted_db`` and ``note``. The note ``rescaled`` stands where a scale and an offset for each
-      channel explain the error and all that reads the tensor is right again: a scale that was moved into the layer in
-      front. Then ``fitted_db`` is the SNR that is left.
+      over max |reference|), ``fitted_db`` and ``note``. A node that the reference lacks is named after the reference's: a
+      MatMul whose bias came by quantization is that MatMul and not the Add behind it. The note ``rescaled`` stands where
+      a scale and an offset for each channel explain the error and all that reads the tensor is right again: a scale that
+      was moved into the layer in front. Then ``fitted_db`` is the SNR that is left.
     - ``first_diverging``: ``layer``, ``op``, ``tensor``, ``snr_db`` of the first row below ``diverge`` dB; None without.
     - ``largest_fall``: ``layer``, ``op``, ``tensor``, ``input`` (the worst layer that it reads; None for the graph's
       input), ``from_db``, ``to_db``, ``fall_db``: the layer that itself costs most. Inputs above 48.1 dB count as that,
       since rounding to int8 alone leaves no more; None where no layer falls.
-    - ``unmatched``: layers of the candidate that have no such tensor in the reference. ``diverge_db``: as given.
+    - ``unmatched``: layers of the candidate that have no such tensor in the reference, but for what quantization adds
+      between them: shifts, factors and pads in front of QuantizeLinear, biases. ``diverge_db``: as given.
 
     Raises `GraphError` where no tensor is common, `BundleError` and `BackendError` for a graph that cannot be read or run.
     """
     models = _load(*reference), _load(*candidate)
-    named = [layer for layer in _outputs(models[1].graph) if layer[1] in _computed(models[0].graph)]
-    names = list(dict.fromkeys(tensor for _, tensor in named))
+    common = _computed(models[0].graph)
+    own = [tensor for _, tensor in _outputs(models[1].graph)]
+    names = [tensor for tensor in own if tensor in common]
     step, samples = _step(models[0], inputs)
     figures: dict[str, dict[str, Any]] = {}
     no_floats = 0
@@ -98,7 +104,7 @@ def compare_layers(
                 no_floats += 1
             elif _is_float(b) and a.shape == b.shape:
                 figures[tensor] = _figures(a, b)
-    rows = _rows(models[1].graph, figures)
+    rows = _rows(models[1].graph, figures, _makers(models[0].graph))
     if not rows:
         raise GraphError(
             f"{candidate[0].path / candidate[1]} and {reference[0].path / reference[1]} have no tensor in common",
@@ -109,7 +115,7 @@ def compare_layers(
         "layers": [row.data for row in rows],
         "first_diverging": _first_below(rows, diverge),
         "largest_fall": _largest_fall(rows),
-        "unmatched": len(list(_outputs(models[1].graph))) - len(rows) - no_floats,
+        "unmatched": len(set(own) - _added(models[1].graph, common)) - len(rows) - no_floats,
         "diverge_db": diverge,
     }
 
@@ -126,17 +132,12 @@ def _load(bundle: Bundle, file: str) -> onnx.ModelProto:
         raise GraphError(f"{bundle.path / file} is no ONNX graph: {error}", "make the bundle again") from None
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Tensors that a node reads, those inside its subgraphs included."""
-    yield from filter(None, node.input)
-    for attribute in node.attribute:
-        for inner in (attribute.g, *attribute.graphs):
-            for part in inner.node:
-                yield from _reads(part)
-
-
 def _graph_inputs(graph: onnx.GraphProto) -> set[str]:
     return {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+
+
+def _makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    return {tensor: node for node in graph.node for tensor in node.output}
 
 
 def _computed(graph: onnx.GraphProto) -> set[str]:
@@ -144,7 +145,7 @@ def _computed(graph: onnx.GraphProto) -> set[str]:
     known = _graph_inputs(graph)
     inputs = set(known)
     for node in graph.node:
-        if not known.isdisjoint(_reads(node)):
+        if not known.isdisjoint(reads(node)):
             known.update(filter(None, node.output))
     return known - inputs
 
@@ -157,6 +158,21 @@ def _outputs(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, str]]:
             for tensor in node.output:
                 if tensor in computed:
                     yield node, tensor
+
+
+def _added(graph: onnx.GraphProto, common: set[str]) -> set[str]:
+    """Tensors that quantization makes between the layers: on the way to QuantizeLinear, and products without their bias."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    added = set[str]()
+    for node in reversed(graph.node):
+        for tensor in node.output:
+            into = readers.get(tensor, []) if node.op_type in _SHIFTS else []
+            shifted = into and all(reader.op_type == "QuantizeLinear" or reader.output[0] in added for reader in into)
+            if tensor not in common and (shifted or tensor.removesuffix(_UNBIASED) in common):
+                added.add(tensor)
+        for name in reads(node):
+            readers.setdefault(name, []).append(node)
+    return added
 
 
 def _step(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> tuple[int, int]:
@@ -209,20 +225,6 @@ def _groups(names: Iterable[str], sizes: Mapping[str, int], limit: int) -> Itera
         yield held
 
 
-def _exposed(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
-    """A copy with the named tensors as its outputs, cut to what they need."""
-    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
-    needed, kept = set(tensors), list[onnx.NodeProto]()
-    for node in reversed(model.graph.node):
-        if not needed.isdisjoint(node.output):
-            needed.update(_reads(node))
-            kept.append(node)
-    del copy.graph.node[:], copy.graph.output[:]
-    copy.graph.node.extend(reversed(kept))
-    copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
-    return copy
-
-
 def _open(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
     """Runs the graph as it is written: optimized, ONNX Runtime moves QuantizeLinear to the far side of a Transpose."""
     options = ort.SessionOptions()
@@ -240,7 +242,7 @@ def _run(
     model: onnx.ModelProto, tensors: list[str], inputs: Mapping[str, Array], starts: range, threads: int
 ) -> dict[str, Array]:
     """The named tensors over all samples."""
-    opened = _open(_exposed(model, tensors), threads)
+    opened = _open(exposed(model, tensors), threads)
     known = {value.name for value in opened.get_inputs()}  # a branch may need only some of the inputs
     feeds = {name: array for name, array in inputs.items() if name in known}
     parts = []
@@ -288,22 +290,26 @@ def _fitted_db(expected: Array, found: Array) -> float:
     return min(best, 200.0)
 
 
-def _rows(graph: onnx.GraphProto, figures: Mapping[str, dict[str, Any]]) -> list[_Row]:
-    """A row for every tensor with figures, linked along the graph."""
-    computed, rows = _computed(graph), list[_Row]()
+def _rows(
+    graph: onnx.GraphProto, figures: Mapping[str, dict[str, Any]], references: Mapping[str, onnx.NodeProto]
+) -> list[_Row]:
+    """A row for every tensor with figures, linked along the graph. ``references``: who makes a tensor in the reference."""
+    computed, rows, known = _computed(graph), list[_Row](), {node.name for node in references.values()}
     origins = dict.fromkeys(_graph_inputs(graph), frozenset({_INPUT}))
-    makers = {tensor: node for node in graph.node for tensor in node.output}
+    makers = _makers(graph)
     for node in graph.node:
-        read = set(_reads(node))
+        read = set(reads(node))
         sources = frozenset[int]().union(*(origins.get(name, ()) for name in read))
-        quantized = any(name in computed and name in makers and makers[name].op_type == "DequantizeLinear" for name in read)
         for tensor in filter(None, node.output):
             figure = figures.get(tensor)
             if figure is None or node.op_type in _MOVERS | _QDQ:
                 origins[tensor] = sources
                 continue
-            data = {"layer": node.name or tensor, "op": node.op_type, "tensor": tensor}
-            data |= {"type": "int8" if quantized else "float"} | figure | {"fitted_db": None}
+            maker = node if (raw := f"{tensor}{_UNBIASED}") in references else makers.get(raw, node)
+            inputs = [makers[name].op_type for name in reads(maker) if name in computed and name in makers]
+            shown = maker if maker.name in known or not references[tensor].name else references[tensor]
+            data = {"layer": shown.name or tensor, "op": shown.op_type, "tensor": tensor}
+            data |= {"type": "int8" if "DequantizeLinear" in inputs else "float"} | figure | {"fitted_db": None}
             level = -200.0 if figure["snr_db"] is None else figure["snr_db"]
             data["note"] = "not finite" if figure["snr_db"] is None else None
             origins[tensor] = frozenset({len(rows)})

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.progress import say
 from edgekit.runtime import compare_arrays
+from edgekit.runtime.golden import parse_golden
 from edgekit.runtime.onnxruntime import session
 
 from . import build_engine, passes, precision
@@ -135,7 +135,7 @@ def _half_graph(path: Path, golden: str | None, int8: bool) -> tuple[bytes, floa
     if golden is None:
         raise GoldenError("the bundle has no golden outputs to hold it against")
     model = onnx.load_model(str(path), load_external_data=False)
-    inputs, outputs = _golden(Path(golden))
+    inputs, outputs = parse_golden(Path(golden).read_bytes())
     peaks = precision.activation_peaks(model, inputs)
     least = MIN_FP16_SNR_DB
     if int8:
@@ -163,19 +163,11 @@ def _half_noise(model: onnx.ModelProto, peaks: Mapping[str, float], inputs: Mapp
 
 def _check_same(before: bytes, after: bytes, golden: Path) -> None:
     """Raise `GoldenError` where a rewritten graph answers the golden inputs otherwise than before."""
-    inputs, _ = _golden(golden)
+    inputs, _ = parse_golden(golden.read_bytes())
     old, new = (session(graph).run(None, inputs) for graph in (before, after))
     worst = max(compare_arrays(a, b).relative for a, b in zip(old, new, strict=True))
     if worst > SAME:
         raise GoldenError(f"the rewritten recurrences differ by {worst:.2g} relative", "report this with the model")
-
-
-def _golden(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    inputs = {name.removeprefix("input/"): array for name, array in arrays.items() if name.startswith("input/")}
-    outputs = {name.removeprefix("output/"): array for name, array in arrays.items() if name.startswith("output/")}
-    return inputs, outputs
 
 
 def _advance(bar: Any, phase: str, share: float) -> bool:

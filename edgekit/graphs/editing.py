@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,18 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-__all__ = ["Array", "all_nodes", "attribute", "constants", "consumers", "prune", "set_constant", "subgraphs"]
+__all__ = [
+    "Array",
+    "all_nodes",
+    "attribute",
+    "constants",
+    "consumers",
+    "exposed",
+    "prune",
+    "reads",
+    "set_constant",
+    "subgraphs",
+]
 
 Array = NDArray[Any]
 
@@ -42,13 +53,20 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     return {tensor.name: tensor for tensor in graph.initializer}
 
 
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Every tensor that a node reads, once for each time; in its subgraphs too, whose outputs count as read."""
+    yield from filter(None, node.input)
+    for inner in subgraphs(node):
+        for part in inner.node:
+            yield from reads(part)
+        yield from (value.name for value in inner.output)
+
+
 def consumers(graph: onnx.GraphProto) -> Counter[str]:
     """How often each tensor is read: by nodes (subgraphs included) and as a graph output."""
     uses = Counter(value.name for value in graph.output)
     for node in graph.node:
-        uses.update(node.input)
-        for inner in subgraphs(node):
-            uses.update(consumers(inner))
+        uses.update(reads(node))
     return uses
 
 
@@ -71,9 +89,7 @@ def prune(model: onnx.ModelProto, outputs: list[str]) -> None:
     for node in reversed(graph.node):
         if needed.intersection(node.output):
             kept.append(node)
-            needed.update(name for name in node.input if name)
-            for inner in subgraphs(node):
-                needed.update(consumers(inner))
+            needed.update(reads(node))
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
     if len(nodes) != len(graph.node):
         del graph.node[:]
@@ -88,3 +104,15 @@ def prune(model: onnx.ModelProto, outputs: list[str]) -> None:
         copies_out = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in values]
         del graph.output[:]
         graph.output.extend(copies_out)
+
+
+def exposed(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """A copy of the graph, cut to what the named tensors need, with them as its outputs; ``NAME/seen`` for a graph input."""
+    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
+    names = list(dict.fromkeys(tensors))
+    inputs = {value.name for value in copy.graph.input}
+    # A graph input cannot be an output at once everywhere; an Identity is.
+    for name in [name for name in names if name in inputs]:
+        copy.graph.node.append(helper.make_node("Identity", [name], [f"{name}/seen"]))
+    prune(copy, [f"{name}/seen" if name in inputs else name for name in names])
+    return copy

@@ -16,7 +16,7 @@ from edgekit.evaluation import evaluate
 from edgekit.manifest import Tolerance
 from edgekit.progress import say
 from edgekit.runtime import check_golden, compare_arrays
-from edgekit.runtime.golden import load_golden, save_golden
+from edgekit.runtime.golden import load_golden, parse_golden, save_golden
 from edgekit.runtime.onnxruntime import session
 
 from . import record
@@ -26,7 +26,7 @@ from .formats import FORMATS, other_format
 from .frozen import rebuild_result
 from .graph import check
 from .samples import Pool, Samples, from_dataset, gather
-from .simulate import Array, signal_to_noise, with_reference
+from .simulate import signal_to_noise, with_reference
 from .speed import BACKENDS, latencies
 from .statistics import METHODS
 
@@ -289,24 +289,13 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
 
 def _golden_db(bundle: Bundle, made: _Made) -> float:
     """Lowest output SNR of the quantized graph on the golden inputs, through the runtime's backend."""
-    inputs, outputs = load_golden(bundle) if made.golden is None else _loaded(made.golden)
+    inputs, outputs = load_golden(bundle) if made.golden is None else parse_golden(made.golden)
     run = session(made.result.graph)
     found = dict(zip([value.name for value in run.get_outputs()], run.run(None, inputs), strict=True))
     worst = min((compare_arrays(golden, found[name]).snr_db for name, golden in outputs.items()), default=200.0)
     if worst == float("-inf"):
         raise GraphError("the int8 graph gives NaN, Inf or other shapes on the golden inputs", "check the model's outputs")
     return worst
-
-
-def _loaded(golden: bytes) -> tuple[dict[str, Array], dict[str, Array]]:
-    import io
-
-    import numpy as np
-
-    with np.load(io.BytesIO(golden), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    parts = {kind: {k.removeprefix(kind): v for k, v in arrays.items() if k.startswith(kind)} for kind in ("input/", "output/")}
-    return parts["input/"], parts["output/"]
 
 
 def _write(

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from edgekit.errors import GraphError
+from edgekit.graphs.editing import exposed, prune
 
-from .prepare import prune
 from .statistics import Statistics
 
-__all__ = ["Array", "Feeds", "Noise", "Simulator", "exposed", "measured_shapes", "observe", "signal_to_noise"]
+__all__ = ["Array", "Feeds", "Noise", "Simulator", "measured_shapes", "observe", "signal_to_noise"]
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -57,18 +57,6 @@ class Simulator:
 def _first(error: BaseException) -> str:
     """An error's first line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def exposed(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    """A copy of the graph, cut to what the named tensors need, with them as its outputs."""
-    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
-    names = list(dict.fromkeys(tensors))
-    inputs = {value.name for value in copy.graph.input}
-    # A graph input cannot be an output at once everywhere; an Identity is.
-    for name in [name for name in names if name in inputs]:
-        copy.graph.node.append(helper.make_node("Identity", [name], [f"{name}/seen"]))
-    prune(copy, [f"{name}/seen" if name in inputs else name for name in names])
-    return copy
 
 
 def measured_shapes(model: onnx.ModelProto, tensors: Iterable[str], feeds: Feeds) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from .prepare import consumers
+from edgekit.graphs.editing import consumers, reads
+
 from .simulate import Feeds, Simulator
 
 __all__ = ["Spool", "Stream", "sequence_lives"]
@@ -99,7 +100,8 @@ class Stream:
         """Tensors made before ``end`` that a node from there on reads."""
         nodes = self.model.graph.node
         made = {name for node in nodes[:end] for name in node.output} | {value.name for value in self.model.graph.input}
-        return [name for name in _reads(nodes[end:]) if name in made]
+        wanted = dict.fromkeys(name for node in nodes[end:] for name in reads(node))
+        return [name for name in wanted if name in made]
 
     def _run(self, end: int, tensors: Sequence[str], rewrite: Rewrite) -> Iterator[tuple[int, Feeds, Feeds]]:
         stretch = list(self.model.graph.node[self.position : end])
@@ -119,18 +121,18 @@ class Stream:
     def _cut(self, stretch: list[onnx.NodeProto], held: Feeds, outputs: list[str]) -> onnx.ModelProto:
         """A model of some nodes, with what they read from before as its inputs."""
         graph = self.model.graph
-        reads = set(_reads(stretch))
+        wanted = {name for node in stretch for name in reads(node)}
         inputs = [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
             for name, array in held.items()
-            if name in reads
+            if name in wanted
         ]
         part = helper.make_graph(
             stretch,
             "stretch",
             inputs,
             [helper.make_empty_tensor_value_info(name) for name in outputs],
-            [tensor for tensor in graph.initializer if tensor.name in reads],
+            [tensor for tensor in graph.initializer if tensor.name in wanted],
         )
         return helper.make_model(
             part, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, functions=self.model.functions
@@ -153,16 +155,5 @@ def sequence_lives(model: onnx.ModelProto) -> list[range]:
         typed = []
     named = {value.name for value in typed if value.type.WhichOneof("value") in ("sequence_type", "optional_type")}
     made |= {name: i for i, node in enumerate(nodes) for name in node.output if name in named}
-    last = {name: i for i, node in enumerate(nodes) for name in _reads([node]) if name in made}
+    last = {name: i for i, node in enumerate(nodes) for name in reads(node) if name in made}
     return [range(i + 1, last[name] + 1) for name, i in made.items() if name in last]
-
-
-def _reads(nodes: Iterable[onnx.NodeProto]) -> list[str]:
-    """Names that the nodes read, those inside their subgraphs too."""
-    found: dict[str, None] = {}
-    for node in nodes:
-        found.update(dict.fromkeys(name for name in node.input if name))
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                found.update(dict.fromkeys(consumers(inner)))
-    return list(found)

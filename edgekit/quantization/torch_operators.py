@@ -220,30 +220,38 @@ def _batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor
     return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, call.get("epsilon", 1e-5))
 
 
+def _windows(call: Call, sizes: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Kernel, strides, dilations, padding, and what ceil_mode reads beyond it: torch drops the last window by another rule."""
+    rank, kernel = len(sizes), _ints(call.get("kernel_shape", None))
+    strides, dilations = call.get("strides", [1] * rank), call.get("dilations", [1] * rank)
+    pads, beyond = _pads(call, sizes, kernel, strides, dilations), [0] * 2 * rank
+    for i in range(rank) if call.get("ceil_mode", 0) else ():
+        free = sizes[i] + pads[i] + pads[i + rank] - (kernel[i] - 1) * dilations[i] - 1
+        last = math.ceil(free / strides[i]) * strides[i]  # where the last window begins
+        last -= strides[i] if last >= sizes[i] + pads[i] else 0  # in nothing but padding
+        beyond[i + rank] = max(0, last - free)
+    return kernel, strides, dilations, pads, beyond
+
+
 def _max_pool(call: Call, x: Tensor) -> Tensor:
-    rank, kernel = x.ndim - 2, call.get("kernel_shape", None)
     if call.outputs > 1:
         raise call.refuse("an output for indices")
-    strides, dilations = call.get("strides", [1] * rank), call.get("dilations", [1] * rank)
-    pads = _pads(call, x.shape[2:], kernel, strides, dilations)
-    function: Callable[..., Tensor] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
-    x = _padded(x, pads, -math.inf)
-    return function(x, kernel, strides, 0, dilations, ceil_mode=bool(call.get("ceil_mode", 0)))
+    kernel, strides, dilations, pads, beyond = _windows(call, x.shape[2:])
+    function: Callable[..., Tensor] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[x.ndim - 3]
+    return function(_padded(_padded(x, pads, -math.inf), beyond, -math.inf), kernel, strides, 0, dilations)
 
 
 def _average_pool(call: Call, x: Tensor) -> Tensor:
-    rank, kernel = x.ndim - 2, call.get("kernel_shape", None)
-    if any(d != 1 for d in call.get("dilations", [1])):
+    kernel, strides, dilations, pads, beyond = _windows(call, x.shape[2:])
+    if any(d != 1 for d in dilations):
         raise call.refuse("dilations")
-    strides = call.get("strides", [1] * rank)
-    pads = _pads(call, x.shape[2:], kernel, strides, [1] * rank)
-    function: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-    counted, ceil = bool(call.get("count_include_pad", 0)), bool(call.get("ceil_mode", 0))
-    y: Tensor = function(_padded(x, pads, 0.0), kernel, strides, 0, ceil)
-    if not any(pads) or counted:
+    function: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
+    y: Tensor = function(_padded(_padded(x, pads, 0.0), beyond, 0.0), kernel, strides)
+    include = call.get("count_include_pad", 0)
+    if not any(beyond) and (include or not any(pads)):
         return y
-    within: Tensor = function(_padded(torch.ones_like(x[:1, :1]), pads, 0.0), kernel, strides, 0, ceil)
-    return y / within  # the mean of what is no padding
+    counted = _padded(_padded(torch.ones_like(x[:1, :1]), pads, float(include)), beyond, 0.0)
+    return y / function(counted, kernel, strides)  # the mean of what is counted
 
 
 def _global(function: Callable[..., Tensor]) -> Operator:

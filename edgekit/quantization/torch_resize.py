@@ -1,4 +1,7 @@
-"""Resize of ONNX in PyTorch: nearest by its index formula, linear where torch's interpolation is the same."""
+"""Resize of ONNX in PyTorch: nearest by an index, linear by a matrix, both from the coordinates of the ONNX reference.
+
+In float32, as ONNX Runtime computes them: a coordinate beside a whole number decides which neighbour is taken.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,13 @@ from .torch_operators import Call
 
 try:
     import torch
-    import torch.nn.functional as F
     from torch import Tensor
 except ImportError:
     raise MissingExtra("train", "torch") from None
 
 __all__ = ["resize"]
 
-_MODES = {3: "linear", 4: "bilinear", 5: "trilinear"}
+_TIE = 1e-6  # ONNX Runtime takes what is this near to the middle of two places as in the middle
 
 
 def resize(
@@ -31,29 +33,27 @@ def resize(
         or where == "tf_crop_and_resize"
     ):
         raise call.refuse("antialias, a kept aspect ratio or a region of interest")
+    sizes_in = torch.tensor([x.shape[axis] for axis in axes], dtype=torch.float32)
     if wanted is not None:
-        factors = [size / x.shape[axis] for size, axis in zip(wanted, axes, strict=True)]
+        factors = torch.tensor(wanted, dtype=torch.float32) / sizes_in
     elif scales is not None:
-        factors = scales.tolist()
+        factors = scales.cpu()
+        wanted = (sizes_in * factors).long().tolist()
     else:
         raise call.refuse("neither scales nor sizes")
-    target = list(x.shape)
-    for i, axis in enumerate(axes):
-        target[axis] = wanted[i] if wanted else int(x.shape[axis] * factors[i])
-    if call.get("mode", "nearest") == "linear":
-        return _linear(call, x, target, where)
-    if call.get("mode", "nearest") != "nearest":
-        raise call.refuse(f"mode {call.get('mode', '')!r}")
-    for factor, axis in zip(factors, axes, strict=True):
-        if target[axis] != x.shape[axis]:
-            places = _source(call, where, x.shape[axis], target[axis], factor)
-            x = x.index_select(axis, _rounded(call, places).clamp(0, x.shape[axis] - 1).to(x.device))
+    mode = call.get("mode", "nearest")
+    if mode not in ("linear", "nearest") or (mode == "linear" and not x.is_floating_point()):
+        raise call.refuse(f"mode {mode!r} of {str(x.dtype).removeprefix('torch.')}")
+    for axis, target, factor in zip(axes, wanted, factors, strict=True):
+        if factor != 1:
+            places = _source(call, where, x.shape[axis], target, factor)
+            x = _between(x, axis, places) if mode == "linear" else _nearest(call, x, axis, places)
     return x
 
 
-def _source(call: Call, where: str, size: int, target: int, factor: float) -> Tensor:
-    """Where each output position lies in the input, float64 (target,)."""
-    place = torch.arange(target, dtype=torch.float64)
+def _source(call: Call, where: str, size: int, target: int, factor: Tensor) -> Tensor:
+    """Where each output position lies in the input, float32 (target,)."""
+    place = torch.arange(target, dtype=torch.float32)
     if where == "asymmetric":
         return place / factor
     if where == "align_corners":
@@ -65,18 +65,20 @@ def _source(call: Call, where: str, size: int, target: int, factor: float) -> Te
     raise call.refuse(f"coordinate_transformation_mode {where!r}")
 
 
-def _rounded(call: Call, places: Tensor) -> Tensor:
-    mode = call.get("nearest_mode", "round_prefer_floor")
-    found = {
+def _nearest(call: Call, x: Tensor, axis: int, places: Tensor) -> Tensor:
+    half = 0.5 + _TIE
+    rounded = {
         "floor": torch.floor(places),
         "ceil": torch.ceil(places),
-        "round_prefer_floor": torch.ceil(places - 0.5),
-        "round_prefer_ceil": torch.floor(places + 0.5),
-    }
-    return found[mode].to(torch.int64)
+        "round_prefer_floor": torch.ceil(places.double() - half),
+        "round_prefer_ceil": torch.floor(places.double() + half),
+    }[call.get("nearest_mode", "round_prefer_floor")]
+    return x.index_select(axis, rounded.long().clamp(0, x.shape[axis] - 1).to(x.device))
 
 
-def _linear(call: Call, x: Tensor, target: list[int], where: str) -> Tensor:
-    if list(x.shape[:2]) != target[:2] or where not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
-        raise call.refuse(f"linear mode and coordinate_transformation_mode {where!r}")
-    return F.interpolate(x, target[2:], mode=_MODES[x.ndim], align_corners=where == "align_corners")
+def _between(x: Tensor, axis: int, places: Tensor) -> Tensor:
+    """Weighs the two neighbours of each place along one axis; torch's interpolation knows fewer coordinates and shapes."""
+    size = x.shape[axis]
+    away = places.clamp(0, size - 1)[:, None] - torch.arange(size)
+    weights = (1 - away.abs()).clamp(min=0).to(x)  # (target, size)
+    return (x.movedim(axis, -1) @ weights.T).movedim(-1, axis)

@@ -13,7 +13,7 @@ from edgekit.manifest import Tolerance
 
 from .backends import Runner, open_runner
 
-__all__ = ["GoldenResult", "check_golden", "compare_arrays", "load_golden", "run_samples", "save_golden"]
+__all__ = ["GoldenResult", "check_golden", "compare_arrays", "load_golden", "parse_golden", "run_samples", "save_golden"]
 
 
 class GoldenResult(NamedTuple):
@@ -57,14 +57,20 @@ def save_golden(inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]
 
 def load_golden(bundle: Bundle) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
     """(inputs, outputs) by tensor name; the first axis of all is the sample. Raises `BundleError` on a damaged file."""
-    path = bundle.file(GOLDEN)
+    return parse_golden(bundle.read(GOLDEN), str(bundle.path / GOLDEN))
+
+
+def parse_golden(data: bytes, name: str = GOLDEN) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """`load_golden` from the bytes of a file; ``name`` is what an error calls it."""
+    import io
+
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
     except Exception as error:  # noqa: BLE001  zip and npy readers raise many types on damaged bytes
-        raise BundleError(f"{path} cannot be read: {error}", "make the bundle again") from None
-    inputs = {name.removeprefix("input/"): array for name, array in arrays.items() if name.startswith("input/")}
-    outputs = {name.removeprefix("output/"): array for name, array in arrays.items() if name.startswith("output/")}
+        raise BundleError(f"{name} cannot be read: {error}", "make the bundle again") from None
+    inputs = {key.removeprefix("input/"): array for key, array in arrays.items() if key.startswith("input/")}
+    outputs = {key.removeprefix("output/"): array for key, array in arrays.items() if key.startswith("output/")}
     return inputs, outputs
 
 

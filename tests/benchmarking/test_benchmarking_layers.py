@@ -90,6 +90,52 @@ def test_every_layer_has_a_row_in_graph_order(int8: Bundle) -> None:
     assert result["unmatched"] == 0
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_layer_that_got_a_bias_is_itself(tmp_path: Path, named: bool) -> None:
+    """x -> fc1 - relu - fc2, without biases: quantization adds an Add behind both, and a Sub in front of what it reads."""
+    rng = np.random.default_rng(0)
+    nodes = [("MatMul", ["x", "w"], "a", "fc1"), ("Relu", ["a"], "r", "relu"), ("MatMul", ["r", "v"], "y", "fc2")]
+    weights = {name: rng.normal(0, 0.2, (16, 16)).astype(np.float32) for name in "wv"}
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, [output], name=name if named else "") for op, inputs, output, name in nodes],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 16])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 16])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for i in range(40):
+        np.savez(folder / f"{i:02}.npz", x=np.abs(rng.normal(0, 1, (8, 16))).astype(np.float32))
+    bundle = edgekit.import_onnx(tmp_path / "m.onnx", out=tmp_path / "float.edge")
+    result = edgekit.compare(edgekit.quantize(bundle, out=tmp_path / "int8.edge", calib=folder, share=1.0), layers=True)
+    rows = result["layers"]
+    assert [(row["op"], row["tensor"], row["type"]) for row in rows] == [
+        ("MatMul", "a", "int8"),
+        ("Relu", "r", "float"),
+        ("MatMul", "y", "int8"),
+    ]
+    names = {row["layer"] for row in rows}
+    assert names == {"fc1", "relu", "fc2"} if named else not any("add_bias" in name for name in names)
+    assert result["largest_fall"]["layer"] in names
+    assert result["unmatched"] == 0
+
+
+def test_the_reference_is_walked_once_whatever_its_depth(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[int] = []
+    computed = module._computed
+
+    def counted(graph: onnx.GraphProto) -> set[str]:
+        walks.append(len(graph.node))
+        return computed(graph)
+
+    monkeypatch.setattr(module, "_computed", counted)
+    result = module.compare_layers((int8, FLOAT_GRAPH), (int8, INT8_GRAPH), load_golden(int8)[0])
+    assert len(walks) < len(result["layers"])
+
+
 def convolved(x: np.ndarray[Any, Any], kernel: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """(N, C, H, W) with (K, C, 3, 3), padded by one, in float64 -> (N, K, H, W)."""
     padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))

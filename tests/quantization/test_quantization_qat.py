@@ -208,6 +208,45 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
+def assert_same_without_weights(made: Any, known: dict[str, Array], x: Array, opset: int = 19) -> None:
+    """One node of "x" -> "y"."""
+    model = onnx.load_model_from_string(build([made], known, list(x.shape), opset=opset))
+    found, expected = torch_run(TorchGraph(model), x)["y"], Simulator(model)({"x": x})["y"]
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"])
+@pytest.mark.parametrize("mode", ["linear", "floor", "ceil", "round_prefer_floor", "round_prefer_ceil"])
+def test_resize_is_that_of_onnx_at_uneven_factors(where: str, mode: str) -> None:
+    attributes = {"mode": "linear"} if mode == "linear" else {"mode": "nearest", "nearest_mode": mode}
+    attributes["coordinate_transformation_mode"] = where
+    for shape in ((7,), (10, 5), (3, 4, 5)):
+        x = normal(1, 2, *shape)
+        for factor in (0.34, 0.7, 1.5, 2.3):
+            scales = np.array([1, 1, *[factor] * (len(shape) - 1), 1.4], np.float32)
+            assert_same_without_weights(node("Resize", "x _ s", "y", **attributes), {"s": scales}, x)
+            sizes = ints(1, 2, *[max(1, round(size * factor)) for size in shape])
+            assert_same_without_weights(node("Resize", "x _ _ s", "y", **attributes), {"s": sizes}, x)
+
+
+@pytest.mark.parametrize("mode", ["round_prefer_floor", "round_prefer_ceil"])
+def test_what_lies_in_the_middle_of_two_pixels_is_rounded_as_onnx_runtime_rounds_it(mode: str) -> None:
+    """7 / 4 and 28 / 23 are no floats: 3.4999998 and 14.500001 stand for 3.5 and 14.5, and 28.500002 for itself."""
+    made = node("Resize", "x _ _ s", "y", nearest_mode=mode, coordinate_transformation_mode="asymmetric")
+    for size, target in ((7, 4), (7, 38), (23, 28), (38, 12), (26, 28)):
+        assert_same_without_weights(made, {"s": ints(1, 1, target)}, np.arange(size, dtype=np.float32)[None, None])
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize("pads", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 0, 1]])
+def test_under_ceil_mode_a_window_in_the_padding_is_dropped(op: str, pads: list[int]) -> None:
+    for size, kernel, stride in ((5, 2, 2), (6, 2, 2), (5, 2, 3), (6, 3, 3), (7, 3, 2), (8, 3, 4)):
+        for more in ({}, {"count_include_pad": 1}) if op == "AveragePool" else ({}, {"dilations": [2, 1]}):
+            shape = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": pads, "ceil_mode": 1}
+            assert_same_without_weights(node(op, "x", "y", **shape, **more), {}, normal(1, 2, size, size + 1))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_presets_run_alike(name: str) -> None:
     args, shape = SMALL[name]

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekit.graphs.editing import exposed
 from edgekit.quantization import streams
 from edgekit.quantization.graph import Parameters, insert
 from edgekit.quantization.placement import place
 from edgekit.quantization.prepare import prepare
 from edgekit.quantization.rounding import weight_scales
-from edgekit.quantization.simulate import Simulator, exposed
+from edgekit.quantization.simulate import Simulator
 from edgekit.quantization.streams import Spool, Stream
 
 Array = np.ndarray[Any, Any]

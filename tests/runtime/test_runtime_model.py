@@ -14,7 +14,7 @@ from edgekit.data import load
 from edgekit.errors import BackendError, BundleError, GoldenError, InputError, UsageError
 from edgekit.manifest import TensorSpec, Tolerance
 from edgekit.runtime import Model, check_golden, compare_arrays, open_runner
-from edgekit.runtime.golden import load_golden, run_samples, save_golden
+from edgekit.runtime.golden import load_golden, parse_golden, run_samples, save_golden
 
 
 def perturbed(graph: bytes, weight: str, by: float) -> bytes:
@@ -69,6 +69,17 @@ def test_a_batch_runs_on_a_graph_of_fixed_batch_one(digits_bundle: Bundle, rewri
         assert one.inputs[0].shape == (1, 1, 28, 28)
         assert [p.label for p in one.predict_batch(frames)] == [p.label for p in many.predict_batch(frames)]
     check_golden(bundle)  # eight golden samples through a graph that takes one
+
+
+def test_golden_arrays_are_read_from_bytes_too() -> None:
+    x, y = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((2, 1), np.float32)
+    data = save_golden({"x": x, "output/x": y}, {"y": y})
+    inputs, outputs = parse_golden(data)
+    assert (set(inputs), set(outputs)) == ({"x", "output/x"}, {"y"})
+    np.testing.assert_array_equal(inputs["x"], x)
+    np.testing.assert_array_equal(outputs["y"], y)
+    with pytest.raises(BundleError, match=r"golden\.npz cannot be read"):
+        parse_golden(data[:-30])
 
 
 def test_run_is_the_graph_itself(tiny_bundle: Bundle) -> None:
