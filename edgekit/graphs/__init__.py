@@ -1,6 +1,7 @@
 """ONNX graph passes that more than one stage needs. They work in place and say what they did. numpy and onnx.
 
-editing.py      small tools: attributes, constants, consumers, pruning
+editing.py      small tools: attributes, constants, names, element types, consumers, pruning
+insertion.py    new nodes and constants, under free names
 opset.py        the opset raised
 dequantize.py   quantized graphs brought back to float
 rewriter.py     the walk behind it: what each integer tensor stands for
@@ -17,7 +18,7 @@ except ModuleNotFoundError as error:
     raise MissingExtra("onnx", error.name or "onnx") from None
 
 from .dequantize import MICROSOFT_OPERATORS, exact_reference, float_biases, is_explicit, quantized_nodes, to_float
-from .opset import opset, raise_opset
+from .opset import opset, raise_opset, with_opset
 
 __all__ = [
     "MICROSOFT_OPERATORS",
@@ -28,4 +29,5 @@ __all__ = [
     "quantized_nodes",
     "raise_opset",
     "to_float",
+    "with_opset",
 ]

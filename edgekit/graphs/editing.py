@@ -1,9 +1,9 @@
-"""Small tools that every pass uses: attributes, constants, who reads what, pruning."""
+"""Small tools that every pass uses: attributes, constants, names, element types, who reads what, pruning."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,14 @@ __all__ = [
     "attribute",
     "constants",
     "consumers",
+    "element_types",
     "exposed",
+    "free_name",
     "prune",
     "reads",
     "set_constant",
     "subgraphs",
+    "tensor_names",
 ]
 
 Array = NDArray[Any]
@@ -68,6 +71,43 @@ def consumers(graph: onnx.GraphProto) -> Counter[str]:
     for node in graph.node:
         uses.update(reads(node))
     return uses
+
+
+def tensor_names(graph: onnx.GraphProto) -> set[str]:
+    """Every name that a new tensor must not have: ONNX wants those of subgraphs to be unique with them."""
+    found = {value.name for values in (graph.input, graph.output, graph.initializer) for value in values}
+    found.update(tensor.values.name for tensor in graph.sparse_initializer)
+    for node in graph.node:
+        found.update(node.input, node.output)
+        for inner in subgraphs(node):
+            found |= tensor_names(inner)
+    return found
+
+
+def free_name(taken: Container[str], wanted: str, parts: Collection[str] = ()) -> str:
+    """``wanted``, with as many underscores behind it as it takes to be free: the same names for the same graph.
+
+    ``parts``: the names needed are ``wanted/part`` instead, and all of them are free.
+    """
+    while any(name in taken for name in ([f"{wanted}/{part}" for part in parts] or [wanted])):
+        wanted += "_"
+    return wanted
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """ONNX element type of every tensor that shape inference can tell; outputs of operators that ONNX lacks are missing."""
+    bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    found = {tensor.name: int(tensor.data_type) for tensor in model.graph.initializer}
+    bare.graph.node.extend(model.graph.node)
+    bare.graph.input.extend(value for value in model.graph.input if value.name not in found)
+    for tensor in model.graph.initializer:  # types need no values, which may be large
+        bare.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare).graph
+    except Exception:  # noqa: BLE001  inference fails on graphs that run
+        inferred = bare.graph
+    values = (*inferred.value_info, *model.graph.output, *model.graph.input)
+    return found | {v.name: v.type.tensor_type.elem_type for v in values if v.type.tensor_type.elem_type}
 
 
 def set_constant(graph: onnx.GraphProto, name: str, value: Array) -> None:

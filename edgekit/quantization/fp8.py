@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.errors import GraphError, MissingExtra
-
-from .opsets import at_opset
-from .prepare import constants, prune
+from edgekit.graphs.insertion import Insertion
+from edgekit.graphs.opset import with_opset
 
 try:
     from ml_dtypes import float8_e4m3fn
@@ -35,6 +34,7 @@ E4M3_MAX = 448.0
 #: E4M3 came with 19, but there only a zero point can name it, and ONNX Runtime 1.32 drops a Relu in front of a
 #: QuantizeLinear with such a zero point. From 21 on the attribute ``output_dtype`` names it.
 FP8_OPSET = 21
+PARTS = ("fp8", "scale", "dequantized")  # names of what becomes of a tensor
 
 
 class Quantizable(Protocol):
@@ -56,28 +56,18 @@ def to_fp8(prepared: onnx.ModelProto, layers: Iterable[Quantizable], amax: Mappi
     ``amax``: data tensor -> largest absolute value to represent; its scale is amax / 448, one per tensor, and larger values
     saturate. Weights become FLOAT8E4M3FN initializers with one scale a tensor, max |w| / 448. Scales are float32.
 
-    Raises `GraphError` where a tensor has no amax or one that is not finite, where weights are not finite, where the graph
-    uses a name that is needed, and where it does not convert to opset 21.
+    Raises `GraphError` where a tensor has no amax or one that is not finite, where weights are not finite, and where the graph
+    does not convert to opset 21.
     """
-    chosen = list(layers)
-    made = at_opset(prepared, FP8_OPSET)
-    _Inserter(made).run(chosen, amax)
-    return made
+    return _Inserter(with_opset(prepared, FP8_OPSET)).run(list(layers), amax)
 
 
-class _Inserter:
-    """Works on one graph, in place."""
-
+class _Inserter(Insertion):
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model, self.graph = model, model.graph
-        self.nodes = {node.name: node for node in model.graph.node}
-        self.position = {node.name: i for i, node in enumerate(model.graph.node)}
-        self.known = constants(model.graph)
-        self.names = {*self.known, *(name for node in model.graph.node for name in node.output)}
-        self.before: dict[str, list[onnx.NodeProto]] = {}  # node name -> new nodes in front of it
+        super().__init__(model)
         self.weights: dict[str, str] = {}  # initializer -> its dequantized form
 
-    def run(self, layers: list[Quantizable], amax: Mapping[str, float]) -> None:
+    def run(self, layers: list[Quantizable], amax: Mapping[str, float]) -> onnx.ModelProto:
         readers: dict[str, list[Quantizable]] = {}
         for layer in layers:
             readers.setdefault(layer.data, []).append(layer)
@@ -88,45 +78,29 @@ class _Inserter:
                 self.nodes[layer.name].input[1 - layer.position] = output
         for layer in sorted(layers, key=lambda layer: self.position[layer.name]):
             self.nodes[layer.name].input[layer.position] = self._weight(layer)
-        nodes = [
-            onnx.NodeProto.FromString(new.SerializeToString())
-            for node in self.graph.node
-            for new in (*self.before.get(node.name, ()), node)
-        ]
-        del self.graph.node[:]
-        self.graph.node.extend(nodes)
-        prune(self.model, [value.name for value in self.graph.output])
+        return self.finish()
 
     def _pair(self, tensor: str, scale: float, first: str) -> str:
-        names = [f"{tensor}/{part}" for part in ("scale", "fp8", "dequantized")]
-        self._constant(numpy_helper.from_array(np.array(scale, np.float32), names[0]))
-        quantize = helper.make_node(
-            "QuantizeLinear", [tensor, names[0]], [names[1]], f"{tensor}/quantize", output_dtype=TensorProto.FLOAT8E4M3FN
-        )
-        dequantize = helper.make_node("DequantizeLinear", [names[1], names[0]], [names[2]], f"{tensor}/dequantize")
-        self.before.setdefault(first, []).extend([quantize, dequantize])
-        return names[2]
+        base = self.base(tensor, *PARTS)
+        stored, factor, output = (f"{base}/{part}" for part in PARTS)
+        self.constant(factor, np.array(scale, np.float32))
+        e4m3 = {"output_dtype": TensorProto.FLOAT8E4M3FN}
+        self.before(first, "QuantizeLinear", [tensor, factor], stored, f"{base}/quantize", **e4m3)
+        self.before(first, "DequantizeLinear", [stored, factor], output, f"{base}/dequantize")
+        return output
 
     def _weight(self, layer: Quantizable) -> str:
         """FLOAT8E4M3FN initializer and DequantizeLinear; shared weights are stored once."""
         if layer.weight not in self.weights:
-            values = numpy_helper.to_array(self.known[layer.weight])
+            values = numpy_helper.to_array(self.floats[layer.weight])
             scale = _scale(float(np.abs(values).max(initial=0.0)), layer.weight)
-            names = [f"{layer.name}/weight/{part}" for part in ("fp8", "scale", "dequantized")]
-            self._constant(_stored(values / np.float32(scale), names[0]))
-            self._constant(numpy_helper.from_array(np.array(scale, np.float32), names[1]))
-            node = helper.make_node("DequantizeLinear", names[:2], [names[2]], name=f"{layer.name}/weight/dequantize")
-            self.before.setdefault(layer.name, []).append(node)
-            self.weights[layer.weight] = names[2]
+            base = self.base(f"{layer.name}/weight", *PARTS)
+            stored, factor, output = (f"{base}/{part}" for part in PARTS)
+            self.constant(stored, _stored(values / np.float32(scale), stored))
+            self.constant(factor, np.array(scale, np.float32))
+            self.before(layer.name, "DequantizeLinear", [stored, factor], output, f"{base}/dequantize")
+            self.weights[layer.weight] = output
         return self.weights[layer.weight]
-
-    def _constant(self, tensor: onnx.TensorProto) -> None:
-        if tensor.name in self.names:
-            raise GraphError(
-                f"the graph has a tensor {tensor.name!r}, a name that quantization needs", "rename it in the exporter"
-            )
-        self.names.add(tensor.name)
-        self.graph.initializer.append(tensor)
 
 
 def _scale(largest: float | None, tensor: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from edgekit.errors import GraphError
+from edgekit.graphs.insertion import Insertion
 
 from .placement import Layer, Placement
-from .prepare import attribute, constants, prune
+from .prepare import attribute
 from .statistics import LEVELS
 
 __all__ = ["Parameters", "Quantizer", "check", "insert", "quantized_weight", "scaled_weight"]
@@ -103,22 +105,18 @@ def insert(
     ``weights`` or ``activations`` alone, to tell causes: then nothing is shifted or scaled, and no weight is fitted.
     """
     model = onnx.ModelProto.FromString(prepared.SerializeToString())
+    model.producer_name = "edgekit"  # a stretch of a graph states none
     if not (weights and activations):
         parameters = Parameters(parameters.scales, parameters.weights)
     return _Inserter(model, placement, parameters).run(set(chosen), weights, activations)
 
 
-class _Inserter:
+class _Inserter(Insertion):
     def __init__(self, model: onnx.ModelProto, placement: Placement, parameters: Parameters) -> None:
-        self.model, self.graph = model, model.graph
+        super().__init__(model)
         self.placement, self.parameters = placement, parameters
-        self.nodes = {node.name: node for node in model.graph.node}
-        self.floats = constants(model.graph)
-        self.before: dict[str, list[onnx.NodeProto]] = {}  # node name -> new nodes that go in front of it
-        self.after: dict[str, list[onnx.NodeProto]] = {}
         self.done: dict[tuple[object, ...], str] = {}  # what is quantized already -> its dequantized name
-        self.bases: dict[str, int] = {}  # tensor -> how many forms of it there are
-        self.position = {node.name: i for i, node in enumerate(model.graph.node)}
+        self.forms: Counter[str] = Counter()  # of each tensor
 
     def run(self, names: set[str], weights: bool, activations: bool) -> onnx.ModelProto:
         named = [layer for layer in self.placement.layers if layer.name in names]
@@ -131,14 +129,7 @@ class _Inserter:
                 self._weight(layer)
             if layer.name in self.parameters.biases and (layer.biased or layer.name) in self.nodes:
                 self._bias(layer, self.parameters.biases[layer.name])
-        order = [
-            new for node in self.graph.node for new in (*self.before.get(node.name, ()), node, *self.after.get(node.name, ()))
-        ]
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in order]
-        del self.graph.node[:]
-        self.graph.node.extend(copies)
-        prune(self.model, [value.name for value in self.graph.output])
-        return self.model
+        return self.finish()
 
     def _readings(self, chosen: list[Layer], names: set[str]) -> list[_Reading]:
         """One for each form of each tensor."""
@@ -173,30 +164,27 @@ class _Inserter:
     def _pair(self, reading: _Reading) -> None:
         """[Pad,] [Sub,] [Mul,] QuantizeLinear, DequantizeLinear in front of the tensor's first reader of this form."""
         tensor, quantizer = reading.tensor, reading.quantizer
-        count = self.bases[tensor] = self.bases.get(tensor, 0) + 1
-        base = tensor if count == 1 else f"{tensor}/{count}"
-        first = min((name for name, _ in reading.ends), key=self.position.__getitem__)
-        new, current = self.before.setdefault(first, []), tensor
-
-        def then(op: str, operand: Array, part: str) -> None:
-            nonlocal current
-            self._constant(f"{base}/{part}", operand)
-            new.append(helper.make_node(op, [current, f"{base}/{part}"], [f"{base}/{part}ed"], name=f"{base}/{op.lower()}"))
-            current = f"{base}/{part}ed"
-
+        steps: list[tuple[str, str, Array]] = []
         if reading.pads:
             half = len(reading.pads) // 2
-            then("Pad", np.array([0, 0, *reading.pads[:half], 0, 0, *reading.pads[half:]], np.int64), "pad")
+            steps.append(("Pad", "pad", np.array([0, 0, *reading.pads[:half], 0, 0, *reading.pads[half:]], np.int64)))
         if quantizer.shift is not None:
-            then("Sub", quantizer.shift.astype(np.float32).reshape(reading.shape), "shift")
+            steps.append(("Sub", "shift", quantizer.shift.astype(np.float32).reshape(reading.shape)))
         if quantizer.factor is not None:
-            then("Mul", quantizer.factor.astype(np.float32).reshape(reading.shape), "factor")
-        self._constant(f"{base}/scale", np.array(quantizer.scale, np.float32))
+            steps.append(("Mul", "factor", quantizer.factor.astype(np.float32).reshape(reading.shape)))
+        self.forms[tensor] += 1
+        wanted = tensor if self.forms[tensor] == 1 else f"{tensor}/{self.forms[tensor]}"
+        parts = [part for _, step, _ in steps for part in (step, f"{step}ed")]
+        base = self.base(wanted, *parts, "scale", "int8", "dequantized")
+        first = min((name for name, _ in reading.ends), key=self.position.__getitem__)
+        for op, step, operand in steps:
+            self.constant(f"{base}/{step}", operand)
+            self.before(first, op, [tensor, f"{base}/{step}"], f"{base}/{step}ed", f"{base}/{op.lower()}")
+            tensor = f"{base}/{step}ed"
+        self.constant(f"{base}/scale", np.array(quantizer.scale, np.float32))
         shared = [f"{base}/scale", self._zero_point(())]
-        new += [
-            helper.make_node("QuantizeLinear", [current, *shared], [f"{base}/int8"], name=f"{base}/quantize"),
-            helper.make_node("DequantizeLinear", [f"{base}/int8", *shared], [f"{base}/dequantized"], name=f"{base}/dequantize"),
-        ]
+        self.before(first, "QuantizeLinear", [tensor, *shared], f"{base}/int8", f"{base}/quantize")
+        self.before(first, "DequantizeLinear", [f"{base}/int8", *shared], f"{base}/dequantized", f"{base}/dequantize")
         for name, end in reading.ends:
             self.nodes[name].input[end] = f"{base}/dequantized"
 
@@ -210,26 +198,20 @@ class _Inserter:
             q = quantized_weight(scaled_weight(value, layer, factor), scale, layer.axis)
         key = (q.shape, layer.axis, q.tobytes(), scale.tobytes())
         if key not in self.done:
-            base = f"{layer.name}/weight"
-            self._constant(f"{base}/int8", q)
-            self._constant(f"{base}/scale", scale)
+            base = self.base(f"{layer.name}/weight", "int8", "scale", "dequantized")
+            self.constant(f"{base}/int8", q)
+            self.constant(f"{base}/scale", scale)
             inputs = [f"{base}/int8", f"{base}/scale", self._zero_point(scale.shape)]
-            node = helper.make_node(
-                "DequantizeLinear", inputs, [f"{base}/dequantized"], name=f"{base}/dequantize", axis=layer.axis
-            )
-            self.before.setdefault(layer.name, []).append(node)
-            self.done[key] = node.output[0]
+            self.done[key] = f"{base}/dequantized"
+            self.before(layer.name, "DequantizeLinear", inputs, self.done[key], f"{base}/dequantize", axis=layer.axis)
         self.nodes[layer.name].input[layer.position] = self.done[key]
 
     def _bias(self, layer: Layer, bias: Array) -> None:
-        name = f"{layer.name}/bias"
-        self._constant(name, bias.astype(np.float32))
+        name = self.tensor(f"{layer.name}/bias")
+        self.constant(name, bias.astype(np.float32))
         if not layer.biased:  # none so far: an Add of its own
-            node, raw = self.nodes[layer.name], f"{layer.output}/unbiased"
-            node.output[0] = raw
-            self.after.setdefault(layer.name, []).append(
-                helper.make_node("Add", [raw, name], [layer.output], name=f"{layer.name}/add_bias")
-            )
+            raw = self.nodes[layer.name].output[0] = self.tensor(f"{layer.output}/unbiased")
+            self.after(layer.name, "Add", [raw, name], layer.output, f"{layer.name}/add_bias")
             return
         node = self.nodes[layer.biased]
         if layer.biased != layer.name:  # the Add behind a MatMul
@@ -239,17 +221,12 @@ class _Inserter:
         else:
             node.input.append(name)
 
-    def _constant(self, name: str, value: Array) -> None:
-        if name in self.floats:  # a graph that was quantized here before, or one that happens to use the name
-            raise GraphError(f"the graph has a tensor {name!r}, a name that quantization needs", "rename it in the exporter")
-        self.graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
-
     def _zero_point(self, shape: tuple[int, ...]) -> str:
-        name = f"edgekit/zero_point/{'x'.join(map(str, shape)) or 'scalar'}"
-        if name not in self.done.values():
-            self._constant(name, np.zeros(shape, np.int8))
-            self.done[("zero", shape)] = name
-        return name
+        if ("zero", shape) not in self.done:
+            name = self.tensor(f"edgekit/zero_point/{'x'.join(map(str, shape)) or 'scalar'}")
+            self.constant(name, np.zeros(shape, np.int8))
+            self.done["zero", shape] = name
+        return self.done["zero", shape]
 
 
 def check(model: onnx.ModelProto) -> None:
@@ -259,5 +236,6 @@ def check(model: onnx.ModelProto) -> None:
     except Exception as error:  # noqa: BLE001  checker and inference raise types of their own
         reason = " ".join(str(error).split())[:300]
         raise GraphError(
-            f"the int8 graph fails ONNX's checker: {reason}", "import the model again: edgekit import MODEL.onnx"
+            f"the int8 graph fails ONNX's checker: {reason}",
+            "edgekit made this graph: where the float graph passes it, report it as a defect of edgekit",
         ) from None

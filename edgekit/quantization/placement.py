@@ -21,6 +21,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from edgekit.graphs.editing import element_types
+
 from .prepare import attribute, constants, consumers
 
 __all__ = ["Layer", "Pair", "Placement", "Product", "Unquantized", "place"]
@@ -135,7 +137,7 @@ class Placement(NamedTuple):
 def place(model: onnx.ModelProto) -> Placement:
     """Apply the table to a prepared graph."""
     graph = model.graph
-    known = constants(graph)
+    known, types = constants(graph), element_types(model)
     layers: list[Layer] = []
     products: list[Product] = []
     unquantized: list[Unquantized] = []
@@ -145,7 +147,7 @@ def place(model: onnx.ModelProto) -> Placement:
         if node.op_type in FLOAT:
             unquantized.append(Unquantized(node.name, node.op_type, FLOAT[node.op_type]))
         elif node.op_type in WEIGHTED:
-            found = _layer(node, known)
+            found = _layer(node, known, types)
             if isinstance(found, Layer):
                 layers.append(found)
             elif isinstance(found, Product):
@@ -158,7 +160,7 @@ def place(model: onnx.ModelProto) -> Placement:
     return Placement(tuple(layers), tuple(products), tuple(pairs), tuple(unquantized), _sites(layers), _groups(graph, tensors))
 
 
-def _layer(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> Layer | Product | str:
+def _layer(node: onnx.NodeProto, known: dict[str, onnx.TensorProto], types: dict[str, int]) -> Layer | Product | str:
     """The layer or product that a node makes, or the reason why it makes none."""
     pattern = WEIGHTED[node.op_type]
     data, position, features = pattern.data, pattern.weight, pattern.features
@@ -166,10 +168,13 @@ def _layer(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> Layer | 
         data, position, features = position, data, -2
     weight = known.get(node.input[position])
     if weight is None:
-        plain = node.op_type == "MatMul" or (node.op_type == "Gemm" and len(node.input) < 3)
-        return Product(node.name, node.op_type, (node.input[0], node.input[1]), node.output[0]) if plain else (
-            "the weights are computed"
-        )  # fmt: skip
+        if node.op_type not in ("MatMul", "Gemm") or any(node.input[2:]):
+            return "the weights are computed"
+        # What inference cannot tell, behind operators that ONNX lacks, is taken for float32.
+        other = {types.get(name, onnx.TensorProto.FLOAT) for name in node.input[:2]} - {onnx.TensorProto.FLOAT}
+        if other:
+            return f"its inputs are {' and '.join(sorted(onnx.TensorProto.DataType.Name(kind).lower() for kind in other))}"
+        return Product(node.name, node.op_type, (node.input[0], node.input[1]), node.output[0])
     if node.input[data] in known:
         return "its input is a constant"
     if weight.data_type != onnx.TensorProto.FLOAT:

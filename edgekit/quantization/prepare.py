@@ -14,8 +14,20 @@ from onnx import TensorProto, numpy_helper
 
 from edgekit.errors import GraphError
 from edgekit.graphs import raise_opset, to_float
-from edgekit.graphs.editing import Array, all_nodes, attribute, constants, consumers, prune, set_constant, subgraphs
+from edgekit.graphs.editing import (
+    Array,
+    all_nodes,
+    attribute,
+    constants,
+    consumers,
+    free_name,
+    prune,
+    set_constant,
+    subgraphs,
+    tensor_names,
+)
 from edgekit.graphs.opset import MIN_OPSET, WANTED_OPSET, opset
+from edgekit.graphs.weights import folded
 from edgekit.progress import say
 
 __all__ = ["MIN_OPSET", "attribute", "constants", "consumers", "prepare", "prune", "set_constant"]
@@ -105,11 +117,7 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
     known = constants(graph)
     outputs = {value.name for value in graph.output}
     for i, node in enumerate(graph.node):
-        tensor = None
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            tensor = node.attribute[0].t
-        elif node.op_type == "Identity" and node.input[0] in known:
-            tensor = known[node.input[0]]
+        tensor = _constant(node, known)
         if tensor is not None and node.output[0] not in outputs:
             copy = onnx.TensorProto.FromString(tensor.SerializeToString())
             copy.name = node.output[0]
@@ -119,12 +127,23 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
     _replace_nodes(graph, drop)
 
 
+def _constant(node: onnx.NodeProto, known: dict[str, TensorProto]) -> TensorProto | None:
+    """The value of a Constant, or of an Identity of one; tensors as they are stored, so that their bytes stay."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in ("Constant", "Identity"):
+        return None
+    if node.op_type == "Identity":
+        return known.get(node.input[0])
+    stored = attribute(node, "value", None)
+    value = None if stored is not None else folded(node, [])
+    return stored if value is None else numpy_helper.from_array(value)
+
+
 def _name_nodes(graph: onnx.GraphProto) -> None:
     """Every node gets a name of its own: the calibration refers to it."""
     seen: set[str] = set()
     for i, node in enumerate(graph.node):
         if not node.name or node.name in seen:
-            node.name = f"{node.op_type}_{i}"
+            node.name = free_name(seen, f"{node.op_type}_{i}")
         seen.add(node.name)
 
 
@@ -134,11 +153,10 @@ def _fold_batchnorm(graph: onnx.GraphProto) -> None:
     makers = {name: node for node in graph.node for name in node.output}
     drop: set[int] = set()
     for i, node in enumerate(graph.node):
-        maker = makers.get(node.input[0])
+        maker = makers.get(node.input[0]) if _is(node, "BatchNormalization") else None
         if (
-            node.op_type != "BatchNormalization"
-            or maker is None
-            or maker.op_type not in ("Conv", "ConvTranspose", "Gemm")
+            maker is None
+            or not _is(maker, "Conv", "ConvTranspose", "Gemm")
             or uses[node.input[0]] != 1
             or len([name for name in node.output if name]) != 1
             or any(name not in known for name in [*node.input[1:], *maker.input[1:]] if name)
@@ -150,12 +168,17 @@ def _fold_batchnorm(graph: onnx.GraphProto) -> None:
         factor = gamma / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))
         weight = numpy_helper.to_array(known[maker.input[1]])
         bias = numpy_helper.to_array(known[maker.input[2]]) if len(maker.input) > 2 and maker.input[2] else np.zeros(1)
-        _set_weight(graph, maker, _scaled(maker, weight, factor), (bias.astype(np.float64) - mean) * factor + beta)
+        if not _set_weight(graph, maker, _scaled(maker, weight, factor), (bias.astype(np.float64) - mean) * factor + beta):
+            continue
         known = constants(graph)
         maker.output[0] = node.output[0]
         makers[node.output[0]] = maker
         drop.add(i)
     _replace_nodes(graph, drop)
+
+
+def _is(node: onnx.NodeProto, *operators: str) -> bool:
+    return node.op_type in operators and node.domain in ("", "ai.onnx")
 
 
 def _scaled(node: onnx.NodeProto, weight: Array, factor: Array) -> Array:
@@ -171,21 +194,21 @@ def _scaled(node: onnx.NodeProto, weight: Array, factor: Array) -> Array:
     return (view * factor.reshape(groups, 1, -1, *[1] * (view.ndim - 3))).reshape(wide.shape)
 
 
-def _set_weight(graph: onnx.GraphProto, node: onnx.NodeProto, weight: Array, bias: Array) -> None:
-    names = [node.input[0], *(_free_name(graph, node, f"{node.name}.{part}") for part in ("weight", "bias"))]
-    set_constant(graph, names[1], weight.astype(np.float32))
-    set_constant(graph, names[2], bias.astype(np.float32))
-    del node.input[:]
-    node.input.extend(names)
-
-
-def _free_name(graph: onnx.GraphProto, node: onnx.NodeProto, name: str) -> str:
-    """``name``, with underscores where the graph uses it for something that is not this node's alone."""
+def _set_weight(graph: onnx.GraphProto, node: onnx.NodeProto, weight: Array, bias: Array) -> bool:
+    """float64 weights and bias, in the type that the weights had. False, and nothing is done, where they overflow it."""
+    dtype = numpy_helper.to_array(constants(graph)[node.input[1]]).dtype
+    with np.errstate(over="ignore"):
+        values = [array.astype(dtype) for array in (weight, bias)]
+    if not all(np.isfinite(value).all() for value in values):
+        return False
     uses = consumers(graph)
-    values = {*(i.name for i in graph.initializer), *(i.name for i in graph.input), *(o for n in graph.node for o in n.output)}
-    while name in values and not (name in node.input and uses[name] == 1):
-        name += "_"
-    return name
+    own = {name for name in node.input[1:] if uses[name] == 1}
+    taken = tensor_names(graph) - own
+    names = [free_name(taken, f"{node.name}.{part}") for part in ("weight", "bias")]
+    for name, value in zip(names, values, strict=True):
+        set_constant(graph, name, value)
+    node.input[1:] = names
+    return True
 
 
 def _fold_gemm_factors(graph: onnx.GraphProto) -> None:
@@ -193,14 +216,15 @@ def _fold_gemm_factors(graph: onnx.GraphProto) -> None:
     known = constants(graph)
     for node in graph.node:
         alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))
-        if node.op_type != "Gemm" or (alpha == 1.0 and beta == 1.0):
+        if not _is(node, "Gemm") or (alpha == 1.0 and beta == 1.0):
             continue
         if any(name not in known for name in node.input[1:] if name):
             continue
         weight = numpy_helper.to_array(known[node.input[1]]).astype(np.float64) * alpha
         has_bias = len(node.input) > 2 and bool(node.input[2])
         bias = numpy_helper.to_array(known[node.input[2]]).astype(np.float64) * beta if has_bias else np.zeros(1)
-        _set_weight(graph, node, weight, bias)
+        if not _set_weight(graph, node, weight, bias):
+            continue
         kept = [found for found in node.attribute if found.name not in ("alpha", "beta")]
         del node.attribute[:]
         node.attribute.extend(kept)

@@ -5,6 +5,7 @@ One thread, so that the same inputs give the same sums. Memory stays flat: batch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,9 +39,7 @@ class Simulator:
         try:
             self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
-            raise GraphError(
-                f"ONNX Runtime refuses the graph: {_first(error)}", "import it again: edgekit import MODEL.onnx"
-            ) from None
+            raise GraphError(f"ONNX Runtime refuses the graph: {_first(error)}", _cure(model, _first(error))) from None
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
 
@@ -52,6 +51,16 @@ class Simulator:
                 f"ONNX Runtime failed on a calibration sample: {_first(error)}",
                 "check the samples' shapes against: edgekit inspect B",
             ) from None
+
+
+def _cure(model: onnx.ModelProto, reason: str) -> str:
+    if model.producer_name != "edgekit":
+        return "import it again: edgekit import MODEL.onnx"
+    node = re.search(r"""[Nn]ode(?: with name|,)? [("']+([^)"']+)""", reason)
+    return (
+        "edgekit made this graph: where the float graph runs (edgekit compare B --backends onnxruntime), report it as a defect "
+        f"of edgekit{f', at the node {node[1]!r}' if node else ''}"
+    )
 
 
 def _first(error: BaseException) -> str:

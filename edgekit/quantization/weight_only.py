@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.errors import GraphError, UsageError
+from edgekit.graphs.editing import free_name, tensor_names
+from edgekit.graphs.opset import with_opset
 
-from .opsets import at_opset
 from .prepare import attribute, constants, consumers
 
 __all__ = ["BLOCKS", "MIN_PARAMETERS", "weight_only"]
@@ -90,7 +91,7 @@ def weight_only(model: onnx.ModelProto, *, bits: int, block: int) -> tuple[onnx.
             f"the graph has no matrix and no table of {MIN_PARAMETERS} float32 weights or more",
             "quantize it to int8: its activations count, not its weights",
         )
-    made = at_opset(model, _BLOCK_OPSET if block else _INT8_OPSET)
+    made = with_opset(model, _BLOCK_OPSET if block else _INT8_OPSET)
     layers = [_quantize(made.graph, weight, bits, block) for weight in found]
     figures: dict[str, Any] = {"bits": bits, "block": block, "bytes_before": before, "bytes_after": made.ByteSize()}
     figures |= {"parameters": sum(layer["bytes_before"] // 4 for layer in layers), "layers": layers}
@@ -148,7 +149,7 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
     q, scale = _fit(groups, *_RANGES[bits])
     stored = np.moveaxis(q.reshape(rows.shape), 0, channel)
     scales = np.moveaxis(scale.reshape(len(rows), -1), 0, channel) if blocked else scale.ravel()
-    base = _free(graph, weight.name)
+    base = free_name(tensor_names(graph), weight.name, (f"int{bits}", "scale", *([] if blocked else ["zero_point"])))
     graph.initializer.remove(tensor)
     graph.initializer.extend([_stored(stored, bits, f"{base}/int{bits}"), _constant(scales, f"{base}/scale")])
     inputs = [f"{base}/int{bits}", f"{base}/scale"]
@@ -156,7 +157,8 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
         graph.initializer.append(_constant(np.zeros(scales.shape, np.int8), f"{base}/zero_point"))
         inputs.append(f"{base}/zero_point")
     attributes = {"axis": inner, "block_size": size} if blocked else {"axis": channel}
-    node = helper.make_node("DequantizeLinear", inputs, [weight.name], name=f"{base}/dequantize", **attributes)
+    node_name = free_name({node.name for node in graph.node}, f"{base}/dequantize")
+    node = helper.make_node("DequantizeLinear", inputs, [weight.name], name=node_name, **attributes)
     graph.node.insert(0, node)
     noise = float(((q * scale - groups) ** 2).sum(dtype=np.float64))
     signal = float((values**2).sum(dtype=np.float64))
@@ -213,11 +215,3 @@ def _stored(q: NDArray[np.int8], bits: int, name: str) -> onnx.TensorProto:
 
 def _constant(value: Array, name: str) -> onnx.TensorProto:
     return numpy_helper.from_array(np.ascontiguousarray(value), name)
-
-
-def _free(graph: onnx.GraphProto, name: str) -> str:
-    """``name``, with underscores where the graph uses names that begin with it and a slash."""
-    values = {*(i.name for i in graph.initializer), *(i.name for i in graph.input), *(o for n in graph.node for o in n.output)}
-    while any(f"{name}/{part}" in values for part in ("int8", "int4", "scale", "zero_point")):
-        name += "_"
-    return name

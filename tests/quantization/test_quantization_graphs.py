@@ -201,7 +201,6 @@ def test_int8_is_near_the_float_graph(name: str, recovery: str) -> None:
     assert signal_to_noise(made.prepared, with_reference(original, made.batches)) > 100
     assert signal_to_noise(made.int8, with_reference(original, made.batches)) > 26
     # The kernels of ONNX Runtime agree with the arithmetic that the Q/DQ nodes state.
-    from edgekit.runtime.onnxruntime import session
 
     found = session(made.int8.SerializeToString()).run(None, made.batches[0])[0]
     expected = Simulator(made.int8)(made.batches[0])["y"]
@@ -332,40 +331,17 @@ def test_shared_weights_stay_shared() -> None:
     assert len({made.placement.sites[f"f{i}"] for i in range(3)}) == 1
 
 
-def test_folding_leaves_weights_that_others_use() -> None:
-    """Two convolutions share ``conv.weight``; the folded one of the node ``conv`` once took its name, and its place."""
-    r = np.random.default_rng(0)
-    ones = np.ones(4, np.float32)
-    known = {"conv.weight": r.normal(size=(4, 4, 1, 1)).astype(np.float32), "g": 3 * ones, "z": 0 * ones, "v": ones}
-    nodes = [
-        helper.make_node("Conv", ["x", "conv.weight"], ["a"], name="conv"),
-        helper.make_node("BatchNormalization", ["a", "g", "z", "z", "v"], ["b"], name="bn"),
-        helper.make_node("Conv", ["b", "conv.weight"], ["y"], name="second"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", 1, [1, 4, 2, 2])],
-        [helper.make_tensor_value_info("y", 1, [1, 4, 2, 2])],
-        [numpy_helper.from_array(v, k) for k, v in known.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    x = r.normal(size=(1, 4, 2, 2)).astype(np.float32)
-    expected = session(model.SerializeToString()).run(None, {"x": x})[0]
-    found = session(prepare(model.SerializeToString()).SerializeToString()).run(None, {"x": x})[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_quantized_graphs_come_back_to_float() -> None:
-    made = quantized(build(CASES["gemm"]), CASES["gemm"].x)
-    back = prepare(made.int8.SerializeToString())
-    assert [node.op_type for node in back.graph.node] == ["Gemm"]
-    assert signal_to_noise(back, with_reference(made.prepared, made.batches)) > 28
-
-
-def test_junk_is_refused() -> None:
-    with pytest.raises(GraphError, match="cannot be read"):
-        prepare(b"\x08\x07not an onnx file")
+@pytest.mark.parametrize("recovery", ["none", "shifted"])
+@pytest.mark.parametrize("name", ["gemm", "conv, batchnorm, relu", "residual", "one-sided, wide and narrow channels"])
+def test_quantized_graphs_come_back_to_float_and_are_quantized_again(name: str, recovery: str) -> None:
+    case = CASES[name]
+    made = quantized(build(case), case.x, recovery=recovery)
+    again = quantized(made.int8.SerializeToString(), case.x, recovery=recovery)
+    check(again.int8)
+    assert "DequantizeLinear" not in {node.op_type for node in again.prepared.graph.node}
+    assert again.placement.names == made.placement.names
+    assert signal_to_noise(again.prepared, with_reference(made.prepared, made.batches)) > 26
+    assert signal_to_noise(again.int8, with_reference(made.int8, made.batches)) > 26
 
 
 def test_nan_inside_the_model_is_named() -> None:
