@@ -26,6 +26,7 @@ from .statistics import METHODS, Statistics, scale_of
 __all__ = ["Bench", "Candidate", "Ranges", "affordable", "make_bench"]
 
 STUDIED = (2, 64)  # samples behind the sensitivities: fewest and most
+LABELLED = (0, 256)  # samples behind the points that each layer costs
 STUDIED_BYTES = 16 << 20  # of inputs and float outputs that are held meanwhile
 FITTED = (16, 128)  # samples behind the fitted weights
 SPOOLED_BYTES = 2 << 30  # on disk meanwhile
@@ -140,9 +141,11 @@ def make_bench(graph: bytes, pool: Pool) -> Bench:
         grouped[group] = grouped[group].merged(statistics[name]) if group in grouped else statistics[name]
     ends = measured_shapes(original, [value.name for value in original.graph.output], first)
     size = 4 * sum(int(np.prod(shape, dtype=np.int64)) for shape in ends.values()) + sum(a.nbytes for a in first.values())
-    count = min(affordable(STUDIED, 2 * len(placement.names) * sum(macs.values())), max(2, STUDIED_BYTES // max(size, 1)))
+    count = min(affordable(STUDIED, 4 * len(placement.names) * sum(macs.values())), max(2, STUDIED_BYTES // max(size, 1)))
     studied = pool.calibration.spread(count)
-    study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))))
+    known = pool.labelled if pool.labelled.targets is not None else pool.labelled.take([])
+    labelled = known.spread(affordable(LABELLED, len(placement.names) * sum(macs.values())))
+    study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))), labelled)
     return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, first)
 
 

@@ -52,7 +52,7 @@ def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: in
     bench = make_bench(graph, pool)
     recovered = recover(bench, method, extra)
     stated = budget.max_drop is not None or budget.min_snr is not None or budget.share is not None
-    rows = bench.study.sensitivities(recovered.parameters, alone=not stated)
+    rows = bench.study.sensitivities(recovered.parameters, alone=stated or method == "auto")
     found, missed = _within(bench, budget, recovered, rows)
     data: bytes = found.model.SerializeToString(deterministic=True)
     parameters = found.parameters
@@ -85,12 +85,19 @@ def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: in
 
 
 def culprit(calibration: Calibration) -> dict[str, Any] | None:
-    """The int8 layer that costs the output most."""
-    measured = [layer for layer in calibration.layers if layer.int8 and layer.gain_db is not None]
+    """The int8 layer that costs the output most, where each was measured alone."""
+    measured = [layer for layer in calibration.layers if layer.int8 and layer.alone_db is not None]
     if not measured:
         return None
-    worst = max(measured, key=lambda layer: layer.gain_db or 0.0)
-    return {"layer": worst.name, "op": worst.op, "alone_db": worst.alone_db, "gain_db": worst.gain_db, "why": worst.why}
+    worst = min(measured, key=lambda layer: layer.alone_db or 0.0)
+    return {
+        "layer": worst.name,
+        "op": worst.op,
+        "alone_db": worst.alone_db,
+        "layer_db": worst.layer_db,
+        "drop": worst.drop,
+        "why": worst.why,
+    }
 
 
 def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensitivity]) -> tuple[Candidate, str]:
@@ -144,7 +151,8 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
 def _layer_records(bench: Bench, found: Candidate, rounded: Parameters, rows: Sequence[Sensitivity]) -> tuple[LayerRecord, ...]:
     layers = {layer.name: layer for layer in bench.placement.layers}
     ops = {product.name: product.op for product in bench.placement.products} | {k: v.op for k, v in layers.items()}
-    worst = sorted((row for row in rows if row.layer in layers), key=lambda row: -row.gain_db)[:EXPLAINED]
+    measured_alone = [row for row in rows if row.layer in layers and row.alone_db is not None]
+    worst = sorted(measured_alone, key=lambda row: row.alone_db or 0.0)[:EXPLAINED]
     why = {
         row.layer: bench.study.why(layers[row.layer], rounded, bench.statistics)
         + (
@@ -167,7 +175,8 @@ def _layer_records(bench: Bench, found: Candidate, rounded: Parameters, rows: Se
                 int8,
                 bench.macs[name],
                 None if row.alone_db is None else round(row.alone_db, 2),
-                round(row.gain_db, 2),
+                round(row.layer_db, 2),
+                None if row.drop is None else round(row.drop, 3),
                 record.exact_all(parameters.weights[name]) if int8 and name in layers else (),
                 record.exact_all(bias) if int8 and bias is not None else None,
                 record.packed(parameters.integers[name], nearest[name]) if int8 and name in nearest else None,

@@ -1,4 +1,4 @@
-"""What each layer costs, as one SVG: bars of the dB that the output gains where only that layer stays float."""
+"""What each layer costs, as one SVG: bars of the error that it leaves, in percent of the signal's rms."""
 
 from __future__ import annotations
 
@@ -30,33 +30,43 @@ def check_picture(path: Path) -> Path:
 
 
 def draw_layers(bundle: Bundle, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the picture of a `layer_table`; nothing where it has no measured layers."""
-    measured = [row for row in rows if row["gain_db"] is not None][:_SHOWN]
+    """Write the picture of a `layer_table`; nothing where it has no measured layers.
+
+    The error is that of the output where one layer alone is int8; where that was not measured, of the layer's own output.
+    """
+    key = "alone_db" if any(row["alone_db"] is not None for row in rows) else "layer_db"
+    measured = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key])
     if measured:
-        atomic_write(path, _svg(measured, f"{bundle.manifest.name}: what each layer costs").encode())
+        atomic_write(path, _svg(measured[:_SHOWN], key, len(measured), bundle.manifest.name).encode())
 
 
-def _svg(rows: Sequence[dict[str, Any]], title: str) -> str:
-    most = max(0.1, *(row["gain_db"] for row in rows))
+def _svg(rows: Sequence[dict[str, Any]], key: str, total: int, name: str) -> str:
+    errors = [100 * 10 ** (-row[key] / 20) for row in rows]
+    most = max(1e-3, *errors)
+    what = "at the output, where this layer alone is int8" if key == "alone_db" else "at the layer's output, all int8"
+    title = f"{name}: what each layer costs" + (
+        f" ({len(rows)} of {total} layers, the worst first)" if len(rows) < total else ""
+    )
     width, height = _LEFT + _BAR + _RIGHT, _TOP + _ROW * len(rows) + 24
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
         f"{_MARK}<style>{_STYLE}</style>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         f'<text class="title" x="24" y="34">{escape(title)}</text>',
-        '<text x="24" y="58">dB that the output gains where this layer alone stays float; grey: it does stay float</text>',
+        f'<text x="24" y="58">error {what}, in percent of the rms; grey: it stays float</text>',
     ]
     for i, row in enumerate(rows):
         y = _TOP + i * _ROW
         kind = "float" if row["type"] == "float" else "worst" if i == 0 else "int8"
-        length = max(row["gain_db"], 0.0) / most * _BAR
+        length = errors[i] / most * _BAR
         name = row["layer"] if len(row["layer"]) <= 30 else "…" + row["layer"][-29:]
-        alone = "" if row["alone_db"] is None else f", alone {row['alone_db']:.1f} dB"
+        value = f"{errors[i]:.2g}% ({row[key]:.1f} dB)"
+        points = "" if row["drop"] is None else f", {row['drop']:+.2f} points of top-1 lost alone"
         parts += [
             f'<text class="name" x="{_LEFT - 10}" y="{y + 14}">{escape(name)} ({escape(row["op"])})</text>',
             f'<rect class="bar {kind}" x="{_LEFT}" y="{y + 3}" width="{max(length, 1):.1f}" height="{_ROW - 7}" rx="2">'
-            f"<title>{escape(row['layer'])}: {row['gain_db']:+.2f} dB{alone}. {escape(row['why'])}</title></rect>",
-            f'<text class="value" x="{_LEFT + max(length, 1) + 8:.1f}" y="{y + 14}">{row["gain_db"]:+.2f}</text>',
+            f"<title>{escape(row['layer'])}: {value}{points}. {escape(row['why'])}</title></rect>",
+            f'<text class="value" x="{_LEFT + max(length, 1) + 8:.1f}" y="{y + 14}">{value}</text>',
         ]
     parts.append(f'<line class="base" x1="{_LEFT}" x2="{_LEFT}" y1="{_TOP}" y2="{_TOP + _ROW * len(rows)}"/></svg>')
     return "\n".join(parts) + "\n"

@@ -150,7 +150,7 @@ def _check(method: str, samples: int, form: str, qat: bool, epochs: int, faster_
 
 
 def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
-    """The layers of a quantized bundle, the most costly first: layer, op, type, share of MACs, dB, why.
+    """The layers of a quantized bundle, the most costly first: layer, op, type, share of MACs, dB, points, why.
 
     Empty for a form that has no calibration.
     """
@@ -165,12 +165,13 @@ def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
             "type": "int8" if layer.int8 else "float",
             "macs": round(layer.macs / total, 4),
             "alone_db": layer.alone_db,
-            "gain_db": layer.gain_db,
+            "layer_db": layer.layer_db,
+            "drop": layer.drop,
             "why": layer.why,
         }
         for layer in calibration.layers
     ]
-    return sorted(rows, key=lambda row: (row["gain_db"] is None, -(row["gain_db"] or 0.0)))
+    return sorted(rows, key=lambda row: (row["alone_db"] is None, row["alone_db"] or 0.0))
 
 
 def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], *, shift: bool) -> Result:

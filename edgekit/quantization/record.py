@@ -56,8 +56,9 @@ class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One layer. ``alone_db``: output SNR where only it is int8; ``gain_db``: what the output gains where only it is float.
+    """One layer. ``layer_db``: SNR of its own output where all are int8.
 
+    Where only it is int8: ``alone_db`` of the graph's output, ``drop`` in points of top-1, where labels are known.
     ``weights``: a float32 scale for each output channel; ``bias``: the corrected float32 bias; ``integers``: the int8 weights
     less the nearest ones, zlib in base64, where they were fitted (`packed`).
     ``why``: why it is float, or why it loses much.
@@ -68,7 +69,8 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     int8: bool
     macs: int
     alone_db: float | None = None
-    gain_db: float | None = None
+    layer_db: float | None = None
+    drop: float | None = None
     weights: tuple[float, ...] = ()
     bias: tuple[float, ...] | None = None
     integers: str | None = None

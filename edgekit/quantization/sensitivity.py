@@ -1,4 +1,4 @@
-"""Which layers lose what: each one quantized alone, and each one left float in an int8 graph."""
+"""Which layers lose what: each one quantized alone, and how far all of them have fallen where each one ends."""
 
 from __future__ import annotations
 
@@ -6,56 +6,89 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import onnx
 
+from edgekit.graphs.editing import exposed
 from edgekit.progress import track
 
 from .graph import Parameters, insert
 from .placement import Layer, Placement
 from .record import nearest_integers
-from .simulate import Array, Feeds, signal_to_noise
+from .samples import Samples
+from .simulate import Array, Feeds, Noise, Simulator, signal_to_noise
 from .statistics import Statistics
 
 __all__ = ["Sensitivity", "Study", "most_harmful_first"]
 
 
 class Sensitivity(NamedTuple):
-    """``alone_db``: output SNR where only this layer is int8, None where it was not measured.
+    """Of one layer. ``layer_db``: SNR of its own output where all are int8.
 
-    ``gain_db``: what the output gains where only this one is float; ``power``: the noise power that it takes away, over the
-    signal's.
+    Where only this layer is int8: ``alone_db`` of the graph's output, ``drop`` in points of top-1. None: not measured.
     """
 
     layer: str
-    alone_db: float | None
-    gain_db: float
-    power: float
+    layer_db: float
+    alone_db: float | None = None
+    drop: float | None = None
 
 
 class Study(NamedTuple):
-    """A graph under study and a few batches with the float outputs, held in memory."""
+    """A graph under study and a few batches with the float outputs, held in memory.
+
+    ``labelled``: samples with targets for the first output, none where there are no labels.
+    """
 
     prepared: onnx.ModelProto
     placement: Placement
     batches: list[tuple[Feeds, dict[str, Array]]]
+    labelled: Samples
 
     def snr_db(self, parameters: Parameters, layers: Collection[str], **parts: bool) -> float:
         """Output SNR in dB with these layers quantized."""
         return signal_to_noise(insert(self.prepared, self.placement, parameters, layers, **parts), self.batches)
 
     def sensitivities(self, parameters: Parameters, *, alone: bool = True) -> list[Sensitivity]:
-        """One row for each layer and product, in the graph's order; ``alone`` also measures each one as the only int8 layer."""
-        names = self.placement.names
+        """One row for each layer and product, in the graph's order; ``alone`` also measures each one as the only int8 layer.
+
+        Alone, for what a layer gains where it is float among others hangs on how these were fitted to its errors.
+        """
+        rows = self._falls(parameters)
+        if not alone:
+            return rows
         missing = [layer.name for layer in self.placement.layers if layer.name not in parameters.integers]
         nearest = dict(nearest_integers(self.prepared, self.placement, parameters, missing))  # once, not for every graph
         parameters = dataclasses.replace(parameters, integers={**parameters.integers, **nearest})
-        every = self.snr_db(parameters, names)
-        rows = []
-        for name in track(names, "measuring layers"):
-            without = self.snr_db(parameters, [other for other in names if other != name])
-            single = self.snr_db(parameters, [name]) if alone else None
-            rows.append(Sensitivity(name, single, without - every, _noise(every) - _noise(without)))
-        return rows
+        right = self._right(Simulator(self.prepared)) if len(self.labelled) else 0.0
+        found = []
+        for row in track(rows, "measuring layers"):
+            run, noise = Simulator(insert(self.prepared, self.placement, parameters, [row.layer])), Noise()
+            for feeds, expected in self.batches:
+                noise.add(expected, run(feeds))
+            drop = 100 * (right - self._right(run)) if len(self.labelled) else None
+            found.append(row._replace(alone_db=noise.snr_db(), drop=drop))
+        return found
+
+    def _falls(self, parameters: Parameters) -> list[Sensitivity]:
+        """How near each layer's output is to the float one where all are int8."""
+        ends = {layer.name: layer.output for layer in self.placement.layers}
+        ends |= {product.name: product.output for product in self.placement.products}
+        shown = list(dict.fromkeys(ends.values()))
+        quantized = insert(self.prepared, self.placement, parameters, self.placement.names)
+        runs = [Simulator(exposed(model, shown)) for model in (self.prepared, quantized)]
+        noises = {tensor: Noise() for tensor in shown}
+        for feeds, _ in self.batches:
+            exact, rounded = (run({k: v for k, v in feeds.items() if k in run.inputs}) for run in runs)
+            for tensor, noise in noises.items():
+                noise.add({tensor: exact[tensor]}, {tensor: rounded[tensor]})
+        return [Sensitivity(name, noises[tensor].snr_db()) for name, tensor in ends.items()]
+
+    def _right(self, run: Simulator) -> float:
+        """Share of the labelled samples that a graph gets right."""
+        name = self.prepared.graph.output[0].name
+        answers = np.concatenate([run(feeds)[name].argmax(-1).ravel() for feeds in self.labelled.batches()])
+        return float((answers == self.labelled.targets).mean())
 
     def why(self, layer: Layer, parameters: Parameters, statistics: Mapping[str, Statistics]) -> str:
         """In words: whether the layer's input or its weights cost more, and what is odd about them."""
@@ -74,5 +107,6 @@ def _noise(snr_db: float) -> float:
 
 
 def most_harmful_first(rows: list[Sensitivity], macs: Mapping[str, int]) -> list[str]:
-    """Layer names by the noise power that leaving each float takes away, for every multiply-accumulate that it costs."""
-    return [row.layer for row in sorted(rows, key=lambda row: row.power / max(macs[row.layer], 1), reverse=True)]
+    """Layer names by the noise power that each alone makes, for every multiply-accumulate that leaving it float costs."""
+    power = {row.layer: _noise(row.layer_db if row.alone_db is None else row.alone_db) for row in rows}
+    return sorted(power, key=lambda name: power[name] / max(macs[name], 1), reverse=True)
