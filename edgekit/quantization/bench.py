@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from edgekit.errors import GraphError
 from edgekit.graphs.dequantize import quantized_nodes
 
 from .graph import Parameters, insert
+from .journal import Journal
 from .memory import give_back
 from .placement import Placement, Unquantized, multiply_accumulates, place, shape_tensors, weights_of
 from .prepare import prepare
@@ -20,7 +22,7 @@ from .reconstruct import reconstruct
 from .rounding import weight_scales
 from .samples import Pool, Samples
 from .sensitivity import Study
-from .simulate import Feeds, Simulator, measured_shapes, observe, signal_to_noise, with_reference
+from .simulate import Array, Feeds, Simulator, measured_shapes, observe, signal_to_noise, with_reference
 from .statistics import METHODS, Statistics, scale_of
 
 __all__ = ["Bench", "Candidate", "Ranges", "affordable", "make_bench"]
@@ -69,6 +71,7 @@ class Bench(NamedTuple):
     grouped: dict[str, Statistics]  # by group
     study: Study
     first: Feeds
+    journal: Journal
 
     def rounded(self, ranges: Ranges) -> Parameters:
         """Ranges as stated, weights rounded to nearest."""
@@ -96,7 +99,14 @@ class Bench(NamedTuple):
         def batches() -> Iterator[Feeds]:
             return some.batches(size)
 
-        return reconstruct(self.prepared, self.placement, parameters, names, batches, extra=recovery == "shifted")
+        stage = hashlib.sha256("\0".join([recovery, *names]).encode()).hexdigest()[:16]
+
+        def recall(step: str, make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+            return self.journal.recall(f"{recovery}/{stage}/{step}", make)
+
+        return reconstruct(
+            self.prepared, self.placement, parameters, names, batches, extra=recovery == "shifted", recall=recall
+        )
 
     def candidate(self, names: list[str], parameters: Parameters, labelled: bool) -> Candidate:
         """Quantize these layers, measure on samples that gave no range and no weight; they chose the recovery at most."""
@@ -115,8 +125,8 @@ class Bench(NamedTuple):
         return signal_to_noise(model, with_reference(self.original, judges))
 
 
-def make_bench(graph: bytes, pool: Pool) -> Bench:
-    """Observe all that will be quantized. Raises `GraphError` where nothing can be."""
+def make_bench(graph: bytes, pool: Pool, journal: Journal) -> Bench:
+    """Observe all that will be quantized; ``journal`` knows what was seen before. Raises `GraphError` where nothing can be."""
     prepared = prepare(graph)
     placement = place(prepared)
     if not placement.names:
@@ -132,7 +142,7 @@ def make_bench(graph: bytes, pool: Pool) -> Bench:
     shapes = measured_shapes(prepared, wanted, first)
     shown = {name: 4 * int(np.prod(shapes[name], dtype=np.int64)) for name in placement.groups}
     batch = int(np.clip(BATCH_BYTES // max(sum(shown.values()), 1), 1, 64))
-    statistics = observe(prepared, shown, lambda: pool.calibration.batches(batch), BATCH_BYTES)
+    statistics = observe(prepared, shown, lambda: pool.calibration.batches(batch), BATCH_BYTES, journal.recall)
     give_back()
     placement = _reached(placement, statistics)
     macs = multiply_accumulates(prepared, placement, shapes)
@@ -146,7 +156,7 @@ def make_bench(graph: bytes, pool: Pool) -> Bench:
     known = pool.labelled if pool.labelled.targets is not None else pool.labelled.take([])
     labelled = known.spread(affordable(LABELLED, len(placement.names) * sum(macs.values())))
     study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))), labelled)
-    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, first)
+    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, first, journal)
 
 
 def _reached(placement: Placement, statistics: dict[str, Statistics]) -> Placement:

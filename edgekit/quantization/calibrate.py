@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from . import record
 from .bench import Bench, Candidate, make_bench
 from .budget import Budget, by_share, fewest_float
 from .graph import Parameters
+from .journal import Journal
 from .memory import returned
 from .record import Calibration, Drawn, LayerRecord, QuantizerRecord
 from .recovery import Recovered, recover
@@ -27,6 +29,12 @@ from .sensitivity import Sensitivity, most_harmful_first
 
 __all__ = ["Result", "calibrate", "culprit"]
 
+_VERSIONS = {
+    "edgekit": __version__,
+    "numpy": np.__version__,
+    "onnx": onnx.__version__,
+    "onnxruntime": onnxruntime.__version__,
+}
 EXPLAINED = 3  # layers whose loss is put into words
 
 
@@ -39,20 +47,35 @@ class Result(NamedTuple):
     missed: str
 
 
-def calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, *, extra: bool = True) -> Result:
-    """Raises `GraphError` where nothing can be quantized, `UsageError` where ``max_drop`` has no labels to go by."""
+def calibrate(
+    bundle: Bundle,
+    pool: Pool,
+    budget: Budget,
+    method: str,
+    seed: int,
+    *,
+    extra: bool = True,
+    checkpoint: Path | None = None,
+) -> Result:
+    """``checkpoint``: a file that keeps what was done, so that the same calibration goes on from there; the caller removes it.
+
+    Raises `GraphError` where nothing can be quantized, `UsageError` where ``max_drop`` has no labels to go by."""
     if budget.max_drop is not None and (pool.labelled.targets is None or not len(pool.labelled)):
         raise UsageError("--max-drop needs labelled samples, and these have none", "add --data SPEC, or state --min-snr")
     with returned():
-        return _calibrate(bundle, pool, budget, method, seed, extra)
+        return _calibrate(bundle, pool, budget, method, seed, extra, checkpoint)
 
 
-def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, extra: bool) -> Result:
+def _calibrate(
+    bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, extra: bool, checkpoint: Path | None
+) -> Result:
     graph = bundle.file(FLOAT_GRAPH).read_bytes()
-    bench = make_bench(graph, pool)
+    drawn = digests(pool.calibration)
+    about = [hashlib.sha256(graph).hexdigest(), method, str(extra), *_VERSIONS.values(), *drawn, *digests(pool.held_out)]
+    bench = make_bench(graph, pool, Journal(checkpoint, hashlib.sha256("\0".join(about).encode()).hexdigest()))
     recovered = recover(bench, method, extra)
     stated = budget.max_drop is not None or budget.min_snr is not None or budget.share is not None
-    rows = bench.study.sensitivities(recovered.parameters, alone=stated or method == "auto")
+    rows = bench.study.sensitivities(recovered.parameters, alone=stated or method == "auto", recall=bench.journal.recall)
     found, missed = _within(bench, budget, recovered, rows)
     data: bytes = found.model.SerializeToString(deterministic=True)
     parameters = found.parameters
@@ -62,14 +85,9 @@ def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: in
         int8_graph=hashlib.sha256(data).hexdigest(),
         method=method,
         recovery=recovered.recovery,
-        samples=Drawn(pool.source, pool.data_digest, pool.split, seed, pool.calibration.ids, digests(pool.calibration)),
+        samples=Drawn(pool.source, pool.data_digest, pool.split, seed, pool.calibration.ids, drawn),
         preprocessing=bundle.manifest.preprocessing,
-        versions={
-            "edgekit": __version__,
-            "numpy": np.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
+        versions=_VERSIONS,
         tensors={name: record.tensor_record(seen, parameters.scales[name]) for name, seen in bench.grouped.items()},
         groups=bench.placement.groups,
         quantizers={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from .placement import Layer, Placement
 from .prepare import attribute
 from .statistics import LEVELS
 
-__all__ = ["Parameters", "Quantizer", "check", "insert", "quantized_weight", "scaled_weight"]
+__all__ = ["Parameters", "Quantizer", "check", "difference", "insert", "merged", "quantized_weight", "scaled_weight"]
 
 Array = NDArray[Any]
 
@@ -53,6 +53,37 @@ class Parameters:
     def quantizer(self, placement: Placement, tensor: str) -> Quantizer:
         """Of a layer's data."""
         return self.quantizers.get(placement.sites[tensor]) or Quantizer(self.scales[placement.groups[tensor]])
+
+
+def difference(before: Parameters, after: Parameters) -> dict[str, Array]:
+    """What is new or other in ``after``, as arrays: ``kind/name``, for a quantizer ``kind/part/name``."""
+    found: dict[str, Array] = {}
+    for name, scale in after.scales.items():
+        if before.scales.get(name) != scale:
+            found[f"scales/{name}"] = np.array(scale)
+    for kind in ("weights", "biases", "integers"):
+        old, new = getattr(before, kind), getattr(after, kind)
+        found |= {f"{kind}/{name}": array for name, array in new.items() if old.get(name) is not array}
+    for site, quantizer in after.quantizers.items():
+        if before.quantizers.get(site) is not quantizer:
+            parts = {part: value for part, value in quantizer._asdict().items() if value is not None}
+            found |= {f"quantizers/{part}/{site}": np.array(value) for part, value in parts.items()}
+    return found
+
+
+def merged(parameters: Parameters, found: Mapping[str, Array]) -> Parameters:
+    """The inverse of `difference`."""
+    kinds = {kind: dict(getattr(parameters, kind)) for kind in ("scales", "weights", "biases", "integers")}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, array in found.items():
+        kind, _, name = key.partition("/")
+        if kind == "quantizers":
+            part, _, site = name.partition("/")
+            parts.setdefault(site, {})[part] = float(array) if part == "scale" else array
+        else:
+            kinds[kind][name] = float(array) if kind == "scales" else array
+    quantizers = {**parameters.quantizers, **{site: Quantizer(**values) for site, values in parts.items()}}
+    return Parameters(**kinds, quantizers=quantizers)
 
 
 def quantized_weight(weight: Array, scale: Array, axis: int) -> NDArray[np.int8]:

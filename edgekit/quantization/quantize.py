@@ -25,6 +25,7 @@ from .calibrate import Result, calibrate
 from .formats import FORMATS, other_format
 from .frozen import rebuild_result
 from .graph import check
+from .journal import discard
 from .samples import Pool, Samples, from_dataset, gather
 from .simulate import signal_to_noise, with_reference
 from .speed import BACKENDS, latencies
@@ -88,6 +89,8 @@ def quantize(
     Pad in front of Q where they help. ``qat`` then trains the int8 graph for ``qat_epochs``. ``format``: int8, fp8,
     weights8 or weights4. ``faster_on`` (a backend) leaves layers float until the graph is faster there than the float one.
 
+    What was done is kept in ``OUT.checkpoint`` until the bundle is written: an interrupted run goes on from there.
+
     Returns the new bundle; its last history entry has the figures. Raises `BudgetNotMet` with the best found written: also
     where ``max_drop`` is exceeded on the test split, and, with neither ``max_drop`` nor ``min_snr`` stated, below 10 dB.
     `GraphError` where the graph cannot be quantized, `DataError` for samples that do not fit, `UsageError`, `OutputExists`.
@@ -108,12 +111,19 @@ def quantize(
             )
         return _finish(opened, out, config, _Made(rebuild_result(opened, Path(calib)), data, None, None))
     pool, training = _drawn(opened, calib, data, config, labelled=max_drop is not None or qat)
-    result = _result(opened, pool, budget, config, shift=shift)
+    checkpoint = Path(out).with_name(f"{Path(out).name}.checkpoint")
+    result = _result(opened, pool, budget, config, checkpoint, shift=shift)
     if qat:
         result = _trained(opened, result, training, pool, qat_epochs, seed)
     known = pool.labelled.targets is not None and len(pool.labelled) > 0
     golden = _golden(opened, pool) if opened.manifest.task == "tensor" else None
-    return _finish(opened, out, config, _Made(result, (data or pool.source) if known else None, budget, golden))
+    try:
+        written = _finish(opened, out, config, _Made(result, (data or pool.source) if known else None, budget, golden))
+    except BudgetNotMet:  # it is written all the same
+        discard(checkpoint)
+        raise
+    discard(checkpoint)
+    return written
 
 
 def _drawn(
@@ -174,16 +184,19 @@ def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["alone_db"] is None, row["alone_db"] or 0.0))
 
 
-def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], *, shift: bool) -> Result:
+def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], checkpoint: Path, *, shift: bool) -> Result:
     """int8 by the budget, or by the ladder that ``faster_on`` walks; or another form."""
     if (form := config.get("format", "int8")) != "int8":
         return other_format(bundle, pool, form)
+
+    def made(budget: Budget) -> Result:
+        return calibrate(bundle, pool, budget, config["method"], config["seed"], extra=shift, checkpoint=checkpoint)
+
     if "faster_on" not in config:
-        return _timed(bundle, calibrate(bundle, pool, budget, config["method"], config["seed"], extra=shift), pool)
+        return _timed(bundle, made(budget), pool)
     best: Result | None = None
     for step in LADDER:
-        found = calibrate(bundle, pool, Budget(share=step), config["method"], config["seed"], extra=shift)
-        found = _timed(bundle, found, pool)
+        found = _timed(bundle, made(Budget(share=step)), pool)
         times = found.figures["latency_ms"]
         say(f"{found.figures['share']:.0%} int8: {times['int8']:.3f} ms, float {times['float']:.3f} ms")
         if best is None or times["int8"] < best.figures["latency_ms"]["int8"]:

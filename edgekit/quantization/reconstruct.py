@@ -16,13 +16,13 @@ from onnx import numpy_helper
 
 from edgekit.progress import track
 
-from .graph import Parameters, Quantizer, insert, scaled_weight
+from .graph import Parameters, Quantizer, difference, insert, merged, scaled_weight
 from .memory import give_back
 from .placement import Layer, Placement
 from .prepare import constants
 from .ranges import Drawn, Reader, propose
 from .rounding import SWEEPS, Moments, Rounded, clip_scales, fit_and_round
-from .simulate import Feeds
+from .simulate import Feeds, Recall
 from .statistics import LEVELS
 from .streams import Stream, sequence_lives
 from .unfold import Unfolding, unfolding
@@ -57,21 +57,30 @@ def reconstruct(
     batches: Callable[[], Iterator[Feeds]],
     *,
     extra: bool = True,
+    recall: Recall | None = None,
 ) -> Parameters:
     """Better numbers for the chosen layers than ``parameters``, by the samples in ``batches``.
 
     ``extra`` allows Sub, Mul and Pad in front of QuantizeLinear where they take a fifth of a layer's input error away.
-    Layers with no simple geometry (`unfolding`) keep what they have.
+    Layers with no simple geometry (`unfolding`) keep what they have. ``recall`` remembers what each step gave (`Journal`):
+    the streams then run again, so that all that follows sees the same numbers, but nothing is fitted twice.
     """
     work = _Reconstruction(prepared, placement, parameters, set(chosen), extra)
     units = work.units()
     if not units:
         return parameters
     with Stream(prepared, batches()) as exact, Stream(prepared, batches()) as rounded:
-        for unit in track(units, "fitting layers"):
+        for i, unit in enumerate(track(units, "fitting layers")):
             exact.advance(unit.start, lambda model: model)
             rounded.advance(unit.start, work.rewrite)
-            work.fit(unit, exact, rounded)
+
+            def fit(unit: _Unit = unit) -> dict[str, Array]:
+                before = work.parameters
+                work.fit(unit, exact, rounded)
+                return difference(before, work.parameters)
+
+            found = recall(str(i), fit) if recall else fit()
+            work.take(unit, found)
             give_back()
     return work.parameters
 
@@ -124,6 +133,12 @@ class _Reconstruction:
         quantizer = self.parameters.quantizers.get(site)
         found, gathered = self._solve(unit, quantizer, exact, rounded, 1)
         self._store(unit, found, gathered, self._biased(unit, quantizer))
+
+    def take(self, unit: _Unit, found: dict[str, Array]) -> None:
+        """What `fit` changed; nothing new where it has just run."""
+        self.parameters = merged(self.parameters, found)
+        self.decided.add(self.placement.sites[unit.layers[0].data])
+        self.fitted |= {layer.name for layer in unit.layers}
 
     def _biased(self, unit: _Unit, quantizer: Quantizer | None) -> bool:
         shifted = quantizer is not None and quantizer.shift is not None
@@ -261,7 +276,6 @@ class _Reconstruction:
                 bias = bias + numpy_helper.to_array(self.known[layer.bias]).astype(np.float64).ravel()
             biases[layer.name] = bias.astype(np.float32)
         self.parameters = dataclasses.replace(parameters, integers=integers, weights=weights, biases=biases)
-        self.fitted |= {layer.name for layer in unit.layers}
 
 
 def _plain_sites(placement: Placement, shapes: dict[str, Unfolding]) -> set[str]:

@@ -214,8 +214,9 @@ def exact_all(values: NDArray[Any]) -> tuple[float, ...]:
 
 def tensor_record(statistics: Statistics, scale: float) -> TensorRecord:
     mean = statistics.total / max(statistics.count, 1)
+    low, high = (statistics.minimum, statistics.maximum) if statistics.count else (0.0, 0.0)  # JSON has no infinity
     return TensorRecord(
-        exact(scale), exact(statistics.minimum), exact(statistics.maximum), exact(mean), exact(statistics.rms),
+        exact(scale), exact(low), exact(high), exact(mean), exact(statistics.rms),
         statistics.count, statistics.zeros, statistics.top,
         tuple(int(n) for n in statistics.counts.reshape(SUMMARY_BINS, BINS // SUMMARY_BINS).sum(1)),
     )  # fmt: skip

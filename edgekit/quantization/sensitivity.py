@@ -16,7 +16,7 @@ from .graph import Parameters, insert
 from .placement import Layer, Placement
 from .record import nearest_integers
 from .samples import Samples
-from .simulate import Array, Feeds, Noise, Simulator, signal_to_noise
+from .simulate import Array, Feeds, Noise, Recall, Simulator, signal_to_noise
 from .statistics import Statistics
 
 __all__ = ["Sensitivity", "Study", "most_harmful_first"]
@@ -49,7 +49,7 @@ class Study(NamedTuple):
         """Output SNR in dB with these layers quantized."""
         return signal_to_noise(insert(self.prepared, self.placement, parameters, layers, **parts), self.batches)
 
-    def sensitivities(self, parameters: Parameters, *, alone: bool = True) -> list[Sensitivity]:
+    def sensitivities(self, parameters: Parameters, *, alone: bool = True, recall: Recall | None = None) -> list[Sensitivity]:
         """One row for each layer and product, in the graph's order; ``alone`` also measures each one as the only int8 layer.
 
         Alone, for what a layer gains where it is float among others hangs on how these were fitted to its errors.
@@ -60,14 +60,21 @@ class Study(NamedTuple):
         missing = [layer.name for layer in self.placement.layers if layer.name not in parameters.integers]
         nearest = dict(nearest_integers(self.prepared, self.placement, parameters, missing))  # once, not for every graph
         parameters = dataclasses.replace(parameters, integers={**parameters.integers, **nearest})
-        right = self._right(Simulator(self.prepared)) if len(self.labelled) else 0.0
-        found = []
-        for row in track(rows, "measuring layers"):
-            run, noise = Simulator(insert(self.prepared, self.placement, parameters, [row.layer])), Noise()
+        labelled = len(self.labelled) > 0
+        right = self._right(Simulator(self.prepared)) if labelled else 0.0
+
+        def measured(layer: str) -> dict[str, Array]:
+            run, noise = Simulator(insert(self.prepared, self.placement, parameters, [layer])), Noise()
             for feeds, expected in self.batches:
                 noise.add(expected, run(feeds))
-            drop = 100 * (right - self._right(run)) if len(self.labelled) else None
-            found.append(row._replace(alone_db=noise.snr_db(), drop=drop))
+            return {"alone_db": np.array(noise.snr_db()), "right": np.array(self._right(run) if labelled else 0.0)}
+
+        found = []
+        for row in track(rows, "measuring layers"):
+            layer = row.layer
+            one = recall(f"alone/{layer}", lambda layer=layer: measured(layer)) if recall else measured(layer)  # type: ignore[misc]
+            drop = 100 * (right - float(one["right"])) if labelled else None
+            found.append(row._replace(alone_db=float(one["alone_db"]), drop=drop))
         return found
 
     def _falls(self, parameters: Parameters) -> list[Sensitivity]:

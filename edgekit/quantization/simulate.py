@@ -18,12 +18,14 @@ from onnx import helper
 from edgekit.errors import GraphError
 from edgekit.graphs.editing import exposed, prune
 
-from .statistics import Statistics
+from .statistics import Statistics, packed, unpacked
 
-__all__ = ["Array", "Feeds", "Noise", "Simulator", "measured_shapes", "observe", "signal_to_noise"]
+__all__ = ["Array", "Feeds", "Noise", "Recall", "Simulator", "measured_shapes", "observe", "signal_to_noise"]
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
+#: Gives what a function of this name gave before, or gives now.
+Recall = Callable[[str, Callable[[], dict[str, Array]]], dict[str, Array]]
 MAX_SNR_DB = 200.0
 
 
@@ -80,26 +82,40 @@ def measured_shapes(model: onnx.ModelProto, tensors: Iterable[str], feeds: Feeds
 
 
 def observe(
-    model: onnx.ModelProto, tensors: Mapping[str, int], batches: Callable[[], Iterable[Feeds]], most: int
+    model: onnx.ModelProto,
+    tensors: Mapping[str, int],
+    batches: Callable[[], Iterable[Feeds]],
+    most: int,
+    recall: Recall | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of tensors over all batches, in as many passes as keep what is shown under ``most`` bytes.
 
-    ``tensors``: names, and bytes a sample. Raises `GraphError` where one becomes NaN or Inf.
+    ``tensors``: names, and bytes a sample. ``recall`` remembers what each pass gave (`Journal`).
+    Raises `GraphError` where one becomes NaN or Inf.
     """
-    found = {name: Statistics() for name in tensors}
-    for names in _parts(tensors, most):
-        run = Simulator(exposed(model, names))
-        for feeds in batches():
-            for name, (shown, array) in zip(
-                names, run({k: v for k, v in feeds.items() if k in run.inputs}).items(), strict=True
-            ):
-                try:
-                    found[name].update(array)
-                except FloatingPointError:
-                    raise GraphError(
-                        f"the float model gives NaN or Inf in the tensor {shown.removesuffix('/seen')!r}",
-                        "check the calibration samples and the model: edgekit compare B --backends onnxruntime",
-                    ) from None
+    found: dict[str, Statistics] = {}
+    for i, names in enumerate(_parts(tensors, most)):
+
+        def seen(names: list[str] = names) -> dict[str, Array]:
+            return packed(_observed(model, names, batches()))
+
+        found |= zip(names, unpacked(recall(f"seen/{i}", seen) if recall else seen()), strict=True)
+    return found
+
+
+def _observed(model: onnx.ModelProto, names: list[str], batches: Iterable[Feeds]) -> list[Statistics]:
+    found = [Statistics() for _ in names]
+    run = Simulator(exposed(model, names))
+    for feeds in batches:
+        arrays = run({k: v for k, v in feeds.items() if k in run.inputs}).values()
+        for name, statistics, array in zip(names, found, arrays, strict=True):
+            try:
+                statistics.update(array)
+            except FloatingPointError:
+                raise GraphError(
+                    f"the float model gives NaN or Inf in the tensor {name!r}",
+                    "check the calibration samples and the model: edgekit compare B --backends onnxruntime",
+                ) from None
     return found
 
 

@@ -6,14 +6,14 @@ histograms can be added.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BINS", "LEVELS", "METHODS", "Statistics", "scale_of"]
+__all__ = ["BINS", "LEVELS", "METHODS", "Statistics", "packed", "scale_of", "unpacked"]
 
 BINS = 4096
 LEVELS = 127  # signed symmetric int8
@@ -88,6 +88,22 @@ class Statistics:
         while self.top < top:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
             self.top *= 2
+
+
+def packed(found: Sequence[Statistics]) -> dict[str, NDArray[Any]]:
+    """Statistics as arrays: ``numbers`` float64 (n, 7), ``counts`` int64 (n, BINS)."""
+    numbers = [[s.minimum, s.maximum, s.total, s.squares, s.count, s.zeros, s.top] for s in found]
+    return {"numbers": np.array(numbers, np.float64), "counts": np.array([s.counts for s in found], np.int64)}
+
+
+def unpacked(arrays: Mapping[str, NDArray[Any]]) -> list[Statistics]:
+    """The inverse of `packed`."""
+    return [
+        Statistics(low, high, total, squares, int(count), int(zeros), top, counts)
+        for (low, high, total, squares, count, zeros, top), counts in zip(
+            arrays["numbers"].tolist(), arrays["counts"], strict=True
+        )
+    ]
 
 
 def _power_above(value: float) -> float:
