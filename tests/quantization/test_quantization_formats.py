@@ -175,6 +175,16 @@ def test_small_weights_and_activations_are_left_alone() -> None:
     assert [n.op_type for n in model.graph.node] == ["MatMul", "MatMul", "Add"]  # the given graph is untouched
 
 
+def test_only_the_named_weights_become_small() -> None:
+    model, x = layer("embedding and matmul")
+    made, figures = weight_only(model, bits=8, block=0, only={"w"})
+    assert [entry["tensor"] for entry in figures["layers"]] == ["w"]
+    assert "t" in {tensor.name for tensor in made.graph.initializer}
+    assert snr_db(run(model, x), run(made, x)) > 39
+    with pytest.raises(GraphError, match="named"):
+        weight_only(model, bits=8, block=0, only=("nothing",))
+
+
 def test_weights_that_others_read_too_stay_one() -> None:
     """A table that is gathered, and multiplied with (tied weights), and read by the branches of an If."""
     value = helper.make_tensor_value_info("z", TensorProto.FLOAT, [500, 64])
