@@ -66,7 +66,7 @@ def activation_peaks(model: onnx.ModelProto, inputs: Mapping[str, NDArray[Any]])
     names = [n for node in model.graph.node for n in node.output if n and types.get(n) == TensorProto.FLOAT]
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outer)
     run = session(probe.SerializeToString())
-    values = run.run(names, dict(inputs))
+    values = run.run(names, dict(inputs)) if names else []  # no names would be all outputs
     seen = [*zip(names, values, strict=True), *((n, a) for n, a in inputs.items() if types.get(n) == TensorProto.FLOAT)]
     return {name: float(np.abs(value).max(initial=0.0)) for name, value in seen}
 

@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from edgekit.errors import GraphError
-from edgekit.graphs import raise_opset, to_float
+from edgekit.graphs import raise_opset, to_float, to_single
 from edgekit.graphs.editing import (
     Array,
     all_nodes,
@@ -36,7 +36,8 @@ MAX_BYTES = 2 << 30  # what one protobuf message can hold
 
 
 def prepare(data: bytes) -> onnx.ModelProto:
-    """ONNX bytes -> the float graph that is quantized. Quantized graphs are brought back to float, and that is said.
+    """ONNX bytes -> the float graph that is quantized. Quantized graphs are brought back to float, and float16
+    and float64 are computed in float32, behind Casts of the graph's inputs and in front of those of its outputs; both is said.
 
     Operators of other domains and subgraphs (If, Loop, Scan) stay as they are, which is said too. Raises `GraphError` where
     the bytes are no ONNX graph that holds its weights, cannot be brought back to float, or not to opset 13.
@@ -50,6 +51,9 @@ def prepare(data: bytes) -> onnx.ModelProto:
     graph = model.graph
     _constants_to_initializers(graph)
     _name_nodes(graph)
+    _, notes = to_single(model)
+    for note in notes:
+        say(f"note: {note}")
     _fold_batchnorm(graph)
     _fold_gemm_factors(graph)
     prune(model, [value.name for value in graph.output])
