@@ -15,7 +15,7 @@ from edgekit.errors import BudgetNotMet, BundleError, UsageError
 from edgekit.files import atomic_write
 from edgekit.manifest import Tolerance
 from edgekit.runtime import BACKENDS, compare_arrays, open_runner
-from edgekit.runtime.golden import load_golden, run_samples
+from edgekit.runtime.golden import compare_choices, is_choice, load_golden, run_samples, signal_names
 
 from .chart import check_picture, layer_chart
 from .inputs import Feeds, read_folder
@@ -51,7 +51,9 @@ def compare(
     (200 for equal), ``relative`` (max |error| over max |golden|), ``max_abs``, ``cosine``, ``agree`` (share of samples with
     the same largest entry; None for outputs that are no (N, classes)), ``tolerance`` and ``within_tolerance`` (None where
     the manifest states no tolerance for the graph), and ``note`` where an output is missing, misshapen or not finite,
-    and its figures are None. With ``layers`` also what `layers.compare_layers` returns, with ``plot`` its path.
+    and its figures are None. Integer outputs of the int8 graph are choices: ``agree`` is the share of equal values,
+    ``relative`` that of the others, ``snr_db`` all over those, and beside float outputs no tolerance is held. With
+    ``layers`` also what `layers.compare_layers` returns, with ``plot`` its path.
 
     Raises `UsageError` for an unknown backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg,
     `OutputExists` for another file at ``plot``, `BackendError` and `MissingExtra` where one cannot run here, `DataError` for
@@ -96,7 +98,11 @@ def _output_rows(
         with open_runner(bundle, backend, graph, threads) as runner:
             found = run_samples(runner, inputs)
         about = {"backend": backend, "graph": graph}
-        rows += [{**about, **_row(name, golden[name], found.get(name), tolerances.get(graph))} for name in golden]
+        quantized = graph == INT8_GRAPH
+        owed = signal_names(golden, quantized=quantized)
+        for name, truth in golden.items():
+            tolerance = tolerances.get(graph) if name in owed else None
+            rows.append({**about, **_row(name, truth, found.get(name), tolerance, quantized and is_choice(truth))})
     return rows
 
 
@@ -162,7 +168,9 @@ def errors_between(golden: NDArray[Any], found: NDArray[Any]) -> dict[str, float
     }
 
 
-def _row(output: str, golden: NDArray[Any], found: NDArray[Any] | None, tolerance: Tolerance | None) -> dict[str, Any]:
+def _row(
+    output: str, golden: NDArray[Any], found: NDArray[Any] | None, tolerance: Tolerance | None, choice: bool
+) -> dict[str, Any]:
     sign = {"relative": "relative <=", "snr_db": "SNR dB >="}
     row: dict[str, Any] = {"output": output}
     row |= dict.fromkeys(("snr_db", "relative", "max_abs", "cosine", "agree"))
@@ -170,6 +178,10 @@ def _row(output: str, golden: NDArray[Any], found: NDArray[Any] | None, toleranc
     row["note"] = _unusable(golden, found)
     if row["note"] or found is None:
         return {**row, "within_tolerance": False if tolerance else None}
+    if choice:
+        result = compare_choices(golden, found)
+        row |= {"snr_db": result.snr_db, "relative": result.relative, "agree": 1 - result.relative}
+        return {**row, "within_tolerance": result.within(tolerance) if tolerance else None}
     row |= errors_between(golden, found)
     if golden.ndim == 2 and golden.shape[1] > 1:
         row["agree"] = float((golden.argmax(1) == found.argmax(1)).mean())

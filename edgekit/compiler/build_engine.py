@@ -215,8 +215,25 @@ def _run(trt: Any, engine: Any, feeds: dict[str, Any], cuda: Any) -> dict[str, A
         cuda.call("cudaStreamDestroy", stream)
 
 
-def check(trt: Any, plan: bytes, golden: Path, tolerance: dict[str, Any], cuda: Any = None) -> dict[str, float]:
+def _errors(truth: Any, found: Any, quantized: bool) -> tuple[float, float]:
+    """(relative, SNR in dB); of a quantized engine's integers, which are choices, by the share that differs."""
+    if quantized and truth.dtype.kind not in "fc":
+        wrong = int((truth != found).sum())
+        return wrong / max(truth.size, 1), float(10 * np.log10(truth.size / wrong)) if wrong else 200.0
+    wide = truth.astype(np.float64)
+    error = found.astype(np.float64) - wide
+    if not np.isfinite(error).all():
+        return float("inf"), float("-inf")
+    relative = float(np.abs(error).max() / max(np.abs(wide).max(), 1e-12))
+    return relative, float(10 * np.log10(max((wide**2).sum(), 1e-30) / (error**2).sum())) if error.any() else 200.0
+
+
+def check(
+    trt: Any, plan: bytes, golden: Path, tolerance: dict[str, Any], cuda: Any = None, quantized: bool = False
+) -> dict[str, float]:
     """Run the engine on the golden inputs, one profile-sized batch at a time; returns the worst output's errors.
+
+    Of a ``quantized`` engine, integer outputs beside float ones are choices, and are not held against the golden ones.
 
     Raises `BuildError` where the engine does not load or misses ``tolerance`` ({"kind": "snr_db" | "relative", "limit"}).
     """
@@ -241,14 +258,13 @@ def check(trt: Any, plan: bytes, golden: Path, tolerance: dict[str, Any], cuda: 
         for name, array in _run(trt, engine, part, cuda).items():
             found.setdefault(name, []).append(np.atleast_1d(array))
     relative, snr = 0.0, 200.0
-    for name, blocks in found.items():
-        truth = np.atleast_1d(arrays["output/" + name]).astype(np.float64)
-        error = np.concatenate(blocks)[: len(truth)].astype(np.float64) - truth
-        if not np.isfinite(error).all():
+    floats = {name for name in found if arrays["output/" + name].dtype.kind in "fc"}
+    for name in floats if quantized and floats else found:
+        truth = np.atleast_1d(arrays["output/" + name])
+        worst = _errors(truth, np.concatenate(found[name])[: len(truth)], quantized)
+        if worst[0] == float("inf"):
             raise BuildError(f"output {name} is not finite")
-        relative = max(relative, float(np.abs(error).max() / max(np.abs(truth).max(), 1e-12)))
-        if error.any():
-            snr = min(snr, float(10 * np.log10(max((truth**2).sum(), 1e-30) / (error**2).sum())))
+        relative, snr = max(relative, worst[0]), min(snr, worst[1])
     missed = snr < tolerance["limit"] if tolerance["kind"] == "snr_db" else relative > tolerance["limit"]
     if missed:
         raise BuildError(f"the engine misses the golden outputs: {snr:.1f} dB, {relative:.2g} relative; allowed {tolerance}")
@@ -293,6 +309,10 @@ def main(arguments: list[str] | None = None) -> int:
         spec["compute_capability"] = options.compute_capability
         start = time.perf_counter()
         plan = build(trt, graph, spec, _print_progress, options.timing_cache)
+        checked = None
+        if not options.no_check:
+            int8 = spec["precision"] == "int8"
+            checked = check(trt, plan, options.kit / "golden.npz", spec["golden"], quantized=int8)
         answer = {
             "target": spec["target"],
             "precision": spec["precision"],
@@ -302,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
             "size_bytes": len(plan),
             "engine_sha256": hashlib.sha256(plan).hexdigest(),
             "graph_sha256": spec["files"][name],
-            "golden": None if options.no_check else check(trt, plan, options.kit / "golden.npz", spec["golden"]),
+            "golden": checked,
         }
         out = options.out or options.kit
         out.mkdir(parents=True, exist_ok=True)

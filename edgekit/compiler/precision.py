@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import GraphError, MissingExtra
-from edgekit.runtime.golden import GoldenResult, compare_arrays
+from edgekit.runtime.golden import GoldenResult, compare_outputs
 from edgekit.runtime.onnxruntime import session
 
 from .passes import opset
@@ -66,7 +66,7 @@ def activation_peaks(model: onnx.ModelProto, inputs: Mapping[str, NDArray[Any]])
     names = [n for node in model.graph.node for n in node.output if n and types.get(n) == TensorProto.FLOAT]
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outer)
     run = session(probe.SerializeToString())
-    values = run.run(names, dict(inputs))
+    values = run.run(names, dict(inputs)) if names else []  # no names would be all outputs
     seen = [*zip(names, values, strict=True), *((n, a) for n, a in inputs.items() if types.get(n) == TensorProto.FLOAT)]
     return {name: float(np.abs(value).max(initial=0.0)) for name, value in seen}
 
@@ -337,10 +337,11 @@ def kept_float32(model: onnx.ModelProto, peaks: Mapping[str, float]) -> int:
     )
 
 
-def against_golden(graph: bytes, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> GoldenResult:
-    """The worst output's errors of a graph on ONNX Runtime against golden outputs."""
+def against_golden(
+    graph: bytes, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]], *, quantized: bool = False
+) -> GoldenResult:
+    """The worst output's errors of a graph on ONNX Runtime against golden outputs; ``quantized`` as in `compare_outputs`."""
     run = session(graph)
     names = [o.name for o in run.get_outputs()]
     found = dict(zip(names, run.run(names, dict(inputs)), strict=True))
-    results = [compare_arrays(golden, found[name]) for name, golden in outputs.items()]
-    return GoldenResult(max(r.relative for r in results), min(r.snr_db for r in results))
+    return compare_outputs(outputs, found, quantized=quantized)

@@ -3,6 +3,7 @@
 editing.py      small tools: attributes, constants, names, element types, consumers, pruning
 insertion.py    new nodes and constants, under free names
 opset.py        the opset raised
+single.py       float16 and float64 graphs computed in float32
 dequantize.py   quantized graphs brought back to float
 rewriter.py     the walk behind it: what each integer tensor stands for
 operators.py    what each quantized operator of the ONNX standard computes, in float
@@ -19,6 +20,7 @@ except ModuleNotFoundError as error:
 
 from .dequantize import MICROSOFT_OPERATORS, exact_reference, float_biases, is_explicit, quantized_nodes, to_float
 from .opset import opset, raise_opset, with_opset
+from .single import to_single
 
 __all__ = [
     "MICROSOFT_OPERATORS",
@@ -29,5 +31,6 @@ __all__ = [
     "quantized_nodes",
     "raise_opset",
     "to_float",
+    "to_single",
     "with_opset",
 ]

@@ -13,15 +13,17 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from edgekit.errors import GraphError
-from edgekit.graphs import raise_opset, to_float
+from edgekit.graphs import raise_opset, to_float, to_single
 from edgekit.graphs.editing import (
     Array,
     all_nodes,
     attribute,
     constants,
     consumers,
+    element_types,
     free_name,
     prune,
+    reads,
     set_constant,
     subgraphs,
     tensor_names,
@@ -32,14 +34,19 @@ from edgekit.progress import say
 
 __all__ = ["MIN_OPSET", "attribute", "constants", "consumers", "prepare", "prune", "set_constant"]
 
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+#: Operators whose outputs are as long as the data makes them.
+_CHOOSING = ("Compress", "NonMaxSuppression", "NonZero", "Unique")
 MAX_BYTES = 2 << 30  # what one protobuf message can hold
 
 
 def prepare(data: bytes) -> onnx.ModelProto:
-    """ONNX bytes -> the float graph that is quantized. Quantized graphs are brought back to float, and that is said.
+    """ONNX bytes -> the float graph that is quantized. Quantized graphs are brought back to float, and float16
+    and float64 are computed in float32, behind Casts of the graph's inputs and in front of those of its outputs; both is said.
 
     Operators of other domains and subgraphs (If, Loop, Scan) stay as they are, which is said too. Raises `GraphError` where
-    the bytes are no ONNX graph that holds its weights, cannot be brought back to float, or not to opset 13.
+    the bytes are no ONNX graph that holds its weights, cannot be brought back to float, or not to opset 13, and where all its
+    outputs are integers whose number depends on the data: nothing could be measured.
     """
     model = _parsed(data)
     _, notes = to_float(model)
@@ -47,9 +54,13 @@ def prepare(data: bytes) -> onnx.ModelProto:
         say(f"note: {note}")
     _say_what_stays(model)
     _raise(model)
+    _check_measurable(model)
     graph = model.graph
     _constants_to_initializers(graph)
     _name_nodes(graph)
+    _, notes = to_single(model)
+    for note in notes:
+        say(f"note: {note}")
     _fold_batchnorm(graph)
     _fold_gemm_factors(graph)
     prune(model, [value.name for value in graph.output])
@@ -86,6 +97,30 @@ def _say_what_stays(model: onnx.ModelProto) -> None:
     inner = sum(len(subgraphs(node)) for node in model.graph.node)
     if inner:
         say(f"note: {inner} subgraph{'s' if inner > 1 else ''} (If, Loop, Scan) stay float")
+
+
+def _check_measurable(model: onnx.ModelProto) -> None:
+    """Raise `GraphError` where every output is chosen from the data, and has as many entries as were chosen."""
+    types = element_types(model)
+    if any(types.get(value.name, TensorProto.FLOAT) in _FLOATS for value in model.graph.output):
+        return
+    data = {value.name for value in model.graph.input}  # what depends on the values, not only the shape, of an input
+    chosen: dict[str, onnx.NodeProto] = {}
+    for node in model.graph.node:
+        read = set(reads(node))
+        if not data & read or _is(node, "Shape", "Size"):
+            continue
+        data.update(node.output)
+        cause = node if _is(node, *_CHOOSING) else next((chosen[name] for name in sorted(read) if name in chosen), None)
+        chosen.update(dict.fromkeys(node.output, cause) if cause is not None else {})
+    found = next((chosen[value.name] for value in model.graph.output if value.name in chosen), None)
+    if found is not None:
+        read_floats = [name for name in found.input if name in data and types.get(name) in _FLOATS]
+        raise GraphError(
+            f"all outputs are integers, as many as {found.op_type} chooses: how near int8 comes cannot be measured",
+            f"make float tensors outputs too, as {' and '.join(map(repr, read_floats)) or 'the scores'}, and import it again; "
+            f"or cut the graph in front of {found.op_type}",
+        )
 
 
 def _raise(model: onnx.ModelProto) -> None:

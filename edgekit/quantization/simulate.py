@@ -17,6 +17,7 @@ from onnx import helper
 
 from edgekit.errors import GraphError
 from edgekit.graphs.editing import exposed, prune
+from edgekit.runtime.golden import is_choice, signal_names
 
 from .statistics import Statistics, packed, unpacked
 
@@ -131,22 +132,24 @@ def _parts(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
 
 
 class Noise:
-    """Signal and noise power of each output, summed over batches."""
+    """Signal and noise power of each output that a quantized graph owes (`runtime.golden`), summed over batches."""
 
     def __init__(self) -> None:
         self._power: dict[str, tuple[float, float]] = {}
 
     def add(self, expected: Mapping[str, Array], found: Mapping[str, Array]) -> None:
-        for name, reference in expected.items():
-            if reference.dtype.kind != "f" and any(array.dtype.kind == "f" for array in expected.values()):
-                continue  # indices and flags beside float outputs have no noise power
+        for name in signal_names(expected, quantized=True):
+            reference = expected[name]
             if found[name].shape != reference.shape:
                 raise GraphError(
                     f"the output {name!r} has another shape in int8: its size depends on the data",
                     "cut the graph in front of NonZero or NonMaxSuppression, and import it again",
                 )
-            wide = reference.astype(np.float64)
             signal, noise = self._power.get(name, (0.0, 0.0))
+            if is_choice(reference):  # a signal of 1 each, and a noise of 1 where they differ: as `compare_choices` has it
+                self._power[name] = signal + reference.size, noise + float((found[name] != reference).sum())
+                continue
+            wide = reference.astype(np.float64)
             error = found[name].astype(np.float64) - wide
             self._power[name] = signal + float((wide**2).sum()), noise + float((error**2).sum())
 

@@ -23,6 +23,7 @@ Runtime 1.32 runs all of them on the CPU; with its Q/DQ optimizations off it deq
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,15 +65,17 @@ class _Weight(NamedTuple):
     blocks: bool
 
 
-def weight_only(model: onnx.ModelProto, *, bits: int, block: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def weight_only(
+    model: onnx.ModelProto, *, bits: int, block: int, only: Collection[str] | None = None
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """A copy of the graph whose large matrices and embedding tables are int8 or int4 initializers with DequantizeLinear.
 
     ``bits``: 8 or 4. ``block``: weights along the inner axis (K of a MatMul's float32 (K, N), a table's columns) that share
     a scale, one of `BLOCKS`; 0, with 8 bits only, for one scale per output channel or table row. Quantized are the constant
     float32 matrices of MatMul, Gemm and LSTM and the tables of Gather along axis 0, from `MIN_PARAMETERS` weights on. Where
     a block does not divide the inner axis, where not every reader takes blocks, and in LSTM, weights are int8 with a scale
-    per channel. Scales are float32, and the clip of each minimizes its squared error: a search over scales, then the
-    least-squares scale for the integers found.
+    per channel. ``only``: names of the initializers that may be stored so; None for all. Scales are float32, and the clip
+    of each minimizes its squared error: a search over scales, then the least-squares scale for the integers found.
 
     Returns the graph (opset 13 or later, 21 with blocks) and its figures: ``bits``, ``block``, ``bytes_before`` and
     ``bytes_after`` (the serialized models), ``parameters`` (quantized ones), ``layers``: name, op, tensor, shape, form,
@@ -85,10 +88,11 @@ def weight_only(model: onnx.ModelProto, *, bits: int, block: int) -> tuple[onnx.
             f"choose 8 bits, or 4 bits in blocks of {', '.join(map(str, BLOCKS))}",
         )
     before = model.ByteSize()
-    found = _weights(model.graph)
+    found = [weight for weight in _weights(model.graph) if only is None or weight.name in only]
     if not found:
+        among = "the graph has" if only is None else f"among the {len(only)} named initializers is"
         raise GraphError(
-            f"the graph has no matrix and no table of {MIN_PARAMETERS} float32 weights or more",
+            f"{among} no matrix and no table of {MIN_PARAMETERS} float32 weights or more",
             "quantize it to int8: its activations count, not its weights",
         )
     made = with_opset(model, _BLOCK_OPSET if block else _INT8_OPSET)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import GOLDEN, Bundle
+from edgekit.bundle import GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, GoldenError
 from edgekit.manifest import Tolerance
 
 from .backends import Runner, open_runner
 
-__all__ = ["GoldenResult", "check_golden", "compare_arrays", "load_golden", "parse_golden", "run_samples", "save_golden"]
+__all__ = [
+    "GoldenResult",
+    "check_golden",
+    "compare_arrays",
+    "compare_choices",
+    "compare_outputs",
+    "is_choice",
+    "load_golden",
+    "parse_golden",
+    "run_samples",
+    "save_golden",
+    "signal_names",
+]
 
 
 class GoldenResult(NamedTuple):
@@ -43,6 +56,42 @@ def compare_arrays(golden: NDArray[Any], found: NDArray[Any]) -> GoldenResult:
     noise = float((error**2).sum())
     snr = 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max((reference**2).sum(), 1e-30) / noise)))
     return GoldenResult(relative, snr)
+
+
+def is_choice(output: NDArray[Any]) -> bool:
+    """Whether an output holds integers or bools: indices, labels, masks. They are chosen by floats, and are no signal."""
+    return output.dtype.kind not in "fc"
+
+
+def signal_names(outputs: Mapping[str, NDArray[Any]], *, quantized: bool) -> list[str]:
+    """The outputs that a graph owes the golden ones: all of a float graph; of a quantized one those of float type.
+
+    A quantized graph's choices may differ, and their shapes with them (NonZero, NonMaxSuppression), where their floats are
+    near: the float outputs answer for them. A graph with no float output owes its choices (`compare_choices`).
+    """
+    floats = [name for name, array in outputs.items() if not is_choice(array)]
+    return floats if quantized and floats else list(outputs)
+
+
+def compare_choices(golden: NDArray[Any], found: NDArray[Any]) -> GoldenResult:
+    """Choices of a quantized graph, of one shape: ``relative`` is the share that differs, ``snr_db`` all over those.
+
+    So 10 dB is one in 10, 20 dB one in 100: how far an index is from another means nothing.
+    """
+    if golden.shape != found.shape:
+        return GoldenResult(float("inf"), float("-inf"))
+    wrong = int((golden != found).sum())
+    return GoldenResult(wrong / max(golden.size, 1), min(200.0, 10 * float(np.log10(golden.size / wrong))) if wrong else 200.0)
+
+
+def compare_outputs(golden: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]], *, quantized: bool) -> GoldenResult:
+    """Errors of the worst output that the graph owes (`signal_names`). Raises `KeyError` where ``found`` lacks one."""
+    worst = GoldenResult(0.0, 200.0)
+    for name in signal_names(golden, quantized=quantized):
+        compared = compare_choices if quantized and is_choice(golden[name]) else compare_arrays
+        result = compared(golden[name], found[name])
+        worst = GoldenResult(max(worst.relative, result.relative), min(worst.snr_db, result.snr_db))
+    return worst
 
 
 def save_golden(inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> bytes:
@@ -86,19 +135,20 @@ def run_samples(runner: Runner, inputs: dict[str, NDArray[Any]]) -> dict[str, ND
 
 
 def check_golden(bundle: Bundle, graph: str | None = None, backend: str = "onnxruntime") -> GoldenResult:
-    """Run a graph on the golden inputs. Raises `GoldenError` beyond the tolerance that the manifest states for it."""
+    """Run a graph on the golden inputs. Raises `GoldenError` beyond the tolerance that the manifest states for it.
+
+    The int8 graph owes what `signal_names` names.
+    """
     graph = graph or bundle.graph
     inputs, outputs = load_golden(bundle)
-    worst = GoldenResult(0.0, 200.0)
-    if not outputs or not all(len(golden) for golden in outputs.values() if golden.ndim):
+    quantized = graph == INT8_GRAPH
+    if not any(outputs[name].size for name in signal_names(outputs, quantized=quantized)):
         raise BundleError(f"{bundle.path / GOLDEN} holds no golden outputs", "make the bundle again")
     with open_runner(bundle, backend, graph) as runner:
         found = run_samples(runner, inputs)
-    for name, golden in outputs.items():
-        if name not in found:
-            raise GoldenError(f"{graph} has no output {name}", "make the bundle again")
-        result = compare_arrays(golden, found[name])
-        worst = GoldenResult(max(worst.relative, result.relative), min(worst.snr_db, result.snr_db))
+    if missing := [name for name in outputs if name not in found]:
+        raise GoldenError(f"{graph} has no output {missing[0]}", "make the bundle again")
+    worst = compare_outputs(outputs, found, quantized=quantized)
     tolerance = bundle.manifest.golden.get(graph)
     if tolerance and not worst.within(tolerance):
         found_text = f"{worst.relative:.2g} relative" if tolerance.kind == "relative" else f"{worst.snr_db:.1f} dB"

@@ -272,6 +272,28 @@ def test_the_check_on_the_device_compares_every_golden_sample(tmp_path: Path, ba
             build_engine.check(wrong.module(), b"", tmp_path / "golden.npz", tolerance, wrong)
 
 
+def test_choices_of_an_int8_engine_are_not_held_beside_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    ids = np.arange(4)
+    tolerance = {"kind": "snr_db", "limit": 10.0}
+    gpu = Gpu(lambda a: a, (4, 4))
+
+    def check(outputs: dict[str, Any], found: dict[str, Any], quantized: bool) -> float:
+        (tmp_path / "golden.npz").write_bytes(save_golden({"x": x}, outputs))
+        monkeypatch.setattr(build_engine, "_run", lambda *_: found)
+        return build_engine.check(gpu.module(), b"", tmp_path / "golden.npz", tolerance, gpu, quantized=quantized)["snr_db"]
+
+    assert check({"y": x, "ids": ids}, {"y": x * np.float32(1.1), "ids": ids[::-1]}, True) == pytest.approx(20.0, abs=0.1)
+    assert check({"ids": np.arange(40)}, {"ids": np.append(np.arange(39), 10**6)}, True) == pytest.approx(16.02, abs=0.1)
+    for outputs, found, quantized in [
+        ({"y": x, "ids": ids}, {"y": x, "ids": ids[::-1]}, False),
+        ({"ids": ids}, {"ids": ids[::-1]}, True),
+        ({"y": x, "ids": ids}, {"y": x * np.float32(2), "ids": ids}, True),
+    ]:
+        with pytest.raises(build_engine.BuildError, match="misses"):
+            check(outputs, found, quantized)
+
+
 def test_golden_of_the_kit_is_the_bundles(tiny_bundle: Bundle, kit: Path) -> None:
     with np.load(io.BytesIO((kit / "golden.npz").read_bytes())) as file:
         np.testing.assert_array_equal(file["output/y"], load_golden(tiny_bundle)[1]["y"])

@@ -346,3 +346,10 @@ def test_without_its_rounding_a_quantized_graph_is_the_float_graph_of_its_weight
     found = answer(without_rounding(two_convolutions()))
     np.testing.assert_allclose(found, truth, atol=1e-5)
     assert np.abs(answer(two_convolutions()) - truth).max() > 1e-3
+
+
+def test_a_graph_without_float32_has_no_peaks() -> None:
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [4]) for name in ("x", "y")]
+    made = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    assert activation_peaks(model, {"x": np.ones(4, np.float16)}) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+import edgekit
+from edgekit.bundle import INT8_GRAPH, Bundle
 from edgekit.compiler.precision import activation_peaks, to_fp16
 from edgekit.errors import GraphError, UsageError
 from edgekit.quantization.fp8 import to_fp8
@@ -76,6 +79,17 @@ def engine(model: onnx.ModelProto, compute_capability: str = "SM89") -> int:
     config.set_compute_capability(getattr(trt.ComputeCapability, compute_capability), 0)
     plan = builder.build_serialized_network(network, config)
     return 0 if plan is None else int(plan.nbytes)
+
+
+def imported(nodes: list[Any], weights: dict[str, Any], x: Array, folder: Path, opset: int = 17) -> tuple[Bundle, Path]:
+    """The bundle that ``edgekit import`` makes of the graph, and a folder of eight samples like ``x``."""
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    (folder / "given.onnx").write_bytes(graph(nodes, weights, list(x.shape), kind, opset))
+    calib = folder / "calib"
+    calib.mkdir()
+    for i in range(8):
+        np.savez(calib / f"{i}.npz", x=np.roll(x, i, axis=-1))
+    return edgekit.import_onnx(folder / "given.onnx", out=folder / "given.edge"), calib
 
 
 def lstm(direction: str, directions: int = 1) -> tuple[list[Any], dict[str, Any], Array]:
@@ -173,6 +187,16 @@ def test_small_weights_and_activations_are_left_alone() -> None:
     assert [entry["tensor"] for entry in figures["layers"]] == ["w"]
     assert [n.op_type for n in made.graph.node] == ["DequantizeLinear", "MatMul", "MatMul", "Add"]
     assert [n.op_type for n in model.graph.node] == ["MatMul", "MatMul", "Add"]  # the given graph is untouched
+
+
+def test_only_the_named_weights_become_small() -> None:
+    model, x = layer("embedding and matmul")
+    made, figures = weight_only(model, bits=8, block=0, only={"w"})
+    assert [entry["tensor"] for entry in figures["layers"]] == ["w"]
+    assert "t" in {tensor.name for tensor in made.graph.initializer}
+    assert snr_db(run(model, x), run(made, x)) > 39
+    with pytest.raises(GraphError, match="named"):
+        weight_only(model, bits=8, block=0, only=("nothing",))
 
 
 def test_weights_that_others_read_too_stay_one() -> None:
@@ -331,3 +355,31 @@ def test_fp8_needs_a_range_for_every_tensor() -> None:
     zero = to_fp8(prepared, layers[:1], {"x": 0.0})  # always zero: any scale will do
     assert np.isfinite(run(zero, ROWS)).all()
     assert [n.op_type for n in zero.graph.node].count("QuantizeLinear") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        (TensorProto.FLOAT16, "int8"),
+        (TensorProto.DOUBLE, "int8"),
+        (TensorProto.FLOAT16, "fp8"),
+        (TensorProto.DOUBLE, "weights8"),
+        (TensorProto.FLOAT16, "weights4"),
+    ],
+)
+def test_other_floats_take_every_form(kind: int, form: str, tmp_path: Path) -> None:
+    """Inputs and outputs keep their type, the graph between them is float32, and TensorRT-RTX builds it."""
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    nodes = [node("MatMul", "x w", "a"), node("Relu", "a", "r"), node("MatMul", "r v", "y")]
+    weights = {"w": normal(256, 128).astype(dtype), "v": normal(128, 128).astype(dtype)}
+    bundle, calib = imported(nodes, weights, ROWS.astype(dtype), tmp_path)
+    made = edgekit.quantize(
+        bundle, out=tmp_path / "made.edge", calib=calib, format=form, method="auto" if form != "int8" else "minmax"
+    )
+    figures = made.manifest.history[-1].figures
+    assert figures["snr_db"] > 15
+    assert [(spec.name, spec.dtype) for spec in (*made.manifest.inputs, *made.manifest.outputs)] == [
+        ("x", dtype.name),
+        ("y", dtype.name),
+    ]
+    assert engine(onnx.load_model_from_string(made.file(INT8_GRAPH).read_bytes())) > 0

@@ -14,7 +14,7 @@ from edgekit.data import load
 from edgekit.errors import BackendError, BundleError, GoldenError, InputError, UsageError
 from edgekit.manifest import TensorSpec, Tolerance
 from edgekit.runtime import Model, check_golden, compare_arrays, open_runner
-from edgekit.runtime.golden import load_golden, parse_golden, run_samples, save_golden
+from edgekit.runtime.golden import compare_outputs, load_golden, parse_golden, run_samples, save_golden
 
 
 def perturbed(graph: bytes, weight: str, by: float) -> bytes:
@@ -214,6 +214,28 @@ def test_a_damaged_model_is_not_opened(tiny_bundle: Bundle, name: str) -> None:
     (tiny_bundle.path / name).write_bytes(data)
     with pytest.raises(BundleError), Model.open(tiny_bundle.path):
         pass
+
+
+def test_choices_of_a_quantized_graph_are_not_held_beside_floats() -> None:
+    floats, ids = np.array([3.0, -4.0]), np.array([7, 900, 12, 5])
+    golden = {"y": floats, "ids": ids}
+    found = {"y": floats + np.array([0.0, 0.5]), "ids": ids[:3]}
+    assert compare_outputs(golden, found, quantized=True).snr_db == pytest.approx(20.0)
+    assert compare_outputs(golden, found, quantized=False) == (float("inf"), float("-inf"))
+    wrong = {"y": floats[:1], "ids": ids}
+    assert compare_outputs(golden, wrong, quantized=True).snr_db == float("-inf")
+
+
+def test_a_quantized_graph_of_choices_owes_those() -> None:
+    ids = np.arange(100)
+    other = np.where(ids == 70, 10**9, ids)  # how far off one is means nothing
+    result = compare_outputs({"ids": ids}, {"ids": other}, quantized=True)
+    assert result == (pytest.approx(0.01), pytest.approx(20.0))
+    assert compare_outputs({"ids": ids}, {"ids": other}, quantized=False).snr_db < 0
+    assert compare_outputs({"ids": ids}, {"ids": ids}, quantized=True) == (0.0, 200.0)
+    assert compare_outputs({"ids": ids}, {"ids": ids[:9]}, quantized=True).snr_db == float("-inf")
+    yes = np.array([True, False])
+    assert compare_outputs({"yes": yes}, {"yes": ~yes}, quantized=True) == (1.0, 0.0)
 
 
 def test_errors_are_measured_as_defined() -> None:
