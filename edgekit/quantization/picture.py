@@ -31,9 +31,12 @@ def check_picture(path: Path) -> Path:
 
 def draw_layers(bundle: Bundle, rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the picture of a `layer_table`; nothing where it has no measured layers."""
-    measured = [row for row in rows if row["gain_db"] is not None][:_SHOWN]
+    measured = [row for row in rows if row["gain_db"] is not None]
     if measured:
-        atomic_write(path, _svg(measured, f"{bundle.manifest.name}: what each layer costs").encode())
+        title = f"{bundle.manifest.name}: what each layer costs"
+        if len(measured) > _SHOWN:
+            title += f" ({_SHOWN} of {len(measured)} layers, the most costly first)"
+        atomic_write(path, _svg(measured[:_SHOWN], title).encode())
 
 
 def _svg(rows: Sequence[dict[str, Any]], title: str) -> str:

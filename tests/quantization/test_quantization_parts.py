@@ -130,6 +130,9 @@ def test_any_name_of_a_layer_can_be_drawn(tiny_bundle: Bundle, tmp_path: Path, n
 def test_many_layers_are_cut_and_none_draws_nothing(tiny_bundle: Bundle, tmp_path: Path) -> None:
     draw_layers(tiny_bundle, [row(str(i), 100.0 - i) for i in range(100)], tmp_path / "many.svg")
     assert len(bars(drawn(tmp_path / "many.svg"))) == 40
+    assert "40 of 100 layers, the most costly first" in (tmp_path / "many.svg").read_text(encoding="utf-8")
+    draw_layers(tiny_bundle, [row(str(i), 1.0) for i in range(40)], tmp_path / "all.svg")
+    assert "most costly first" not in (tmp_path / "all.svg").read_text(encoding="utf-8")
     draw_layers(tiny_bundle, [row("a", None)], tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
 
