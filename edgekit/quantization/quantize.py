@@ -97,7 +97,7 @@ def quantize(
     _check(method, samples, format, qat, qat_epochs, faster_on, budget)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     new_path(out)
-    config = {"calib": None if calib is None else os.fspath(calib), "method": method, "samples": samples, "seed": seed}
+    config = {"calib": _spelled(calib), "method": method, "samples": samples, "seed": seed}
     usual = len(config)
     config |= {name: value for name, value in budget._asdict().items() if value is not None}
     options: dict[str, Any] = {"shift": shift, "format": format, "qat": qat, "faster_on": faster_on}
@@ -115,6 +115,18 @@ def quantize(
     known = pool.labelled.targets is not None and len(pool.labelled) > 0
     golden = _golden(opened, pool) if opened.manifest.task == "tensor" else None
     return _finish(opened, out, config, _Made(result, (data or pool.source) if known else None, budget, golden))
+
+
+def _spelled(calib: object) -> str | None:
+    """``calib`` as text. Raises `UsageError` for what is neither text nor a path."""
+    if calib is None or isinstance(calib, str):
+        return calib
+    if not isinstance(calib, os.PathLike):
+        raise UsageError(
+            f"calib is of type {type(calib).__name__}",
+            "give a data spec, a folder of .npz or a calibration.json: text or a path",
+        )
+    return os.fspath(calib)
 
 
 def _drawn(
@@ -276,7 +288,7 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
         if lost > budget.max_drop + 1e-9:
             return (
                 f"top-1 drops by {lost:.2f} points on the test split, {budget.max_drop:g} were allowed",
-                "the best found is written; state a smaller --max-drop to leave more layers float, or add --qat",
+                f"the best found is written; {_cure(budget.max_drop, 'qat' in figures)}",
             )
         return "", ""
     worst = min(figures["snr_db"], figures["golden_snr_db"])
@@ -287,6 +299,16 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
         say(poor)
         return "", ""
     return poor, "the best found is written; leave layers float: --min-snr DB (a smaller DB accepts it as it is)"
+
+
+def _cure(max_drop: float, trained: bool) -> str:
+    """What may keep the accuracy on the test split, where the train samples said that it is kept."""
+    cures = (
+        ["state a smaller --max-drop to leave more layers float"]
+        if max_drop
+        else ["leave layers float by --share or --min-snr"]
+    )
+    return ", or ".join(cures + ([] if trained else ["add --qat"]))
 
 
 def _golden_db(bundle: Bundle, made: _Made) -> float:

@@ -202,15 +202,20 @@ def test_frozen_ranges_take_no_other_option(cli: Cli, tiny_bundle: Bundle, calib
     assert not (tmp_path / "x.edge").exists()
 
 
-def test_training_keeps_or_betters_the_snr(digits_bundle: Bundle, few_digits: str, tmp_path: Path) -> None:
+def test_training_keeps_or_betters_the_snr(cli: Cli, digits_bundle: Bundle, few_digits: str, tmp_path: Path) -> None:
     plain = edgekit.quantize(digits_bundle, out=tmp_path / "plain.edge", calib=few_digits, method="minmax")
-    made = edgekit.quantize(digits_bundle, out=tmp_path / "qat.edge", calib=few_digits, method="minmax", qat=True, qat_epochs=2)
+    options = ["--calib", few_digits, "--method", "minmax", "--qat", "--qat-epochs", 2]
+    outcome = cli("quantize", digits_bundle.path, "--out", tmp_path / "qat.edge", *options)
+    assert outcome.code == 0
+    made = Bundle.open(tmp_path / "qat.edge")
     found = figures(made)
     assert found["snr_db"] >= figures(plain)["snr_db"]
     assert found["qat"]["snr_db"]["after"] >= found["qat"]["snr_db"]["before"]
     assert found["qat"]["top1"]["after"] >= found["qat"]["top1"]["before"]
     assert found["qat"]["best_epoch"] >= 1  # weights that were only rounded: an epoch mends some of that
     int8_graph(made)
+    assert f"QAT: {found['qat']['snr_db']['before']:.1f} -> {found['qat']['snr_db']['after']:.1f} dB, top-1 " in outcome.out
+    assert f"epoch {found['qat']['best_epoch']} of 2" in outcome.out
     assert read_calibration(made.file(CALIBRATION)).recovery.endswith("qat")
     with pytest.raises(DataError, match="--qat") as caught:
         edgekit.quantize(digits_bundle, out=tmp_path / "again.edge", calib=made.file(CALIBRATION))
