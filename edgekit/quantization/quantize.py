@@ -126,7 +126,7 @@ def _spelled(calib: object) -> str | None:
             f"calib is of type {type(calib).__name__}",
             "give a data spec, a folder of .npz or a calibration.json: text or a path",
         )
-    return os.fspath(calib)
+    return str(os.fspath(calib))
 
 
 def _drawn(
