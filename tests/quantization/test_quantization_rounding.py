@@ -164,6 +164,16 @@ def test_moments_are_the_same_in_any_portions() -> None:
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_moments_of_some_groups_are_those_of_their_rows() -> None:
+    case = layer(4, 4, 6, 2, 80, mean=1.0)
+    some = slice(1, None, 2)
+    found = halves(case, 0)[0].of_groups(some)
+    wanted = halves(Case(case.x[some], case.y[some], case.weight[some]), 0)[0]
+    assert found.count == wanted.count
+    for one, other in zip(found.centred(True), wanted.centred(True), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
 def test_without_a_bias_the_means_are_fitted_too() -> None:
     """Inputs about 5: half a step off on each weight moves the mean of the output, which no bias mends."""
     errors = []
