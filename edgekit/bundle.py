@@ -8,6 +8,7 @@ manifest's schema and the hashes, runs no code from it and never follows a path 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -250,7 +251,9 @@ class Bundle:
 
 def new_path(out: str | os.PathLike[str]) -> Path:
     """``out`` as a path for a new bundle. Raises `OutputExists` where it is there, `UsageError` inside another bundle or where
-    nothing can be written: better said before hours of work than after."""
+    nothing can be written (a folder is made there and removed): better said before hours of work than after."""
+    import tempfile  # costs milliseconds, and the device only reads
+
     target = Path(out)
     if os.path.lexists(target):
         raise OutputExists(target)
@@ -259,6 +262,12 @@ def new_path(out: str | os.PathLike[str]) -> Path:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         reason = "may not be written" if folder.is_dir() else "is no folder"
         raise UsageError(f"{out} cannot be made: {folder} {reason}", "name another --out")
+    try:  # permissions do not tell all: names too long, file systems that take no folders
+        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=f".{target.name}."))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(f"{out} cannot be made in {folder}: {error.strerror}", "name another --out") from None
     return target
 
 

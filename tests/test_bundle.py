@@ -448,6 +448,23 @@ def test_a_bundle_is_not_written_into_a_bundle(tmp_path: Path) -> None:
     assert contents(outer.path) == before
 
 
+@pytest.mark.parametrize("path", ["/proc/m.edge", "/proc/new/m.edge", "n" * 250, "deep/" + "n" * 250])
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path, path: str) -> None:
+    """By trying: a superuser may write everywhere, and /proc takes nothing from anyone."""
+    if path.startswith("/proc") and not Path("/proc/self").is_dir():
+        pytest.skip("no /proc")
+    with pytest.raises(UsageError, match="cannot be made") as caught:
+        new_path(tmp_path / path)
+    assert "--out" in caught.value.hint
+    assert contents(tmp_path) == {}
+
+
+def test_trying_a_path_leaves_nothing(tmp_path: Path) -> None:
+    for path in (tmp_path / "a.edge", tmp_path / "new" / "folder" / "a.edge"):
+        assert new_path(path) == path
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_repeated_measurement_takes_the_place_of_the_earlier(tmp_path: Path) -> None:
     bundle = make(tmp_path / "a.edge")
     for data, top1 in (("a", 0.1), ("b", 0.2), ("a", 0.3)):

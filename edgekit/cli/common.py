@@ -29,11 +29,15 @@ SEED = click.IntRange(0, 2**32 - 1)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command says: ``data`` for --json, ``text`` for people (made from ``data`` where empty)."""
+    """What a command says: ``data`` for --json, ``text`` for people (made from ``data`` where empty).
+
+    ``missed``: the budget that this, the best found, does not meet. It is raised when the text is out; --json has all in one.
+    """
 
     data: Mapping[str, Any]
     text: str = ""
     exit_code: int = field(default=0)
+    missed: BudgetNotMet | None = None
 
 
 def answers(function: Callable[..., Answer]) -> Callable[..., int]:
@@ -43,8 +47,12 @@ def answers(function: Callable[..., Answer]) -> Callable[..., int]:
     @functools.wraps(function)
     def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> int:
         answer = function(*args, **kwargs)
+        if answer.missed is not None and as_json:
+            raise answer.missed
         if first():  # of the processes of one torchrun, one answers
             click.echo(_json(answer.data) if as_json else answer.text or lines(answer.data))
+        if answer.missed is not None:
+            raise answer.missed
         return answer.exit_code
 
     return wrapper

@@ -81,22 +81,23 @@ def quantize(
 
     if plot is not None:
         check_picture(plot)
+    missed: BudgetNotMet | None = None
     try:
         written = run(
             bundle, out=out, calib=calib, max_drop=max_drop, min_snr=min_snr, share=share, method=method, samples=samples,
             data=data, seed=seed, shift=shift, format=form, qat=qat, qat_epochs=qat_epochs, faster_on=faster_on,
         )  # fmt: skip
-    except BudgetNotMet as missed:
-        if plot is not None and "bundle" in missed.result:
-            best = Bundle.open(missed.result["bundle"])
-            draw_layers(best, layer_table(best), plot)
-        raise
+    except BudgetNotMet as error:
+        if "bundle" not in error.result:
+            raise
+        written, missed = Bundle.open(error.result["bundle"]), error
     rows = layer_table(written)
     if plot is not None:
         draw_layers(written, rows, plot)
     entry = written.last("quantize")
     assert entry is not None
-    return Answer({"bundle": str(written.path), **entry.figures}, _text(written.path, entry.figures, rows))
+    answer = {"bundle": str(written.path), **entry.figures}
+    return Answer(answer, _text(written.path, entry.figures, rows), missed=missed)
 
 
 def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -109,6 +110,8 @@ def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> st
         lines.append("recoveries tried, all int8: " + ", ".join(f"{name} {db:.1f} dB" for name, db in tried.items()))
     if figures.get("shifted_inputs"):
         lines.append(f"{figures['shifted_inputs']} inputs are shifted or scaled in front of Q; --no-shift leaves that out")
+    if "qat" in figures:
+        lines.append(_trained(figures["qat"]))
     if "top1" in figures:
         before = f" (float {figures['top1_float']:.2%})" if "top1_float" in figures else ""
         lines.append(f"top-1 {figures['top1']:.2%}{before}")
@@ -116,3 +119,14 @@ def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> st
     if rows:
         lines += ["", table(rows[:_SHOWN]), "", *[why for why in whys[:_SHOWN] if why]]
     return "\n".join(lines)
+
+
+def _trained(qat: dict[str, Any]) -> str:
+    """What training won, on the samples that chose the epoch."""
+    epochs = f"{qat['epochs']} epoch{'s' if qat['epochs'] != 1 else ''}"
+    if not qat["best_epoch"]:
+        return f"QAT: none of {epochs} was better than the untrained graph, which is kept"
+    won = f"{qat['snr_db']['before']:.1f} -> {qat['snr_db']['after']:.1f} dB"
+    if "top1" in qat:
+        won += f", top-1 {qat['top1']['before']:.2%} -> {qat['top1']['after']:.2%}"
+    return f"QAT: {won} on the samples that chose epoch {qat['best_epoch']} of {epochs}"

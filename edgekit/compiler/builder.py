@@ -33,6 +33,7 @@ RECIPE = 3  # raise it where the same inputs would now give another engine
 #: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
+_FP8_SM = "8.9"  # the first with E4M3 in its tensor cores, as `targets.toml` has it
 _INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 
 
@@ -113,6 +114,17 @@ def _check_precision(bundle: Bundle, target: Target, precision: str) -> None:
     if precision == "int8" and not bundle.has(INT8_GRAPH):
         raise BundleError(
             f"{bundle.path} has no int8 graph", f"quantize it first: edgekit quantize {bundle.path} --out B2 --calib SPEC"
+        )
+    quantized = bundle.last("quantize") if bundle.has(INT8_GRAPH) else None
+    if (
+        quantized
+        and quantized.figures.get("format") == "fp8"
+        and precision in ("best", "int8")
+        and "fp8" not in target.precisions
+    ):
+        raise UsageError(
+            f"{bundle.path} is fp8, which needs SM {_FP8_SM} (Ada Lovelace) or later; {target.name} is SM {target.sm}",
+            "quantize it to int8 for this target (--format int8), or build its float graph: --precision fp16",
         )
     if not bundle.has(FLOAT_GRAPH) and not bundle.has(INT8_GRAPH):
         raise BundleError(f"{bundle.path} holds no graph to build", "make it again with edgekit train or edgekit import")

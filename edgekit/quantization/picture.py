@@ -43,7 +43,7 @@ def draw_layers(bundle: Bundle, rows: Sequence[dict[str, Any]], path: Path) -> N
 def _svg(rows: Sequence[dict[str, Any]], key: str, total: int, name: str) -> str:
     errors = [100 * 10 ** (-row[key] / 20) for row in rows]
     most = max(1e-3, *errors)
-    what = "at the output, where this layer alone is int8" if key == "alone_db" else "at the layer's output, all int8"
+    what = "at the output, where this layer alone is int8" if key == "alone_db" else "at the layer's own output, all int8"
     title = f"{name}: what each layer costs" + (
         f" ({len(rows)} of {total} layers, the worst first)" if len(rows) < total else ""
     )
@@ -53,7 +53,7 @@ def _svg(rows: Sequence[dict[str, Any]], key: str, total: int, name: str) -> str
         f"{_MARK}<style>{_STYLE}</style>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         f'<text class="title" x="24" y="34">{escape(title)}</text>',
-        f'<text x="24" y="58">error {what}, in percent of the rms; grey: it stays float</text>',
+        f'<text x="24" y="58">error {escape(what)}, in percent of the rms; grey: it stays float</text>',
     ]
     for i, row in enumerate(rows):
         y = _TOP + i * _ROW

@@ -96,7 +96,7 @@ def _say_what_stays(model: onnx.ModelProto) -> None:
         say(f"note: operators outside the ONNX standard stay float: {named}")
     inner = sum(len(subgraphs(node)) for node in model.graph.node)
     if inner:
-        say(f"note: {inner} subgraph{'s' if inner > 1 else ''} (If, Loop, Scan) stay float")
+        say(f"note: {inner} subgraph{'s' if inner > 1 else ''} (If, Loop, Scan) stay{'' if inner > 1 else 's'} float")
 
 
 def _check_measurable(model: onnx.ModelProto) -> None:

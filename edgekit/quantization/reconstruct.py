@@ -21,7 +21,7 @@ from .memory import give_back
 from .placement import Layer, Placement
 from .prepare import constants
 from .ranges import Drawn, Reader, propose
-from .rounding import SWEEPS, Moments, Rounded, clip_scales, fit_and_round
+from .rounding import SWEEPS, Moments, Rounded, clip_scales, fit_and_round, round_to_scales
 from .simulate import Feeds, Recall
 from .statistics import LEVELS
 from .streams import Stream, sequence_lives
@@ -346,18 +346,24 @@ def _moved(x: Array, expanded: tuple[np.float32, Array | None, Array | None]) ->
 
 
 def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int, biased: bool) -> tuple[Rounded, Rounded]:
-    """Very wide layers: rounded to nearest, and by second moments inside of blocks of inputs, those between taken as none."""
-    groups, inputs, outputs = matrix.shape
-    moments = gathered.fit.merged(gathered.held_out)
-    size = moments.x.shape[1]
-    wide = np.pad(matrix, ((0, 0), (0, size * blocks - inputs), (0, 0)))
-    power = moments.centred(biased)[0]
-    diagonal = np.einsum("gkk->gk", power).reshape(groups, -1)
-    scales = clip_scales(wide, diagonal)
-    split = wide.reshape(groups * blocks, size, outputs)
-    found = fit_and_round(
-        split, moments, Moments(groups * blocks, size, 1, moments.origin), scales=np.repeat(scales, blocks, axis=0)
-    )
-    nearest = np.clip(np.rint(matrix / scales[:, None, :]), -LEVELS, LEVELS).astype(np.int8)
-    integers = found.integers.reshape(groups, -1, outputs)[:, :inputs]
-    return Rounded(nearest, scales, found.error), Rounded(integers, scales, found.error)
+    """Very wide layers: rounded to nearest, and by second moments inside of blocks of inputs, those between taken as none.
+
+    One block after the other, so that but one block's moments are worked on.
+    """
+    inputs, size = matrix.shape[1], gathered.shape[1]
+
+    def moments(block: int) -> Moments:
+        chosen = slice(block, None, blocks)
+        return gathered.fit.of_groups(chosen).merged(gathered.held_out.of_groups(chosen))
+
+    power = [np.einsum("gkk->gk", moments(block).centred(biased)[0]) for block in range(blocks)]
+    scales = clip_scales(matrix, np.concatenate(power, axis=1)[:, :inputs]).astype(np.float32)
+    nearest, integers = np.empty(matrix.shape, np.int8), np.empty(matrix.shape, np.int8)
+    for block in range(blocks):
+        rows = slice(block * size, min((block + 1) * size, inputs))
+        part = matrix[:, rows].astype(np.float32)
+        short = size - part.shape[1]  # the last block is padded, as its moments are
+        part = np.pad(part, ((0, 0), (0, short), (0, 0))) if short else part
+        integers[:, rows] = round_to_scales(part, scales, moments(block), biased=biased)[:, : size - short]
+        nearest[:, rows] = np.clip(np.rint(part / scales[:, None, :]), -LEVELS, LEVELS)[:, : size - short]
+    return Rounded(nearest, scales, 0.0), Rounded(integers, scales, 0.0)

@@ -3,12 +3,13 @@
 All on second moments: a layer (rows, inputs) x (inputs, outputs) is seen once, and its error is a quadratic form from then
 on. Refit: ridge regression of the float outputs on the quantized inputs, its strength chosen on held-out rows. Rounding:
 E. Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers", ICLR 2023, then
-coordinate descent on the same objective (K. Behdin et al., "QuantEase", 2023). float64; (groups, ...) leads everywhere.
+coordinate descent on the same objective (K. Behdin et al., "QuantEase", 2023). (groups, ...) leads everywhere. float64, and
+float32 where very wide layers meet scales that are given; outputs, which are independent, go in parts that fit into caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 
 from .statistics import LEVELS, MIN_SCALE
 
-__all__ = ["SWEEPS", "Moments", "Rounded", "clip_scales", "fit_and_round", "weight_scales"]
+__all__ = ["SWEEPS", "Moments", "Rounded", "clip_scales", "fit_and_round", "round_to_scales", "weight_scales"]
 
 Array = NDArray[Any]
 _RATIOS = (*np.linspace(1.0, 0.52, 17), 0.47, 0.42, 0.36, 0.3)
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal
 _DAMP = 1e-3
 _BLOCK = 64
+_OUTPUTS = 512  # of all groups, at a time
 SWEEPS = 2
 
 
@@ -75,6 +77,14 @@ class Moments:
         np.einsum("gkk->gk", xx)[:] = np.maximum(np.einsum("gkk->gk", xx), 0.0)
         return xx, xy, yy
 
+    def of_groups(self, chosen: slice) -> Moments:
+        """Those of some groups alone: views, to be read."""
+        result = Moments(0, 0, 0, (self.origin[0][chosen], self.origin[1][chosen]))
+        result.count = self.count
+        for name in ("x", "y", "xx", "xy", "yy"):
+            setattr(result, name, getattr(self, name)[chosen])
+        return result
+
 
 class Rounded(NamedTuple):
     """``integers`` int8 (groups, inputs, outputs), ``scales`` (groups, outputs).
@@ -94,13 +104,11 @@ def fit_and_round(
     tie: Array | None = None,
     *,
     biased: bool = True,
-    scales: Array | None = None,
     sweeps: int = SWEEPS,
 ) -> Rounded:
-    """Round float64 weights (groups, inputs, outputs), which meet the inputs that the moments were taken of.
+    """Fit and round float64 weights (groups, inputs, outputs), which meet the inputs that the moments were taken of.
 
-    ``sweeps``: how often coordinate descent goes through the inputs. Where ``scales`` (groups, outputs) are given, the
-    weights are only rounded: what y the moments hold does not matter.
+    ``sweeps``: how often coordinate descent goes through the inputs.
 
     ``tie``: indices (outputs,) of outputs that share a scale, for a ConvTranspose's taps. Without a bias to carry the means
     (not ``biased``), moments are taken about zero.
@@ -108,17 +116,44 @@ def fit_and_round(
     every = fit.merged(held_out)
     xx, _, _ = every.centred(biased)
     hessian = _shrunk(xx, every.count)
-    if scales is not None:
-        q = _sweep(_gptq(weight, scales, hessian), scales, hessian, hessian @ weight, sweeps)
-        return Rounded(q.astype(np.int8), scales, 0.0)
     wanted = _refit(weight, fit, held_out, biased)
     scales = clip_scales(wanted, np.einsum("gkk->gk", hessian), tie)
-    target = hessian @ wanted
-    q = _sweep(_gptq(wanted, scales, hessian), scales, hessian, target, sweeps)
-    if tie is None:
-        scales = _rescaled(q, scales, hessian, target)
-        q = _sweep(q, scales, hessian, target, sweeps)
-    return Rounded(q.astype(np.int8), scales, _error(q * scales[:, None, :], every, biased))
+    order, upper = _spreading(hessian)
+    integers = np.empty(weight.shape, np.int8)
+    for part in _parts(weight):
+        target, scale = hessian @ wanted[:, :, part], scales[:, part]
+        q = _sweep(_gptq(wanted[:, :, part], scale, order, upper), scale, hessian, target, sweeps)
+        if tie is None:
+            scale = _rescaled(q, scale, hessian, target)
+            q = _sweep(q, scale, hessian, target, sweeps)
+        integers[:, :, part], scales[:, part] = q, scale
+    return Rounded(integers, scales, _error(integers * scales[:, None, :], every, biased))
+
+
+def round_to_scales(
+    weight: Array, scales: Array, moments: Moments, *, biased: bool = True, sweeps: int = SWEEPS
+) -> NDArray[np.int8]:
+    """Weights (groups, inputs, outputs) of any float type to integers of given ``scales`` (groups, outputs), unfitted.
+
+    What y the moments hold does not matter. Beside them, memory is that of the integers.
+    """
+    hessian = _shrunk(moments.centred(biased)[0], moments.count)
+    order, upper = _spreading(hessian)
+    hessian, upper = hessian.astype(np.float32), upper.astype(np.float32)
+    integers = np.empty(weight.shape, np.int8)
+    for part in _parts(weight):
+        wanted, scale = weight[:, :, part].astype(np.float32), scales[:, part].astype(np.float32)
+        q = _gptq(wanted, scale, order, upper)
+        # of the difference: products of q and of the weights are far larger, and float32 has seven digits
+        gradient = hessian @ (q * scale[:, None, :] - wanted)
+        integers[:, :, part] = _descend(q, scale, hessian, gradient, sweeps)
+    return integers
+
+
+def _parts(weight: Array) -> Iterator[slice]:
+    """Of the outputs of (groups, inputs, outputs)."""
+    size = max(_OUTPUTS // weight.shape[0], 1)
+    yield from (slice(start, start + size) for start in range(0, weight.shape[2], size))
 
 
 def _error(weight: Array, moments: Moments, biased: bool) -> float:
@@ -167,6 +202,9 @@ def _ridge(weight: Array, xx: Array, xy: Array, ridge: float) -> Array:
 
 def clip_scales(weight: Array, power: Array, tie: Array | None = None, ratios: Sequence[float] = _RATIOS) -> Array:
     """Scale of each output (groups, outputs): the clip with the least error, inputs weighted by their ``power``."""
+    if tie is None and weight.shape[2] > _OUTPUTS:
+        return np.concatenate([clip_scales(weight[:, :, part], power, ratios=ratios) for part in _parts(weight)], axis=1)
+    weight = weight.astype(np.float64)
     amax = np.abs(weight).max(1)
     if tie is not None:
         amax = _tied(amax, tie, np.maximum)
@@ -185,7 +223,7 @@ def clip_scales(weight: Array, power: Array, tie: Array | None = None, ratios: S
 
 def weight_scales(weight: Array, axis: int, method: str) -> NDArray[np.float32]:
     """float32 scales (channels of ``axis``,), of the least squared error (``mse``) or the whole range (``minmax``)."""
-    rows = np.moveaxis(weight.astype(np.float64), axis, -1).reshape(1, -1, weight.shape[axis])
+    rows = np.moveaxis(weight, axis, -1).reshape(1, -1, weight.shape[axis])
     ratios = (1.0,) if method == "minmax" else _RATIOS
     scales: NDArray[np.float32] = clip_scales(rows, np.ones(rows.shape[:2]), ratios=ratios)[0].astype(np.float32)
     return scales
@@ -198,19 +236,23 @@ def _tied(values: Array, tie: Array, combine: Any) -> Array:
     return result[:, tie]
 
 
-def _gptq(weight: Array, scales: Array, xx: Array) -> Array:
-    """Integers (float64), each column's rounding error spread over the columns that are still to be rounded."""
-    groups, inputs, _ = weight.shape
+def _spreading(xx: Array) -> tuple[Array, Array]:
+    """The order in which inputs are rounded, and the upper Cholesky factor of the inverse, in that order."""
     order = np.argsort(-np.einsum("gkk->k", xx), kind="stable")
     hessian = xx[:, order][:, :, order]
-    # The upper Cholesky factor of the inverse, found at unit diagonal: channels' powers may lie decades apart.
+    # Found at unit diagonal: channels' powers may lie decades apart.
     root = np.sqrt(np.einsum("gkk->gk", hessian))
     unit = hessian / (root[:, :, None] * root[:, None, :])
-    upper = np.linalg.cholesky(np.linalg.inv(unit)).transpose(0, 2, 1) / root[:, None, :]
+    return order, np.linalg.cholesky(np.linalg.inv(unit)).transpose(0, 2, 1) / root[:, None, :]
+
+
+def _gptq(weight: Array, scales: Array, order: Array, upper: Array) -> Array:
+    """Integers, as floats; each column's rounding error is spread over the columns that are still to be rounded."""
+    groups, inputs, _ = weight.shape
     rest, q = weight[:, order].copy(), np.zeros_like(weight)
     for start in range(0, inputs, _BLOCK):
         stop = min(start + _BLOCK, inputs)
-        errors = np.zeros((groups, stop - start, weight.shape[2]))
+        errors = np.zeros((groups, stop - start, weight.shape[2]), weight.dtype)
         for k in range(start, stop):
             column = rest[:, k]
             q[:, k] = np.clip(np.rint(column / scales), -LEVELS, LEVELS)
@@ -225,15 +267,17 @@ def _gptq(weight: Array, scales: Array, xx: Array) -> Array:
 
 def _sweep(q: Array, scales: Array, xx: Array, xy: Array, sweeps: int) -> Array:
     """Coordinate descent: each integer in turn to where the error is least, all others fixed."""
-    if not sweeps:
-        return q
+    return _descend(q, scales, xx, xx @ (q * scales[:, None, :]) - xy, sweeps) if sweeps else q
+
+
+def _descend(q: Array, scales: Array, xx: Array, gradient: Array, sweeps: int) -> Array:
+    """``gradient``: half of it, (groups, inputs, outputs); it is used up."""
     q, inputs = q.copy(), q.shape[1]
     diagonal = np.maximum(np.einsum("gkk->gk", xx), 1e-30)
-    gradient = xx @ (q * scales[:, None, :]) - xy  # (groups, inputs, outputs), half of it
     for _ in range(sweeps):
         for start in range(0, inputs, _BLOCK):
             stop = min(start + _BLOCK, inputs)
-            moved = np.zeros((q.shape[0], stop - start, q.shape[2]))
+            moved = np.zeros((q.shape[0], stop - start, q.shape[2]), q.dtype)
             for k in range(start, stop):
                 step = gradient[:, k] / (diagonal[:, k, None] * scales)
                 new = np.clip(np.rint(q[:, k] - step), -LEVELS, LEVELS)

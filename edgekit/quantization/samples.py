@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, TOKENIZER, Bundle
 from edgekit.data import MAX_DAMAGED_SHARE, SOURCES, known_specs, load
-from edgekit.errors import DataError, UsageError
+from edgekit.errors import DataError, GraphError, UsageError
 from edgekit.manifest import TensorSpec
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say, track
@@ -111,13 +111,33 @@ def gather(bundle: Bundle, calib: str | os.PathLike[str] | None, count: int, see
         )
     spec = os.fspath(calib)
     if spec.split(":")[0] in SOURCES:  # also where a folder of that name lies here: ./digits names the folder
-        return from_dataset(bundle, spec, count, seed, labelled=labelled)
+        return _looked_over(from_dataset(bundle, spec, count, seed, labelled=labelled))
     if Path(spec).is_dir():
-        return _from_folder(bundle, Path(spec), count)
+        return _looked_over(_from_folder(bundle, Path(spec), count))
     raise UsageError(
         f"--calib {spec!r} is neither a folder of .npz, nor a calibration.json, nor a data set",
         f"a data set is one of: {known_specs()}",
     )
+
+
+def _looked_over(pool: Pool) -> Pool:
+    """``pool``; says which inputs hold one value in all calibration samples. Integers (masks, kinds of tokens) may, beside
+    others that do not."""
+    constant: dict[str, Any] = {name: array.flat[0] for name, array in pool.calibration.read(0).items()}
+    floats = {name for name, value in constant.items() if value.dtype.kind == "f"}
+    for i in range(len(pool.calibration)):
+        feeds = pool.calibration.read(i)
+        constant = {name: value for name, value in constant.items() if (feeds[name] == value).all()}
+        if not constant:
+            break
+    every = len(constant) == len(pool.calibration.read(0))
+    for name, value in constant.items():
+        if every or name in floats:
+            say(
+                f"{name} is {value!s} everywhere in all {len(pool.calibration)} calibration samples: ranges and dB that come "
+                "of it mean little; give samples as the model will see them"
+            )
+    return pool
 
 
 def from_dataset(bundle: Bundle, spec: str, count: int, seed: int, *, labelled: bool = True) -> Pool:
@@ -253,9 +273,9 @@ def _from_folder(bundle: Bundle, folder: Path, count: int) -> Pool:
         return Samples(tuple(file.name for file in chosen), read, _batchable(inputs))
 
     calibration, held_out = samples(order), samples(held)
-    for part in (calibration, held_out):
+    for part, chosen in ((calibration, order), (held_out, held)):
         for i in range(len(part)):
-            part.read(i)
+            _check_named_axes(bundle, chosen[i], part.read(i))
     calibration = _proved(bundle, calibration)
     held_out = replace(held_out, batchable=calibration.batchable)
     return Pool(folder.name, None, "folder", calibration, held_out, held_out.take([]))
@@ -287,6 +307,29 @@ def read_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError(f"{path}: {spec.name} holds NaN or Inf", "repair or remove the sample")
     return arrays
+
+
+def _check_named_axes(bundle: Bundle, path: Path, feeds: Feeds) -> None:
+    """Raise `DataError` where an axis of one name has two sizes, and the graph does not take that: the importer names what
+    has no name, and may name two axes alike that are not."""
+    inputs = bundle.manifest.inputs
+    sizes: dict[str, set[int]] = {}
+    for spec in inputs:
+        for axis, size in zip(spec.shape, feeds[spec.name].shape, strict=True):
+            if isinstance(axis, str):
+                sizes.setdefault(axis, set()).add(size)
+    if not (differing := [axis for axis, found in sizes.items() if len(found) > 1]):
+        return
+    try:
+        Simulator(onnx.load_model_from_string(bundle.file(FLOAT_GRAPH).read_bytes()))(feeds)
+    except GraphError:
+        got, wanted = (
+            ", ".join(f"{spec.name} {_shape(shape)}" for spec, shape in zip(inputs, shapes, strict=True))
+            for shapes in ([feeds[spec.name].shape for spec in inputs], [spec.shape for spec in inputs])
+        )
+        raise DataError(
+            f"{path}: {' and '.join(differing)} must be one size in a sample, it holds {got}", f"the model takes {wanted}"
+        ) from None
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

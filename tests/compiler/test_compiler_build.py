@@ -251,6 +251,19 @@ def test_wrong_wishes_are_refused(tiny_bundle: Bundle, options: dict[str, Any], 
     assert sorted(Bundle.open(tiny_bundle.path).manifest.files) == ["golden.npz", "model.onnx"]
 
 
+@pytest.mark.parametrize("target", ["rtx-ampere", "rtx-turing", "jetson-orin-nano"])
+def test_fp8_needs_its_hardware(tmp_path: Path, target: str) -> None:
+    entry = history_entry("quantize", {}, {"format": "fp8"})
+    graphs = {FLOAT_GRAPH: linear(np.eye(16)), INT8_GRAPH: linear(np.eye(16), quantized=True)}
+    bundle = write(tmp_path / "f.edge", graphs, np.ones((1, 16), np.float32), ("n", 16), history=(entry,))
+    for precision in ("best", "int8"):
+        with pytest.raises(UsageError, match=r"fp8, which needs SM 8\.9 .* is SM [78]\.[576]") as caught:
+            build(bundle, target=target, precision=precision)
+        assert "--format int8" in caught.value.hint
+    assert build(bundle, target=target, precision="fp16").precision == "fp16"
+    assert build(bundle, target="rtx-ada").precision == "int8"
+
+
 def test_a_damaged_bundle_is_refused_even_when_cached(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
     assert cli("build", tiny_bundle.path, "--target", "rtx-ada").code == 0
     graph = tiny_bundle.path / FLOAT_GRAPH

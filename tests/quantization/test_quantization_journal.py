@@ -26,7 +26,7 @@ def test_what_was_made_is_not_made_again(tmp_path: Path) -> None:
     assert {name: (array.dtype, array.tolist()) for name, array in again.items()} == {
         name: (array.dtype, array.tolist()) for name, array in arrays.items()
     }
-    assert Journal(path, "other").recall("first", lambda: {}) == {}
+    assert Journal(path, "other").recall("first", dict) == {}
 
 
 @pytest.mark.parametrize("cut", [1, 5, 9, 40])
@@ -60,7 +60,7 @@ def test_a_file_of_anybody_else_stays(tmp_path: Path) -> None:
 
 def test_an_interrupted_calibration_goes_on(digits_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, limit = [0], [10**9]
-    fit = rooms._Reconstruction.fit  # noqa: SLF001  the interruption has to come from within
+    fit = rooms._Reconstruction.fit
 
     def counted(self: Any, *args: Any) -> None:
         if calls[0] == limit[0]:
@@ -68,7 +68,7 @@ def test_an_interrupted_calibration_goes_on(digits_bundle: Bundle, tmp_path: Pat
         calls[0] += 1
         fit(self, *args)
 
-    monkeypatch.setattr(rooms._Reconstruction, "fit", counted)  # noqa: SLF001
+    monkeypatch.setattr(rooms._Reconstruction, "fit", counted)
 
     def quantized(name: str) -> Bundle:
         return edgekit.quantize(digits_bundle, out=tmp_path / name, samples=24)

@@ -63,6 +63,21 @@ def test_other_operators_and_subgraphs_stay_and_are_named(capfd: pytest.CaptureF
     assert "2 subgraphs (If, Loop, Scan) stay float" in said
 
 
+def test_one_subgraph_stays(capfd: pytest.CaptureFixture[str]) -> None:
+    body = helper.make_graph(
+        [helper.make_node("Add", ["a", "e"], ["b"]), helper.make_node("Identity", ["e"], ["f"])], "body",
+        [helper.make_tensor_value_info(name, F, [4]) for name in ("a", "e")],
+        [helper.make_tensor_value_info(name, F, [4]) for name in ("b", "f")],
+    )  # fmt: skip
+    made = model(
+        helper.make_node("Scan", ["start", "x"], ["last", "i"], body=body, num_scan_inputs=1),
+        helper.make_node("MatMul", ["i", "w"], ["y"]),
+        start=np.zeros(4, np.float32),
+    )
+    prepare(made.SerializeToString())
+    assert "1 subgraph (If, Loop, Scan) stays float" in capfd.readouterr().err
+
+
 def test_an_old_opset_is_raised_and_one_that_does_not_convert_refused() -> None:
     old = model(helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Clip", ["m"], ["y"], max=1.0), opset=10)
     found = prepare(old.SerializeToString())

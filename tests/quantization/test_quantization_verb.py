@@ -124,9 +124,21 @@ def test_share_is_reached_with_the_least_sensitive(
     entry = written.last("quantize")
     assert entry is not None
     assert 1.0 > entry.figures["share"] >= share
-    floats = [row for row in layer_table(written) if row["type"] == "float"]
+    rows = layer_table(written)
+    floats, int8 = ([row for row in rows if row["type"] == kind] for kind in ("float", "int8"))
     assert floats
     assert all("left float by the budget" in row["why"] for row in floats)
+    assert "gemm" in {row["layer"] for row in floats}  # most of the noise for next to no work
+
+    def harm(row: dict[str, Any]) -> float:
+        """The share of the noise that it makes, for its share of the work."""
+        return float(10 ** (-row["alone_db"] / 10) / row["macs"])
+
+    reached = entry.figures["share"]
+    for row in int8:
+        rest = reached - row["macs"]
+        assert rest < share  # each is needed
+        assert not [other for other in floats if harm(other) < harm(row) and rest + other["macs"] >= share]
 
 
 def test_min_snr_leaves_as_little_float_as_it_takes(digits_bundle: Bundle, tmp_path: Path) -> None:
@@ -136,7 +148,7 @@ def test_min_snr_leaves_as_little_float_as_it_takes(digits_bundle: Bundle, tmp_p
     entry = edgekit.quantize(digits_bundle, out=tmp_path / "some.edge", min_snr=wanted).last("quantize")
     assert entry is not None
     assert entry.figures["snr_db"] >= wanted
-    assert entry.figures["layers"]["float"] >= 1
+    assert entry.figures["layers"] == {"int8": 2, "float": 1}  # and with none it is 1 dB less
 
 
 def test_a_budget_out_of_reach_writes_the_best(cli: Cli, digits_bundle: Bundle, tmp_path: Path) -> None:
@@ -147,6 +159,23 @@ def test_a_budget_out_of_reach_writes_the_best(cli: Cli, digits_bundle: Bundle, 
     outcome = cli("quantize", digits_bundle.path, "--out", tmp_path / "b.edge", "--min-snr", 150, "--json")
     assert outcome.code == 3
     assert {"bundle", "snr_db", "share", "error", "hint"} <= set(outcome.json)
+
+
+def test_the_best_is_shown_where_the_budget_is_missed(
+    cli: Cli, tiny_bundle: Bundle, calibration_folder: Path, tmp_path: Path
+) -> None:
+    """As after success: path, dB, share, layers; then the error."""
+    options = ["--calib", calibration_folder, "--method", "minmax", "--min-snr", 150]
+    missed = cli("quantize", tiny_bundle.path, "--out", tmp_path / "a.edge", *options)
+    assert missed.code == 3
+    assert missed.out.startswith(f"{tmp_path / 'a.edge'}: ")
+    assert " dB on " in missed.out
+    assert "of the MACs" in missed.out
+    assert all(layer in missed.out for layer in ("conv1", "conv2", "gemm"))
+    assert "error: the best SNR is" in missed.err
+    as_json = cli("quantize", tiny_bundle.path, "--out", tmp_path / "b.edge", *options, "--json")
+    assert as_json.code == 3
+    assert {"error", "hint", "bundle"} <= set(as_json.json)  # one object, and nothing else
 
 
 def test_max_drop_is_measured_on_labelled_train_samples(digits_bundle: Bundle, tmp_path: Path) -> None:
@@ -183,6 +212,8 @@ def test_usage_errors(digits_bundle: Bundle, tiny_bundle: Bundle, calibration_fo
         {"min_snr": -201.0},
         {"calib": "cifar"},
         {"calib": "folder:"},
+        {"calib": 123},
+        {"calib": b"digits"},
         {"calib": tmp_path},  # a folder without .npz
     ]
     for options in wrong:
@@ -311,9 +342,18 @@ def test_max_drop_holds_on_the_test_split(digits_bundle: Bundle, tmp_path: Path,
 
     monkeypatch.setattr(sys.modules["edgekit.quantization.quantize"], "evaluate", evaluated)
     edgekit.quantize(digits_bundle, out=tmp_path / "two.edge", calib="digits", max_drop=2.0)
-    with pytest.raises(BudgetNotMet, match=r"drops by 2\.00 points on the test split, 1 were allowed"):
+    with pytest.raises(BudgetNotMet, match=r"drops by 2\.00 points on the test split, 1 were allowed") as caught:
         edgekit.quantize(digits_bundle, out=tmp_path / "one.edge", calib="digits", max_drop=1.0)
+    assert "a smaller --max-drop" in caught.value.hint
     assert Bundle.open(tmp_path / "one.edge").has(INT8_GRAPH)
+    room = sys.modules["edgekit.quantization.quantize"]
+    made = room.calibrate  # whatever is left float: it is met on the train samples
+    monkeypatch.setattr(room, "calibrate", lambda *a, **k: made(*a, **k)._replace(missed=""))
+    with pytest.raises(BudgetNotMet, match=r"drops by 2\.00 points on the test split, 0 were allowed") as caught:
+        edgekit.quantize(digits_bundle, out=tmp_path / "none.edge", calib="digits", max_drop=0.0)
+    assert "smaller" not in caught.value.hint
+    assert "--share" in caught.value.hint
+    assert "--qat" in caught.value.hint
 
 
 def test_both_graphs_are_judged_on_the_same_samples(digits_bundle: Bundle, few_digits: str, tmp_path: Path) -> None:
