@@ -103,8 +103,8 @@ def quantize(
 def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     recovery = f", {figures['recovery']}" if figures.get("recovery", "none") != "none" else ""
     lines = [
-        f"{path}: {figures['snr_db']:.1f} dB on {figures['measured_on']}, {figures['share']:.1%} of the MACs in "
-        f"{figures.get('format', 'int8')}, {figures['size_bytes'] / 1024:.0f} KiB, method {figures['method']}{recovery}",
+        f"{path}: {figures['snr_db']:.1f} dB on {figures['measured_on']}, {_extent(figures)}, "
+        f"{figures['size_bytes'] / 1024:.0f} KiB, method {figures['method']}{recovery}",
     ]
     if tried := figures.get("recoveries_db"):
         lines.append("recoveries tried, all int8: " + ", ".join(f"{name} {db:.1f} dB" for name, db in tried.items()))
@@ -130,3 +130,13 @@ def _trained(qat: dict[str, Any]) -> str:
     if "top1" in qat:
         won += f", top-1 {qat['top1']['before']:.2%} -> {qat['top1']['after']:.2%}"
     return f"QAT: {won} on the samples that chose epoch {qat['best_epoch']} of {epochs}"
+
+
+def _extent(figures: dict[str, Any]) -> str:
+    """How much was quantized: of the products, or where only weights are stored small, of those."""
+    if not (stored := figures.get("stored")):
+        return f"{figures['share']:.1%} of the MACs in {figures.get('format', 'int8')}"
+    return "; ".join(
+        f"{sums['weights']} weights in {width} ({sums['bytes_before'] / 1024:.0f} KiB became {sums['bytes_after'] / 1024:.0f})"
+        for width, sums in sorted(stored.items())
+    )

@@ -147,12 +147,16 @@ def prune(model: onnx.ModelProto, outputs: list[str]) -> None:
 
 
 def exposed(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    """A copy of the graph, cut to what the named tensors need, with them as its outputs; ``NAME/seen`` for a graph input."""
+    """A copy of the graph, cut to what the named tensors need, with them as its outputs, in their order.
+
+    A graph input goes by another name there (``NAME/seen``, or as `free_name` has it), and so may not stand for itself.
+    """
     copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
     names = list(dict.fromkeys(tensors))
     inputs = {value.name for value in copy.graph.input}
     # A graph input cannot be an output at once everywhere; an Identity is.
-    for name in [name for name in names if name in inputs]:
-        copy.graph.node.append(helper.make_node("Identity", [name], [f"{name}/seen"]))
-    prune(copy, [f"{name}/seen" if name in inputs else name for name in names])
+    taken = tensor_names(copy.graph) if inputs & set(names) else set()
+    shown = {name: free_name(taken, f"{name}/seen") for name in names if name in inputs}
+    copy.graph.node.extend(helper.make_node("Identity", [name], [other]) for name, other in shown.items())
+    prune(copy, [shown.get(name, name) for name in names])
     return copy

@@ -112,8 +112,11 @@ class Bench(NamedTuple):
         """Quantize these layers, measure on samples that gave no range and no weight; they chose the recovery at most."""
         model = insert(self.prepared, self.placement, parameters, names)
         snr = signal_to_noise(model, with_reference(self.original, self.judging()))
-        drop = _drop(self.original, model, self.pool.labelled) if labelled else None
-        return Candidate(names, parameters, model, snr, drop)
+        return Candidate(names, parameters, model, snr, self.drop(model) if labelled else None)
+
+    def drop(self, model: onnx.ModelProto) -> float:
+        """Points of top-1 that an int8 graph loses on the labelled samples."""
+        return _drop(self.original, model, self.pool.labelled)
 
     def judging(self) -> Iterator[Feeds]:
         return self.pool.held_out.batches(self.batch) if len(self.pool.held_out) else iter([self.first])

@@ -26,6 +26,7 @@ from .record import Calibration, Drawn, LayerRecord, QuantizerRecord
 from .recovery import Recovered, recover
 from .samples import Pool, digests
 from .sensitivity import Sensitivity, most_harmful_first
+from .store import store
 
 __all__ = ["Result", "calibrate", "culprit"]
 
@@ -77,6 +78,9 @@ def _calibrate(
     stated = budget.max_drop is not None or budget.min_snr is not None or budget.share is not None
     rows = bench.study.sensitivities(recovered.parameters, alone=stated or method == "auto", recall=bench.journal.recall)
     found, missed = _within(bench, budget, recovered, rows)
+    stored: tuple[str, ...] = ()
+    if method == "auto":
+        found, stored = store(bench, found, lambda smaller: bool(missed) or _met(budget, smaller))
     data: bytes = found.model.SerializeToString(deterministic=True)
     parameters = found.parameters
     calibration = Calibration(
@@ -97,8 +101,9 @@ def _calibrate(
             for site, quantizer in parameters.quantizers.items()
         },
         layers=_layer_records(bench, found, recovered.rounded, rows),
+        stored=stored,
     )
-    figures = _figures(bench, found, method, recovered, len(data), culprit(calibration))
+    figures = _figures(bench, found, method, recovered, len(data), culprit(calibration)) | {"stored_weights": len(stored)}
     return Result(data, record.encode(calibration), figures, missed)
 
 
@@ -153,7 +158,7 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
         return found
 
     def met(found: Candidate) -> bool:
-        return found.snr_db >= budget.min_snr if budget.min_snr is not None else (found.drop or 0.0) <= (budget.max_drop or 0.0)
+        return _met(budget, found)
 
     found, kept = fewest_float(order, attempt, met, better)
     again = settled(found.names)
@@ -164,6 +169,12 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
     if budget.min_snr is not None:
         return found, f"the best SNR is {found.snr_db:.1f} dB, {budget.min_snr:g} was asked"
     return found, f"the least drop is {found.drop:.2f} points, {budget.max_drop:g} were allowed"
+
+
+def _met(budget: Budget, found: Candidate) -> bool:
+    if budget.min_snr is not None:
+        return found.snr_db >= budget.min_snr
+    return budget.max_drop is None or (found.drop or 0.0) <= budget.max_drop
 
 
 def _layer_records(bench: Bench, found: Candidate, rounded: Parameters, rows: Sequence[Sensitivity]) -> tuple[LayerRecord, ...]:

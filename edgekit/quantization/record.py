@@ -113,6 +113,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``graph`` and ``int8_graph`` are sha256 of ``model.onnx`` and ``model.int8.onnx``; ``groups`` share a scale.
 
     ``quantizers``: by the first of the tensors that one serves; inputs without an entry have the scale of their group.
+    ``stored``: weights of no layer that are int8 all the same (`store`).
     """
 
     format: Literal[2]
@@ -127,6 +128,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     groups: dict[str, str]
     quantizers: dict[str, QuantizerRecord]
     layers: tuple[LayerRecord, ...]
+    stored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for digest in (self.graph, self.int8_graph, *self.samples.digests):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from edgekit.errors import GraphError
-from edgekit.graphs.editing import exposed, prune
+from edgekit.graphs.editing import exposed, free_name, prune, tensor_names
 from edgekit.runtime.golden import is_choice, signal_names
 
 from .statistics import Statistics, packed, unpacked
@@ -75,8 +75,12 @@ def measured_shapes(model: onnx.ModelProto, tensors: Iterable[str], feeds: Feeds
     """Shapes of the named tensors for one set of inputs; the tensors themselves are not kept."""
     copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
     names = list(dict.fromkeys(tensors))
-    copy.graph.node.extend(helper.make_node("Shape", [name], [f"{name}/shape"]) for name in names)
-    prune(copy, [f"{name}/shape" for name in names])
+    if not names:
+        return {}
+    taken = tensor_names(copy.graph)
+    shapes = [free_name(taken, f"{name}/shape") for name in names]
+    copy.graph.node.extend(helper.make_node("Shape", [name], [shape]) for name, shape in zip(names, shapes, strict=True))
+    prune(copy, shapes)
     run = Simulator(copy)
     found = run({name: array for name, array in feeds.items() if name in run.inputs})
     return {name: tuple(int(n) for n in shape) for name, shape in zip(names, found.values(), strict=True)}

@@ -9,6 +9,7 @@ Which forms TensorRT-RTX 1.7 builds, found by building them:
                                                       before it where one block is the whole inner axis
     int8 in blocks                                    stored as int8, dequantized in a kernel before the product
     DequantizeLinear of a table, then Gather          stored as int8 or int4, one kernel that dequantizes what it gathers
+    the same, then GatherND (torch's ``table[ids]``)  stored as int8 or int4
     int4 with a scale per channel or tensor           builds, dequantized before the product
     int4 in blocks as the left matrix of a MatMul     crashes the builder: int8 a channel instead
     W and R of LSTM, int8, a scale per gate row       stored as int8, in all directions
@@ -37,7 +38,7 @@ from edgekit.graphs.opset import with_opset
 
 from .prepare import attribute, constants, consumers
 
-__all__ = ["BLOCKS", "MIN_PARAMETERS", "weight_only"]
+__all__ = ["BLOCKS", "MIN_PARAMETERS", "storable", "weight_only"]
 
 Array = NDArray[Any]
 #: Smaller weights stay float: they are read from cache, and a scale is a large part of them.
@@ -72,7 +73,7 @@ def weight_only(
 
     ``bits``: 8 or 4. ``block``: weights along the inner axis (K of a MatMul's float32 (K, N), a table's columns) that share
     a scale, one of `BLOCKS`; 0, with 8 bits only, for one scale per output channel or table row. Quantized are the constant
-    float32 matrices of MatMul, Gemm and LSTM and the tables of Gather along axis 0, from `MIN_PARAMETERS` weights on. Where
+    float32 matrices of MatMul, Gemm and LSTM and the tables of Gather (axis 0) and GatherND, from `MIN_PARAMETERS` on. Where
     a block does not divide the inner axis, where not every reader takes blocks, and in LSTM, weights are int8 with a scale
     per channel. ``only``: names of the initializers that may be stored so; None for all. Scales are float32, and the clip
     of each minimizes its squared error: a search over scales, then the least-squares scale for the integers found.
@@ -100,6 +101,11 @@ def weight_only(
     figures: dict[str, Any] = {"bits": bits, "block": block, "bytes_before": before, "bytes_after": made.ByteSize()}
     figures |= {"parameters": sum(layer["bytes_before"] // 4 for layer in layers), "layers": layers}
     return made, figures
+
+
+def storable(graph: onnx.GraphProto) -> dict[str, str]:
+    """Initializers that `weight_only` takes, and the operator of their first reader."""
+    return {weight.name: weight.op for weight in _weights(graph)}
 
 
 def _weights(graph: onnx.GraphProto) -> list[_Weight]:
@@ -134,6 +140,8 @@ def _positions(node: onnx.NodeProto) -> list[tuple[int, int]]:
     if node.op_type == "Gemm":
         return [(1, 1 if attribute(node, "transB", 0) else 0)]
     if node.op_type == "Gather" and attribute(node, "axis", 0) == 0:
+        return [(0, 1)]
+    if node.op_type == "GatherND" and attribute(node, "batch_dims", 0) == 0:
         return [(0, 1)]
     return [(1, 2), (2, 2)] if node.op_type == "LSTM" else []
 

@@ -17,7 +17,7 @@ from edgekit.quantization.fp8 import to_fp8
 from edgekit.quantization.graph import Parameters, Quantizer, check, insert
 from edgekit.quantization.placement import Placement, place
 from edgekit.quantization.prepare import prepare
-from edgekit.quantization.simulate import Simulator
+from edgekit.quantization.simulate import Simulator, measured_shapes, observe
 from edgekit.quantization.weight_only import weight_only
 
 Array = np.ndarray[Any, Any]
@@ -134,3 +134,20 @@ def test_a_graph_that_was_made_here_is_not_blamed_on_the_import() -> None:
     with pytest.raises(GraphError) as caught:
         Simulator(model)
     assert "import it again" in caught.value.hint
+
+
+def test_what_measures_a_graph_takes_no_name_that_it_has() -> None:
+    """``x/seen`` and ``a/shape`` are tensors of the graph: once they were made twice, and ONNX Runtime refused it."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["x/seen"]),
+        helper.make_node("Add", ["x/seen", "x"], ["a"]),
+        helper.make_node("Neg", ["a"], ["a/shape"]),
+        helper.make_node("Add", ["a", "a/shape"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in ("x", "y")]
+    model = helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:]), ir_version=8)
+    feeds = {"x": np.full((2, 3), -2.0, np.float32)}
+    assert measured_shapes(model, ["a", "x", "x/seen"], feeds) == {"a": (2, 3), "x": (2, 3), "x/seen": (2, 3)}
+    assert measured_shapes(model, [], feeds) == {}
+    seen = observe(model, {"x": 24, "x/seen": 24}, lambda: [feeds], 1 << 20)
+    assert (seen["x"].amax, seen["x/seen"].amax) == (2.0, 0.0)

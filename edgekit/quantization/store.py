@@ -1,0 +1,38 @@
+"""Weights that no layer of the int8 graph rounds, embedding tables and those of LSTM, as int8 where the output stays.
+
+They are most of many a text model's file. They are dequantized where they are read: the sums are computed as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .bench import Bench, Candidate
+from .simulate import signal_to_noise, with_reference
+from .weight_only import storable, weight_only
+
+__all__ = ["store"]
+
+KINDS = (("Gather", "GatherND"), ("LSTM",))
+MOST_DB = 0.2  # of the output: what a smaller file may cost
+
+
+def store(bench: Bench, found: Candidate, kept: Callable[[Candidate], bool]) -> tuple[Candidate, tuple[str, ...]]:
+    """The graph with tables and LSTM weights in int8, each kind where it costs the output next to nothing, and their names.
+
+    ``kept``: whether a graph still meets the budget.
+    """
+    stored: tuple[str, ...] = ()
+    least = found.snr_db - MOST_DB
+    for kind in KINDS:
+        names = [name for name, op in storable(found.model.graph).items() if op in kind]
+        if not names:
+            continue
+        model, _ = weight_only(found.model, bits=8, block=0, only=names)
+        snr = signal_to_noise(model, with_reference(bench.original, bench.judging()))
+        if snr < least:
+            continue
+        smaller = found._replace(model=model, snr_db=snr, drop=None if found.drop is None else bench.drop(model))
+        if kept(smaller):
+            found, stored = smaller, (*stored, *names)
+    return found, stored
