@@ -7,7 +7,8 @@ Source: NVIDIA TensorRT documentation, "Working with quantized types", explicit 
     Add behind a quantized Conv                               quantize the other (residual) branch: it decides the fused type
     Concat, pooling by maximum, reshapes                      tensors on both sides share one scale, so that Q moves through;
                                                               fitting parts them only where that takes a fifth of the error
-    LSTM, GRU, RNN                                            stay float: TensorRT's parser wants their weights as they are
+    LSTM, GRU, RNN                                            are computed in float: no backend has int8 recurrences; LSTM's
+                                                              weights are stored in int8 where that costs nothing (`store`)
     bias; ReLU behind Conv; Softmax, Sigmoid, LayerNorm       stay float: no Q/DQ in between, fusions stay whole
     If, Loop, Scan                                            stay float, with all that is inside
 """
@@ -53,9 +54,9 @@ TRANSPARENT = {
 }  # fmt: skip
 #: Operators with multiply-accumulates that no rule quantizes, and why.
 FLOAT = {
-    "LSTM": "recurrent: TensorRT's parser takes no Q/DQ in front of its weights",
-    "GRU": "recurrent: TensorRT's parser takes no Q/DQ in front of its weights",
-    "RNN": "recurrent: TensorRT's parser takes no Q/DQ in front of its weights",
+    "LSTM": "recurrent: computed in float",
+    "GRU": "recurrent: computed in float",
+    "RNN": "recurrent: computed in float",
     "If": "a subgraph",
     "Loop": "a subgraph",
     "Scan": "a subgraph",
