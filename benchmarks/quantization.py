@@ -284,9 +284,7 @@ def measure_case(case: Case, options: argparse.Namespace, results: Results) -> N
         tell(bench.row("edgekit", "share 1", ["--share", "1"]), results, options.samples)
     peer = summary(results.of(case.name, options.samples))["symmetric_at_its_share"]
     if peer and peer["peer_share"] < FULL:
-        # edgekit's own share counts LSTM and GRU, which nobody quantizes, with all else
-        counted = bench.macs.total / (bench.macs.total + bench.macs.recurrent)
-        share = f"{max(0.0, (peer['peer_share'] - 1e-4) * counted):.4f}"
+        share = f"{max(0.0, peer['peer_share'] - 1e-4):.4f}"
         tell(bench.row("edgekit", "matched", ["--share", share]), results, options.samples)
 
 

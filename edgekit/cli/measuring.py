@@ -169,6 +169,8 @@ def _bench_text(result: dict[str, Any]) -> str:
         f"throughput   {result['throughput']:.4g} inferences/s",
         f"cold start   {result['cold_start_ms']:.4g} ms",
     ]
+    if result.get("int8") == "float":
+        lines.append("int8         computed in float: ONNX Runtime's int8 kernels overflow on a CPU without VNNI")
     if "queue" in result:
         wait, queue = result["queue"]["wait_ms"], result["queue"]
         lines.append(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import Bundle
+from edgekit.bundle import INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, BundleError, InputError, MissingExtra
 from edgekit.manifest import TensorSpec
 
@@ -112,7 +112,9 @@ class OnnxRuntimeRunner:
             raise BackendError(f"ONNX Runtime failed: {str(error).splitlines()[0]}", "check the input values") from None
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": self.name, "version": ort.__version__, "provider": "CPUExecutionProvider", "threads": self.threads}
+        """``int8``, of a quantized graph: ``kernels``, or ``float`` where Q/DQ is computed as it is written."""
+        about = {"backend": self.name, "version": ort.__version__, "provider": "CPUExecutionProvider", "threads": self.threads}
+        return about | ({"int8": "float" if _saturates() else "kernels"} if self.graph == INT8_GRAPH else {})
 
 
 def _spec(value: Any) -> TensorSpec:

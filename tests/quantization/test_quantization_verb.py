@@ -388,3 +388,20 @@ def test_an_error_without_words_is_still_named(tiny_bundle: Bundle, monkeypatch:
     monkeypatch.setattr("onnxruntime.InferenceSession", mute)
     with pytest.raises(GraphError, match="RuntimeError"):
         Simulator(onnx.load_model_from_string(tiny_bundle.file(FLOAT_GRAPH).read_bytes()))
+
+
+@pytest.mark.parametrize(("overflows", "way"), [(True, "float"), (False, "kernels")])
+def test_bench_says_how_int8_was_computed(
+    cli: Cli,
+    tiny_bundle: Bundle,
+    calibration_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overflows: bool,
+    way: str,
+) -> None:
+    edgekit.quantize(tiny_bundle, out=tmp_path / "t8.edge", calib=calibration_folder, method="minmax", min_snr=0)
+    monkeypatch.setattr("edgekit.runtime.onnxruntime._saturates", lambda: overflows)
+    found = edgekit.bench(tmp_path / "t8.edge", seconds=0.2)
+    assert found["int8"] == way
+    assert "int8" not in edgekit.bench(tmp_path / "t8.edge", seconds=0.2, precision="float")
