@@ -64,7 +64,7 @@ def quantize(
     the SNR from others; a calibration.json gives the same graph again without data.
 
     Method auto fits ranges and weights layer by layer and keeps what helps on held-out samples. The others are those
-    methods as the books have them: fast, and nothing is fitted.
+    methods as the books have them: fast, and nothing is fitted. A stopped calibration goes on with the same command.
 
     \b
     Examples:
