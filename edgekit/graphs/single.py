@@ -16,11 +16,14 @@ _OTHER: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: 
 _FLOATS: set[int] = {TensorProto.FLOAT, *_OTHER}
 #: Attributes that name an element type, in the ONNX standard.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "output_datatype", "precision", "softmax_precision", "stash_type")
+_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN"}
 _LIMITS = np.finfo(np.float32)
 
 
 def to_single(model: onnx.ModelProto) -> tuple[bool, list[str]]:
     """Every float16, bfloat16 and float64 tensor becomes float32, in place. Returns (changed, notes); float32 graphs stay.
+
+    So do those that only count in float64, sizes and indices, which float32 could get wrong by one.
 
     Initializers, constants, attributes that name a type, and subgraphs are converted. Casts between floats go. The graph's
     inputs and outputs keep their names and types, by a Cast behind or in front of them. float64 constants outside of
@@ -28,7 +31,7 @@ def to_single(model: onnx.ModelProto) -> tuple[bool, list[str]]:
     1e-300 zero. The answers differ from the original's by the rounding of the coarser type.
     """
     stated = sorted({_OTHER[kind] for kind in _types(model.graph) if kind in _OTHER})
-    if not stated:
+    if not stated or (stated == ["float64"] and not _computes_in_double(model)):
         return False, []
     count = sum(tensor.data_type in _OTHER and bool(tensor.dims) for tensor in _tensors(model.graph))
     behind, ahead = _rename(model)
@@ -57,6 +60,13 @@ def _types(graph: onnx.GraphProto) -> Iterator[int]:
     yield from (value.type.tensor_type.elem_type for value in (*graph.input, *graph.output))
     for node in all_nodes(graph):
         yield from (stated.i for stated in node.attribute if stated.name in _TYPE_ATTRIBUTES)
+
+
+def _computes_in_double(model: onnx.ModelProto) -> bool:
+    """Whether a layer has float64 inputs, as a whole model of that type has."""
+    layers = [node for node in all_nodes(model.graph) if node.op_type in _LAYERS]
+    types = element_types(model)
+    return any(types.get(name) == TensorProto.DOUBLE for node in layers for name in node.input)
 
 
 class _Names:

@@ -72,6 +72,7 @@ class Bench(NamedTuple):
     study: Study
     first: Feeds
     journal: Journal
+    studied: int  # samples behind `study`
 
     def rounded(self, ranges: Ranges) -> Parameters:
         """Ranges as stated, weights rounded to nearest."""
@@ -109,7 +110,7 @@ class Bench(NamedTuple):
         )
 
     def candidate(self, names: list[str], parameters: Parameters, labelled: bool) -> Candidate:
-        """Quantize these layers, measure on samples that gave no range and no weight; they chose the recovery at most."""
+        """Quantize these layers, measure on samples that gave no range and no weight; they chose among a dozen graphs."""
         model = insert(self.prepared, self.placement, parameters, names)
         snr = signal_to_noise(model, with_reference(self.original, self.judging()))
         return Candidate(names, parameters, model, snr, self.drop(model) if labelled else None)
@@ -159,7 +160,7 @@ def make_bench(graph: bytes, pool: Pool, journal: Journal) -> Bench:
     known = pool.labelled if pool.labelled.targets is not None else pool.labelled.take([])
     labelled = known.spread(affordable(LABELLED, len(placement.names) * sum(macs.values())))
     study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))), labelled)
-    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, first, journal)
+    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, first, journal, len(studied))
 
 
 def _reached(placement: Placement, statistics: dict[str, Statistics]) -> Placement:

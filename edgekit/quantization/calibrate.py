@@ -28,7 +28,7 @@ from .samples import Pool, digests
 from .sensitivity import Sensitivity, most_harmful_first
 from .store import store
 
-__all__ = ["Result", "calibrate", "culprit"]
+__all__ = ["Result", "calibrate", "culprit", "open_journal"]
 
 _VERSIONS = {
     "edgekit": __version__,
@@ -56,24 +56,28 @@ def calibrate(
     seed: int,
     *,
     extra: bool = True,
-    checkpoint: Path | None = None,
+    journal: Journal | None = None,
 ) -> Result:
-    """``checkpoint``: a file that keeps what was done, so that the same calibration goes on from there; the caller removes it.
+    """``journal``: knows what was done before, of `open_journal`.
 
     Raises `GraphError` where nothing can be quantized, `UsageError` where ``max_drop`` has no labels to go by."""
     if budget.max_drop is not None and (pool.labelled.targets is None or not len(pool.labelled)):
         raise UsageError("--max-drop needs labelled samples, and these have none", "add --data SPEC, or state --min-snr")
     with returned():
-        return _calibrate(bundle, pool, budget, method, seed, extra, checkpoint)
+        return _calibrate(bundle, pool, budget, method, seed, extra, journal or Journal(None, ""))
 
 
-def _calibrate(
-    bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, extra: bool, checkpoint: Path | None
-) -> Result:
+def open_journal(path: Path, bundle: Bundle, pool: Pool, method: str, *, extra: bool) -> Journal:
+    """What was done of this calibration before, and will be: in a file which the caller discards when the work is done."""
+    graph = hashlib.sha256(bundle.file(FLOAT_GRAPH).read_bytes()).hexdigest()
+    about = [graph, method, str(extra), *_VERSIONS.values(), *digests(pool.calibration), "", *digests(pool.held_out)]
+    return Journal(path, hashlib.sha256("\0".join(about).encode()).hexdigest())
+
+
+def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, extra: bool, journal: Journal) -> Result:
     graph = bundle.file(FLOAT_GRAPH).read_bytes()
     drawn = digests(pool.calibration)
-    about = [hashlib.sha256(graph).hexdigest(), method, str(extra), *_VERSIONS.values(), *drawn, *digests(pool.held_out)]
-    bench = make_bench(graph, pool, Journal(checkpoint, hashlib.sha256("\0".join(about).encode()).hexdigest()))
+    bench = make_bench(graph, pool, journal)
     recovered = recover(bench, method, extra)
     stated = budget.max_drop is not None or budget.min_snr is not None or budget.share is not None
     rows = bench.study.sensitivities(recovered.parameters, alone=stated or method == "auto", recall=bench.journal.recall)

@@ -18,7 +18,7 @@ from .placement import Placement, place, weights_of
 from .prepare import prepare
 from .record import Calibration
 from .simulate import signal_to_noise, with_reference
-from .weight_only import weight_only
+from .weight_only import stored_small
 
 __all__ = ["rebuild", "rebuild_result"]
 
@@ -45,7 +45,7 @@ def rebuild(graph: bytes, calibration: Calibration) -> bytes:
     try:
         model = insert(prepared, placement, calibration.parameters(prepared, placement), calibration.chosen)
         if calibration.stored:
-            model, _ = weight_only(model, bits=8, block=0, only=calibration.stored)
+            model, _ = stored_small(model, calibration.stored)
     except (ValueError, ZeroDivisionError):  # a factor of another size than its channels
         raise DataError("the calibration does not fit: its sizes are not the graph's", "calibrate again, with data") from None
     data: bytes = model.SerializeToString(deterministic=True)

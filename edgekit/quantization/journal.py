@@ -37,12 +37,19 @@ class _Record(msgspec.Struct, frozen=True):
 class Journal:
     """Named results. A torn end, which a killed process leaves, is cut off; results of another ``key`` are thrown away.
 
-    Without a path, or where the file there is something else, nothing is kept.
+    Without a path, where the file there is something else, or cannot be written, nothing is kept.
     """
 
     def __init__(self, path: Path | None, key: str) -> None:
         self._path, self._head = path, _MAGIC + key.encode() + b"\n"
         self._places: dict[str, tuple[int, int]] = {}  # name -> offset and length
+        try:
+            self._open()
+        except OSError as error:
+            self._stop(error)
+
+    def _open(self) -> None:
+        path = self._path
         if path is None:
             return
         if path.exists() and not _is_ours(path):
@@ -62,8 +69,16 @@ class Journal:
             return self._load(name)
         arrays = make()
         if self._path is not None:
-            self._append(name, arrays)
+            try:
+                self._append(name, arrays)
+            except OSError as error:
+                self._stop(error)
         return arrays
+
+    def _stop(self, error: OSError) -> None:
+        """Work goes on where its journal cannot be written: on a full disk, or under too long a name."""
+        say(f"{self._path} cannot be written ({error.strerror}): this run cannot be resumed")
+        self._path, self._places = None, {}
 
     def _read(self, path: Path) -> int:
         """Where the last whole record ends; 0 for results of another calibration."""
@@ -74,9 +89,13 @@ class Journal:
             while len(frame := file.read(_FRAME.size)) == _FRAME.size:
                 length, checksum = _FRAME.unpack(frame)
                 data = file.read(length) if length <= _MOST else b""
-                if len(data) != length or zlib.crc32(data) != checksum:
+                if not data or len(data) != length or zlib.crc32(data) != checksum:
                     break
-                self._places[msgspec.msgpack.decode(data, type=_Record).name] = (end + _FRAME.size, length)
+                try:
+                    record = msgspec.msgpack.decode(data, type=_Record)
+                except msgspec.DecodeError:
+                    break
+                self._places[record.name] = (end + _FRAME.size, length)
                 end = file.tell()
         return end
 

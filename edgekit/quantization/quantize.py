@@ -21,7 +21,7 @@ from edgekit.runtime.onnxruntime import session
 
 from . import record
 from .budget import Budget
-from .calibrate import Result, calibrate
+from .calibrate import Result, calibrate, open_journal
 from .formats import FORMATS, other_format
 from .frozen import rebuild_result
 from .graph import check
@@ -194,7 +194,8 @@ def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
         }
         for layer in calibration.layers
     ]
-    return sorted(rows, key=lambda row: (row["alone_db"] is None, row["alone_db"] or 0.0))
+    key = "alone_db" if any(row["alone_db"] is not None for row in rows) else "layer_db"
+    return sorted(rows, key=lambda row: (row[key] is None, row[key] or 0.0))
 
 
 def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], checkpoint: Path, *, shift: bool) -> Result:
@@ -202,14 +203,20 @@ def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], 
     if (form := config.get("format", "int8")) != "int8":
         return other_format(bundle, pool, form)
 
+    journal = open_journal(checkpoint, bundle, pool, config["method"], extra=shift)
+
     def made(budget: Budget) -> Result:
-        return calibrate(bundle, pool, budget, config["method"], config["seed"], extra=shift, checkpoint=checkpoint)
+        return calibrate(bundle, pool, budget, config["method"], config["seed"], extra=shift, journal=journal)
 
     if "faster_on" not in config:
         return _timed(bundle, made(budget), pool)
     best: Result | None = None
+    last = b""
     for step in LADDER:
-        found = _timed(bundle, made(Budget(share=step)), pool)
+        found = made(Budget(share=step))
+        if found.graph == last:  # of few layers: no other share is nearer
+            continue
+        found, last = _timed(bundle, found, pool), found.graph
         times = found.figures["latency_ms"]
         say(f"{found.figures['share']:.0%} int8: {times['int8']:.3f} ms, float {times['float']:.3f} ms")
         if best is None or times["int8"] < best.figures["latency_ms"]["int8"]:

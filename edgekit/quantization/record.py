@@ -75,6 +75,7 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: tuple[float, ...] | None = None
     integers: str | None = None
     why: str = ""
+    gain_db: float | msgspec.UnsetType | None = msgspec.UNSET  # of earlier files: read, never written
 
     def __post_init__(self) -> None:
         for scale in self.weights:

@@ -54,7 +54,7 @@ def _ranges(bench: Bench) -> Ranges:
     The ranges have seen the former; a choice among this few has nothing to learn by heart, and the more samples judge it
     the less it is luck.
     """
-    held = bench.pool.held_out.spread(sum(len(next(iter(feeds.values()))) for feeds, _ in bench.study.batches))
+    held = bench.pool.held_out.spread(bench.studied)
     judges = [*bench.study.batches, *with_reference(bench.original, held.batches(bench.batch))]
 
     def snr(ranges: Ranges) -> float:

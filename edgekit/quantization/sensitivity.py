@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from edgekit.progress import track
 from .graph import Parameters, insert
 from .placement import Layer, Placement
 from .record import nearest_integers
-from .samples import Samples
+from .samples import Samples, digests
 from .simulate import Array, Feeds, Noise, Recall, Simulator, signal_to_noise
 from .statistics import Statistics
 
@@ -61,6 +62,9 @@ class Study(NamedTuple):
         nearest = dict(nearest_integers(self.prepared, self.placement, parameters, missing))  # once, not for every graph
         parameters = dataclasses.replace(parameters, integers={**parameters.integers, **nearest})
         labelled = len(self.labelled) > 0
+        about = hashlib.sha256("\0".join(digests(self.labelled)).encode())
+        about.update(b"" if self.labelled.targets is None else self.labelled.targets.tobytes())
+        judged = about.hexdigest()[:16]  # what the points hang on
         right = self._right(Simulator(self.prepared)) if labelled else 0.0
 
         def measured(layer: str) -> dict[str, Array]:
@@ -72,7 +76,7 @@ class Study(NamedTuple):
         found = []
         for row in track(rows, "measuring layers"):
             layer = row.layer
-            one = recall(f"alone/{layer}", lambda layer=layer: measured(layer)) if recall else measured(layer)  # type: ignore[misc]
+            one = recall(f"alone/{judged}/{layer}", lambda layer=layer: measured(layer)) if recall else measured(layer)  # type: ignore[misc]
             drop = 100 * (right - float(one["right"])) if labelled else None
             found.append(row._replace(alone_db=float(one["alone_db"]), drop=drop))
         return found

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from .bench import Bench, Candidate
 from .simulate import signal_to_noise, with_reference
-from .weight_only import storable, weight_only
+from .weight_only import KINDS, storable, stored_small
 
 __all__ = ["store"]
 
-KINDS = (("Gather", "GatherND"), ("LSTM",))
 MOST_DB = 0.2  # of the output: what a smaller file may cost
+MARGIN_DB = 10.0  # between the weights and the output: the samples may not have seen the rows that matter
 
 
 def store(bench: Bench, found: Candidate, kept: Callable[[Candidate], bool]) -> tuple[Candidate, tuple[str, ...]]:
@@ -28,7 +28,9 @@ def store(bench: Bench, found: Candidate, kept: Callable[[Candidate], bool]) -> 
         names = [name for name, op in storable(found.model.graph).items() if op in kind]
         if not names:
             continue
-        model, _ = weight_only(found.model, bits=8, block=0, only=names)
+        model, weights_db = stored_small(found.model, names)
+        if weights_db < found.snr_db + MARGIN_DB:
+            continue
         snr = signal_to_noise(model, with_reference(bench.original, bench.judging()))
         if snr < least:
             continue

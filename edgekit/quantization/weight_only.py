@@ -38,11 +38,13 @@ from edgekit.graphs.opset import with_opset
 
 from .prepare import attribute, constants, consumers
 
-__all__ = ["BLOCKS", "MIN_PARAMETERS", "storable", "weight_only"]
+__all__ = ["BLOCKS", "KINDS", "MIN_PARAMETERS", "storable", "stored_small", "weight_only"]
 
 Array = NDArray[Any]
 #: Smaller weights stay float: they are read from cache, and a scale is a large part of them.
 MIN_PARAMETERS = 16_384
+#: What is stored small in graphs whose products are int8, by the operator that reads it.
+KINDS = (("Gather", "GatherND"), ("LSTM",))
 BLOCKS = (16, 32, 64, 128, 256)
 _INT8_OPSET, _BLOCK_OPSET = 13, 21
 #: Least and greatest integer a weight may become.
@@ -108,6 +110,19 @@ def storable(graph: onnx.GraphProto) -> dict[str, str]:
     return {weight.name: weight.op for weight in _weights(graph)}
 
 
+def stored_small(model: onnx.ModelProto, names: Collection[str]) -> tuple[onnx.ModelProto, float]:
+    """Tables and LSTM weights of these names as int8, a scale per row, kind after kind: the same bytes for the same names.
+
+    And the lowest SNR of the weights themselves, in dB.
+    """
+    lowest = np.inf
+    for kind in KINDS:
+        if some := [name for name, op in storable(model.graph).items() if name in names and op in kind]:
+            model, figures = weight_only(model, bits=8, block=0, only=some)
+            lowest = min(lowest, *(layer["snr_db"] for layer in figures["layers"]))
+    return model, lowest
+
+
 def _weights(graph: onnx.GraphProto) -> list[_Weight]:
     """Large constant matrices in the order of their first readers, which decide the axis."""
     uses = consumers(graph)
@@ -125,9 +140,11 @@ def _weights(graph: onnx.GraphProto) -> list[_Weight]:
             if (name := node.input[position]) in large and len(known[name].dims) == (3 if recurrent else 2):
                 blocks = not recurrent and (node.op_type != "MatMul" or position == 1)
                 readers.setdefault(name, []).append(_Weight(name, inner, node.name or node.output[0], node.op_type, blocks))
+    finite = {name for name in readers if np.isfinite(numpy_helper.to_array(known[name])).all()}  # a mask may hold -inf
     return [
         those[0]._replace(blocks=len(those) == uses[name] and all(w.blocks and w.inner == those[0].inner for w in those))
         for name, those in readers.items()
+        if name in finite
     ]
 
 
@@ -150,8 +167,6 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
     """Replace one initializer, in place; DequantizeLinear takes its name, so that every reader stays as it is."""
     tensor = constants(graph)[weight.name]
     values = numpy_helper.to_array(tensor).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise GraphError(f"the weights {weight.name!r} hold NaN or Inf", "train or export the model again")
     inner, whole = weight.inner, values.shape[weight.inner]
     channel = 1 if values.ndim == 3 else 1 - inner
     size, bits = (block, bits) if block and whole % block == 0 and weight.blocks else (whole, 8)

@@ -114,7 +114,10 @@ class OnnxRuntimeRunner:
     def describe(self) -> dict[str, Any]:
         """``int8``, of a quantized graph: ``kernels``, or ``float`` where Q/DQ is computed as it is written."""
         about = {"backend": self.name, "version": ort.__version__, "provider": "CPUExecutionProvider", "threads": self.threads}
-        return about | ({"int8": "float" if _saturates() else "kernels"} if self.graph == INT8_GRAPH else {})
+        made = self.bundle.last("quantize")
+        if self.graph != INT8_GRAPH or (made is not None and "format" in made.config):  # other forms have no int8 products
+            return about
+        return about | {"int8": "float" if _saturates() else "kernels"}
 
 
 def _spec(value: Any) -> TensorSpec:

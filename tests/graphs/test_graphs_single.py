@@ -194,3 +194,28 @@ def test_graphs_that_mix_types_answer_as_before(data: st.DataObject) -> None:
         scale = max(float(np.abs(theirs.astype(np.float64)).max()), 1.0)
         np.testing.assert_allclose(ours.astype(np.float64) / scale, theirs.astype(np.float64) / scale, atol=5e-3)
     assert len({node.name for node in all_nodes(copy.graph)}) == len(copy.graph.node)
+
+
+def test_indices_that_are_counted_in_float64_stay() -> None:
+    """float32 has 24 bits: an index of 30 would come out another."""
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["wide"], to=TensorProto.DOUBLE),
+        helper.make_node("Mod", ["wide", "rows"], ["row"], fmod=1),
+        helper.make_node("Cast", ["row"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["picked"]),
+        helper.make_node("MatMul", ["picked", "w"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    weights = {
+        "rows": np.array(100.0),
+        "table": rng.normal(size=(100, 8)).astype(np.float32),
+        "w": rng.normal(size=(8, 4)).astype(np.float32),
+    }
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])]
+    initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "counted", inputs, outputs, initializers)
+    counted = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    before = counted.SerializeToString()
+    assert to_single(counted) == (False, [])
+    assert counted.SerializeToString() == before

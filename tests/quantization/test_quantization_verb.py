@@ -405,3 +405,5 @@ def test_bench_says_how_int8_was_computed(
     found = edgekit.bench(tmp_path / "t8.edge", seconds=0.2)
     assert found["int8"] == way
     assert "int8" not in edgekit.bench(tmp_path / "t8.edge", seconds=0.2, precision="float")
+    edgekit.quantize(tiny_bundle, out=tmp_path / "f8.edge", calib=calibration_folder, format="fp8")
+    assert "int8" not in edgekit.bench(tmp_path / "f8.edge", seconds=0.2)
