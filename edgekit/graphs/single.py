@@ -63,7 +63,9 @@ def _types(graph: onnx.GraphProto) -> Iterator[int]:
 
 
 def _computes_in_double(model: onnx.ModelProto) -> bool:
-    """Whether a layer has float64 inputs, as a whole model of that type has."""
+    """Whether a layer, or the graph itself, has float64 inputs or outputs, as a whole model of that type has."""
+    if any(value.type.tensor_type.elem_type == TensorProto.DOUBLE for value in (*model.graph.input, *model.graph.output)):
+        return True
     layers = [node for node in all_nodes(model.graph) if node.op_type in _LAYERS]
     types = element_types(model)
     return any(types.get(name) == TensorProto.DOUBLE for node in layers for name in node.input)
