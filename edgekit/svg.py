@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from xml.sax import saxutils
 
@@ -14,13 +16,18 @@ __all__ = ["checked_path", "escape"]
 def checked_path(path: Path, mark: str) -> Path:
     """``path``, fit to be written: a new file, or one that holds ``mark`` near its beginning, and so is such a chart.
 
-    Raises `UsageError` where it is no .svg, `OutputExists` for any other file.
+    Raises `UsageError` where it is no .svg or cannot be written, `OutputExists` for any other file.
     """
     if path.suffix.lower() != ".svg":
         raise UsageError(f"the chart is drawn as SVG, not as {path.suffix or 'a file without ending'!r}", "name it FILE.svg")
     refuse_inside_bundle(path)
     if path.is_dir() or (path.exists() and mark.encode() not in path.read_bytes()[:200]):
         raise OutputExists(path)
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    try:  # permissions do not tell all: better said before the work than after
+        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=f".{path.name}."))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be drawn in {folder}: {error.strerror}", "name another FILE.svg") from None
     return path
 
 

@@ -58,10 +58,11 @@ def quantize(
 ) -> Answer:
     """Quantize a bundle to int8, as an explicit Q/DQ graph for TensorRT.
 
-    Without a budget, everything that TensorRT likes in int8 becomes int8. A budget keeps the fewest layers float that
-    meet it; the best found is written even where it does not, with exit code 3, and so is a graph below 10 dB where no
-    --max-drop or --min-snr is stated. --max-drop holds on the test split too. Ranges come from training samples,
-    the SNR from others; a calibration.json gives the same graph again without data.
+    Without a budget, everything that TensorRT likes in int8 becomes int8. --min-snr and --max-drop keep as few layers
+    float as they can, --share makes no more int8 than it takes. The best found is written even where a budget is missed,
+    with exit code 3, and so is a graph below 10 dB where no --max-drop or --min-snr is stated. --max-drop is searched on
+    train samples and judged on the test split too. Ranges come from training samples, the SNR from others; a
+    calibration.json gives the same graph again without data.
 
     Method auto fits ranges and weights layer by layer and keeps what helps on held-out samples. The others are those
     methods as the books have them: fast, and nothing is fitted. A stopped calibration goes on with the same command.
@@ -110,6 +111,12 @@ def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> st
         lines.append("recoveries tried, all int8: " + ", ".join(f"{name} {db:.1f} dB" for name, db in tried.items()))
     if figures.get("shifted_inputs"):
         lines.append(f"{figures['shifted_inputs']} inputs are shifted or scaled in front of Q; --no-shift leaves that out")
+    if kept := figures.get("float_weights_bytes"):
+        lines.append(
+            f"{kept / 1024:.0f} KiB of tables and recurrent weights stay float32; --format weights8 stores weights alone"
+        )
+    if figures.get("stored_weights"):
+        lines.append(f"{figures['stored_weights']} tables and recurrent weights are stored in int8, and computed in float")
     if "qat" in figures:
         lines.append(_trained(figures["qat"]))
     if "top1" in figures:

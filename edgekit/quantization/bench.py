@@ -24,6 +24,7 @@ from .samples import Pool, Samples
 from .sensitivity import Study
 from .simulate import Array, Feeds, Simulator, measured_shapes, observe, signal_to_noise, with_reference
 from .statistics import METHODS, Statistics, scale_of
+from .weight_only import storable
 
 __all__ = ["Bench", "Candidate", "Ranges", "affordable", "make_bench"]
 
@@ -136,7 +137,10 @@ def make_bench(graph: bytes, pool: Pool, journal: Journal) -> Bench:
     if not placement.names:
         reasons = "; ".join(sorted({f"{node.op}: {node.reason}" for node in placement.unquantized})[:3])
         raise GraphError(
-            f"the graph has no layer to quantize ({reasons or 'no Conv, Gemm or MatMul'})", "build it as it is: edgekit build B"
+            f"the graph has no layer to quantize ({reasons or 'no Conv, Gemm or MatMul'})",
+            "its tables and recurrent weights can be stored small: --format weights8"
+            if storable(prepared.graph)
+            else "build it as it is: edgekit build B",
         )
     original = onnx.load_model_from_string(graph)
     if quantized_nodes(original):  # what is rounded already is no reference: the same graph made float is

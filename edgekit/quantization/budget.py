@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from edgekit.errors import UsageError
 
-__all__ = ["Budget", "by_share", "fewest_float"]
+__all__ = ["Budget", "by_share", "fewest_float", "tightened"]
 
 T = TypeVar("T")
 
@@ -73,3 +73,29 @@ def fewest_float(
         middle = (low + high) // 2
         low, high = (low, middle) if met(at(middle)) else (middle, high)
     return at(high), True
+
+
+class _Named(Protocol):
+    """A candidate that knows which layers it quantizes."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+
+N = TypeVar("N", bound=_Named)
+
+
+def tightened(order: Sequence[str], found: N, attempt: Callable[[list[str]], N], met: Callable[[N], bool]) -> N:
+    """From a candidate that meets the budget towards fewer float layers, by bisection with a dearer ``attempt``.
+
+    All int8 is known to miss it.
+    """
+    low, high = 0, len(order) - len(found.names)
+    while high - low > 1:
+        middle = (low + high) // 2
+        trial = attempt(list(order[middle:]))
+        if met(trial):
+            found, high = trial, middle
+        else:
+            low = middle
+    return found

@@ -18,7 +18,7 @@ from edgekit.version import __version__
 
 from . import record
 from .bench import Bench, Candidate, make_bench
-from .budget import Budget, by_share, fewest_float
+from .budget import Budget, by_share, fewest_float, tightened
 from .graph import Parameters
 from .journal import Journal
 from .memory import returned
@@ -26,7 +26,7 @@ from .record import Calibration, Drawn, LayerRecord, QuantizerRecord
 from .recovery import Recovered, recover
 from .samples import Pool, digests
 from .sensitivity import Sensitivity, most_harmful_first
-from .store import store
+from .store import left_float, store
 
 __all__ = ["Result", "calibrate", "culprit", "open_journal"]
 
@@ -36,6 +36,7 @@ _VERSIONS = {
     "onnx": onnx.__version__,
     "onnxruntime": onnxruntime.__version__,
 }
+UNHEARD_DB = 150.0  # no measured output hears the layer
 EXPLAINED = 3  # layers whose loss is put into words
 
 
@@ -107,7 +108,8 @@ def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: in
         layers=_layer_records(bench, found, recovered.rounded, rows),
         stored=stored,
     )
-    figures = _figures(bench, found, method, recovered, len(data), culprit(calibration)) | {"stored_weights": len(stored)}
+    figures = _figures(bench, found, method, recovered, len(data), culprit(calibration))
+    figures |= {"stored_weights": len(stored), "float_weights_bytes": left_float(found.model.graph)}
     return Result(data, record.encode(calibration), figures, missed)
 
 
@@ -155,19 +157,20 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
     if budget.max_drop is None and budget.min_snr is None:
         return bench.candidate(order, parameters, False), ""
 
-    def attempt(names: list[str]) -> Candidate:
-        found = bench.candidate(names, parameters, labelled)
+    def said(found: Candidate) -> Candidate:
         drop = "" if found.drop is None else f", drop {found.drop:.2f} points"
-        say(f"{len(order) - len(names)} of {len(order)} layers float: {found.snr_db:.1f} dB{drop}")
+        say(f"{len(order) - len(found.names)} of {len(order)} layers float: {found.snr_db:.1f} dB{drop}")
         return found
 
     def met(found: Candidate) -> bool:
         return _met(budget, found)
 
-    found, kept = fewest_float(order, attempt, met, better)
+    found, kept = fewest_float(order, lambda names: said(bench.candidate(names, parameters, labelled)), met, better)
     again = settled(found.names)
     if met(again) or not kept:
         found, kept = again, met(again)
+    if kept and recovered.recovery != "none":  # fitted anew, fewer may do
+        found = tightened(order, found, lambda names: said(settled(names)), met)
     if kept:
         return found, ""
     if budget.min_snr is not None:
@@ -184,7 +187,7 @@ def _met(budget: Budget, found: Candidate) -> bool:
 def _layer_records(bench: Bench, found: Candidate, rounded: Parameters, rows: Sequence[Sensitivity]) -> tuple[LayerRecord, ...]:
     layers = {layer.name: layer for layer in bench.placement.layers}
     ops = {product.name: product.op for product in bench.placement.products} | {k: v.op for k, v in layers.items()}
-    measured_alone = [row for row in rows if row.layer in layers and row.alone_db is not None]
+    measured_alone = [row for row in rows if row.layer in layers and row.alone_db is not None and row.alone_db < UNHEARD_DB]
     worst = sorted(measured_alone, key=lambda row: row.alone_db or 0.0)[:EXPLAINED]
     why = {
         row.layer: bench.study.why(layers[row.layer], rounded, bench.statistics)

@@ -43,6 +43,7 @@ class Journal:
     def __init__(self, path: Path | None, key: str) -> None:
         self._path, self._head = path, _MAGIC + key.encode() + b"\n"
         self._places: dict[str, tuple[int, int]] = {}  # name -> offset and length
+        self._fresh = False  # the file is begun with the first result: what is refused leaves none
         try:
             self._open()
         except OSError as error:
@@ -58,10 +59,10 @@ class Journal:
         elif path.exists() and (end := self._read(path)):
             with path.open("r+b") as file:
                 file.truncate(end)
-            say(f"{path} has {len(self._places)} results of this calibration: going on from there")
+            if self._places:
+                say(f"{path} has {len(self._places)} results of this calibration: going on from there")
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self._head)
+            self._fresh = True
 
     def recall(self, name: str, make: Callable[[], Arrays]) -> Arrays:
         """What ``make`` gave under this name before; else what it gives now, which is kept."""
@@ -114,6 +115,10 @@ class Journal:
         assert self._path is not None
         stored = {part: _Stored(a.dtype.str, a.shape, np.ascontiguousarray(a).tobytes()) for part, a in arrays.items()}
         data = msgspec.msgpack.encode(_Record(name, stored))
+        if self._fresh:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_bytes(self._head)
+            self._fresh = False
         with self._path.open("ab") as file:
             offset = file.tell()
             file.write(_FRAME.pack(len(data), zlib.crc32(data)) + data)

@@ -96,7 +96,7 @@ def weight_only(
         among = "the graph has" if only is None else f"among the {len(only)} named initializers is"
         raise GraphError(
             f"{among} no matrix and no table of {MIN_PARAMETERS} float32 weights or more",
-            "quantize it to int8: its activations count, not its weights",
+            "small weights are read from cache: build it as it is, or quantize it to int8 where it has Conv, Gemm or MatMul",
         )
     made = with_opset(model, _BLOCK_OPSET if block else _INT8_OPSET)
     layers = [_quantize(made.graph, weight, bits, block) for weight in found]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import UsageError
-from edgekit.quantization.budget import Budget, by_share, fewest_float
+from edgekit.quantization.budget import Budget, by_share, fewest_float, tightened
 
 
 @settings(max_examples=100, deadline=None)
@@ -51,3 +53,20 @@ def test_equal_layers_are_taken_from_the_least_harmful() -> None:
 def test_wrong_budgets(budget: Budget) -> None:
     with pytest.raises(UsageError):
         budget.checked()
+
+
+class Tried(NamedTuple):
+    names: list[str]
+
+
+@pytest.mark.parametrize("needed", [1, 2, 5, 8])
+def test_fewer_float_layers_are_found_with_the_dearer_attempt(needed: int) -> None:
+    order, calls = [str(i) for i in range(12)], list[int]()
+
+    def attempt(names: list[str]) -> Tried:
+        calls.append(len(names))
+        return Tried(names)
+
+    found = tightened(order, Tried(order[8:]), attempt, lambda trial: len(order) - len(trial.names) >= needed)
+    assert found.names == order[needed:]
+    assert len(calls) <= 3

@@ -33,6 +33,7 @@ def test_what_was_made_is_not_made_again(tmp_path: Path) -> None:
 def test_a_torn_end_is_cut_off(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "work"
     journal = Journal(path, "key")
+    assert not path.exists()  # nothing was done yet
     journal.recall("whole", lambda: {"x": np.ones(3)})
     whole = path.stat().st_size
     journal.recall("torn", lambda: {"x": np.zeros(30)})

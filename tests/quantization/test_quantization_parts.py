@@ -240,3 +240,9 @@ def test_spread_takes_from_first_to_last(count: int, wanted: int) -> None:
     if picked and count > wanted:
         assert picked[0] == 0
         assert np.ptp(np.diff([*picked, count])) <= 1
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
+def test_a_chart_that_cannot_be_written_is_refused_before_the_work() -> None:
+    with pytest.raises(UsageError, match="cannot be drawn"):
+        check_picture(Path("/proc/layers.svg"))
