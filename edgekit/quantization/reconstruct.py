@@ -257,7 +257,8 @@ class _Reconstruction:
                     padded = np.pad(x, ((0, 0), (0, 0), (0, size * blocks - inputs)))
                     x = padded.reshape(groups, -1, blocks, size).transpose(0, 2, 1, 3).reshape(groups * blocks, -1, size)
                     y = np.zeros((groups * blocks, x.shape[1], 1), np.float32)
-                gathered.add(x, y, i % HELD_OUT == HELD_OUT - 1)
+                # in blocks nothing is fitted, and so nothing held out: two sets of moments would be most of the memory
+                gathered.add(x, y, blocks == 1 and i % HELD_OUT == HELD_OUT - 1)
         return gathered
 
     def _store(self, unit: _Unit, found: Rounded, gathered: _Gathered, biased: bool) -> None:
