@@ -140,11 +140,11 @@ def _weights(graph: onnx.GraphProto) -> list[_Weight]:
             if (name := node.input[position]) in large and len(known[name].dims) == (3 if recurrent else 2):
                 blocks = not recurrent and (node.op_type != "MatMul" or position == 1)
                 readers.setdefault(name, []).append(_Weight(name, inner, node.name or node.output[0], node.op_type, blocks))
-    finite = {name for name in readers if np.isfinite(numpy_helper.to_array(known[name])).all()}  # a mask may hold -inf
+    masks = {name for name in readers if np.isinf(numpy_helper.to_array(known[name])).any()}  # of attention hold -inf
     return [
         those[0]._replace(blocks=len(those) == uses[name] and all(w.blocks and w.inner == those[0].inner for w in those))
         for name, those in readers.items()
-        if name in finite
+        if name not in masks
     ]
 
 
@@ -167,6 +167,8 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
     """Replace one initializer, in place; DequantizeLinear takes its name, so that every reader stays as it is."""
     tensor = constants(graph)[weight.name]
     values = numpy_helper.to_array(tensor).astype(np.float32)
+    if np.isnan(values).any():
+        raise GraphError(f"the weights {weight.name!r} hold NaN", "train or export the model again")
     inner, whole = weight.inner, values.shape[weight.inner]
     channel = 1 if values.ndim == 3 else 1 - inner
     size, bits = (block, bits) if block and whole % block == 0 and weight.blocks else (whole, 8)
