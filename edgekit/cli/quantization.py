@@ -95,10 +95,8 @@ def quantize(
     rows = layer_table(written)
     if plot is not None:
         draw_layers(written, rows, plot)
-    entry = written.last("quantize")
-    assert entry is not None
-    answer = {"bundle": str(written.path), **entry.figures}
-    return Answer(answer, _text(written.path, entry.figures, rows), missed=missed)
+    figures = written.manifest.history[-1].figures
+    return Answer({"bundle": str(written.path), **figures}, _text(written.path, figures, rows), missed=missed)
 
 
 def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from edgekit.errors import GraphError
 from edgekit.graphs.dequantize import quantized_nodes
@@ -21,7 +20,7 @@ from .prepare import prepare
 from .reconstruct import reconstruct
 from .rounding import weight_scales
 from .samples import Pool, Samples
-from .sensitivity import Study
+from .sensitivity import Study, share_right
 from .simulate import Array, Feeds, Simulator, measured_shapes, observe, signal_to_noise, with_reference
 from .statistics import METHODS, Statistics, scale_of
 from .weight_only import storable
@@ -118,7 +117,8 @@ class Bench(NamedTuple):
 
     def drop(self, model: onnx.ModelProto) -> float:
         """Points of top-1 that an int8 graph loses on the labelled samples."""
-        return _drop(self.original, model, self.pool.labelled)
+        before, after = (share_right(Simulator(graph), self.pool.labelled) for graph in (self.original, model))
+        return 100 * (before - after)
 
     def judging(self) -> Iterator[Feeds]:
         return self.pool.held_out.batches(self.batch) if len(self.pool.held_out) else iter([self.first])
@@ -191,15 +191,3 @@ def _reached(placement: Placement, statistics: dict[str, Statistics]) -> Placeme
 def affordable(limits: tuple[int, int], cost: int) -> int:
     """How many samples at ``cost`` multiply-accumulates each fit `WORK`, within the limits. No clock: the same everywhere."""
     return int(np.clip(WORK // max(cost, 1), *limits))
-
-
-def _drop(original: onnx.ModelProto, model: onnx.ModelProto, labelled: Samples) -> float:
-    """Points of top-1 that the int8 graph loses on labelled samples."""
-    assert labelled.targets is not None
-    name = original.graph.output[0].name
-    right: list[float] = []
-    for graph in (original, model):
-        run = Simulator(graph)
-        answers: NDArray[Any] = np.concatenate([run(feeds)[name].argmax(-1).ravel() for feeds in labelled.batches()])
-        right.append(float((answers == labelled.targets).mean()))
-    return 100 * (right[0] - right[1])

@@ -100,31 +100,37 @@ def quantize(
     _check(method, samples, format, qat, qat_epochs, faster_on, budget)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     new_path(out)
-    config = {"calib": _spelled(calib), "method": method, "samples": samples, "seed": seed}
-    usual = len(config)
-    config |= {name: value for name, value in budget._asdict().items() if value is not None}
-    options: dict[str, Any] = {"shift": shift, "format": format, "qat": qat, "faster_on": faster_on}
-    config |= {name: value for name, value in options.items() if value != _USUAL[name]}
+    config: dict[str, Any] = {"calib": _spelled(calib), "method": method, "samples": samples, "seed": seed}
+    options = {"shift": shift, "format": format, "qat": qat, "faster_on": faster_on}
+    stated = {name: value for name, value in budget._asdict().items() if value is not None}
+    stated |= {name: value for name, value in options.items() if value != _USUAL[name]}
+    config |= stated
     if calib is not None and Path(calib).suffix == ".json":
-        if method != "auto" or len(config) > usual:
+        if method != "auto" or stated:
             raise UsageError(
                 "a calibration.json already says which layers are int8, and how", "leave out --method, the budget and the rest"
             )
         return _finish(opened, out, config, _Made(rebuild_result(opened, Path(calib)), data, None, None))
-    pool, training = _drawn(opened, calib, data, config, labelled=max_drop is not None or qat)
+    return _calibrated(opened, out, config, budget, data, qat_epochs)
+
+
+def _calibrated(
+    bundle: Bundle, out: str | os.PathLike[str], config: dict[str, Any], budget: Budget, data: str | None, qat_epochs: int
+) -> Bundle:
+    """From samples: calibrate, train where asked, judge, write. The checkpoint goes once the bundle is there."""
+    pool, training = _drawn(bundle, config["calib"], data, config, labelled=budget.max_drop is not None or "qat" in config)
     checkpoint = Path(out).with_name(f"{Path(out).name}.checkpoint")
-    result = _result(opened, pool, budget, config, checkpoint, shift=shift)
-    if qat:
-        result = _trained(opened, result, training, pool, qat_epochs, seed)
+    result = _result(bundle, pool, budget, config, checkpoint, shift=config.get("shift", True))
+    if "qat" in config:
+        result = _trained(bundle, result, training, pool, qat_epochs, config["seed"])
     known = pool.labelled.targets is not None and len(pool.labelled) > 0
-    golden = _golden(opened, pool) if opened.manifest.task == "tensor" else None
+    golden = _golden(bundle, pool) if bundle.manifest.task == "tensor" else None
+    made = _Made(result, (data or pool.source) if known else None, budget, golden)
     try:
-        written = _finish(opened, out, config, _Made(result, (data or pool.source) if known else None, budget, golden))
-    except BudgetNotMet:  # it is written all the same
-        discard(checkpoint)
-        raise
-    discard(checkpoint)
-    return written
+        return _finish(bundle, out, config, made)
+    finally:
+        if os.path.lexists(out):  # with the best found, too, where a budget is missed
+            discard(checkpoint)
 
 
 def _spelled(calib: object) -> str | None:

@@ -20,7 +20,7 @@ from .samples import Samples, digests
 from .simulate import Array, Feeds, Noise, Recall, Simulator, signal_to_noise
 from .statistics import Statistics
 
-__all__ = ["Sensitivity", "Study", "most_harmful_first"]
+__all__ = ["Sensitivity", "Study", "most_harmful_first", "share_right"]
 
 
 class Sensitivity(NamedTuple):
@@ -65,13 +65,16 @@ class Study(NamedTuple):
         about = hashlib.sha256("\0".join(digests(self.labelled)).encode())
         about.update(b"" if self.labelled.targets is None else self.labelled.targets.tobytes())
         judged = about.hexdigest()[:16]  # what the points hang on
-        right = self._right(Simulator(self.prepared)) if labelled else 0.0
+        right = share_right(Simulator(self.prepared), self.labelled) if labelled else 0.0
 
         def measured(layer: str) -> dict[str, Array]:
             run, noise = Simulator(insert(self.prepared, self.placement, parameters, [layer])), Noise()
             for feeds, expected in self.batches:
                 noise.add(expected, run(feeds))
-            return {"alone_db": np.array(noise.snr_db()), "right": np.array(self._right(run) if labelled else 0.0)}
+            return {
+                "alone_db": np.array(noise.snr_db()),
+                "right": np.array(share_right(run, self.labelled) if labelled else 0.0),
+            }
 
         found = []
         for row in track(rows, "measuring layers"):
@@ -95,12 +98,6 @@ class Study(NamedTuple):
                 noise.add({tensor: exact[tensor]}, {tensor: rounded[tensor]})
         return [Sensitivity(name, noises[tensor].snr_db()) for name, tensor in ends.items()]
 
-    def _right(self, run: Simulator) -> float:
-        """Share of the labelled samples that a graph gets right."""
-        name = self.prepared.graph.output[0].name
-        answers = np.concatenate([run(feeds)[name].argmax(-1).ravel() for feeds in self.labelled.batches()])
-        return float((answers == self.labelled.targets).mean())
-
     def why(self, layer: Layer, parameters: Parameters, statistics: Mapping[str, Statistics]) -> str:
         """In words: whether the layer's input or its weights cost more, and what is odd about them."""
         weights = self.snr_db(parameters, [layer.name], activations=False)
@@ -115,6 +112,12 @@ class Study(NamedTuple):
 
 def _noise(snr_db: float) -> float:
     return float(10.0 ** (-snr_db / 10))
+
+
+def share_right(run: Simulator, labelled: Samples) -> float:
+    """Share of the labelled samples whose class a graph's first output names, 0..1."""
+    answers = np.concatenate([run(feeds)[run.outputs[0]].argmax(-1).ravel() for feeds in labelled.batches()])
+    return float((answers == labelled.targets).mean())
 
 
 def most_harmful_first(rows: list[Sensitivity], macs: Mapping[str, int]) -> list[str]:
