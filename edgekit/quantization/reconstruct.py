@@ -33,7 +33,8 @@ Array = NDArray[Any]
 ROWS = (2048, 16384)  # rows of a layer that are looked at: fewest and most
 DRAWN = (2048, 1 << 17)  # rows behind the choice of a range: at least so many, more where they are few values
 WORK = 4 * 10**11  # multiply-accumulates that the second moments of all layers may cost
-WIDEST = 1152  # inputs whose second moments are kept whole: 10 MB; wider ones in blocks
+WIDEST = 1152  # inputs whose second moments are kept whole: 10 MB
+BLOCK = 384  # wider layers in blocks of at most so many
 HELD_OUT = 4  # every fourth batch judges the ridge and the quantizer
 JUDGES = 1024  # rows of those that are kept to judge
 TRIAL = 4  # a trial sees a fourth of the rows
@@ -154,7 +155,8 @@ class _Reconstruction:
         tie = None
         if unit.layers[0].op == "ConvTranspose":
             tie = unit.unfolding.output_scales(np.arange(weight.shape[1]))[0]
-        blocks = -(-unit.unfolding.inputs // WIDEST)
+        inputs = unit.unfolding.inputs
+        blocks = 1 if inputs <= WIDEST else -(-inputs // BLOCK)
         gathered = self._gather(unit, quantizer, matrix, exact, rounded, blocks, thinned)
         if blocks > 1:
             nearest, fitted = _in_blocks(matrix, gathered, blocks, biased)
