@@ -83,9 +83,7 @@ def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: in
     stated = budget.max_drop is not None or budget.min_snr is not None or budget.share is not None
     rows = bench.study.sensitivities(recovered.parameters, alone=stated or method == "auto", recall=bench.journal.recall)
     found, missed = _within(bench, budget, recovered, rows)
-    stored: tuple[str, ...] = ()
-    if method == "auto":
-        found, stored = store(bench, found, lambda smaller: bool(missed) or _met(budget, smaller))
+    found, stored = store(bench, found, lambda smaller: bool(missed) or _met(budget, smaller))
     data: bytes = found.model.SerializeToString(deterministic=True)
     parameters = found.parameters
     calibration = Calibration(

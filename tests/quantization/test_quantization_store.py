@@ -68,10 +68,10 @@ def imported(model: onnx.ModelProto, folder: Path, heavy: bool = True) -> tuple[
     return edgekit.import_onnx(folder / "model.onnx", out=folder / "float.edge"), samples
 
 
-@pytest.mark.parametrize("mask", [False, True])
-def test_tables_and_lstm_weights_are_stored_small(tmp_path: Path, mask: bool) -> None:
+@pytest.mark.parametrize(("mask", "method"), [(False, "auto"), (True, "auto"), (False, "mse")])
+def test_tables_and_lstm_weights_are_stored_small(tmp_path: Path, mask: bool, method: str) -> None:
     bundle, samples = imported(text_model(mask), tmp_path)
-    made = edgekit.quantize(bundle, out=tmp_path / "int8.edge", calib=samples)
+    made = edgekit.quantize(bundle, out=tmp_path / "int8.edge", calib=samples, method=method)
     stored = read_calibration(made.file(CALIBRATION)).stored
     assert set(stored) == {"table", "other", "W", "R"}
     graph = onnx.load_model_from_string(made.read(INT8_GRAPH)).graph
