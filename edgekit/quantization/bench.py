@@ -93,7 +93,7 @@ class Bench(NamedTuple):
         live = sum(seen.count for seen in self.statistics.values()) // max(len(self.pool.calibration), 1)
         count = min(affordable(FITTED, cost), max(FITTED[0], SPOOLED_BYTES // max(4 * live, 1)))
         some = self.pool.calibration.spread(count)
-        # Samples often come in turns, class after class: every other one must not be of one kind.
+        # Every fourth batch judges: it must not be of one kind where samples come in turns, class after class.
         some = some.take([int(i) for i in np.random.default_rng(0).permutation(len(some))])
         size = max(1, min(self.batch, len(some) // 8))
 

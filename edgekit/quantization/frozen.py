@@ -42,6 +42,7 @@ def rebuild(graph: bytes, calibration: Calibration) -> bytes:
     prepared = prepare(graph)
     placement = place(prepared)
     _check_fit(calibration, placement, prepared)
+    placement = placement._replace(groups=calibration.groups)  # as they were then: the table may have been bettered since
     try:
         model = insert(prepared, placement, calibration.parameters(prepared, placement), calibration.chosen)
         if calibration.stored:
@@ -99,7 +100,7 @@ def _check_fit(calibration: Calibration, placement: Placement, prepared: onnx.Mo
             )
         elif entry.bias is not None and entry.name not in layers:
             cause = f"{entry.name!r} has no bias to correct"
-    if calibration.groups != placement.groups or not set(placement.groups.values()) <= set(calibration.tensors):
+    if calibration.groups.keys() != placement.groups.keys() or not {*calibration.groups.values()} <= {*calibration.tensors}:
         cause = cause or "its tensors are not those of the graph"
     if cause:
         raise DataError(f"the calibration does not fit: {cause}", "calibrate again, with data")

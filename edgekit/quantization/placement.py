@@ -7,6 +7,8 @@ Source: NVIDIA TensorRT documentation, "Working with quantized types", explicit 
     Add behind a quantized Conv                               quantize the other (residual) branch: it decides the fused type
     Concat, pooling by maximum, reshapes                      tensors on both sides share one scale, so that Q moves through;
                                                               fitting parts them only where that takes a fifth of the error
+    Split, Slice                                              each part has a scale of its own: the query, key and value of one
+                                                              product lie a decade apart
     LSTM, GRU, RNN                                            are computed in float: no backend has int8 recurrences; LSTM's
                                                               weights are stored in int8 where that costs nothing (`store`)
     bias; ReLU behind Conv; Softmax, Sigmoid, LayerNorm       stay float: no Q/DQ in between, fusions stay whole
@@ -49,9 +51,7 @@ WEIGHTED = {
     "MatMul": Pattern(0, 1, None, -1, -1),
 }
 #: Operators through which TensorRT moves Q and DQ: the tensors around them share a scale where they are quantized.
-TRANSPARENT = {
-    "Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
-}  # fmt: skip
+TRANSPARENT = {"Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 #: Operators with multiply-accumulates that no rule quantizes, and why.
 FLOAT = {
     "LSTM": "recurrent: computed in float",
@@ -168,6 +168,8 @@ def _layer(node: onnx.NodeProto, known: dict[str, onnx.TensorProto], types: dict
     if node.op_type == "MatMul" and node.input[0] in known:
         data, position, features = position, data, -2
     weight = known.get(node.input[position])
+    if node.op_type == "Gemm" and node.input[0] in known and weight is None:
+        return "its weights are on the left"
     if weight is None:
         if node.op_type not in ("MatMul", "Gemm") or any(node.input[2:]):
             return "the weights are computed"

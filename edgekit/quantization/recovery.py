@@ -12,7 +12,7 @@ from .simulate import signal_to_noise, with_reference
 
 __all__ = ["Recovered", "recover"]
 
-JUDGED = (8, 64)  # held-out samples behind the choice of a recovery
+JUDGED = (8, 256)  # held-out samples behind the choice of a recovery
 WORTH_DB = 0.5  # operators in front of Q must gain this much at the output, fitting at all must gain something
 METHODS = ("mse", "percentile", "minmax")
 MARGINS = (1.1, 1.25)

@@ -53,10 +53,13 @@ class Samples:
         return Samples(tuple(self.ids[i] for i in chosen), lambda i: read(chosen[i]), self.batchable, targets)
 
     def spread(self, count: int) -> Samples:
-        """At most ``count`` of them, evenly from first to last."""
+        """At most ``count`` of them from first to last, drawn at random, the same ones each time.
+
+        Not every so-manieth: samples often come in turns, class after class, and a stride would see but one of two.
+        """
         if len(self) <= count:
             return self
-        return self.take([i * len(self) // count for i in range(count)])
+        return self.take(sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist()))
 
     def batches(self, most: int = MAX_BATCH) -> Iterator[Feeds]:
         """Neighbours of equal shape together, at most ``most``, as far as the graph takes batches and memory stays flat."""
