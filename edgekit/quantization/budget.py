@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
+
 from edgekit.errors import UsageError
 
-__all__ = ["Budget", "by_share", "fewest_float", "tightened"]
+__all__ = ["Budget", "by_share", "fewest_float", "returned_to_int8", "tightened"]
 
 T = TypeVar("T")
+UNITS = 4096  # of the multiply-accumulates that a share leaves float
+RETRIED = 16  # float layers that are tried in int8 again
 
 
 class Budget(NamedTuple):
@@ -33,21 +37,30 @@ class Budget(NamedTuple):
         return self
 
 
-def by_share(order: Sequence[str], macs: Mapping[str, int], total: int, share: float) -> list[str]:
-    """The layers to quantize for at least ``share`` of ``total``: the last of ``order`` (most harmful first) first.
+def by_share(noise: Mapping[str, float], macs: Mapping[str, int], room: float) -> list[str]:
+    """The layers to quantize where at most ``room`` of the multiply-accumulates stay float, with the least ``noise`` in sum.
 
-    Then each layer that the share does not need is left float again, the most harmful first.
+    A knapsack, by dynamic programming in units of the room, rounded up; then what still fits, the most harmful first.
     """
-    chosen: list[str] = []
-    for name in reversed(order):
-        if sum(macs[n] for n in chosen) >= share * total:
-            break
-        chosen.append(name)
-    for name in reversed(list(chosen)):
-        rest = [n for n in chosen if n != name]
-        if rest and sum(macs[n] for n in rest) >= share * total:
-            chosen = rest
-    return chosen
+    names = sorted(noise, key=noise.__getitem__, reverse=True)
+    best, taken = np.zeros(UNITS + 1), np.zeros((len(names), UNITS + 1), bool)
+    sizes = [min(int(np.ceil(macs[name] * UNITS / room)), UNITS + 1) if room > 0 else UNITS + 1 for name in names]
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        if size > UNITS:
+            continue
+        gained = np.full(UNITS + 1, -1.0)
+        gained[size:] = best[: UNITS + 1 - size] + noise[name]
+        taken[i] = gained > best
+        best = np.maximum(best, gained)
+    left, at = set[str](), UNITS
+    for i in reversed(range(len(names))):
+        if taken[i, at]:
+            left.add(names[i])
+            at -= sizes[i]
+    for name in names:
+        if name not in left and sum(macs[other] for other in left) + macs[name] <= room:
+            left.add(name)
+    return [name for name in noise if name not in left]
 
 
 def fewest_float(
@@ -98,4 +111,18 @@ def tightened(order: Sequence[str], found: N, attempt: Callable[[list[str]], N],
             found, high = trial, middle
         else:
             low = middle
+    return found
+
+
+def returned_to_int8(
+    order: Sequence[str], found: N, macs: Mapping[str, int], attempt: Callable[[list[str]], N], met: Callable[[N], bool]
+) -> N:
+    """A candidate that meets the budget with each float layer int8 again that it does not need, the largest first.
+
+    The first ones of an order are left float together, also those that are small and cost little.
+    """
+    for name in sorted(set(order) - {*found.names}, key=lambda name: (-macs[name], name))[:RETRIED]:
+        trial = attempt([other for other in order if other == name or other in found.names])
+        if met(trial):
+            found = trial
     return found

@@ -18,14 +18,14 @@ from edgekit.version import __version__
 
 from . import record
 from .bench import Bench, Candidate, make_bench
-from .budget import Budget, by_share, fewest_float, tightened
+from .budget import Budget, by_share, fewest_float, returned_to_int8, tightened
 from .graph import Parameters
 from .journal import Journal
 from .memory import returned
 from .record import Calibration, Drawn, LayerRecord, QuantizerRecord
 from .recovery import Recovered, recover
 from .samples import Pool, digests
-from .sensitivity import Sensitivity, most_harmful_first
+from .sensitivity import Sensitivity, most_harmful_first, noise_power
 from .store import left_float, store
 
 __all__ = ["Result", "calibrate", "culprit", "open_journal"]
@@ -145,7 +145,8 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
         return max(found, again, key=better)
 
     if budget.share is not None:
-        names = by_share(order, bench.macs, total, budget.share) or order[-1:]
+        float_macs = sum(bench.macs[node.name] for node in bench.placement.unquantized)
+        names = by_share(noise_power(rows), bench.macs, (1.0 - budget.share) * total - float_macs) or order[-1:]
         reached = sum(bench.macs[name] for name in names) / max(total, 1)
         found = settled(names)
         if reached < budget.share - 1e-9:
@@ -163,7 +164,12 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
     def met(found: Candidate) -> bool:
         return _met(budget, found)
 
-    found, kept = fewest_float(order, lambda names: said(bench.candidate(names, parameters, labelled)), met, better)
+    def attempt(names: list[str]) -> Candidate:
+        return said(bench.candidate(names, parameters, labelled))
+
+    found, kept = fewest_float(order, attempt, met, better)
+    if kept:
+        found = returned_to_int8(order, found, bench.macs, attempt, met)
     again = settled(found.names)
     if met(again) or not kept:
         found, kept = again, met(again)

@@ -20,7 +20,7 @@ from .samples import Samples, digests
 from .simulate import Array, Feeds, Noise, Recall, Simulator, signal_to_noise
 from .statistics import Statistics
 
-__all__ = ["Sensitivity", "Study", "most_harmful_first", "share_right"]
+__all__ = ["Sensitivity", "Study", "most_harmful_first", "noise_power", "share_right"]
 
 
 class Sensitivity(NamedTuple):
@@ -120,7 +120,12 @@ def share_right(run: Simulator, labelled: Samples) -> float:
     return float((answers == labelled.targets).mean())
 
 
+def noise_power(rows: list[Sensitivity]) -> dict[str, float]:
+    """Over the signal's, of each layer alone at the output; where that was not measured, of all where the layer ends."""
+    return {row.layer: _noise(row.layer_db if row.alone_db is None else row.alone_db) for row in rows}
+
+
 def most_harmful_first(rows: list[Sensitivity], macs: Mapping[str, int]) -> list[str]:
     """Layer names by the noise power that each alone makes, for every multiply-accumulate that leaving it float costs."""
-    power = {row.layer: _noise(row.layer_db if row.alone_db is None else row.alone_db) for row in rows}
+    power = noise_power(rows)
     return sorted(power, key=lambda name: power[name] / max(macs[name], 1), reverse=True)

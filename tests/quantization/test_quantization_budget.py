@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import UsageError
-from edgekit.quantization.budget import Budget, by_share, fewest_float, tightened
+from edgekit.quantization.budget import UNITS, Budget, by_share, fewest_float, returned_to_int8, tightened
 
 
 @settings(max_examples=100, deadline=None)
@@ -30,23 +31,32 @@ def test_one_layer_fewer_misses(count: int, needed: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 100), min_size=1, max_size=12), st.floats(0.0, 1.0))
-def test_a_share_needs_each_of_its_layers(sizes: list[int], share: float) -> None:
-    macs = {f"layer{i}": size for i, size in enumerate(sizes)}
-    order, total = list(macs), sum(sizes)
-    chosen = by_share(order, macs, total, share)
-    reached = sum(macs[name] for name in chosen)
-    assert reached >= share * total
-    if len(chosen) > 1:
-        assert all(reached - macs[name] < share * total for name in chosen)
-    least = order[order.index(min(chosen, key=order.index)) :] if chosen else []
-    assert sum(macs[name] for name in least[1:]) < share * total or len(chosen) <= 1  # nothing more harmful than needed
+@given(st.lists(st.tuples(st.integers(0, 100), st.floats(0.0, 1.0)), min_size=1, max_size=8), st.floats(0.0, 1.0))
+def test_a_share_leaves_the_noisiest_float_that_there_is_room_for(layers: list[tuple[int, float]], share: float) -> None:
+    macs = {f"layer{i}": size for i, (size, _) in enumerate(layers)}
+    noise = {f"layer{i}": power for i, (_, power) in enumerate(layers)}
+    room = (1.0 - share) * sum(macs.values())
+    chosen = by_share(noise, macs, room)
+    left = {*macs} - {*chosen}
+    assert sum(macs[name] for name in left) <= room
+    assert all(sum(macs[name] for name in left) + macs[name] > room for name in chosen)  # each one is needed
+    subsets = (set(some) for size in range(len(macs) + 1) for some in itertools.combinations(macs, size))
+    # units are rounded up: of a room smaller by one unit a layer, nothing better is known
+    tight = room * (1 - len(macs) / UNITS)
+    most = max(sum(noise[name] for name in some) for some in subsets if sum(macs[name] for name in some) <= tight)
+    assert sum(noise[name] for name in left) >= most - 1e-9
 
 
 def test_equal_layers_are_taken_from_the_least_harmful() -> None:
-    macs = dict.fromkeys("abcdefgh", 10)
-    assert sorted(by_share("abcdefgh", macs, 80, 0.5)) == list("efgh")
-    assert by_share("abcdefgh", macs, 80, 0.1) == ["h"]
+    macs, noise = dict.fromkeys("abcdefgh", 10), {name: 1.0 - i / 10 for i, name in enumerate("abcdefgh")}
+    assert by_share(noise, macs, 40) == list("efgh")
+    assert by_share(noise, macs, 72) == ["h"]
+    assert by_share(noise, macs, 0) == by_share(noise, macs, -5) == list("abcdefgh")
+
+
+def test_a_large_quiet_layer_does_not_hide_a_better_choice() -> None:
+    assert by_share({"large": 0.3, "small": 0.2}, {"large": 90, "small": 40}, 90) == ["small"]
+    assert by_share({"large": 0.3, "small": 0.2}, {"large": 90, "small": 40}, 80) == ["large"]
 
 
 @pytest.mark.parametrize("budget", [Budget(1.0, 2.0), Budget(share=1.1), Budget(max_drop=-1.0), Budget(min_snr=float("nan"))])
@@ -70,3 +80,14 @@ def test_fewer_float_layers_are_found_with_the_dearer_attempt(needed: int) -> No
     found = tightened(order, Tried(order[8:]), attempt, lambda trial: len(order) - len(trial.names) >= needed)
     assert found.names == order[needed:]
     assert len(calls) <= 3
+
+
+def test_small_layers_left_float_with_others_are_int8_again() -> None:
+    macs = {"tiny": 1, "small": 5, "large": 100, "rest": 1000}
+    order = list(macs)
+
+    def met(trial: Tried) -> bool:
+        return "large" not in trial.names
+
+    found = returned_to_int8(order, Tried(["rest"]), macs, Tried, met)
+    assert found.names == ["tiny", "small", "rest"]
