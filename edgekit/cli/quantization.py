@@ -96,7 +96,9 @@ def quantize(
     if plot is not None:
         draw_layers(written, rows, plot)
     figures = written.manifest.history[-1].figures
-    return Answer({"bundle": str(written.path), **figures}, _text(written.path, figures, rows), missed=missed)
+    return Answer(
+        {"bundle": str(written.path), **figures, "layer_table": rows}, _text(written.path, figures, rows), missed=missed
+    )
 
 
 def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -120,9 +122,9 @@ def _text(path: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> st
     if "top1" in figures:
         before = f" (float {figures['top1_float']:.2%})" if "top1_float" in figures else ""
         lines.append(f"top-1 {figures['top1']:.2%}{before}")
-    whys = [f"{row['layer']}: {row.pop('why')}" if row["why"] else str(row.pop("why")) for row in rows]
-    if rows:
-        lines += ["", table(rows[:_SHOWN]), "", *[why for why in whys[:_SHOWN] if why]]
+    if shown := rows[:_SHOWN]:
+        numbers = [{name: value for name, value in row.items() if name != "why"} for row in shown]
+        lines += ["", table(numbers), "", *[f"{row['layer']}: {row['why']}" for row in shown if row["why"]]]
     return "\n".join(lines)
 
 
@@ -140,7 +142,8 @@ def _trained(qat: dict[str, Any]) -> str:
 def _extent(figures: dict[str, Any]) -> str:
     """How much was quantized: of the products, or where only weights are stored small, of those."""
     if not (stored := figures.get("stored")):
-        return f"{figures['share']:.1%} of the MACs in {figures.get('format', 'int8')}"
+        outside = " outside of LSTM, GRU and RNN" if figures.get("recurrent") else ""
+        return f"{figures['share']:.1%} of the MACs{outside} in {figures.get('format', 'int8')}"
     return "; ".join(
         f"{sums['weights']} weights in {width} ({sums['bytes_before'] / 1024:.0f} KiB became {sums['bytes_after'] / 1024:.0f})"
         for width, sums in sorted(stored.items())

@@ -192,7 +192,9 @@ def _dequantize(rewriter: Rewriter, node: onnx.NodeProto) -> None:
 
 def _quantize_dynamically(rewriter: Rewriter, node: onnx.NodeProto) -> None:
     outputs = [name for name in node.output if name]
-    followed = _is_followed(rewriter, outputs[0]) and not rewriter.pinned.intersection(outputs)
+    undone = {*_FOLLOWED, "Mul"}  # what reads the scale and the zero point to undo them, not to use them for themselves
+    read = {reader.op_type for name in outputs[1:] for reader in rewriter.readers.get(name, [])}
+    followed = _is_followed(rewriter, outputs[0]) and read <= undone and not rewriter.pinned.intersection(outputs)
     if rewriter.rounding or not followed:
         rewriter.append(node)
         return

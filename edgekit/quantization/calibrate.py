@@ -22,6 +22,7 @@ from .budget import Budget, by_share, fewest_float, returned_to_int8, tightened
 from .graph import Parameters
 from .journal import Journal
 from .memory import returned
+from .placement import RECURRENT
 from .record import Calibration, Drawn, LayerRecord, QuantizerRecord
 from .recovery import Recovered, recover
 from .samples import Pool, digests
@@ -248,6 +249,7 @@ def _figures(
         "recoveries_db": recovered.tried,
         "shifted_inputs": extras,
         "layers": {"int8": len(found.names), "float": every - len(found.names)},
+        "recurrent": sum(node.op in RECURRENT for node in bench.placement.unquantized),
         "culprit": worst,
     }
     if found.drop is not None:

@@ -52,11 +52,10 @@ WEIGHTED = {
 }
 #: Operators through which TensorRT moves Q and DQ: the tensors around them share a scale where they are quantized.
 TRANSPARENT = {"Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+RECURRENT = ("LSTM", "GRU", "RNN")
 #: Operators with multiply-accumulates that no rule quantizes, and why.
 FLOAT = {
-    "LSTM": "recurrent: computed in float",
-    "GRU": "recurrent: computed in float",
-    "RNN": "recurrent: computed in float",
+    **dict.fromkeys(RECURRENT, "recurrent: computed in float"),
     "If": "a subgraph",
     "Loop": "a subgraph",
     "Scan": "a subgraph",

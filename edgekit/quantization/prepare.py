@@ -7,6 +7,7 @@ that the same file gives the same graph on every machine.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -40,27 +41,26 @@ _CHOOSING = ("Compress", "NonMaxSuppression", "NonZero", "Unique")
 MAX_BYTES = 2 << 30  # what one protobuf message can hold
 
 
-def prepare(data: bytes) -> onnx.ModelProto:
+def prepare(data: bytes, *, quiet: bool = False) -> onnx.ModelProto:
     """ONNX bytes -> the float graph that is quantized. Quantized graphs are brought back to float, and float16
     and float64 are computed in float32, behind Casts of the graph's inputs and in front of those of its outputs; both is said.
 
     Operators of other domains and subgraphs (If, Loop, Scan) stay as they are, which is said too. Raises `GraphError` where
     the bytes are no ONNX graph that holds its weights, cannot be brought back to float, or not to opset 13, and where all its
-    outputs are integers whose number depends on the data: nothing could be measured.
+    outputs are integers whose number depends on the data: nothing could be measured. ``quiet``: it was said before.
     """
     model = _parsed(data)
     _, notes = to_float(model)
-    for note in notes:
-        say(f"note: {note}")
-    _say_what_stays(model)
+    if not quiet:
+        _say([*notes, *_what_stays(model)])
     _raise(model)
     _check_measurable(model)
     graph = model.graph
     _constants_to_initializers(graph)
     _name_nodes(graph)
     _, notes = to_single(model)
-    for note in notes:
-        say(f"note: {note}")
+    if not quiet:
+        _say(notes)
     _fold_batchnorm(graph)
     _fold_gemm_factors(graph)
     prune(model, [value.name for value in graph.output])
@@ -89,14 +89,19 @@ def _parsed(data: bytes) -> onnx.ModelProto:
     return model
 
 
-def _say_what_stays(model: onnx.ModelProto) -> None:
+def _say(notes: Iterable[str]) -> None:
+    for note in notes:
+        say(f"note: {note}")
+
+
+def _what_stays(model: onnx.ModelProto) -> Iterator[str]:
     foreign = Counter(f"{n.domain}.{n.op_type}" for n in all_nodes(model.graph) if n.domain not in ("", "ai.onnx"))
     if foreign:
         named = ", ".join(f"{name} ({count})" for name, count in sorted(foreign.items())[:6])
-        say(f"note: operators outside the ONNX standard stay float: {named}")
+        yield f"operators outside the ONNX standard stay float: {named}"
     inner = sum(len(subgraphs(node)) for node in model.graph.node)
     if inner:
-        say(f"note: {inner} subgraph{'s' if inner > 1 else ''} (If, Loop, Scan) stay{'' if inner > 1 else 's'} float")
+        yield f"{inner} subgraph{'s' if inner > 1 else ''} (If, Loop, Scan) stay{'' if inner > 1 else 's'} float"
 
 
 def _check_measurable(model: onnx.ModelProto) -> None:

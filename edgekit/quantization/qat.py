@@ -29,7 +29,7 @@ try:
 except ImportError:
     raise MissingExtra("train", "torch") from None
 
-__all__ = ["BATCH", "EPOCHS", "QatResult", "fine_tune"]
+__all__ = ["BATCH", "EPOCHS", "QatResult", "check_trainable", "fine_tune"]
 
 EPOCHS = 20
 BATCH = 32  # samples a step; those of a graph with a fixed batch, or of other shapes, are added up to it
@@ -106,6 +106,11 @@ def fine_tune(
     if held_out.targets is not None:
         figures["top1"] = {"before": before.top1, "after": best.top1}
     return QatResult(chosen, figures)
+
+
+def check_trainable(float_graph: bytes) -> None:
+    """Raises `GraphError` for a node that PyTorch cannot run: before a calibration that would be for nothing."""
+    TorchGraph(prepare(float_graph, quiet=True))
 
 
 class _Judge:
@@ -209,7 +214,7 @@ def classification_loss(found: Tensor, target: Tensor, labels: Tensor) -> Tensor
 
 def originals(model: onnx.ModelProto, original: onnx.ModelProto) -> dict[str, Array]:
     """int8 initializer of ``model`` -> the float32 weights of the same node of the float graph, where that has them."""
-    prepared = prepare(original.SerializeToString()).graph
+    prepared = prepare(original.SerializeToString(), quiet=True).graph
     known, nodes = constants(prepared), {node.name: node for node in prepared.node}
     stored = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     found: dict[str, Array] = {}

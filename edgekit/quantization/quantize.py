@@ -118,6 +118,10 @@ def _calibrated(
     bundle: Bundle, out: str | os.PathLike[str], config: dict[str, Any], budget: Budget, data: str | None, qat_epochs: int
 ) -> Bundle:
     """From samples: calibrate, train where asked, judge, write. The checkpoint goes once the bundle is there."""
+    if "qat" in config:
+        from .qat import check_trainable  # torch
+
+        check_trainable(bundle.file(FLOAT_GRAPH).read_bytes())
     pool, training = _drawn(bundle, config["calib"], data, config, labelled=budget.max_drop is not None or "qat" in config)
     checkpoint = Path(out).with_name(f"{Path(out).name}.checkpoint")
     result = _result(bundle, pool, budget, config, checkpoint, shift=config.get("shift", True))

@@ -301,18 +301,21 @@ class _Gathered:
         self.shape = (groups, inputs, outputs)
         self.fit, self.held_out = Moments(*self.shape), Moments(*self.shape)
         self.sums: dict[str, tuple[Array, Array, int]] = {}
-        self.judges: list[tuple[Array, Array]] = []  # whole rows of held-out batches
+        self.judges: dict[str, list[tuple[Array, Array]]] = {}  # by layer, whole rows of held-out batches
         self.kept = 0
 
     def error(self, found: Rounded, biased: bool) -> float:
-        """Mean squared error of the outputs on held-out rows, over the float outputs' power."""
-        if not self.judges:
-            return np.inf
+        """Mean squared error of the outputs on held-out rows, over the float outputs' power: the mean of the layers'."""
         matrix = (found.integers * found.scales[:, None, :]).astype(np.float32)
-        off = np.concatenate([y - x @ matrix for x, y in self.judges], axis=1)
-        if biased:
-            off = off - off.mean(1, keepdims=True)
-        return float(np.square(off, dtype=np.float64).mean())
+        errors = []
+        for rows in self.judges.values():
+            off = np.concatenate([y - x @ matrix for x, y in rows], axis=1)
+            wanted = np.concatenate([y for _, y in rows], axis=1)
+            if biased:
+                off, wanted = off - off.mean(1, keepdims=True), wanted - wanted.mean(1, keepdims=True)
+            power = max(float(np.square(wanted, dtype=np.float64).mean()), float(np.finfo(np.float32).tiny))
+            errors.append(float(np.square(off, dtype=np.float64).mean()) / power)
+        return sum(errors) / len(errors) if errors else np.inf
 
     def add(self, x: Array, y: Array, held_out: bool) -> None:
         if not self.fit.count:
@@ -322,7 +325,7 @@ class _Gathered:
 
     def means(self, layer: str, x: Array, y: Array, judge: bool) -> None:
         if judge and self.kept < JUDGES:
-            self.judges.append((x, y))
+            self.judges.setdefault(layer, []).append((x, y))
             self.kept += x.shape[1]
         before = self.sums.get(layer, (0.0, 0.0, 0))
         self.sums[layer] = (

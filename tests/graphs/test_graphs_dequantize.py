@@ -360,6 +360,10 @@ BY_HAND = {
         node("BitwiseAnd", "c mask", "m"), node("Cast", "m", "f", to=1), node("Mul", "f ds", "y"),
         weights={"mask": np.int32(240)}, opset=18,
     ),
+    "a dynamic scale that is read for itself stays": dense(
+        node("DynamicQuantizeLinear", "x", "q ds dz"), node("DequantizeLinear", "q ds dz", "f"),
+        node("Div", "f ds", "d"), node("MatMul", "d w", "y"), weights={"w": normal(8, 4)},
+    ),
     "opset 10": graph(
         [*PAIR, node("Conv", "xd w", "c"), node("QuantizeLinear", "c s six", "q"), node("DequantizeLinear", "q s six", "y")],
         {**S, "six": np.uint8(0), "w": normal(4, 4, 1, 1)}, [2, 4, 6, 6], 10,

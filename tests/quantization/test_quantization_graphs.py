@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.errors import GraphError
+from edgekit.graphs.editing import exposed
 from edgekit.quantization.graph import Parameters, check, insert
-from edgekit.quantization.placement import Placement, place, weights_of
+from edgekit.quantization.placement import Placement, Unquantized, place, weights_of
 from edgekit.quantization.prepare import prepare
 from edgekit.quantization.reconstruct import reconstruct
 from edgekit.quantization.rounding import weight_scales
-from edgekit.quantization.simulate import MAX_SNR_DB, Simulator, observe, signal_to_noise, with_reference
+from edgekit.quantization.simulate import MAX_SNR_DB, Noise, Simulator, observe, signal_to_noise, with_reference
 from edgekit.quantization.statistics import METHODS, scale_of
 from edgekit.runtime.onnxruntime import session
 
@@ -189,6 +190,28 @@ def quantized(graph: bytes, shape: list[Any], method: str = "mse", recovery: str
     if recovery != "none":
         parameters = reconstruct(prepared, placement, parameters, names, lambda: iter(batches), extra=recovery == "shifted")
     return Made(prepared, placement, parameters, insert(prepared, placement, parameters, names), batches, judges)
+
+
+def test_parts_of_a_split_have_scales_of_their_own() -> None:
+    nodes = [
+        node("Mul", "x sizes", "s"), node("Split", "s", "q k v", axis=1),
+        *(node("MatMul", f"{part} w{part}", f"y{part}") for part in "qkv"), node("Concat", "yq yk yv", "y", axis=1),
+    ]  # fmt: skip
+    sizes = np.repeat(np.array([100, 1, 10], np.float32), 4)
+    known = {f"w{part}": normal(4, 4) for part in "qkv"} | {"sizes": sizes}
+    made = quantized(build(Case(nodes, known, ["n", 12], 3, 13)), ["n", 12], recovery="none")
+    before, after = Simulator(exposed(made.prepared, ["yk"])), Simulator(exposed(made.int8, ["yk"]))
+    noise = Noise()
+    for feeds in made.judges:
+        noise.add({"yk": before(feeds)["yk"]}, {"yk": after(feeds)["yk"]})
+    assert noise.snr_db() > 30  # 3 with the scale of the largest
+
+
+def test_constant_rows_of_a_gemm_are_no_activation() -> None:
+    nodes = [node("Gemm", "w x", "m", transB=1), node("MatMul", "m v", "y")]
+    placement = place(prepare(build(Case(nodes, {"w": normal(6, 8), "v": normal(4, 2)}, [4, 8], 1))))
+    assert placement.unquantized == (Unquantized("Gemm_m", "Gemm", "its weights are on the left"),)
+    assert placement.names == ["MatMul_y"]
 
 
 @pytest.mark.parametrize("recovery", ["none", "fitted", "shifted"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import edgekit
 from edgekit.errors import GraphError, UsageError
 from edgekit.models import PRESETS
 from edgekit.models.module import export_onnx
@@ -478,6 +480,18 @@ def test_what_cannot_be_trained_is_named() -> None:
     model = onnx.load_model_from_string(build([node("LSTM", "x w r _ _ _ _ p", "y", hidden_size=6)], peephole, ["t", "n", 5]))
     with pytest.raises(GraphError, match="'LSTM_y' is LSTM with peepholes"):
         torch_run(TorchGraph(model), normal(4, 2, 5))
+
+
+def test_what_cannot_be_trained_is_refused_before_the_work(tmp_path: Path) -> None:
+    nodes = [node("MatMul", "x w", "m"), node("Einsum", "m", "y", equation="ij->ji")]
+    (tmp_path / "model.onnx").write_bytes(build(nodes, {"w": normal(8, 8)}, [1, 8]))
+    bundle = edgekit.import_onnx(tmp_path / "model.onnx", out=tmp_path / "float.edge")
+    (tmp_path / "samples").mkdir()
+    for i, row in enumerate(normal(10, 1, 8)):
+        np.savez(tmp_path / "samples" / f"{i}.npz", x=row)
+    with pytest.raises(GraphError, match="Einsum"):
+        edgekit.quantize(bundle, out=tmp_path / "int8.edge", calib=tmp_path / "samples", qat=True)
+    assert not list(tmp_path.glob("int8*"))  # no checkpoint of a calibration for nothing
 
 
 @pytest.mark.parametrize(
