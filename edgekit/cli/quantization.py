@@ -36,6 +36,12 @@ _SHOWN = 12
 @click.option("--qat", is_flag=True, help="Train the int8 graph after that, taught by the float one.")
 @click.option("--qat-epochs", default=5, show_default=True, help="Epochs of --qat.")
 @click.option("--faster-on", metavar="BACKEND", help="Leave layers float until int8 is faster there than float: onnxruntime.")
+@click.option(
+    "--keep-float",
+    multiple=True,
+    metavar="NAME",
+    help="Leave this float, as often as need be: a layer, '/head/*' or an operator.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw each layer's cost, as SVG.")
 @answers
 def quantize(
@@ -54,6 +60,7 @@ def quantize(
     qat: bool,
     qat_epochs: int,
     faster_on: str | None,
+    keep_float: tuple[str, ...],
     plot: Path | None,
 ) -> Answer:
     """Quantize a bundle to int8, as an explicit Q/DQ graph for TensorRT.
@@ -72,6 +79,7 @@ def quantize(
       edgekit quantize digits.edge --out digits8.edge
       edgekit quantize digits.edge --out digits8.edge --calib digits --max-drop 0.5
       edgekit quantize ocr.edge --out ocr8.edge --calib samples/ --min-snr 20
+      edgekit quantize ocr.edge --out ocr8.edge --calib samples/ --keep-float '/head/*'
       edgekit quantize digits.edge --out digits8.edge --qat
       edgekit quantize text.edge --out text4.edge --format weights4
       edgekit quantize digits.edge --out digits8.edge --calib calibration/digits-depthwise/calibration.json
@@ -87,6 +95,7 @@ def quantize(
         written = run(
             bundle, out=out, calib=calib, max_drop=max_drop, min_snr=min_snr, share=share, method=method, samples=samples,
             data=data, seed=seed, shift=shift, format=form, qat=qat, qat_epochs=qat_epochs, faster_on=faster_on,
+            keep_float=keep_float,
         )  # fmt: skip
     except BudgetNotMet as error:
         if "bundle" not in error.result:

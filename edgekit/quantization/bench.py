@@ -15,7 +15,7 @@ from edgekit.graphs.dequantize import quantized_nodes
 from .graph import Parameters, insert
 from .journal import Journal
 from .memory import give_back
-from .placement import Placement, Unquantized, multiply_accumulates, place, shape_tensors, weights_of
+from .placement import Placement, kept_float, multiply_accumulates, place, shape_tensors, weights_of, without
 from .prepare import prepare
 from .reconstruct import reconstruct
 from .rounding import weight_scales
@@ -130,10 +130,10 @@ class Bench(NamedTuple):
         return signal_to_noise(model, with_reference(self.original, judges))
 
 
-def make_bench(graph: bytes, pool: Pool, journal: Journal) -> Bench:
+def make_bench(graph: bytes, pool: Pool, journal: Journal, keep_float: Sequence[str] = ()) -> Bench:
     """Observe all that will be quantized; ``journal`` knows what was seen before. Raises `GraphError` where nothing can be."""
     prepared = prepare(graph)
-    placement = place(prepared)
+    placement = kept_float(place(prepared), keep_float)
     if not placement.names:
         reasons = "; ".join(sorted({f"{node.op}: {node.reason}" for node in placement.unquantized})[:3])
         raise GraphError(
@@ -172,17 +172,9 @@ def _reached(placement: Placement, statistics: dict[str, Statistics]) -> Placeme
     empty = {name for name, seen in statistics.items() if not seen.count}
     if not empty:
         return placement
-    gone = {layer.name: layer.op for layer in placement.layers if layer.data in empty}
-    gone |= {product.name: product.op for product in placement.products if empty & {*product.inputs}}
-    found = placement._replace(
-        layers=tuple(layer for layer in placement.layers if layer.name not in gone),
-        products=tuple(product for product in placement.products if product.name not in gone),
-        pairs=tuple(pair for pair in placement.pairs if pair.owner not in gone and pair.tensor not in empty),
-        unquantized=(
-            *placement.unquantized,
-            *(Unquantized(name, op, "no sample reached it") for name, op in gone.items()),
-        ),
-    )
+    some = [layer.name for layer in placement.layers if layer.data in empty]
+    some += [product.name for product in placement.products if empty & {*product.inputs}]
+    found = without(placement, dict.fromkeys(some, "no sample reached it"), empty)
     if not found.names:
         raise GraphError("no sample reached a layer that could be quantized", "give samples that run through the whole graph")
     return found

@@ -29,7 +29,7 @@ from .samples import Pool, digests
 from .sensitivity import Sensitivity, most_harmful_first, noise_power
 from .store import left_float, store
 
-__all__ = ["Result", "calibrate", "culprit", "open_journal"]
+__all__ = ["Options", "Result", "calibrate", "culprit", "open_journal"]
 
 _VERSIONS = {
     "edgekit": __version__,
@@ -39,6 +39,14 @@ _VERSIONS = {
 }
 UNHEARD_DB = 150.0  # no measured output hears the layer
 EXPLAINED = 3  # layers whose loss is put into words
+
+
+class Options(NamedTuple):
+    """``shift`` allows Sub, Mul and Pad in front of Q; ``keep_float``: names, patterns or operators of layers."""
+
+    method: str = "auto"
+    shift: bool = True
+    keep_float: tuple[str, ...] = ()
 
 
 class Result(NamedTuple):
@@ -54,10 +62,8 @@ def calibrate(
     bundle: Bundle,
     pool: Pool,
     budget: Budget,
-    method: str,
+    options: Options,
     seed: int,
-    *,
-    extra: bool = True,
     journal: Journal | None = None,
 ) -> Result:
     """``journal``: knows what was done before, of `open_journal`.
@@ -66,21 +72,22 @@ def calibrate(
     if budget.max_drop is not None and (pool.labelled.targets is None or not len(pool.labelled)):
         raise UsageError("--max-drop needs labelled samples, and these have none", "add --data SPEC, or state --min-snr")
     with returned():
-        return _calibrate(bundle, pool, budget, method, seed, extra, journal or Journal(None, ""))
+        return _calibrate(bundle, pool, budget, options, seed, journal or Journal(None, ""))
 
 
-def open_journal(path: Path, bundle: Bundle, pool: Pool, method: str, *, extra: bool) -> Journal:
+def open_journal(path: Path, bundle: Bundle, pool: Pool, options: Options) -> Journal:
     """What was done of this calibration before, and will be: in a file which the caller discards when the work is done."""
     graph = hashlib.sha256(bundle.file(FLOAT_GRAPH).read_bytes()).hexdigest()
-    about = [graph, method, str(extra), *_VERSIONS.values(), *digests(pool.calibration), "", *digests(pool.held_out)]
+    about = [graph, *map(str, options), *_VERSIONS.values(), *digests(pool.calibration), "", *digests(pool.held_out)]
     return Journal(path, hashlib.sha256("\0".join(about).encode()).hexdigest())
 
 
-def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, method: str, seed: int, extra: bool, journal: Journal) -> Result:
+def _calibrate(bundle: Bundle, pool: Pool, budget: Budget, options: Options, seed: int, journal: Journal) -> Result:
+    method = options.method
     graph = bundle.file(FLOAT_GRAPH).read_bytes()
     drawn = digests(pool.calibration)
-    bench = make_bench(graph, pool, journal)
-    recovered = recover(bench, method, extra)
+    bench = make_bench(graph, pool, journal, options.keep_float)
+    recovered = recover(bench, method, options.shift)
     stated = budget.max_drop is not None or budget.min_snr is not None or budget.share is not None
     rows = bench.study.sensitivities(recovered.parameters, alone=stated or method == "auto", recall=bench.journal.recall)
     found, missed = _within(bench, budget, recovered, rows)
@@ -191,7 +198,7 @@ def _met(budget: Budget, found: Candidate) -> bool:
 
 def _layer_records(bench: Bench, found: Candidate, rounded: Parameters, rows: Sequence[Sensitivity]) -> tuple[LayerRecord, ...]:
     layers = {layer.name: layer for layer in bench.placement.layers}
-    ops = {product.name: product.op for product in bench.placement.products} | {k: v.op for k, v in layers.items()}
+    ops = bench.placement.ops
     measured_alone = [row for row in rows if row.layer in layers and row.alone_db is not None and row.alone_db < UNHEARD_DB]
     worst = sorted(measured_alone, key=lambda row: row.alone_db or 0.0)[:EXPLAINED]
     why = {

@@ -17,6 +17,8 @@ Source: NVIDIA TensorRT documentation, "Working with quantized types", explicit 
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +26,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from edgekit.errors import UsageError
 from edgekit.graphs.editing import element_types
 
 from .prepare import attribute, constants, consumers
 
-__all__ = ["Layer", "Pair", "Placement", "Product", "Unquantized", "place"]
+__all__ = [
+    "Layer", "Pair", "Placement", "Product", "Unquantized", "kept_float", "multiply_accumulates", "place", "shape_tensors",
+    "weights_of", "without",
+]  # fmt: skip
 
 Array = NDArray[Any]
 
@@ -131,7 +137,12 @@ class Placement(NamedTuple):
     @property
     def names(self) -> list[str]:
         """All that can be int8, layers first."""
-        return [*(layer.name for layer in self.layers), *(product.name for product in self.products)]
+        return [*self.ops]
+
+    @property
+    def ops(self) -> dict[str, str]:
+        """Operators of all that can be int8, by name."""
+        return {layer.name: layer.op for layer in self.layers} | {product.name: product.op for product in self.products}
 
 
 def place(model: onnx.ModelProto) -> Placement:
@@ -158,6 +169,37 @@ def place(model: onnx.ModelProto) -> Placement:
     pairs = [*_residuals(graph, known, layers), *(Pair(p.name, p.name, i, t) for p in products for i, t in enumerate(p.inputs))]
     tensors = list(dict.fromkeys([*(layer.data for layer in layers), *(pair.tensor for pair in pairs)]))
     return Placement(tuple(layers), tuple(products), tuple(pairs), tuple(unquantized), _sites(layers), _groups(graph, tensors))
+
+
+def kept_float(placement: Placement, patterns: Sequence[str]) -> Placement:
+    """Without what bears one of these names or operators, of which ``*`` and ``?`` stand for some or one character.
+
+    Raises `UsageError` for a pattern that names nothing.
+    """
+    ops, gone = placement.ops, dict[str, str]()
+    for pattern in patterns:
+        found = [name for name, op in ops.items() if fnmatch.fnmatchcase(name, pattern) or op == pattern]
+        if not found:
+            some = ", ".join(list(ops)[:5])
+            raise UsageError(
+                f"--keep-float {pattern!r} names no layer that would be quantized",
+                f"give a name, a pattern as '/head/*' or an operator; layers here: {some}{' ...' if len(ops) > 5 else ''}",
+            )
+        gone |= dict.fromkeys(found, "kept float, as stated")
+    return without(placement, gone)
+
+
+def without(placement: Placement, gone: Mapping[str, str], tensors: Collection[str] = ()) -> Placement:
+    """What is left of the table without these layers and products (name -> why), and without pairs that quantize ``tensors``.
+
+    Groups stay as they are: they are the graph's.
+    """
+    return placement._replace(
+        layers=tuple(layer for layer in placement.layers if layer.name not in gone),
+        products=tuple(product for product in placement.products if product.name not in gone),
+        pairs=tuple(pair for pair in placement.pairs if pair.owner not in gone and pair.tensor not in tensors),
+        unquantized=(*placement.unquantized, *(Unquantized(name, placement.ops[name], why) for name, why in gone.items())),
+    )
 
 
 def _layer(node: onnx.NodeProto, known: dict[str, onnx.TensorProto], types: dict[str, int]) -> Layer | Product | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from edgekit.runtime.onnxruntime import session
 
 from . import record
 from .budget import Budget
-from .calibrate import Result, calibrate, open_journal
+from .calibrate import Options, Result, calibrate, open_journal
 from .formats import FORMATS, other_format
 from .frozen import rebuild_result
 from .graph import check
@@ -46,7 +47,7 @@ LADDER = (1.0, 0.75, 0.5, 0.25)
 
 
 #: What is not recorded, for it changes nothing.
-_USUAL = {"shift": True, "format": "int8", "qat": False, "faster_on": None}
+_USUAL = {"shift": True, "format": "int8", "qat": False, "faster_on": None, "keep_float": list[str]()}
 
 
 class _Made(NamedTuple):
@@ -75,6 +76,7 @@ def quantize(
     qat: bool = False,
     qat_epochs: int = 5,
     faster_on: str | None = None,
+    keep_float: Sequence[str] = (),
 ) -> Bundle:
     """Static int8: explicit Q/DQ, signed, symmetric, a scale per tensor and per weight channel.
 
@@ -88,7 +90,7 @@ def quantize(
     percentile and minmax are those methods as the books have them, and fit nothing. ``shift`` allows ``auto`` Sub, Mul and
     Pad in front of Q where they help. ``qat`` then trains the int8 graph for ``qat_epochs``. ``format``: int8, fp8,
     weights8 or weights4. ``faster_on`` (a backend) leaves layers float until the graph is 3% faster there than the float
-    one.
+    one. ``keep_float``: layers that stay float, by name, pattern (``*``, ``?``) or operator.
 
     What was done is kept in ``OUT.checkpoint`` until the bundle is written: an interrupted run goes on from there.
 
@@ -98,10 +100,12 @@ def quantize(
     """
     budget = Budget(max_drop, min_snr, share).checked()
     _check(method, samples, format, qat, qat_epochs, faster_on, budget)
+    if format != "int8" and keep_float:
+        raise UsageError(f"--format {format} takes no --keep-float", "leave it out, or use int8")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     new_path(out)
     config: dict[str, Any] = {"calib": _spelled(calib), "method": method, "samples": samples, "seed": seed}
-    options = {"shift": shift, "format": format, "qat": qat, "faster_on": faster_on}
+    options = {"shift": shift, "format": format, "qat": qat, "faster_on": faster_on, "keep_float": [*keep_float]}
     stated = {name: value for name, value in budget._asdict().items() if value is not None}
     stated |= {name: value for name, value in options.items() if value != _USUAL[name]}
     config |= stated
@@ -124,7 +128,7 @@ def _calibrated(
         check_trainable(bundle.file(FLOAT_GRAPH).read_bytes())
     pool, training = _drawn(bundle, config["calib"], data, config, labelled=budget.max_drop is not None or "qat" in config)
     checkpoint = Path(out).with_name(f"{Path(out).name}.checkpoint")
-    result = _result(bundle, pool, budget, config, checkpoint, shift=config.get("shift", True))
+    result = _result(bundle, pool, budget, config, checkpoint)
     if "qat" in config:
         result = _trained(bundle, result, training, pool, qat_epochs, config["seed"])
     known = pool.labelled.targets is not None and len(pool.labelled) > 0
@@ -208,15 +212,16 @@ def layer_table(bundle: Bundle) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row[key] is None, row[key] or 0.0))
 
 
-def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], checkpoint: Path, *, shift: bool) -> Result:
+def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], checkpoint: Path) -> Result:
     """int8 by the budget, or by the ladder that ``faster_on`` walks; or another form."""
     if (form := config.get("format", "int8")) != "int8":
         return other_format(bundle, pool, form)
 
-    journal = open_journal(checkpoint, bundle, pool, config["method"], extra=shift)
+    options = Options(config["method"], config.get("shift", True), tuple(config.get("keep_float", ())))
+    journal = open_journal(checkpoint, bundle, pool, options)
 
     def made(budget: Budget) -> Result:
-        return calibrate(bundle, pool, budget, config["method"], config["seed"], extra=shift, journal=journal)
+        return calibrate(bundle, pool, budget, options, config["seed"], journal)
 
     if "faster_on" not in config:
         return _timed(bundle, made(budget), pool)

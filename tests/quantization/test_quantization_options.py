@@ -174,6 +174,8 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "unknown backend": (["--faster-on", "tensorrt"], "no backend 'tensorrt'"),
     "speed and budget": (["--faster-on", "onnxruntime", "--share", 0.5], "a budget of its own"),
     "speed and qat": (["--faster-on", "onnxruntime", "--qat"], "a budget of its own"),
+    "format and layers": (["--format", "fp8", "--keep-float", "Conv"], "--format fp8 takes no"),
+    "no such layer": (["--keep-float", "conv9"], "'conv9' names no layer"),
     "no epochs": (["--qat", "--qat-epochs", 0], "--qat-epochs 0"),
     "another picture": (["--plot", "layers.png"], "not as '.png'"),
 }
@@ -192,9 +194,34 @@ def test_wrong_combinations(cli: Cli, tiny_bundle: Bundle, calibration_folder: P
     assert not out.exists()
 
 
+@pytest.mark.parametrize(("named", "left"), [(["conv*"], ["gemm"]), (["Gemm", "conv1"], ["conv2"]), (["Conv", "Gemm"], [])])
+def test_named_layers_stay_float(
+    cli: Cli, tiny_bundle: Bundle, calibration_folder: Path, tmp_path: Path, named: list[str], left: list[str]
+) -> None:
+    out, options = tmp_path / "out.edge", [part for name in named for part in ("--keep-float", name)]
+    outcome = cli("quantize", tiny_bundle.path, "--out", out, "--calib", calibration_folder, *options, "--json")
+    if not left:
+        assert outcome.code == 1
+        assert "kept float, as stated" in outcome.err
+        return
+    assert outcome.code == 0
+    table = {row["layer"]: row for row in json.loads(outcome.out)["layer_table"]}
+    assert [name for name, row in table.items() if row["type"] == "int8"] == left
+    assert table["conv1"]["why"] == "kept float, as stated"
+    again = edgekit.quantize(tiny_bundle, out=tmp_path / "again.edge", calib=out / CALIBRATION)
+    assert again.read(INT8_GRAPH) == Bundle.open(out).read(INT8_GRAPH)
+
+
 def test_frozen_ranges_take_no_other_option(cli: Cli, tiny_bundle: Bundle, calibration_folder: Path, tmp_path: Path) -> None:
     made = edgekit.quantize(tiny_bundle, out=tmp_path / "made.edge", calib=calibration_folder, method="minmax")
-    wrong = (["--no-shift"], ["--qat"], ["--format", "fp8"], ["--faster-on", "onnxruntime"], ["--min-snr", 20])
+    wrong = (
+        ["--keep-float", "gemm"],
+        ["--no-shift"],
+        ["--qat"],
+        ["--format", "fp8"],
+        ["--faster-on", "onnxruntime"],
+        ["--min-snr", 20],
+    )
     for options in wrong:
         outcome = cli("quantize", tiny_bundle.path, "--out", tmp_path / "x.edge", "--calib", made.file(CALIBRATION), *options)
         assert outcome.code == 2
