@@ -47,6 +47,28 @@ def write(folder: Path, meta: int = 1, fill: float | None = None) -> Path:
     return folder
 
 
+def imported(folder: Path, nodes: list[onnx.NodeProto], shape: list[str | int], weights: dict[str, np.ndarray]) -> Bundle:
+    """A graph from x of this shape to y."""
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "m.onnx")
+    return edgekit.import_onnx(folder / "m.onnx", out=folder / "m.edge")
+
+
+def drawn(folder: Path, shape: tuple[int, ...], spike: float = 0.0) -> Path:
+    """Eight normal samples; ``spike`` is added to one column of each."""
+    folder.mkdir()
+    for i in range(8):
+        x = np.random.default_rng(i).normal(size=shape).astype(np.float32)
+        x[..., i % shape[-1]] += spike
+        np.savez(folder / f"{i}.npz", x=x)
+    return folder
+
+
 def test_two_sizes_of_one_axis_are_named(two_inputs: Bundle, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"3\.npz: N must be one size.*x \(1, 16\), meta \(2, 4\)") as caught:
         gather(two_inputs, write(tmp_path / "s", meta=2), 6, 0)
@@ -90,3 +112,17 @@ def test_constant_inputs_are_said(two_inputs: Bundle, tmp_path: Path, capfd: pyt
 def test_inputs_that_vary_are_not(two_inputs: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gather(two_inputs, write(tmp_path / "s"), 6, 0)
     assert "mean little" not in capfd.readouterr().err
+
+
+RESHAPED = [helper.make_node("Reshape", ["x", "one"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
+BROADCAST = [helper.make_node("MatMul", ["x", "w3"], ["y"])]
+
+
+@pytest.mark.parametrize("nodes", [RESHAPED, BROADCAST])
+def test_a_batch_of_one_that_is_baked_in_is_quantized_sample_by_sample(tmp_path: Path, nodes: list[onnx.NodeProto]) -> None:
+    r = np.random.default_rng(0)
+    weights = {"w": r.normal(size=(48, 5)), "w3": r.normal(size=(3, 12, 5))}
+    weights = {name: array.astype(np.float32) for name, array in weights.items()} | {"one": np.array([1, 48])}
+    bundle = imported(tmp_path, nodes, ["n", 4, 12], weights)
+    made = edgekit.quantize(bundle, out=tmp_path / "q.edge", calib=drawn(tmp_path / "s", (1, 4, 12)), method="minmax")
+    assert made.manifest.history[-1].figures["snr_db"] > 25
