@@ -19,7 +19,7 @@ from edgekit.errors import DataError, GraphError, UsageError
 from edgekit.manifest import TensorSpec
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say, track
-from edgekit.runtime.golden import signal_names
+from edgekit.runtime.golden import compare_arrays, signal_names
 
 from .record import digest
 from .simulate import Array, Feeds, Simulator
@@ -254,11 +254,7 @@ def _row_by_row(bundle: Bundle, first: Feeds, second: Feeds) -> bool:
             return False
         if len({part.shape[1:] for part in parts}) > 1:
             return False
-        wanted = np.concatenate(parts)
-        if found.shape != wanted.shape:
-            return False
-        largest = float(np.abs(wanted).max(initial=0.0)) if wanted.dtype.kind in "fiu" else 0.0
-        if not np.allclose(found, wanted, rtol=0.0, atol=SAME * largest, equal_nan=True):
+        if compare_arrays(np.concatenate(parts), found).relative > SAME:
             return False
     return True
 

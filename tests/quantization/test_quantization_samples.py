@@ -13,6 +13,7 @@ import edgekit
 from edgekit.bundle import Bundle
 from edgekit.errors import DataError
 from edgekit.quantization.samples import gather
+from edgekit.runtime.golden import load_golden
 
 
 @pytest.fixture
@@ -126,3 +127,31 @@ def test_a_batch_of_one_that_is_baked_in_is_quantized_sample_by_sample(tmp_path:
     bundle = imported(tmp_path, nodes, ["n", 4, 12], weights)
     made = edgekit.quantize(bundle, out=tmp_path / "q.edge", calib=drawn(tmp_path / "s", (1, 4, 12)), method="minmax")
     assert made.manifest.history[-1].figures["snr_db"] > 25
+
+
+MASKS = [
+    helper.make_node("MatMul", ["x", "w"], ["p"]),
+    helper.make_node("Greater", ["x", "limit"], ["g"]),
+    helper.make_node("Where", ["g", "minus", "p"], ["m"]),
+]
+MASK = {"limit": np.array(8, np.float32), "minus": np.array(-np.inf, np.float32)}
+
+
+def test_masks_of_infinity_at_the_output_are_right(tmp_path: Path) -> None:
+    weights = {"w": np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32), **MASK}
+    bundle = imported(tmp_path, [*MASKS, helper.make_node("Identity", ["m"], ["y"])], ["n", 16], weights)
+    made = edgekit.quantize(bundle, out=tmp_path / "q.edge", calib=drawn(tmp_path / "s", (1, 16), 12.0))
+    assert made.manifest.history[-1].figures["snr_db"] > 30
+    rows = edgekit.compare(made)["outputs"]
+    assert [(row["within_tolerance"], row["note"]) for row in rows] == [(True, None), (True, None)]
+    assert np.isinf(load_golden(made)[1]["y"]).any()
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_masks_of_infinity_do_not_hide_that_samples_mix(tmp_path: Path, mixes: bool) -> None:
+    last = [helper.make_node("ReduceMean", ["x"], ["u"], axes=[0]), helper.make_node("Sub", ["m", "u"], ["y"])]
+    weights = {"w": np.eye(16, dtype=np.float32), **MASK}
+    bundle = imported(
+        tmp_path, [*MASKS, *(last if mixes else [helper.make_node("Identity", ["m"], ["y"])])], ["n", 16], weights
+    )
+    assert gather(bundle, drawn(tmp_path / "s", (1, 16), 12.0), 8, 0).calibration.batchable is not mixes
