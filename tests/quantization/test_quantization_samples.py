@@ -155,3 +155,15 @@ def test_masks_of_infinity_do_not_hide_that_samples_mix(tmp_path: Path, mixes: b
         tmp_path, [*MASKS, *(last if mixes else [helper.make_node("Identity", ["m"], ["y"])])], ["n", 16], weights
     )
     assert gather(bundle, drawn(tmp_path / "s", (1, 16), 12.0), 8, 0).calibration.batchable is not mixes
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e30])
+def test_tensors_of_any_size_are_quantized(tmp_path: Path, size: float) -> None:
+    r = np.random.default_rng(0)
+    half = float(np.sqrt(size))
+    weights = {"w": r.normal(size=(16, 16)) * half, "u": r.normal(size=(16, 4)) * half}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["c"]), helper.make_node("MatMul", ["c", "u"], ["y"])]
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    bundle = imported(tmp_path, nodes, ["n", 16], weights)
+    made = edgekit.quantize(bundle, out=tmp_path / "q.edge", calib=drawn(tmp_path / "s", (1, 16)))
+    assert made.manifest.history[-1].figures["snr_db"] > 30
