@@ -20,6 +20,7 @@ from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, BundleError, GraphError
 from edgekit.graphs.editing import exposed, reads
 from edgekit.progress import track
+from edgekit.runtime.golden import decibel
 from edgekit.runtime.onnx_wire import holds_external_data
 
 from .comparison import errors_between
@@ -286,8 +287,8 @@ def _fitted_db(expected: Array, found: Array) -> float:
         spread = np.square(f).sum(1)
         scale = (r * f).sum(1) / np.where(spread > 0, spread, 1)
         noise = float(np.square(r - scale[:, None] * f).sum()) * count / (count - 2)
-        best = max(best, 10 * math.log10(max(power, 1e-30) / noise) if noise else 200.0)
-    return min(best, 200.0)
+        best = max(best, decibel(power, noise))
+    return best
 
 
 def _rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -73,6 +74,7 @@ class Bench(NamedTuple):
     first: Feeds
     journal: Journal
     studied: int  # samples behind `study`
+    right: Callable[[], float]  # share of the labelled samples that the float graph has right, counted once
 
     def rounded(self, ranges: Ranges) -> Parameters:
         """Ranges as stated, weights rounded to nearest."""
@@ -117,8 +119,7 @@ class Bench(NamedTuple):
 
     def drop(self, model: onnx.ModelProto) -> float:
         """Points of top-1 that an int8 graph loses on the labelled samples."""
-        before, after = (share_right(Simulator(graph), self.pool.labelled) for graph in (self.original, model))
-        return 100 * (before - after)
+        return 100 * (self.right() - share_right(Simulator(model), self.pool.labelled))
 
     def judging(self) -> Iterator[Feeds]:
         return self.pool.held_out.batches(self.batch) if len(self.pool.held_out) else iter([self.first])
@@ -164,7 +165,10 @@ def make_bench(graph: bytes, pool: Pool, journal: Journal, keep_float: Sequence[
     known = pool.labelled if pool.labelled.targets is not None else pool.labelled.take([])
     labelled = known.spread(affordable(LABELLED, len(placement.names) * sum(macs.values())))
     study = Study(prepared, placement, list(with_reference(original, studied.batches(batch))), labelled)
-    return Bench(original, prepared, placement, macs, pool, batch, statistics, grouped, study, first, journal, len(studied))
+    right = functools.cache(lambda: share_right(Simulator(original), pool.labelled))
+    return Bench(
+        original, prepared, placement, macs, pool, batch, statistics, grouped, study, first, journal, len(studied), right
+    )
 
 
 def _reached(placement: Placement, statistics: dict[str, Statistics]) -> Placement:

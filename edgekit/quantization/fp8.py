@@ -23,6 +23,8 @@ from edgekit.errors import GraphError, MissingExtra
 from edgekit.graphs.insertion import Insertion
 from edgekit.graphs.opset import with_opset
 
+from .statistics import MIN_SCALE
+
 try:
     from ml_dtypes import float8_e4m3fn
 except ImportError:
@@ -109,7 +111,7 @@ def _scale(largest: float | None, tensor: str) -> float:
         raise GraphError(
             f"the range of {tensor!r} is {largest}, a finite number was expected", "check the calibration samples and the model"
         )
-    return largest / E4M3_MAX if largest > 0 else 1.0
+    return max(largest / E4M3_MAX, MIN_SCALE) if largest > 0 else 1.0
 
 
 def _stored(values: NDArray[Any], name: str) -> onnx.TensorProto:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
 
-from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.errors import DataError, GraphError
-from edgekit.runtime.golden import load_golden
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
+from edgekit.errors import BundleError, DataError, GraphError
+from edgekit.runtime.golden import parse_golden
 
 from . import record
 from .calibrate import Result, culprit
@@ -20,7 +21,9 @@ from .record import Calibration
 from .simulate import signal_to_noise, with_reference
 from .weight_only import stored_small
 
-__all__ = ["rebuild", "rebuild_result"]
+__all__ = ["RANDOM", "rebuild", "rebuild_result"]
+
+RANDOM = "random golden inputs"  # of the importer: nothing was calibrated for them
 
 
 def rebuild(graph: bytes, calibration: Calibration) -> bytes:
@@ -58,8 +61,12 @@ def rebuild(graph: bytes, calibration: Calibration) -> bytes:
     return data
 
 
-def rebuild_result(bundle: Bundle, path: Path) -> Result:
-    """`rebuild` for a bundle, with the figures: the SNR is measured on the golden inputs."""
+def rebuild_result(bundle: Bundle, path: Path) -> tuple[Result, bytes]:
+    """`rebuild` for a bundle, with the figures, and the golden arrays on which their SNR is measured.
+
+    An imported bundle's own are random, until it is quantized with samples. Where ``path`` lies in a bundle that was, of the
+    same float graph, they are that one's.
+    """
     if not path.is_file():
         raise DataError(f"there is no calibration at {path}", "take the calibration.json that edgekit quantize wrote")
     calibration = record.decode(path)
@@ -69,13 +76,19 @@ def rebuild_result(bundle: Bundle, path: Path) -> Result:
         )
     graph = bundle.file(FLOAT_GRAPH).read_bytes()
     data = rebuild(graph, calibration)
-    inputs, _ = load_golden(bundle)
+    golden, real = bundle.read(GOLDEN), _holds_samples(bundle)
+    if not real:
+        with suppress(BundleError):  # a calibration need not lie in a bundle
+            beside = Bundle.open(path.parent)
+            if _holds_samples(beside) and beside.manifest.files.get(FLOAT_GRAPH) == bundle.manifest.files.get(FLOAT_GRAPH):
+                golden, real = beside.read(GOLDEN), True
+    inputs, _ = parse_golden(golden)
     reference = onnx.load_model_from_string(graph)
     snr = signal_to_noise(onnx.load_model_from_string(data), with_reference(reference, [inputs]))
     total = sum(layer.macs for layer in calibration.layers)
     figures = {
         "snr_db": round(snr, 2),
-        "measured_on": "golden inputs",
+        "measured_on": "golden inputs" if real else RANDOM,
         "share": round(sum(layer.macs for layer in calibration.layers if layer.int8) / max(total, 1), 6),
         "size_bytes": len(data),
         "method": calibration.method,
@@ -83,7 +96,13 @@ def rebuild_result(bundle: Bundle, path: Path) -> Result:
         "layers": {"int8": len(calibration.chosen), "float": len(calibration.layers) - len(calibration.chosen)},
         "culprit": culprit(calibration),
     }
-    return Result(data, path.read_bytes(), figures, "")
+    return Result(data, path.read_bytes(), figures, ""), golden
+
+
+def _holds_samples(bundle: Bundle) -> bool:
+    """Whether golden inputs are what the model sees: `edgekit import` makes random ones, `quantize` replaces them."""
+    quantized = (entry for entry in bundle.manifest.history if entry.stage == "quantize")
+    return bundle.manifest.task != "tensor" or any(entry.figures.get("measured_on") != RANDOM for entry in quantized)
 
 
 def _check_fit(calibration: Calibration, placement: Placement, prepared: onnx.ModelProto) -> None:

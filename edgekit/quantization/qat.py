@@ -29,9 +29,8 @@ try:
 except ImportError:
     raise MissingExtra("train", "torch") from None
 
-__all__ = ["BATCH", "EPOCHS", "QatResult", "check_trainable", "fine_tune"]
+__all__ = ["BATCH", "QatResult", "check_trainable", "fine_tune"]
 
-EPOCHS = 20
 BATCH = 32  # samples a step; those of a graph with a fixed batch, or of other shapes, are added up to it
 TEMPERATURE = 2.0
 #: Beside the normalised squared error of the logits. More for the labels and the int8 graph leaves its teacher: half took
@@ -67,7 +66,7 @@ class _Score(NamedTuple):
 
 
 def fine_tune(
-    graph: bytes, float_graph: bytes, samples: Samples, held_out: Samples, *, epochs: int = EPOCHS, seed: int = 0
+    graph: bytes, float_graph: bytes, samples: Samples, held_out: Samples, *, epochs: int, seed: int = 0
 ) -> QatResult:
     """Train an int8 graph that `insert` made to answer as the float graph that it was made from.
 

@@ -24,7 +24,7 @@ from . import record
 from .budget import Budget
 from .calibrate import Options, Result, calibrate, open_journal
 from .formats import FORMATS, other_format
-from .frozen import rebuild_result
+from .frozen import RANDOM, rebuild_result
 from .graph import check
 from .journal import discard
 from .samples import Pool, Samples, from_dataset, gather
@@ -114,7 +114,8 @@ def quantize(
             raise UsageError(
                 "a calibration.json already says which layers are int8, and how", "leave out --method, the budget and the rest"
             )
-        return _finish(opened, out, config, _Made(rebuild_result(opened, Path(calib)), data, None, None))
+        result, golden = rebuild_result(opened, Path(calib))
+        return _finish(opened, out, config, _Made(result, data, None, golden))
     return _calibrated(opened, out, config, budget, data, qat_epochs)
 
 
@@ -327,6 +328,12 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
             )
         return "", ""
     worst = min(figures["snr_db"], figures["golden_snr_db"])
+    if figures["measured_on"] == RANDOM:
+        say(
+            f"{worst:.1f} dB on the random golden inputs of edgekit import judge nothing, and hold an engine to little: "
+            "name the calibration.json in its own bundle, whose golden inputs are samples"
+        )
+        return "", ""
     if worst >= POOR_DB or (budget is not None and budget.min_snr is not None):
         return "", ""
     poor = f"the quantized outputs are only {worst:.1f} dB from the float ones, {POOR_DB:g} is the least that is usable"

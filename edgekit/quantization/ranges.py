@@ -54,6 +54,10 @@ def propose(halves: Sequence[Drawn], readers: Sequence[Reader], *, extra: bool) 
     ``halves``: rows of different samples, so that what is chosen on one can be judged on the other. The rows of one sample
     are alike, and new samples leave the range of the old ones: how far to widen it is judged too.
     """
+    # Of a size near 1 by a power of two, which is exact: float32 bears no squares of very large or very small tensors.
+    size = max(float(np.abs([half.low, half.high]).max()) for half in halves)
+    exponent = int(np.frexp(size)[1])
+    halves = [Drawn(*(np.ldexp(part, -exponent) for part in half)) for half in halves]
     gain: Array = np.sum([_input_gain(reader) for reader in readers], axis=0)
     both = Drawn(
         np.concatenate([half.rows for half in halves]),
@@ -74,7 +78,8 @@ def propose(halves: Sequence[Drawn], readers: Sequence[Reader], *, extra: bool) 
 
     def made(shifted: bool, alpha: float, margin: float) -> Quantizer:
         found = _scaled(both, gain, readers, shifted, alpha)
-        return found._replace(scale=float(np.float32(found.scale * margin)))
+        scale = max(float(np.ldexp(np.float32(found.scale * margin), exponent)), MIN_SCALE)
+        return found._replace(scale=scale, shift=None if found.shift is None else np.ldexp(found.shift, exponent))
 
     plain = tried(False, 0.0)
     chosen = [plain]

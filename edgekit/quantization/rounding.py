@@ -25,6 +25,10 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal
 _DAMP = 1e-3
 _BLOCK = 64
 _OUTPUTS = 512  # of all groups, at a time
+_LARGE = 1e15  # float32 bears sums of squares of less
+#: Of the tensor's largest weight: a channel whose scale would be less is dead, and becomes zeros, which may have any scale: one
+#: that float16 does not hold would keep the whole layer in float32.
+_DEAD = 1e-10
 SWEEPS = 2
 
 
@@ -47,6 +51,8 @@ class Moments:
         # float32 products of some thousand rows, float64 sums: twice as fast, and sums do not drift
         x = x.astype(np.float32) - self.origin[0][:, None]
         y = y.astype(np.float32) - self.origin[1][:, None]
+        if max(_largest(x), _largest(y)) > _LARGE:
+            x, y = x.astype(np.float64), y.astype(np.float64)
         self.count += x.shape[1]
         self.x += x.sum(1, dtype=np.float64)
         self.y += y.sum(1, dtype=np.float64)
@@ -138,6 +144,7 @@ def round_to_scales(
     What y the moments hold does not matter. Beside them, memory is that of the integers.
     """
     hessian = _shrunk(moments.centred(biased)[0], moments.count)
+    hessian = np.ldexp(hessian, -np.frexp(hessian.max())[1])  # float32 may not hold it; of what size it is does not matter
     order, upper = _spreading(hessian)
     hessian, upper = hessian.astype(np.float32), upper.astype(np.float32)
     integers = np.empty(weight.shape, np.int8)
@@ -148,6 +155,10 @@ def round_to_scales(
         gradient = hessian @ (q * scale[:, None, :] - wanted)
         integers[:, :, part] = _descend(q, scale, hessian, gradient, sweeps)
     return integers
+
+
+def _largest(values: Array) -> float:
+    return max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
 
 
 def _parts(weight: Array) -> Iterator[slice]:
@@ -200,24 +211,32 @@ def _ridge(weight: Array, xx: Array, xy: Array, ridge: float) -> Array:
     return solved
 
 
-def clip_scales(weight: Array, power: Array, tie: Array | None = None, ratios: Sequence[float] = _RATIOS) -> Array:
-    """Scale of each output (groups, outputs): the clip with the least error, inputs weighted by their ``power``."""
+def clip_scales(
+    weight: Array, power: Array, tie: Array | None = None, ratios: Sequence[float] = _RATIOS, least: float | None = None
+) -> Array:
+    """Scale of each output (groups, outputs): the clip with the least error, inputs weighted by their ``power``.
+
+    ``least`` of them; None: what makes dead channels zero.
+    """
+    if least is None:
+        least = max(_DEAD * _largest(weight), MIN_SCALE)
     if tie is None and weight.shape[2] > _OUTPUTS:
-        return np.concatenate([clip_scales(weight[:, :, part], power, ratios=ratios) for part in _parts(weight)], axis=1)
+        parts = [clip_scales(weight[:, :, part], power, ratios=ratios, least=least) for part in _parts(weight)]
+        return np.concatenate(parts, axis=1)
     weight = weight.astype(np.float64)
     amax = np.abs(weight).max(1)
     if tie is not None:
         amax = _tied(amax, tie, np.maximum)
     best, chosen = np.full(amax.shape, np.inf), np.ones(amax.shape)
     for ratio in ratios:
-        scale = np.maximum(amax * ratio / LEVELS, MIN_SCALE)[:, None, :]
+        scale = np.maximum(amax * ratio / LEVELS, least)[:, None, :]
         off = np.clip(np.rint(weight / scale), -LEVELS, LEVELS) * scale - weight
         error = np.einsum("gko,gk->go", off**2, power)
         if tie is not None:
             error = _tied(error, tie, np.add)
         better = error < best
         best[better], chosen[better] = error[better], ratio
-    scales = np.where(amax > 0, np.maximum(amax * chosen / LEVELS, MIN_SCALE), 1.0 / LEVELS)
+    scales = np.where(amax > 0, np.maximum(amax * chosen / LEVELS, least), 1.0 / LEVELS)
     return scales.astype(np.float32).astype(np.float64)
 
 

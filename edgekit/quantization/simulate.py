@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from onnx import helper
 
 from edgekit.errors import GraphError
 from edgekit.graphs.editing import exposed, free_name, prune, tensor_names
-from edgekit.runtime.golden import is_choice, signal_names
+from edgekit.runtime.golden import MAX_DB, decibel, distance, is_choice, signal_names
 
 from .statistics import Statistics, packed, unpacked
 
@@ -27,7 +26,6 @@ Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 #: Gives what a function of this name gave before, or gives now.
 Recall = Callable[[str, Callable[[], dict[str, Array]]], dict[str, Array]]
-MAX_SNR_DB = 200.0
 
 
 class Simulator:
@@ -153,21 +151,12 @@ class Noise:
             if is_choice(reference):  # a signal of 1 each, and a noise of 1 where they differ: as `compare_choices` has it
                 self._power[name] = signal + reference.size, noise + float((found[name] != reference).sum())
                 continue
-            wide = reference.astype(np.float64)
-            error = found[name].astype(np.float64) - wide
-            self._power[name] = signal + float((wide**2).sum()), noise + float((error**2).sum())
+            off = distance(reference, found[name])
+            self._power[name] = signal + off.signal, noise + off.noise
 
     def snr_db(self) -> float:
         """The lowest output's signal-to-noise ratio, at most 200 dB; -200 where an output is not finite."""
-        return min((_decibel(signal, noise) for signal, noise in self._power.values()), default=MAX_SNR_DB)
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if not np.isfinite(noise):
-        return -MAX_SNR_DB
-    if noise == 0:
-        return MAX_SNR_DB
-    return float(np.clip(10 * np.log10(max(signal, 1e-30) / noise), -MAX_SNR_DB, MAX_SNR_DB))
+        return min((decibel(*power) for power in self._power.values()), default=MAX_DB)
 
 
 def signal_to_noise(candidate: onnx.ModelProto, batches: Iterable[tuple[Feeds, Mapping[str, Array]]]) -> float:

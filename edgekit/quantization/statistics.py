@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BINS", "LEVELS", "METHODS", "Statistics", "packed", "scale_of", "unpacked"]
+__all__ = ["BINS", "LEVELS", "METHODS", "MIN_SCALE", "Statistics", "packed", "scale_of", "unpacked"]
 
 BINS = 4096
 LEVELS = 127  # signed symmetric int8
-MIN_SCALE = 1e-10
+#: The least scale: a normal float32, and so is its product with another that is not extreme.
+MIN_SCALE = 1e-30
 _PERCENTILE = 0.9999
 _CANDIDATES = 100
 _ENTROPY_BINS = 2048

@@ -35,8 +35,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.errors import GraphError, UsageError
 from edgekit.graphs.editing import free_name, tensor_names
 from edgekit.graphs.opset import with_opset
+from edgekit.runtime.golden import decibel, distance
 
 from .prepare import attribute, constants, consumers
+from .statistics import MIN_SCALE
 
 __all__ = ["BLOCKS", "KINDS", "MIN_PARAMETERS", "storable", "stored_small", "weight_only"]
 
@@ -189,8 +191,7 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
     node_name = free_name({node.name for node in graph.node}, f"{base}/dequantize")
     node = helper.make_node("DequantizeLinear", inputs, [weight.name], name=node_name, **attributes)
     graph.node.insert(0, node)
-    noise = float(((q * scale - groups) ** 2).sum(dtype=np.float64))
-    signal = float((values**2).sum(dtype=np.float64))
+    off = distance(groups, q * scale)
     return {
         "name": weight.node,
         "op": weight.op,
@@ -199,7 +200,7 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
         "form": f"int{bits}, {f'blocks of {size}' if blocked else 'a scale per channel'}",
         "bytes_before": values.nbytes,
         "bytes_after": values.size * bits // 8 + scales.nbytes,
-        "snr_db": round(10 * np.log10(signal / noise), 2) if noise and signal else 200.0,
+        "snr_db": round(decibel(off.signal, off.noise), 2),
     }
 
 
@@ -211,6 +212,8 @@ def _fit(groups: Array, low: int, high: int) -> tuple[NDArray[np.int8], NDArray[
 
 
 def _fit_part(groups: Array, low: int, high: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    whole, exponent = groups, np.frexp(np.abs(groups).max(1, keepdims=True))[1]
+    groups = np.ldexp(groups, -exponent)  # near 1, exactly: float32 bears no squares of very large or very small weights
     largest = np.abs(groups).max(1, keepdims=True)
     start = np.where(largest > 0, largest / high, 1.0).astype(np.float32)
     best, error = start, np.full(start.shape, np.inf, np.float32)
@@ -226,7 +229,8 @@ def _fit_part(groups: Array, low: int, high: int) -> tuple[NDArray[np.int8], NDA
         q = _rounded(groups, best, low, high)
         power = (q**2).sum(1, keepdims=True)
         consider(np.where(power > 0, (q * groups).sum(1, keepdims=True) / np.maximum(power, 1), best).astype(np.float32))
-    return _rounded(groups, best, low, high).astype(np.int8), best
+    scale = np.maximum(np.ldexp(best, exponent), np.float32(MIN_SCALE))
+    return _rounded(whole, scale, low, high).astype(np.int8), scale
 
 
 def _rounded(groups: Array, scale: Array, low: int, high: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,11 +16,15 @@ from edgekit.manifest import Tolerance
 from .backends import Runner, open_runner
 
 __all__ = [
+    "MAX_DB",
+    "Distance",
     "GoldenResult",
     "check_golden",
     "compare_arrays",
     "compare_choices",
     "compare_outputs",
+    "decibel",
+    "distance",
     "is_choice",
     "load_golden",
     "parse_golden",
@@ -27,6 +32,12 @@ __all__ = [
     "save_golden",
     "signal_names",
 ]
+
+MAX_DB = 200.0  # of equal arrays
+#: What an output has for its size where all of it is zero, so that the last digits of float32 are no error there. Zero is
+#: also what lies below float32's normal range: GPUs flush it.
+ZERO = 1e-6
+_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 class GoldenResult(NamedTuple):
@@ -39,23 +50,51 @@ class GoldenResult(NamedTuple):
         return self.relative <= tolerance.limit if tolerance.kind == "relative" else self.snr_db >= tolerance.limit
 
 
+class Distance(NamedTuple):
+    """Of two arrays: the largest |golden| and |error|, and their squared sums."""
+
+    largest: float
+    worst: float
+    signal: float
+    noise: float
+
+
+def distance(golden: NDArray[Any], found: NDArray[Any]) -> Distance:
+    """How far ``found`` is from ``golden`` of the same shape, in float64.
+
+    Infinities that agree (a masked logit) are left out; where a NaN is on either side, or an infinity on one, ``noise`` is
+    not finite.
+    """
+    judged = ~(np.isinf(golden) & (golden == found))
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = golden[judged].astype(np.float64)
+        errors = found[judged].astype(np.float64) - values
+        largest, worst = (float(np.abs(array).max(initial=0.0)) for array in (values, errors))
+        return Distance(largest, worst, float(np.square(values).sum()), float(np.square(errors).sum()))
+
+
+def decibel(signal: float, noise: float) -> float:
+    """The signal-to-noise ratio of two powers, -200 to 200 dB. A signal of zero counts as one of 1e-6 in all."""
+    if noise == 0:
+        return MAX_DB
+    if not math.isfinite(noise):
+        return -MAX_DB
+    signal = signal if signal >= _NORMAL**2 else ZERO**2
+    return min(max(10 * (math.log10(signal) - math.log10(noise)), -MAX_DB), MAX_DB)
+
+
 def compare_arrays(golden: NDArray[Any], found: NDArray[Any]) -> GoldenResult:
     """Errors of ``found`` against ``golden`` of the same shape.
 
-    Infinities that agree (a masked logit) count as right; a NaN on either side, or another shape, as infinitely far.
+    Infinities that agree (a masked logit) count as right; a NaN on either side, or another shape, as infinitely far. Where
+    all of ``golden`` is zero, errors are held against 1e-6.
     """
-    wrong = GoldenResult(float("inf"), float("-inf"))
-    if golden.shape != found.shape:
-        return wrong
-    finite = np.isfinite(golden) & np.isfinite(found)
-    if not (finite | (golden == found)).all():
-        return wrong
-    reference = golden[finite].astype(np.float64)
-    error = found[finite].astype(np.float64) - reference
-    relative = float(np.abs(error).max(initial=0.0) / max(np.abs(reference).max(initial=0.0), 1e-12))
-    noise = float((error**2).sum())
-    snr = 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max((reference**2).sum(), 1e-30) / noise)))
-    return GoldenResult(relative, snr)
+    if golden.shape == found.shape:
+        off = distance(golden, found)
+        if math.isfinite(off.noise):
+            size = off.largest if off.largest >= _NORMAL else ZERO
+            return GoldenResult(off.worst / size, decibel(off.signal, off.noise))
+    return GoldenResult(float("inf"), float("-inf"))
 
 
 def is_choice(output: NDArray[Any]) -> bool:
@@ -81,12 +120,12 @@ def compare_choices(golden: NDArray[Any], found: NDArray[Any]) -> GoldenResult:
     if golden.shape != found.shape:
         return GoldenResult(float("inf"), float("-inf"))
     wrong = int((golden != found).sum())
-    return GoldenResult(wrong / max(golden.size, 1), min(200.0, 10 * float(np.log10(golden.size / wrong))) if wrong else 200.0)
+    return GoldenResult(wrong / max(golden.size, 1), decibel(golden.size, wrong))
 
 
 def compare_outputs(golden: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]], *, quantized: bool) -> GoldenResult:
     """Errors of the worst output that the graph owes (`signal_names`). Raises `KeyError` where ``found`` lacks one."""
-    worst = GoldenResult(0.0, 200.0)
+    worst = GoldenResult(0.0, MAX_DB)
     for name in signal_names(golden, quantized=quantized):
         compared = compare_choices if quantized and is_choice(golden[name]) else compare_arrays
         result = compared(golden[name], found[name])

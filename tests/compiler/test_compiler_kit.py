@@ -23,7 +23,7 @@ from edgekit.compiler.builder import _readers
 from edgekit.compiler.kit import SCRIPT
 from edgekit.compiler.targets import target_named
 from edgekit.quantization import quantize
-from edgekit.runtime.golden import load_golden, save_golden
+from edgekit.runtime.golden import compare_arrays, load_golden, save_golden
 
 #: What each TensorRT's Python module has, of all that build_engine.py asks for (read from the bindings of each version).
 _WEAK = {"FP16", "INT8", "SPARSE_WEIGHTS"}
@@ -292,6 +292,28 @@ def test_choices_of_an_int8_engine_are_not_held_beside_floats(tmp_path: Path, mo
     ]:
         with pytest.raises(build_engine.BuildError, match="misses"):
             check(outputs, found, quantized)
+
+
+@pytest.mark.parametrize(
+    ("golden", "found"),
+    [
+        ([3.0, -4.0, -np.inf], [3.0, -4.5, -np.inf]),
+        ([3e-35, -4e-35], [0.0, 0.0]),
+        ([0.0, 0.0], [0.0, 1e-12]),
+        ([0.0, 1e-40], [0.0, 0.0]),
+        ([1.0, 2.0], [1.0, 2.0]),
+    ],
+)
+def test_the_kit_measures_as_the_runtime_does(
+    golden: list[float], found: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    truth, answer = np.array(golden, np.float32), np.array(found, np.float32)
+    gpu = Gpu(lambda a: a, (1, 4))
+    (tmp_path / "golden.npz").write_bytes(save_golden({"x": truth}, {"y": truth}))
+    monkeypatch.setattr(build_engine, "_run", lambda *_: {"y": answer})
+    result = build_engine.check(gpu.module(), b"", tmp_path / "golden.npz", {"kind": "snr_db", "limit": -1.0}, gpu)
+    wanted = compare_arrays(truth, answer)
+    assert (result["relative"], result["snr_db"]) == (pytest.approx(wanted.relative), pytest.approx(wanted.snr_db))
 
 
 def test_golden_of_the_kit_is_the_bundles(tiny_bundle: Bundle, kit: Path) -> None:

@@ -328,6 +328,35 @@ def test_tensorrt_refuses_fp8_before_ada() -> None:
     assert engine(in_fp8("conv")[0], "SM86") > 0
 
 
+@pytest.mark.parametrize("exponent", [-60, 80])
+@pytest.mark.parametrize(("bits", "block"), [(8, 0), (4, 64)])
+def test_weights_of_any_size_become_the_same_integers(bits: int, block: int, exponent: int) -> None:
+    """1e-18 and 1e24, whose squares float32 does not hold."""
+    weight = normal(256, 128)
+
+    def stored(weights: Array) -> tuple[list[Array], float]:
+        nodes = [node("MatMul", "x w", "y")]
+        made, figures = weight_only(onnx.load_model_from_string(graph(nodes, {"w": weights}, [4, 256])), bits=bits, block=block)
+        tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+        return [tensors[f"w/int{bits}"], tensors["w/scale"]], figures["layers"][0]["snr_db"]
+
+    (integers, scales), snr = stored(weight)
+    (same, moved), other = stored(np.ldexp(weight, exponent))
+    np.testing.assert_array_equal(same, integers)
+    np.testing.assert_array_equal(moved, np.ldexp(scales, exponent))
+    assert other == snr
+    assert (stored(np.full((256, 128), 1e-44, np.float32))[0][1] > 0).all()
+
+
+@pytest.mark.parametrize("amax", [1e-44, 1e-25])
+def test_fp8_scales_are_positive_for_the_smallest_ranges(amax: float) -> None:
+    prepared = in_fp8("matmul")[0]
+    made = to_fp8(prepared, place(prepared).layers, {"x": amax})
+    scales = [numpy_helper.to_array(t) for t in made.graph.initializer if t.name.endswith("/scale")]
+    assert scales
+    assert min(float(scale.min()) for scale in scales) > np.finfo(np.float32).tiny
+
+
 def test_fp8_saturates_at_the_stated_range() -> None:
     prepared, made, x = in_fp8("matmul", clip=0.5)
     limit = 0.5 * np.abs(x).max()

@@ -21,8 +21,9 @@ from edgekit.quantization.placement import Placement, Unquantized, place, weight
 from edgekit.quantization.prepare import prepare
 from edgekit.quantization.reconstruct import reconstruct
 from edgekit.quantization.rounding import weight_scales
-from edgekit.quantization.simulate import MAX_SNR_DB, Noise, Simulator, observe, signal_to_noise, with_reference
+from edgekit.quantization.simulate import Noise, Simulator, observe, signal_to_noise, with_reference
 from edgekit.quantization.statistics import METHODS, scale_of
+from edgekit.runtime.golden import MAX_DB
 from edgekit.runtime.onnxruntime import session
 
 Array = np.ndarray[Any, Any]
@@ -434,7 +435,7 @@ def test_any_net_of_these_blocks(blocks: list[str], method: str, recovery: str, 
     made = quantized(graph, ["n", 4, 6, 6], method, recovery)
     check(made.int8)
     original = onnx.load_model_from_string(graph)
-    assert 8 < signal_to_noise(made.int8, with_reference(original, made.judges)) < MAX_SNR_DB
+    assert 8 < signal_to_noise(made.int8, with_reference(original, made.judges)) < MAX_DB
 
 
 def test_the_room_needs_no_torch() -> None:

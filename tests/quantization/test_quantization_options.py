@@ -337,6 +337,39 @@ def test_golden_arrays_of_imported_bundles_come_from_samples(
         assert check_golden(made, graph).within(tolerance)
 
 
+def test_a_rebuilt_import_is_judged_on_the_samples_of_the_first(
+    tiny_bundle: Bundle, positive_folder: Path, tmp_path: Path
+) -> None:
+    made = edgekit.quantize(tiny_bundle, out=tmp_path / "t8.edge", calib=positive_folder)
+    again = edgekit.quantize(tiny_bundle, out=tmp_path / "again.edge", calib=made.file("calibration.json"))
+    third = edgekit.quantize(tiny_bundle, out=tmp_path / "third.edge", calib=again.file("calibration.json"))
+    for rebuilt in (again, third):
+        assert rebuilt.file("model.int8.onnx").read_bytes() == made.file("model.int8.onnx").read_bytes()
+        assert rebuilt.read("golden.npz") == made.read("golden.npz")
+        assert rebuilt.manifest.golden == made.manifest.golden
+        assert figures(rebuilt)["golden_limit_db"] == figures(made)["golden_limit_db"]
+        assert figures(rebuilt)["measured_on"] == "golden inputs"
+
+
+def test_random_golden_inputs_judge_no_rebuilt_graph(
+    cli: Cli, tiny_bundle: Bundle, calibration_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "faint"  # the golden inputs of the import are a thousand times these
+    folder.mkdir()
+    for file in calibration_folder.glob("*.npz"):
+        np.savez(folder / file.name, x=np.load(file)["x"] / np.float32(1000))
+    made = edgekit.quantize(tiny_bundle, out=tmp_path / "t8.edge", calib=folder, method="minmax")
+    (tmp_path / "calibration.json").write_bytes(made.read("calibration.json"))
+    outcome = cli("quantize", tiny_bundle.path, "--out", tmp_path / "a.edge", "--calib", tmp_path / "calibration.json")
+    assert outcome.code == 0
+    assert "dB on random golden inputs" in outcome.out
+    assert "judge nothing" in outcome.err
+    assert "least that is usable" not in outcome.err
+    # nor do they pass for samples in a calibration that lies in that bundle
+    again = edgekit.quantize(tiny_bundle, out=tmp_path / "b.edge", calib=tmp_path / "a.edge" / "calibration.json")
+    assert figures(again)["measured_on"] == "random golden inputs"
+
+
 def test_golden_arrays_of_trained_bundles_stay(digits_bundle: Bundle, few_digits: str, tmp_path: Path) -> None:
     made = edgekit.quantize(digits_bundle, out=tmp_path / "d8.edge", calib=few_digits, samples=16, method="minmax")
     assert made.read("golden.npz") == digits_bundle.read("golden.npz")

@@ -151,6 +151,21 @@ def test_all_readers_count() -> None:
     assert both > 5 * alone
 
 
+@pytest.mark.parametrize("exponent", [-40, 70])
+def test_tensors_of_any_size_take_the_same_quantizers(exponent: int) -> None:
+    """1e-12 and 1e21: a power of two is exact."""
+    rows = [normal(seed, 400, CHANNELS) * np.where(np.arange(CHANNELS) < 3, 40.0, 1.0) + 3.0 for seed in (1, 2)]
+    usual, other = (
+        propose([drawn(np.ldexp(part, power)) for part in rows], [reader(WEIGHT)], extra=True) for power in (0, exponent)
+    )
+    assert len(usual) == len(other) > 1
+    for a, b in zip(usual, other, strict=True):
+        assert b.scale == np.ldexp(a.scale, exponent)
+        for x, y, power in ((a.shift, b.shift, exponent), (a.factor, b.factor, 0)):
+            assert (x is None) == (y is None)
+            assert x is None or y is None or (np.ldexp(x, power) == y).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 30), st.integers(1, 2),

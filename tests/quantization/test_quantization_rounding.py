@@ -235,6 +235,30 @@ def test_given_scales_bear_inputs_of_any_power(decades: int) -> None:
     assert error(found, case) < 0.7 * error(exact, case)
 
 
+@pytest.mark.parametrize("exponent", [-40, 60])
+def test_layers_of_any_size_are_fitted_alike(exponent: int) -> None:
+    """Inputs and outputs of 1e-12 and 1e18, whose squares float32 does not hold or hardly."""
+    case = layer(11, 1, 24, 8, 400, noise=0.05)
+    other = Case(np.ldexp(case.x, exponent), np.ldexp(case.y, exponent), case.weight)
+    fitted, again = (fit_and_round(c.weight, *halves(c, 100)) for c in (case, other))
+    assert again.error == pytest.approx(fitted.error, rel=0.01)
+    np.testing.assert_allclose(again.scales, fitted.scales, rtol=0.01)
+    scales = clip_scales(case.weight, np.ones((1, 24)))
+    rounded, same = (round_to_scales(c.weight, scales, halves(c, 0)[0]) for c in (case, other))
+    assert (rounded != same).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1.0, 1e15])
+def test_weights_of_any_size_are_rounded_alike(size: float) -> None:
+    """A channel far below the others becomes zeros: float16 holds its scale then, for it may be any."""
+    weight = np.random.default_rng(0).normal(size=(1, 32, 4)) * size
+    scales = clip_scales(weight, np.ones((1, 32)))
+    rounded = np.rint(weight / scales[:, None, :]) * scales[:, None, :]
+    assert np.square(rounded - weight).mean() < 1e-3 * np.square(weight).mean()
+    dying = weight * [1.0, 1.0, 1e-14, 1.0]
+    assert not np.rint(dying / clip_scales(dying, np.ones((1, 32)))[:, None, :])[:, :, 2].any()
+
+
 def test_parts_of_the_outputs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = layer(9, 2, 30, 23, 400, noise=0.02)
     fit, held_out = halves(case, 100)
@@ -290,7 +314,7 @@ def test_clips_lie_within_the_weights(weight: Array, seed: int) -> None:
     scales = clip_scales(weight.astype(np.float64), power)
     amax = np.abs(weight.astype(np.float64)).max(1)
     assert scales.shape == amax.shape
-    alive = amax * LEAST / LEVELS > 1e-10  # the least scale
+    alive = amax * LEAST / LEVELS > 1e-10 * amax.max()  # others are dead
     assert (scales[alive] <= amax[alive] / LEVELS * (1 + 1e-6)).all()
     assert (scales[alive] >= amax[alive] * LEAST / LEVELS * (1 - 1e-6)).all()
     assert ((scales > 0) & np.isfinite(scales)).all()

@@ -79,6 +79,12 @@ def test_rare_outliers_are_cut_off(method: str) -> None:
     assert 2.5 < clip < 30
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1.0, 1e30])
+def test_a_scale_spans_its_clip_at_any_size(size: float) -> None:
+    assert LEVELS * scale_of(size) == pytest.approx(size, rel=1e-6)
+    assert scale_of(1e-44) > np.finfo(np.float32).tiny
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_and_single_values_have_a_clip(method: str) -> None:
     assert METHODS[method](seen(np.zeros(10, np.float32))) == 0.0

@@ -18,6 +18,8 @@ import edgekit
 from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BudgetNotMet, BundleError, DataError, GraphError, OutputExists, UsageError
 from edgekit.quantization import layer_table, read_calibration, rebuild
+from edgekit.quantization.bench import make_bench
+from edgekit.quantization.journal import Journal
 from edgekit.quantization.samples import gather
 from edgekit.quantization.simulate import Simulator
 from edgekit.runtime import Model, check_golden
@@ -183,6 +185,22 @@ def test_max_drop_is_measured_on_labelled_train_samples(digits_bundle: Bundle, t
     assert entry is not None
     assert entry.figures["drop"] <= 0.5
     assert entry.config["max_drop"] == 0.5
+
+
+def test_the_float_graph_is_judged_once_for_all_candidates(
+    digits_bundle: Bundle, few_digits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = digits_bundle.file(FLOAT_GRAPH).read_bytes()
+    bench = make_bench(graph, gather(digits_bundle, few_digits, 32, 0), Journal(None, ""))
+    run = list[onnx.ModelProto]()
+    room = sys.modules["edgekit.quantization.bench"]
+    monkeypatch.setattr(room, "Simulator", lambda model: run.append(model) or Simulator(model))
+    dumb = onnx.load_model_from_string(graph)
+    for tensor in dumb.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name))
+    assert [bench.drop(bench.original), bench.drop(bench.original)] == [0.0, 0.0]
+    assert bench.drop(dumb) > 50
+    assert len(run) == 4
 
 
 @pytest.mark.parametrize("method", ["mse", "entropy", "percentile", "minmax"])

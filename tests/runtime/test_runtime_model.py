@@ -252,3 +252,21 @@ def test_errors_are_measured_as_defined() -> None:
     for wrong in (-masked, np.array([3.0, -9.0]), np.array([np.nan, -np.inf])):
         assert compare_arrays(masked, wrong).relative == float("inf")
     assert compare_arrays(np.array([250], np.uint8), np.array([5], np.uint8)).relative == pytest.approx(0.98)
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-12, 1.0, 1e30])
+def test_errors_are_measured_alike_at_any_size(size: float) -> None:
+    golden = size * np.array([3.0, -4.0], np.float32)
+    assert compare_arrays(golden, np.zeros(2, np.float32)) == (1.0, pytest.approx(0.0))
+    assert compare_arrays(golden, golden * np.float32(0.9)) == (pytest.approx(0.1, rel=1e-5), pytest.approx(20.0, abs=1e-4))
+
+
+@pytest.mark.parametrize("zero", [0.0, 1e-40])  # which a GPU flushes
+def test_an_output_of_zeros_is_held_to_the_last_digits_of_float32(zero: float) -> None:
+    golden = np.full(4, zero, np.float32)
+    near, far = (compare_arrays(golden, np.array([0, found, 0, 0], np.float32)) for found in (1e-12, 1e-3))
+    assert near.within(Tolerance("relative", 1e-4))
+    assert near.within(Tolerance("snr_db", 60.0))
+    assert not far.within(Tolerance("relative", 1e-4))
+    assert far.snr_db == pytest.approx(-60.0)
+    assert compare_arrays(golden, np.zeros(4, np.float32)).within(Tolerance("relative", 1e-4))
