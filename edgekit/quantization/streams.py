@@ -69,6 +69,9 @@ class Stream:
         self._spool = Spool(Path(self._folder.name))
         self.count = 0
         wanted = set(consumers(model.graph))
+        self._nodes = list(model.graph.node)
+        self._last = {name: i for i, node in enumerate(self._nodes) for name in reads(node)}  # who reads it last
+        self._held = [value.name for value in model.graph.input if value.name in wanted]
         try:
             for feeds in batches:
                 self._spool.put(self.count, {name: array for name, array in feeds.items() if name in wanted})
@@ -87,21 +90,20 @@ class Stream:
         """Run all nodes before index ``end``; ``rewrite`` turns the stretch into what is really run (its Q/DQ form)."""
         if end <= self.position:
             return
-        for i, _, found in self._run(end, self._live(end), rewrite):
+        live = self.live(end)
+        for i, _, found in self._run(end, live, rewrite):
             self._spool.put(i, found)
-        self.position = end
+        self.position, self._held = end, live
 
     def look(self, end: int, tensors: Sequence[str], rewrite: Rewrite) -> Iterator[Feeds]:
         """The named tensors of each batch, as the nodes before ``end`` make them, without moving on."""
         for _, held, found in self._run(end, tensors, rewrite):
             yield {name: found[name] if name in found else held[name] for name in tensors}
 
-    def _live(self, end: int) -> list[str]:
-        """Tensors made before ``end`` that a node from there on reads."""
-        nodes = self.model.graph.node
-        made = {name for node in nodes[:end] for name in node.output} | {value.name for value in self.model.graph.input}
-        wanted = dict.fromkeys(name for node in nodes[end:] for name in reads(node))
-        return [name for name in wanted if name in made]
+    def live(self, end: int) -> list[str]:
+        """Tensors made before ``end``, which is not behind the position, that a node from there on reads."""
+        made = [name for node in self._nodes[self.position : end] for name in node.output]
+        return [name for name in (*self._held, *made) if self._last.get(name, -1) >= end]
 
     def _run(self, end: int, tensors: Sequence[str], rewrite: Rewrite) -> Iterator[tuple[int, Feeds, Feeds]]:
         stretch = list(self.model.graph.node[self.position : end])
