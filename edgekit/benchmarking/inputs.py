@@ -30,7 +30,7 @@ def read_folder(folder: Path, inputs: Sequence[TensorSpec]) -> Feeds:
     """The ``.npz`` of a folder, each one array (samples, ...) for every input name, joined along the first axis.
 
     Of more than 64 files, 64 evenly from first to last by name. Arrays take the inputs' types; one without axes is taken
-    from the first file. Raises `DataError` where there are none, one cannot be read, or shapes differ.
+    from the first file. Raises `DataError` where there are none, one cannot be read or holds NaN or Inf, or shapes differ.
     """
     paths = sorted(folder.glob("*.npz"))
     if not paths:
@@ -56,7 +56,12 @@ def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
         raise DataError(f"{path} cannot be read: {error}", "write it with numpy.savez") from None
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{path} has no array {missing[0]!r}; it has: {', '.join(arrays) or 'none'}", "name it as the input")
-    return {spec.name: np.asarray(arrays[spec.name], None if spec.dtype == "str" else spec.dtype) for spec in inputs}
+    with np.errstate(over="ignore", invalid="ignore"):
+        taken = {spec.name: np.asarray(arrays[spec.name], None if spec.dtype == "str" else spec.dtype) for spec in inputs}
+    for name, array in taken.items():
+        if not all(np.isfinite(values).all() for values in (arrays[name], array) if values.dtype.kind == "f"):
+            raise DataError(f"{path}: {name} holds NaN or Inf", "repair or remove the sample")
+    return taken
 
 
 def batchable(inputs: Sequence[TensorSpec]) -> bool:
