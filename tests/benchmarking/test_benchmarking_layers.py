@@ -358,8 +358,13 @@ def test_samples_of_a_folder(cli: Callable[..., Any], int8: Bundle, calibration_
     np.savez(folder / "b.npz", x=np.zeros((1, 3, 32, 31), np.float32))
     with pytest.raises(DataError, match="several shapes"):
         edgekit.compare(int8, data=folder)
-    (folder / "b.npz").write_bytes(b"no zip")
-    with pytest.raises(DataError, match="cannot be read"):
+    whole = (folder / "b.npz").read_bytes()
+    for data in (b"no zip", b"", whole[:200]):
+        (folder / "b.npz").write_bytes(data)
+        with pytest.raises(DataError, match=r"b\.npz is no \.npz$"):
+            edgekit.compare(int8, data=folder)
+    (folder / "b.npz").write_bytes(whole.replace(b"NUMPY", b"numpy"))
+    with pytest.raises(DataError, match=r"b\.npz cannot be read: "):
         edgekit.compare(int8, data=folder)
 
 
