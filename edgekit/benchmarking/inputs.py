@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def read_folder(folder: Path, inputs: Sequence[TensorSpec]) -> Feeds:
     """The ``.npz`` of a folder, each one array (samples, ...) for every input name, joined along the first axis.
 
     Of more than 64 files, 64 evenly from first to last by name. Arrays take the inputs' types; one without axes is taken
-    from the first file. Raises `DataError` where there are none, one cannot be read, or shapes differ.
+    from the first file. Raises `DataError` where there are none, one cannot be read or holds NaN or Inf, or shapes differ.
     """
     paths = sorted(folder.glob("*.npz"))
     if not paths:
@@ -53,10 +54,17 @@ def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # noqa: BLE001  zip and npy readers raise many types on damaged bytes
-        raise DataError(f"{path} cannot be read: {error}", "write it with numpy.savez") from None
+        unreadable = isinstance(error, OSError) or zipfile.is_zipfile(path)  # else numpy supposes that it is a pickle
+        what = f"cannot be read: {error}" if unreadable else "is no .npz"
+        raise DataError(f"{path} {what}", "write it with numpy.savez") from None
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{path} has no array {missing[0]!r}; it has: {', '.join(arrays) or 'none'}", "name it as the input")
-    return {spec.name: np.asarray(arrays[spec.name], None if spec.dtype == "str" else spec.dtype) for spec in inputs}
+    with np.errstate(over="ignore", invalid="ignore"):
+        taken = {spec.name: np.asarray(arrays[spec.name], None if spec.dtype == "str" else spec.dtype) for spec in inputs}
+    for name, array in taken.items():
+        if not all(np.isfinite(values).all() for values in (arrays[name], array) if values.dtype.kind == "f"):
+            raise DataError(f"{path}: {name} holds NaN or Inf", "repair or remove the sample")
+    return taken
 
 
 def batchable(inputs: Sequence[TensorSpec]) -> bool:

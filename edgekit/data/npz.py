@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,8 @@ def _read(path: str) -> dict[str, NDArray[Any]]:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes
+        if not isinstance(error, OSError) and not zipfile.is_zipfile(path):  # numpy supposes that it is a pickle
+            raise DataError(f"{path} is no .npz", _HINT) from None
         raise DataError(f"{path} cannot be read as npz: {str(error) or type(error).__name__}", _HINT) from None
 
 

@@ -15,7 +15,7 @@ sensitivity.py  what each layer costs, and why; picture.py draws it
 bench.py        the graph, what was seen of it and the samples: what every candidate is made from and measured with
 recovery.py     where ranges come from, and which error recovery is worth having
 budget.py       which layers stay float
-store.py        tables and LSTM weights in int8, where the output stays
+store.py        tables and recurrent weights in int8, where the output stays
 journal.py      what was done, kept in a file: an interrupted calibration goes on
 speed.py        int8 against float, timed
 calibrate.py    all of the above in order

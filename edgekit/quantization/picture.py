@@ -14,8 +14,9 @@ __all__ = ["check_picture", "draw_layers"]
 
 _MARK = "<!-- edgekit quantize -->"
 _SHOWN = 40
-_LEFT, _RIGHT, _TOP, _ROW = 250, 120, 84, 22  # pixels
+_LEFT, _RIGHT, _TOP, _ROW = 300, 160, 84, 22  # pixels
 _BAR = 420
+_NAME, _LABEL = 32, 36  # characters that fit above and beside the bars, in the widest of the fonts
 _STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #56616f }
 .title { font-size: 17px; font-weight: 600; fill: #16202c }
@@ -44,9 +45,8 @@ def _svg(rows: Sequence[dict[str, Any]], key: str, total: int, name: str) -> str
     errors = [100 * 10 ** (-row[key] / 20) for row in rows]
     most = max(1e-3, *errors)
     what = "at the output, where this layer alone is int8" if key == "alone_db" else "at the layer's own output, all int8"
-    title = f"{name}: what each layer costs" + (
-        f" ({len(rows)} of {total} layers, the worst first)" if len(rows) < total else ""
-    )
+    title = f"{_shortened(name, _NAME)}: what each layer costs"
+    rest = f"the other {total - len(rows)} of {total} layers cost less" if len(rows) < total else ""
     width, height = _LEFT + _BAR + _RIGHT, _TOP + _ROW * len(rows) + 24
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
@@ -59,14 +59,23 @@ def _svg(rows: Sequence[dict[str, Any]], key: str, total: int, name: str) -> str
         y = _TOP + i * _ROW
         kind = "float" if row["type"] == "float" else "worst" if i == 0 else "int8"
         length = errors[i] / most * _BAR
-        name = row["layer"] if len(row["layer"]) <= 30 else "…" + row["layer"][-29:]
+        label = f"{_shortened(row['layer'], _LABEL - len(row['op']) - 3)} ({row['op']})"
         value = f"{errors[i]:.2g}% ({row[key]:.1f} dB)"
         points = "" if row["drop"] is None else f", {row['drop']:+.2f} points of top-1 lost alone"
         parts += [
-            f'<text class="name" x="{_LEFT - 10}" y="{y + 14}">{escape(name)} ({escape(row["op"])})</text>',
+            f'<text class="name" x="{_LEFT - 10}" y="{y + 14}">{escape(label)}</text>',
             f'<rect class="bar {kind}" x="{_LEFT}" y="{y + 3}" width="{max(length, 1):.1f}" height="{_ROW - 7}" rx="2">'
             f"<title>{escape(row['layer'])}: {value}{points}. {escape(row['why'])}</title></rect>",
             f'<text class="value" x="{_LEFT + max(length, 1) + 8:.1f}" y="{y + 14}">{value}</text>',
         ]
-    parts.append(f'<line class="base" x1="{_LEFT}" x2="{_LEFT}" y1="{_TOP}" y2="{_TOP + _ROW * len(rows)}"/></svg>')
-    return "\n".join(parts) + "\n"
+    bottom = _TOP + _ROW * len(rows)
+    parts.append(f'<line class="base" x1="{_LEFT}" x2="{_LEFT}" y1="{_TOP}" y2="{bottom}"/>')
+    return "\n".join([*parts, f'<text x="{_LEFT}" y="{bottom + 16}">{rest}</text></svg>' if rest else "</svg>"]) + "\n"
+
+
+def _shortened(name: str, longest: int) -> str:
+    """Both ends of a long name: exporters put the path in front, and what tells layers apart behind."""
+    if len(name) <= longest:
+        return name
+    head = longest // 3
+    return f"{name[:head]}…{name[head + 1 - longest :]}"

@@ -1,4 +1,4 @@
-"""Weights that no layer of the int8 graph rounds, embedding tables and those of LSTM, as int8 where the output stays.
+"""Weights that no layer of the int8 graph rounds, embedding tables and those of LSTM and GRU, as int8 where the output stays.
 
 They are most of many a text model's file. They are dequantized where they are read: the sums are computed as before.
 """
@@ -21,13 +21,13 @@ MARGIN_DB = 10.0  # between the weights and the output: the samples may not have
 
 
 def left_float(graph: onnx.GraphProto) -> int:
-    """Bytes of the tables and LSTM weights that could be stored small, and are not."""
+    """Bytes of the tables and recurrent weights that could be stored small, and are not."""
     some = {name for name, op in storable(graph).items() if any(op in kind for kind in KINDS)}
     return sum(4 * int(np.prod(tensor.dims)) for tensor in graph.initializer if tensor.name in some)
 
 
 def store(bench: Bench, found: Candidate, kept: Callable[[Candidate], bool]) -> tuple[Candidate, tuple[str, ...]]:
-    """The graph with tables and LSTM weights in int8, each kind where it costs the output next to nothing, and their names.
+    """The graph with tables and recurrent weights in int8, each kind where it costs next to nothing, and their names.
 
     ``kept``: whether a graph still meets the budget.
     """

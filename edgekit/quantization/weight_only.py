@@ -13,8 +13,8 @@ Which forms TensorRT-RTX 1.7 builds, found by building them:
     int4 with a scale per channel or tensor           builds, dequantized before the product
     int4 in blocks as the left matrix of a MatMul     crashes the builder: int8 a channel instead
     W and R of LSTM, int8, a scale per gate row       stored as int8, in all directions
-    W and R of GRU                                    refused by the builder but for W of forward layers and for R without
-                                                      linear_before_reset ("op->parent() == this"): they stay float
+    W and R of GRU                                    most refused by the builder ("op->parent() == this"); all stored as int8
+                                                      with a Gather of all directions behind DequantizeLinear
     last block shorter than the others                refused ("must divide into whole blocks"): int8 a channel instead
     Gather of an int8 table, then DequantizeLinear    refused ("Quantized constant is only allowed before DQ")
 
@@ -46,7 +46,8 @@ Array = NDArray[Any]
 #: Smaller weights stay float: they are read from cache, and a scale is a large part of them.
 MIN_PARAMETERS = 16_384
 #: What is stored small in graphs whose products are int8, by the operator that reads it.
-KINDS = (("Gather", "GatherND"), ("LSTM",))
+KINDS = (("Gather", "GatherND"), ("LSTM", "GRU"))
+_RECURRENT = ("LSTM", "GRU")
 BLOCKS = (16, 32, 64, 128, 256)
 _INT8_OPSET, _BLOCK_OPSET = 13, 21
 #: Least and greatest integer a weight may become.
@@ -58,7 +59,7 @@ _CHUNK = 1 << 21  # weights fitted at once
 class _Weight(NamedTuple):
     """A constant matrix: the axis that is summed over (a table's: the one inside of a row), and its first reader.
 
-    Those of LSTM have three axes, (directions, 4 x hidden, inputs): a scale per row, shared by the directions.
+    Those of LSTM and GRU have three axes, (directions, gates x hidden, inputs): a scale per row, shared by the directions.
 
     ``blocks``: whether every reader takes it in blocks along that axis.
     """
@@ -77,10 +78,10 @@ def weight_only(
 
     ``bits``: 8 or 4. ``block``: weights along the inner axis (K of a MatMul's float32 (K, N), a table's columns) that share
     a scale, one of `BLOCKS`; 0, with 8 bits only, for one scale per output channel or table row. Quantized are the constant
-    float32 matrices of MatMul, Gemm and LSTM and the tables of Gather (axis 0) and GatherND, from `MIN_PARAMETERS` on. Where
-    a block does not divide the inner axis, where not every reader takes blocks, and in LSTM, weights are int8 with a scale
-    per channel. ``only``: names of the initializers that may be stored so; None for all. Scales are float32, and the clip
-    of each minimizes its squared error: a search over scales, then the least-squares scale for the integers found.
+    float32 matrices of MatMul, Gemm, LSTM and GRU and the tables of Gather (axis 0) and GatherND, from `MIN_PARAMETERS` on.
+    Where a block does not divide the inner axis, where not every reader takes blocks, and in LSTM and GRU, weights are int8
+    with a scale per channel. ``only``: names of the initializers that may be stored so; None for all. Scales are float32,
+    and the clip of each minimizes its squared error: a search over scales, then the least-squares one for the integers found.
 
     Returns the graph (opset 13 or later, 21 with blocks) and its figures: ``bits``, ``block``, ``bytes_before`` and
     ``bytes_after`` (the serialized models), ``parameters`` (quantized ones), ``layers``: name, op, tensor, shape, form,
@@ -97,7 +98,7 @@ def weight_only(
     if not found:
         among = "the graph has" if only is None else f"among the {len(only)} named initializers is"
         raise GraphError(
-            f"{among} no matrix and no table of {MIN_PARAMETERS} float32 weights or more",
+            f"{among} no matrix, no table and no weights of LSTM or GRU of {MIN_PARAMETERS} float32 numbers or more",
             "small weights are read from cache: build it as it is, or quantize it to int8 where it has Conv, Gemm or MatMul",
         )
     made = with_opset(model, _BLOCK_OPSET if block else _INT8_OPSET)
@@ -113,7 +114,8 @@ def storable(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 def stored_small(model: onnx.ModelProto, names: Collection[str]) -> tuple[onnx.ModelProto, float]:
-    """Tables and LSTM weights of these names as int8, a scale per row, kind after kind: the same bytes for the same names.
+    """Tables and recurrent weights of these names as int8, a scale per row; kind after kind, so that the same names give the
+    same bytes.
 
     And the lowest SNR of the weights themselves, in dB.
     """
@@ -138,7 +140,7 @@ def _weights(graph: onnx.GraphProto) -> list[_Weight]:
     readers: dict[str, list[_Weight]] = {}
     for node in graph.node:
         for position, inner in _positions(node):
-            recurrent = node.op_type == "LSTM"
+            recurrent = node.op_type in _RECURRENT
             if (name := node.input[position]) in large and len(known[name].dims) == (3 if recurrent else 2):
                 blocks = not recurrent and (node.op_type != "MatMul" or position == 1)
                 readers.setdefault(name, []).append(_Weight(name, inner, node.name or node.output[0], node.op_type, blocks))
@@ -162,11 +164,11 @@ def _positions(node: onnx.NodeProto) -> list[tuple[int, int]]:
         return [(0, 1)]
     if node.op_type == "GatherND" and attribute(node, "batch_dims", 0) == 0:
         return [(0, 1)]
-    return [(1, 2), (2, 2)] if node.op_type == "LSTM" else []
+    return [(1, 2), (2, 2)] if node.op_type in _RECURRENT else []
 
 
 def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) -> dict[str, Any]:
-    """Replace one initializer, in place; DequantizeLinear takes its name, so that every reader stays as it is."""
+    """Replace one initializer, in place; what is dequantized takes its name, so that every reader stays as it is."""
     tensor = constants(graph)[weight.name]
     values = numpy_helper.to_array(tensor).astype(np.float32)
     if np.isnan(values).any():
@@ -180,7 +182,9 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
     q, scale = _fit(groups, *_RANGES[bits])
     stored = np.moveaxis(q.reshape(rows.shape), 0, channel)
     scales = np.moveaxis(scale.reshape(len(rows), -1), 0, channel) if blocked else scale.ravel()
-    base = free_name(tensor_names(graph), weight.name, (f"int{bits}", "scale", *([] if blocked else ["zero_point"])))
+    parts = [f"int{bits}", "scale", *([] if blocked else ["zero_point"])]
+    parts += ["dequantized", "directions"] if weight.op == "GRU" else []
+    base = free_name(tensor_names(graph), weight.name, parts)
     graph.initializer.remove(tensor)
     graph.initializer.extend([_stored(stored, bits, f"{base}/int{bits}"), _constant(scales, f"{base}/scale")])
     inputs = [f"{base}/int{bits}", f"{base}/scale"]
@@ -188,9 +192,15 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
         graph.initializer.append(_constant(np.zeros(scales.shape, np.int8), f"{base}/zero_point"))
         inputs.append(f"{base}/zero_point")
     attributes = {"axis": inner, "block_size": size} if blocked else {"axis": channel}
-    node_name = free_name({node.name for node in graph.node}, f"{base}/dequantize")
-    node = helper.make_node("DequantizeLinear", inputs, [weight.name], name=node_name, **attributes)
-    graph.node.insert(0, node)
+    names = {node.name for node in graph.node}
+    dequantized = weight.name
+    if weight.op == "GRU":  # TensorRT-RTX's builder does not survive DequantizeLinear next to it
+        dequantized = f"{base}/dequantized"
+        graph.initializer.append(_constant(np.arange(len(values)), f"{base}/directions"))
+        both = [dequantized, f"{base}/directions"]
+        graph.node.insert(0, helper.make_node("Gather", both, [weight.name], name=free_name(names, f"{base}/gather"), axis=0))
+    node_name = free_name(names, f"{base}/dequantize")
+    graph.node.insert(0, helper.make_node("DequantizeLinear", inputs, [dequantized], name=node_name, **attributes))
     off = distance(groups, q * scale)
     return {
         "name": weight.node,

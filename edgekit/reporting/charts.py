@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .collect import Bench, BundleView
+from .collect import Bench, BundleView, TensorRange
 from .figures import Curve, curve, pareto
 
 __all__ = ["MAX_BARS", "curves", "headline", "histogram", "protocol", "ranges", "sensitivity", "tradeoff"]
@@ -97,13 +97,22 @@ def sensitivity(view: BundleView) -> dict[str, Any] | None:
 
 
 def ranges(view: BundleView) -> dict[str, Any] | None:
-    """The widest activation ranges first."""
+    """The widest activation ranges first; ``inside`` is the part that int8 covers, ``clipped`` the rest, in percent."""
     found = sorted(view.ranges, key=lambda r: r.low - r.high)[:MAX_BARS]
     if not found:
         return None
     return {
         "names": [r.name for r in found],
         "values": [[r.low, r.high] for r in found],
-        "clips": [[-r.clip, r.clip] if r.clip else None for r in found],
+        "inside": [_inside(r) for r in found],
+        "covered": [r.covered for r in found],
+        "clipped": [round(100 * r.clipped, 1) for r in found],
+        "channels": [r.channels for r in found],
         "x": "Activation value",
     }
+
+
+def _inside(tensor: TensorRange) -> tuple[float, float] | None:
+    low, high = tensor.covered or (tensor.low, tensor.high)
+    low, high = max(tensor.low, low), min(tensor.high, high)
+    return (low, high) if low <= high else None

@@ -63,12 +63,22 @@ class Engine(NamedTuple):
 
 
 class TensorRange(NamedTuple):
-    """A calibrated tensor: what was seen, and the +-``clip`` that its int8 scale covers."""
+    """A calibrated tensor: what was seen, and what its int8 grid covers: of ``channels`` grids from the lowest end to the
+    highest; None where it is not known."""
 
     name: str
     low: float
     high: float
-    clip: float | None
+    covered: tuple[float, float] | None
+    channels: int = 1
+
+    @property
+    def clipped(self) -> float:
+        """The share of the seen range that no channel covers."""
+        if self.covered is None or self.low == self.high:
+            return 0.0
+        inside = min(self.high, self.covered[1]) - max(self.low, self.covered[0])
+        return 1 - max(inside, 0.0) / (self.high - self.low)
 
 
 class Layer(NamedTuple):
@@ -254,10 +264,28 @@ def _layers(calibration: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 
 def _ranges(calibration: Mapping[str, Any]) -> tuple[TensorRange, ...]:
-    """What each calibrated tensor held, and the end of its int8 grid (127 times its scale)."""
+    """What each calibrated tensor held, and what of it int8 keeps: as its layers read it, where they have a quantizer.
+
+    Tensors of one group share its statistics, and so one row.
+    """
+    quantizers, groups = mapping(calibration.get("quantizers")), mapping(calibration.get("groups"))
     ranges = []
     for name, value in mapping(calibration.get("tensors")).items():
-        low, high, scale = number(value, "minimum"), number(value, "maximum"), number(value, "scale")
+        low, high = number(value, "minimum"), number(value, "maximum")
         if low is not None and high is not None and low <= high:
-            ranges.append(TensorRange(name, low, high, None if scale is None else 127 * scale))
+            members = [member for member, group in groups.items() if group == name] or [name]
+            ends = [end for member in members for end in _ends(quantizers.get(member, value))]
+            covered = (min(a for a, _ in ends), max(b for _, b in ends)) if ends else None
+            ranges.append(TensorRange(name, low, high, covered, max(len(ends), 1)))
     return tuple(ranges)
+
+
+def _ends(quantizer: object) -> list[tuple[float, float]]:
+    """Both ends of each channel's grid, round((x - shift) * factor / scale) from -127 to 127; none where it has no scale."""
+    scale, known = number(quantizer, "scale"), mapping(quantizer)
+    shifts, factors = numbers(known.get("shift")) or [], numbers(known.get("factor")) or []
+    if scale is None or min(factors, default=1.0) <= 0:
+        return []
+    channels = max(len(shifts), len(factors), 1)
+    pairs = zip(shifts or [0.0] * channels, factors or [1.0] * channels, strict=False)
+    return [(shift - 127 * scale / factor, shift + 127 * scale / factor) for shift, factor in pairs]

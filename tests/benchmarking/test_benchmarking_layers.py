@@ -358,9 +358,24 @@ def test_samples_of_a_folder(cli: Callable[..., Any], int8: Bundle, calibration_
     np.savez(folder / "b.npz", x=np.zeros((1, 3, 32, 31), np.float32))
     with pytest.raises(DataError, match="several shapes"):
         edgekit.compare(int8, data=folder)
-    (folder / "b.npz").write_bytes(b"no zip")
-    with pytest.raises(DataError, match="cannot be read"):
+    whole = (folder / "b.npz").read_bytes()
+    for data in (b"no zip", b"", whole[:200]):
+        (folder / "b.npz").write_bytes(data)
+        with pytest.raises(DataError, match=r"b\.npz is no \.npz$"):
+            edgekit.compare(int8, data=folder)
+    (folder / "b.npz").write_bytes(whole.replace(b"NUMPY", b"numpy"))
+    with pytest.raises(DataError, match=r"b\.npz cannot be read: "):
         edgekit.compare(int8, data=folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_a_sample_that_is_not_finite_as_the_model_sees_it(int8: Bundle, tmp_path: Path, value: float) -> None:
+    x = np.zeros((1, 3, 32, 32))
+    np.savez(tmp_path / "a.npz", x=x)
+    x[0, 1, 2, 3] = value
+    np.savez(tmp_path / "b.npz", x=x)
+    with pytest.raises(DataError, match=r"b\.npz: x holds NaN or Inf"):
+        edgekit.compare(int8, data=tmp_path)
 
 
 def test_layers_need_an_int8_graph_and_onnxruntime(

@@ -348,6 +348,9 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"d\.npz"):
             load(f"npz:{path}")
+    path.write_text("images,labels\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"d\.npz is no \.npz$"):
+        load(f"npz:{path}")
     with pytest.raises(DataError):
         load(f"npz:{tmp_path}")
 

@@ -85,6 +85,13 @@ def lstm(direction: str, directions: int = 1) -> tuple[list[Any], dict[str, Any]
     return [layer], weights, RNG.normal(size=(12, 1, 64)).astype(np.float32)
 
 
+def gru(direction: str, directions: int, before: int) -> tuple[list[Any], dict[str, Any], Array]:
+    """As `lstm`; ``before``: linear_before_reset, as PyTorch has it."""
+    weights = {"w": normal(directions, 240, 72), "r": normal(directions, 240, 80, scale=0.1), "b": normal(directions, 480)}
+    layer = node("GRU", "x w r b", "y", hidden_size=80, direction=direction, linear_before_reset=before)
+    return [layer], weights, RNG.normal(size=(12, 1, 72)).astype(np.float32)
+
+
 TOKENS = RNG.integers(0, 500, (2, 6))
 ROWS = RNG.normal(size=(2, 6, 256)).astype(np.float32)
 #: name -> (nodes, weights, x)
@@ -107,10 +114,16 @@ LAYERS: dict[str, tuple[list[Any], dict[str, Any], Array]] = {
     "lstm": lstm("forward"),
     "reverse lstm": lstm("reverse"),
     "bidirectional lstm": lstm("bidirectional", 2),
+    "gru": gru("forward", 1, 1),
+    "gru, reset first": gru("forward", 1, 0),
+    "reverse gru": gru("reverse", 1, 1),
+    "reverse gru, reset first": gru("reverse", 1, 0),
+    "bidirectional gru": gru("bidirectional", 2, 1),
+    "bidirectional gru, reset first": gru("bidirectional", 2, 0),
 }
-#: Those that blocks do not fit: the left matrix, a table of 64 columns, LSTM.
+#: Those that blocks do not fit: the left matrix, a table of 64 columns, LSTM, GRU.
 UNBLOCKED = {("left matmul", 64), ("left matmul", 128), ("embedding", 128), ("embedding as torch indexes", 128)}
-UNBLOCKED |= {(name, block) for name in LAYERS if "lstm" in name for block in (64, 128)}
+UNBLOCKED |= {(name, block) for name in LAYERS if "lstm" in name or "gru" in name for block in (64, 128)}
 
 
 def layer(name: str) -> tuple[onnx.ModelProto, Array]:

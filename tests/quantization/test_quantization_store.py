@@ -1,4 +1,4 @@
-"""Embedding tables and LSTM weights beside the int8 layers, and what a journal and a record survive."""
+"""Embedding tables and recurrent weights beside the int8 layers, and what a journal and a record survive."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from edgekit.bundle import CALIBRATION, INT8_GRAPH, Bundle
 from edgekit.quantization import layer_table, read_calibration, record
 from edgekit.quantization.journal import Journal
 
-HIDDEN, WORDS = 64, 300
+HIDDEN, WORDS = 80, 300
 
 
-def text_model(mask: bool = False) -> onnx.ModelProto:
-    """Two tables, an LSTM between them in the graph's order, and a MatMul of heavy-tailed inputs, poor in int8."""
+def text_model(mask: bool = False, op: str = "LSTM") -> onnx.ModelProto:
+    """Two tables, an LSTM or GRU between them in the graph's order, and a MatMul of heavy-tailed inputs, poor in int8."""
     rng = np.random.default_rng(0)
+    gates = 4 if op == "LSTM" else 3
     weights: dict[str, Any] = {
-        "table": rng.normal(size=(WORDS, HIDDEN)), "W": rng.normal(size=(1, 4 * HIDDEN, HIDDEN)) * 0.2,
-        "R": rng.normal(size=(1, 4 * HIDDEN, HIDDEN)) * 0.2, "other": rng.normal(size=(WORDS, HIDDEN)),
+        "table": rng.normal(size=(WORDS, HIDDEN)), "W": rng.normal(size=(1, gates * HIDDEN, HIDDEN)) * 0.2,
+        "R": rng.normal(size=(1, gates * HIDDEN, HIDDEN)) * 0.2, "other": rng.normal(size=(WORDS, HIDDEN)),
         "product": rng.normal(size=(16, HIDDEN)),
     }  # fmt: skip
     weights = {name: array.astype(np.float32) for name, array in weights.items()} | {"axis": np.array([0])}
     nodes = [
         helper.make_node("Gather", ["table", "words"], ["embedded"]),
         helper.make_node("Transpose", ["embedded"], ["series"], perm=[1, 0, 2]),
-        helper.make_node("LSTM", ["series", "W", "R"], ["", "last"], hidden_size=HIDDEN),
+        helper.make_node(op, ["series", "W", "R"], ["", "last"], hidden_size=HIDDEN),
         helper.make_node("Squeeze", ["last", "axis"], ["state"]),
         helper.make_node("Gather", ["other", "word"], ["second"]),
         helper.make_node("Add", ["state", "second"], ["sum"]),
@@ -68,9 +69,11 @@ def imported(model: onnx.ModelProto, folder: Path, heavy: bool = True) -> tuple[
     return edgekit.import_onnx(folder / "model.onnx", out=folder / "float.edge"), samples
 
 
-@pytest.mark.parametrize(("mask", "method"), [(False, "auto"), (True, "auto"), (False, "mse")])
-def test_tables_and_lstm_weights_are_stored_small(tmp_path: Path, mask: bool, method: str) -> None:
-    bundle, samples = imported(text_model(mask), tmp_path)
+@pytest.mark.parametrize(
+    ("mask", "op", "method"), [(False, "LSTM", "auto"), (True, "LSTM", "auto"), (False, "LSTM", "mse"), (False, "GRU", "auto")]
+)
+def test_tables_and_recurrent_weights_are_stored_small(tmp_path: Path, mask: bool, op: str, method: str) -> None:
+    bundle, samples = imported(text_model(mask, op), tmp_path)
     made = edgekit.quantize(bundle, out=tmp_path / "int8.edge", calib=samples, method=method)
     stored = read_calibration(made.file(CALIBRATION)).stored
     assert set(stored) == {"table", "other", "W", "R"}

@@ -102,7 +102,9 @@ def family(digits_bundle: Bundle) -> list[Bundle]:
     return [trained, child]
 
 
-def remake(source: Bundle, name: str, *, int8: bool = False, **changes: Any) -> Bundle:
+def remake(
+    source: Bundle, name: str, *, int8: bool = False, calibration: dict[str, Any] = CALIBRATED, **changes: Any
+) -> Bundle:
     """A copy of a bundle with another manifest; ``int8`` adds the quantized graph's files."""
     with Bundle.create(source.path.with_name(f"{name}.edge")) as draft:
         for file in source.manifest.files:
@@ -110,7 +112,7 @@ def remake(source: Bundle, name: str, *, int8: bool = False, **changes: Any) -> 
                 draft.write(file, source.file(file).read_bytes())
         if int8:
             draft.write(INT8_GRAPH, source.file(FLOAT_GRAPH).read_bytes())
-            draft.write(CALIBRATION, json.dumps(CALIBRATED).encode())
+            draft.write(CALIBRATION, json.dumps(calibration).encode())
         draft.manifest = msgspec.structs.replace(source.manifest, name=name, **changes)
     return Bundle.open(source.path.with_name(f"{name}.edge"))
 
@@ -161,10 +163,39 @@ def test_every_figure_stands_in_its_section(family: list[Bundle], tmp_path: Path
     assert charts["bars"]["names"] == ["conv2", "conv1", "conv0"]
     assert charts["bars"]["float"] == [True, False, False]
     assert charts["ranges"]["values"] == [[0.0, 6.5], [-1.0, 3.0]]
-    assert charts["ranges"]["clips"] == [[-127 * 0.04, 127 * 0.04], None]
+    assert charts["ranges"]["covered"] == [[-127 * 0.04, 127 * 0.04], None]
+    assert charts["ranges"]["inside"] == [[0.0, 127 * 0.04], [-1.0, 3.0]]
+    assert charts["ranges"]["clipped"] == [21.8, 0.0]  # 6.5 - 5.08 of 6.5
     first = page.charts[0][1]
     assert first["points"] == [{"name": "base", "x": 0.25, "y": 98.0}, {"name": "small", "x": 0.15, "y": 97.5}]
     assert first["front"] == [{"x": 0.15, "y": 97.5}, {"x": 0.25, "y": 98.0}]
+
+
+def test_the_covered_range_is_that_of_the_quantizer_in_the_graph(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Where an input is shifted and scaled channel by channel, the tensor's own scale is not in the graph."""
+    seen = {"minimum": 0.0, "maximum": 8.0, "scale": 1.0}
+    calibrated = {
+        "tensors": {
+            "plain": {**seen, "minimum": -1.0},
+            "shifted": seen,
+            "shared": {**seen, "minimum": -0.5},
+            "bad": {**seen, "maximum": 7.0},
+        },
+        "groups": {"plain": "plain", "shifted": "shifted", "shared": "shared", "other": "shared", "bad": "bad"},
+        "quantizers": {
+            "shifted": {"scale": 0.02, "shift": [2.0, 3.0], "factor": [1.0, 0.5]},  # -0.54..4.54 and -2.08..8.08
+            "shared": {"scale": 0.02},
+            "other": {"scale": 0.02, "shift": [2.46]},  # -0.08..5
+            "bad": {"scale": 0.02, "factor": [0.0, 1.0]},
+        },
+    }
+    bundle = remake(tiny_bundle, "quantized", int8=True, calibration=calibrated)
+    report(bundle, out=tmp_path / "r.html")
+    drawn = dict(Page(tmp_path / "r.html").charts)["ranges"]
+    assert drawn["names"] == ["plain", "shared", "shifted", "bad"]
+    assert drawn["covered"] == [[-127, 127], [-2.54, pytest.approx(5.0)], [pytest.approx(-2.08), pytest.approx(8.08)], None]
+    assert drawn["channels"] == [1, 2, 2, 1]
+    assert drawn["clipped"] == [0.0, 35.3, 0.0, 0.0]  # 8 - 5 of 8.5
 
 
 def test_what_was_not_measured_is_said_in_its_place(tiny_bundle: Bundle, tmp_path: Path) -> None:
