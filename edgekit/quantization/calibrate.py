@@ -50,12 +50,13 @@ class Options(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Bytes of ``model.int8.onnx`` and ``calibration.json``; figures; how the budget was missed, or ""."""
+    """Bytes of ``model.int8.onnx`` and ``calibration.json``; figures; how the budget was missed, or "", and a cure."""
 
     graph: bytes
     calibration: bytes
     figures: dict[str, Any]
     missed: str
+    hint: str = "relax the budget, or give more and better calibration samples"
 
 
 def calibrate(

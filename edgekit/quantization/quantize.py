@@ -243,7 +243,8 @@ def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], 
     times = best.figures["latency_ms"]
     return best._replace(
         missed=f"int8 takes {times['int8']:.3f} ms on {config['faster_on']}, float {times['float']:.3f} ms: less than "
-        f"{MARGIN:.0%} faster, and so are graphs of which parts stay float"
+        f"{MARGIN:.0%} faster, and so are graphs of which parts stay float",
+        hint="run the float graph on this machine, or measure on the device itself: edgekit bench",
     )
 
 
@@ -293,7 +294,7 @@ def _golden(bundle: Bundle, pool: Pool) -> bytes:
 def _finish(parent: Bundle, out: str | os.PathLike[str], config: dict[str, Any], made: _Made) -> Bundle:
     """Check the graph, measure it as the device would, write the bundle; raise where the budget is not met."""
     result, labelled = made.result, made.labelled
-    check(onnx.load_model_from_string(result.graph))
+    check(onnx.load_model_from_string(result.graph), onnx.load(parent.file(FLOAT_GRAPH)))
     golden_db, limit = _golden_db(parent, made)
     tolerance = Tolerance("snr_db", limit)
     figures = {**result.figures, "golden_snr_db": round(golden_db, 2), "golden_limit_db": limit}
@@ -318,7 +319,7 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
     record: a poor one is said, not refused.
     """
     if result.missed:
-        return result.missed, "the best found is written; relax the budget, or give more and better calibration samples"
+        return result.missed, f"the best found is written; {result.hint}"
     if budget is not None and budget.max_drop is not None:
         lost = 100 * (figures["top1_float"] - figures["top1"])
         if lost > budget.max_drop + 1e-9:
@@ -326,7 +327,6 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
                 f"top-1 drops by {lost:.2f} points on the test split, {budget.max_drop:g} were allowed",
                 f"the best found is written; {_cure(budget.max_drop, 'qat' in figures)}",
             )
-        return "", ""
     worst = min(figures["snr_db"], figures["golden_snr_db"])
     if figures["measured_on"] == RANDOM:
         say(
@@ -337,7 +337,7 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
     if worst >= POOR_DB or (budget is not None and budget.min_snr is not None):
         return "", ""
     poor = f"the quantized outputs are only {worst:.1f} dB from the float ones, {POOR_DB:g} is the least that is usable"
-    if budget is None:
+    if budget is None or budget.max_drop is not None:
         say(poor)
         return "", ""
     return poor, "the best found is written; leave layers float: --min-snr DB (a smaller DB accepts it as it is)"

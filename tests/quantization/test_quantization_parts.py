@@ -257,16 +257,20 @@ def test_batches_stay_small_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 60))
-def test_spread_takes_from_first_to_last(count: int, wanted: int) -> None:
+def test_spread_takes_so_many_in_order(count: int, wanted: int) -> None:
     every = made([1] * count)
     found = every.spread(wanted)
     assert len(found) == min(count, wanted)
     picked = [int(identity) for identity in found.ids]
     assert picked == sorted(set(picked))
     assert [int(found.read(i)["flag"][0]) for i in range(len(found))] == picked
-    if picked and count > wanted:
-        assert picked[0] == 0
-        assert np.ptp(np.diff([*picked, count])) <= 1
+    assert found.ids == every.spread(wanted).ids
+
+
+@pytest.mark.parametrize("classes", [2, 4, 8, 10])
+def test_spread_takes_every_class_that_comes_in_turns(classes: int) -> None:
+    found = np.array([int(identity) % classes for identity in made([1] * 256).spread(64).ids])
+    assert np.bincount(found, minlength=classes).min() >= 64 // classes // 3 > 0
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
