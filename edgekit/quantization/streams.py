@@ -159,12 +159,12 @@ class Stream:
         made = {name for node in stretch for name in node.output}
         outputs = list(dict.fromkeys(name for name in tensors if name in made))
         waiting = [name for name in tensors if name not in made]
+        read = dict.fromkeys(name for node in stretch for name in reads(node))
         run: Simulator | None = None
         for i in range(self.count):
             found = self._spool.get(i, waiting)
             if run is None and outputs:
-                held = self._spool.get(i, dict.fromkeys(name for node in stretch for name in reads(node)))
-                run = Simulator(rewrite(self.cut(self.position, end, held, outputs)))
+                run = Simulator(rewrite(self.cut(self.position, end, self._spool.get(i, read), outputs)))
             if run is not None:
                 found |= run(self._spool.get(i, run.inputs))
             yield {name: found[name] for name in tensors}
