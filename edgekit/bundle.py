@@ -125,6 +125,13 @@ class Bundle:
         """The graph that this bundle is about: int8 where it was quantized, else float."""
         return INT8_GRAPH if INT8_GRAPH in self.manifest.files else FLOAT_GRAPH
 
+    @property
+    def form(self) -> str:
+        """What ``model.int8.onnx`` holds, whatever its name says: int8, or another ``--format`` of `quantize`."""
+        made = self.last("quantize")
+        form = made.figures.get("format") if made is not None else None
+        return form if isinstance(form, str) else "int8"
+
     def has(self, name: str) -> bool:
         return name in self.manifest.files
 

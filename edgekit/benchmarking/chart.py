@@ -24,7 +24,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-seri
 .callout { font-weight: 600; fill: #b34700; paint-order: stroke; stroke: #ffffff; stroke-width: 4px }
 .grid { stroke: #e6e9ed } .base { stroke: #8b96a3 } .leader { stroke: #d55e00; stroke-width: 1; stroke-dasharray: 2 3 }
 .limit { stroke: #d55e00; stroke-width: 1.2; stroke-dasharray: 6 4 }
-.int8 { fill: #0072b2 } .float { fill: #a9b4c0 } .diverging { fill: #d55e00 }
+.int8, .fp8 { fill: #0072b2 } .float { fill: #a9b4c0 } .diverging { fill: #d55e00 }
 .fitted { fill: none; stroke: #0072b2; stroke-dasharray: 3 2 }
 """.strip()
 
@@ -76,8 +76,9 @@ class _Chart:
 
     def _head(self, title: str) -> Iterator[str]:
         yield f'<text class="title" x="{_LEFT}" y="32">{escape(_short(title, 64))}</text>'
+        form = "fp8" if any(row["type"] == "fp8" for row in self.rows) else "int8"
         legend = [
-            ("int8", "int8 layer"),
+            (form, f"{form} layer"),
             ("float", "float layer"),
             ("diverging", f"below {self.diverge:g} dB"),
             ("fitted", "rescaled"),

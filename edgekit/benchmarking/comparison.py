@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
-from edgekit.errors import BudgetNotMet, BundleError, UsageError
+from edgekit.errors import BudgetNotMet, BundleError, InputError, UsageError
 from edgekit.files import atomic_write
 from edgekit.manifest import Tolerance
 from edgekit.runtime import BACKENDS, compare_arrays, open_runner
@@ -57,8 +58,9 @@ def compare(
 
     Raises `UsageError` for an unknown backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg,
     `OutputExists` for another file at ``plot``, `BackendError` and `MissingExtra` where one cannot run here, `DataError` for
-    samples that do not fit, `BundleError` without golden outputs or, for ``layers``, an int8 graph, `GraphError` where no
-    layer has its like, `BudgetNotMet` with all rows where one misses its tolerance.
+    samples that do not fit, `InputError` where ``other`` takes other inputs, `BundleError` without golden outputs or, for
+    ``layers``, an int8 graph, `GraphError` where no layer has its like, `BudgetNotMet` with all rows where one misses its
+    tolerance.
     """
     names = _backends(backends)
     layers = layers or plot is not None
@@ -69,7 +71,8 @@ def compare(
     picture = None if plot is None else check_picture(Path(plot))
     inputs, golden = load_golden(reference) if data is None else _answered(reference, Path(data), threads)
     tolerances = candidate.manifest.golden if other is None and data is None else {}
-    rows = [row for name in names for row in _output_rows(candidate, name, inputs, golden, tolerances, threads)]
+    with _naming_both(reference, candidate):
+        rows = [row for name in names for row in _output_rows(candidate, name, inputs, golden, tolerances, threads)]
     samples = len(next(iter(golden.values()))) if golden else 0
     answer: dict[str, Any] = {"bundle": str(reference.path), "other": None if other is None else str(candidate.path)}
     answer |= {"samples": samples, "outputs": rows}
@@ -88,6 +91,20 @@ def compare(
 
 def _opened(bundle: Source) -> Bundle:
     return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+
+
+@contextmanager
+def _naming_both(reference: Bundle, candidate: Bundle) -> Iterator[None]:
+    """An `InputError` of ``candidate``, where that is another bundle, says whose inputs it was given."""
+    try:
+        yield
+    except InputError as error:
+        if candidate is reference:
+            raise
+        raise InputError(
+            f"{candidate.path} does not take the inputs of {reference.path}: {error.message}",
+            "compare bundles whose inputs have the same names, types and shapes",
+        ) from None
 
 
 def _output_rows(

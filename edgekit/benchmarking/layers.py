@@ -74,10 +74,10 @@ def compare_layers(
     ``inputs``: input name -> array, the first axis of all the sample. ``exposed_bytes``: how much of each graph is read in
     one run. Returns
 
-    - ``layers``: rows in graph order: ``layer`` (node), ``op``, ``tensor``, ``type`` (``int8`` where the node reads a
-      quantized activation, else ``float``), ``snr_db`` (200 for equal), ``cosine``, ``max_abs``, ``relative`` (max |error|
-      over max |reference|), ``fitted_db`` and ``note``. A node that the reference lacks is named after the reference's: a
-      MatMul whose bias came by quantization is that MatMul and not the Add behind it. The note ``rescaled`` stands where
+    - ``layers``: rows in graph order: ``layer`` (node), ``op``, ``tensor``, ``type`` (``int8`` or ``fp8`` where the node
+      reads a quantized activation, else ``float``), ``snr_db`` (200 for equal), ``cosine``, ``max_abs``, ``relative`` (max
+      |error| over max |reference|), ``fitted_db`` and ``note``. A node that the reference lacks is named after the
+      reference's: a MatMul whose bias came by quantization is that MatMul and not the Add behind it. ``rescaled`` stands where
       a scale and an offset for each channel explain the error and all that reads the tensor is right again: a scale that
       was moved into the layer in front. Then ``fitted_db`` is the SNR that is left.
     - ``first_diverging``: ``layer``, ``op``, ``tensor``, ``snr_db`` of the first row below ``diverge`` dB; None without.
@@ -298,6 +298,7 @@ def _rows(
     computed, rows, known = _computed(graph), list[_Row](), {node.name for node in references.values()}
     origins = dict.fromkeys(_graph_inputs(graph), frozenset({_INPUT}))
     makers = _makers(graph)
+    kind = "fp8" if any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer) else "int8"
     for node in graph.node:
         read = set(reads(node))
         sources = frozenset[int]().union(*(origins.get(name, ()) for name in read))
@@ -310,7 +311,7 @@ def _rows(
             inputs = [makers[name].op_type for name in reads(maker) if name in computed and name in makers]
             shown = maker if maker.name in known or not references[tensor].name else references[tensor]
             data = {"layer": shown.name or tensor, "op": shown.op_type, "tensor": tensor}
-            data |= {"type": "int8" if "DequantizeLinear" in inputs else "float"} | figure | {"fitted_db": None}
+            data |= {"type": kind if "DequantizeLinear" in inputs else "float"} | figure | {"fitted_db": None}
             level = -200.0 if figure["snr_db"] is None else figure["snr_db"]
             data["note"] = "not finite" if figure["snr_db"] is None else None
             origins[tensor] = frozenset({len(rows)})

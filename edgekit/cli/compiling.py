@@ -53,9 +53,9 @@ def import_(
 def build(bundle: Path, target: str, precision: str, batch: str | None, timeout_s: float) -> Answer:
     """Compile a bundle: an engine for RTX targets, a build kit for Jetson.
 
-    best is int8 where the bundle is quantized (float16 outside its Q/DQ), else fp16 where the golden outputs hold,
-    else fp32. RTX engines are compiled here, without a GPU. A Jetson compiles its kit once, by the script inside. With nothing
-    changed, a second build answers from the cache.
+    best is int8 where the bundle is quantized (float16 outside its Q/DQ, or float32 where that loses too much), else fp16
+    where the golden outputs hold, else fp32. RTX engines are compiled here, without a GPU. A Jetson compiles its kit once,
+    by the script inside. With nothing changed, a second build answers from the cache.
 
     \b
     Example:

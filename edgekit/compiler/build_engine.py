@@ -47,11 +47,16 @@ def strongly_typed(trt: Any) -> bool:
     return hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
 
 
+def quantized(precision: str) -> bool:
+    """Whether the graph has Q/DQ: int8, fp8, or weights alone."""
+    return precision not in ("fp32", "fp16")
+
+
 def precision_flags(trt: Any, precision: str) -> list[str]:
     """Builder flags that allow a precision. Only weakly typed TensorRT needs them; a strongly typed one rejects them."""
     if strongly_typed(trt):
         return []
-    wanted = {"fp16": ["FP16"], "int8": ["INT8", "FP16"]}.get(precision, [])
+    wanted = ["INT8", "FP16"] if quantized(precision) else ["FP16"] if precision == "fp16" else []
     return [name for name in wanted if hasattr(trt.BuilderFlag, name)]
 
 
@@ -318,8 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         plan = build(trt, graph, spec, _print_progress, options.timing_cache)
         checked = None
         if not options.no_check:
-            int8 = spec["precision"] == "int8"
-            checked = check(trt, plan, options.kit / "golden.npz", spec["golden"], quantized=int8)
+            checked = check(trt, plan, options.kit / "golden.npz", spec["golden"], quantized(spec["precision"]))
         answer = {
             "target": spec["target"],
             "precision": spec["precision"],

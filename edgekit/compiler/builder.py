@@ -72,9 +72,10 @@ def build(
     ``rtx`` targets get ``engines/TARGET.engine``, built here by TensorRT-RTX without a GPU; devices get
     ``engines/TARGET.kit.zip``, which their own TensorRT compiles. ``engines/TARGET.json`` says what decided it.
     ``precision``: fp32, fp16, int8, or best: int8 where the bundle is quantized, else fp16 where it reproduces the golden
-    outputs within 40 dB, else fp32. Outside of int8 an int8 engine computes in float16, but for nodes whose range needs
-    float32, and but for graphs in which float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8",
-    for graphs with a dynamic first axis; 1 if not given.
+    outputs within 40 dB, else fp32. int8 is whatever the bundle was quantized to; the answer names it (`Bundle.form`).
+    Outside of int8 an int8 engine computes in float16, but for nodes whose range needs float32, and but for graphs in which
+    float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8", for graphs with a dynamic first axis;
+    1 if not given.
 
     Raises `UsageError` for an unknown target, a precision the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for and does not hold, `GraphError` where
@@ -115,13 +116,8 @@ def _check_precision(bundle: Bundle, target: Target, precision: str) -> None:
         raise BundleError(
             f"{bundle.path} has no int8 graph", f"quantize it first: edgekit quantize {bundle.path} --out B2 --calib SPEC"
         )
-    quantized = bundle.last("quantize") if bundle.has(INT8_GRAPH) else None
-    if (
-        quantized
-        and quantized.figures.get("format") == "fp8"
-        and precision in ("best", "int8")
-        and "fp8" not in target.precisions
-    ):
+    quantized = bundle.has(INT8_GRAPH) and precision in ("best", "int8")
+    if quantized and bundle.form == "fp8" and "fp8" not in target.precisions:
         raise UsageError(
             f"{bundle.path} is fp8, which needs SM {_FP8_SM} (Ada Lovelace) or later; {target.name} is SM {target.sm}",
             "quantize it to int8 for this target (--format int8), or build its float graph: --precision fp16",
@@ -200,6 +196,7 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any]) -> dict[st
         "int8_graph": path(INT8_GRAPH),
         "golden": path(GOLDEN),
         "precision": spec["requested"],
+        "form": bundle.form,
         "target": target.name,
         "target_precisions": list(target.precisions),
         "engine": target.kind == "rtx",
@@ -228,12 +225,13 @@ def _outputs(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(files for the bundle, the record for ``engines/TARGET.json``)."""
     graph = (folder / "graph.onnx").read_bytes()
+    used = bundle.form if answer["precision"] == "int8" else answer["precision"]
     record = {
         **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles", "flags")},
         "target": target.name,
         "kind": target.kind,
         "compute_capability": target.sm,
-        "precision": answer["precision"],
+        "precision": used,
         "module": "tensorrt_rtx" if target.kind == "rtx" else "tensorrt",
         "tensorrt": answer["tensorrt"],
         "graph_sha256": answer["graph_sha256"],
@@ -247,7 +245,7 @@ def _outputs(
     if target.kind == "rtx":
         data = (folder / "plan.engine").read_bytes()
         name, record["engine_sha256"] = f"engines/{target.name}.engine", hashlib.sha256(data).hexdigest()
-        if answer["precision"] == "int8":
+        if used == "int8":
             record["notes"].append("TensorRT-RTX documents int8 for weights only: expect no int8 speed")
     else:
         golden = bundle.file(GOLDEN).read_bytes() if bundle.has(GOLDEN) else None

@@ -37,6 +37,13 @@ INT8_FINE_DB = MIN_FP16_SNR_DB
 INT8_MARGIN_DB = 3.0
 #: The same operations in another order of memory: what rounding in float16 can differ by.
 SAME = 2e-3
+#: By `Bundle.form`.
+_HELD = {
+    "int8": "int8 inputs and weights",
+    "fp8": "fp8 inputs and weights",
+    "weights8": "int8 weights",
+    "weights4": "int4 and int8 weights",
+}
 
 
 def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -59,10 +66,10 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         except GraphError as error:
             if source is None or chosen["precision"] != "int8":
                 raise
-            say("refused; trying again with float32 outside of int8")
+            say(f"refused; trying again with float32 outside of {request['form']}")
             graph, built = _built(source.read_bytes(), wanted, folder)
-            reason = f"float32 outside of int8, because TensorRT refuses the graph with float16: {error.message}"[:300]
-            answer |= {"golden_snr_db": None, "notes": [reason]}
+            reason = f"because TensorRT refuses the graph with float16: {error.message}"
+            answer |= {"golden_snr_db": None, "notes": [f"float32 outside of {request['form']}, {reason}"[:300]]}
         answer |= {**built, **_described(graph), "notes": [*answer["notes"], *built["notes"]]}
     elif source is not None and (before := _described(source.read_bytes())["opset"]) < answer["opset"]:
         (folder / "untyped.onnx").write_bytes(source.read_bytes())
@@ -109,27 +116,27 @@ def _typed_graph(request: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
     if wanted == "fp32" or "fp16" not in request["target_precisions"]:
         return source.read_bytes(), answer
     try:
-        graph, answer["golden_snr_db"], kept = _half_graph(source, request["golden"], int8)
+        graph, answer["golden_snr_db"], kept = _half_graph(source, request["golden"], request["form"] if int8 else None)
     except (EdgekitError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         if wanted == "fp16":
             raise GoldenError(f"the graph cannot run in fp16: {reason}"[:400], "use --precision fp32 or best") from None
-        plain = "float32 outside of int8" if int8 else "fp32"
+        plain = f"float32 outside of {request['form']}" if int8 else "fp32"
         answer["notes"] = [f"{plain}, because fp16 did not hold: {reason}"[:300]]
         return source.read_bytes(), answer
     if int8:
-        answer["notes"] = ["int8 inputs and weights where the graph says so, float16 elsewhere"]
+        answer["notes"] = [f"{_HELD.get(request['form'], request['form'])} where the graph says so, float16 elsewhere"]
     else:
         answer["precision"] = "fp16"
     answer["notes"] += [f"{kept} of the graph's nodes stay float32"] if kept else []
     return graph, {**answer, "untyped": str(source)}
 
 
-def _half_graph(path: Path, golden: str | None, int8: bool) -> tuple[bytes, float, int]:
+def _half_graph(path: Path, golden: str | None, form: str | None) -> tuple[bytes, float, int]:
     """(float16 graph, golden SNR in dB, nodes left in float32). Raises `GoldenError` where it is too far from ``golden``.
 
-    A float graph owes `MIN_FP16_SNR_DB`. An int8 graph owes its own distance from the golden outputs less `INT8_MARGIN_DB`,
-    and float16 alone, without the rounding to int8, must make less noise than int8 by `INT8_HEADROOM_DB`.
+    A float graph (``form`` None) owes `MIN_FP16_SNR_DB`. A quantized one owes its own distance from the golden outputs less
+    `INT8_MARGIN_DB`, and float16 alone, without the rounding to int8, must make less noise than that by `INT8_HEADROOM_DB`.
     """
     if golden is None:
         raise GoldenError("the bundle has no golden outputs to hold it against")
@@ -137,17 +144,17 @@ def _half_graph(path: Path, golden: str | None, int8: bool) -> tuple[bytes, floa
     inputs, outputs = parse_golden(Path(golden).read_bytes())
     peaks = precision.activation_peaks(model, inputs)
     least = MIN_FP16_SNR_DB
-    if int8:
+    if form:
         own = precision.against_golden(path.read_bytes(), inputs, outputs, quantized=True).snr_db
         own = min(own, INT8_FINE_DB)
         least = own - INT8_MARGIN_DB
         alone = _half_noise(precision.without_rounding(model), peaks, inputs)
         if not alone >= own + INT8_HEADROOM_DB:
-            raise GoldenError(f"float16 alone makes noise at {alone:.1f} dB, int8 at {own:.1f} dB")
+            raise GoldenError(f"float16 alone makes noise at {alone:.1f} dB, {form} at {own:.1f} dB")
     made = precision.to_fp16(model, peaks)
     graph: bytes = made.SerializeToString(deterministic=True)
     twin: bytes = precision.to_fp16(model, peaks, twin=True).SerializeToString()
-    snr_db = min(precision.against_golden(form, inputs, outputs, quantized=int8).snr_db for form in (twin, graph))
+    snr_db = min(precision.against_golden(form, inputs, outputs, quantized=form is not None).snr_db for form in (twin, graph))
     if not snr_db >= least:
         raise GoldenError(f"{snr_db:.1f} dB against the golden outputs, {least:.4g} dB are needed")
     return graph, round(snr_db, 2), precision.kept_float32(model, peaks)

@@ -69,7 +69,7 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
 def _readme(target: Target, readers: Sequence[JetPack], spec: Mapping[str, Any], golden: bool) -> str:
     versions = "\n".join(f"    JetPack {e.jetpack}: TensorRT {e.tensorrt}, CUDA {e.cuda}" for e in readers)
     versions = versions or "    no JetPack of this device: their TensorRT does not read the graph, see engines/ of the bundle"
-    legacy = {"fp16": "--fp16", "int8": "--int8 --fp16"}.get(spec["precision"], "")
+    legacy = {"fp32": "", "fp16": "--fp16"}.get(spec["precision"], "--int8 --fp16")
     check = "Afterwards it runs the engine on golden.npz and refuses one that misses the stated tolerance."
     return f"""Build kit: {spec["target"]} ({target.title}, SM {target.sm}), precision {spec["precision"]}
 

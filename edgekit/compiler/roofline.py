@@ -102,11 +102,14 @@ def estimate(
     caveats = [*_CAVEATS, *(f"{f.value:g} {f.source}" for f in (*used, bandwidth, launch) if not f.confirmed)]
     if cost.unknown:
         caveats.append(f"not counted, for their shapes are unknown: {', '.join(cost.unknown[:4])}")
+    form = opened.form if precision == "int8" else precision
+    if form == "fp8":
+        caveats.append("fp8 counts at the rate of int8")
     return {
         "bundle": str(opened.path),
         "prediction": True,
         "target": chosen.name,
-        "precision": precision,
+        "precision": form,
         "batch": batch,
         "latency_ms": round(total / 1e3, 4),
         "per_second": round(1e6 * batch / max(total, 1e-9), 1),

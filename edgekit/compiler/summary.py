@@ -44,7 +44,11 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "inputs": {spec.name: _tensor(spec) for spec in manifest.inputs},
         "outputs": {spec.name: _tensor(spec) for spec in manifest.outputs},
         "labels": len(manifest.labels),
-        "graphs": {name: _graph(bundle, name) for name in (FLOAT_GRAPH, INT8_GRAPH) if bundle.has(name)},
+        "graphs": {
+            name: {"form": bundle.form if name == INT8_GRAPH else "float", **_graph(bundle, name)}
+            for name in (FLOAT_GRAPH, INT8_GRAPH)
+            if bundle.has(name)
+        },
         "files": {name: (bundle.path / name).stat().st_size for name in sorted(manifest.files)},
         "history": [_entry(entry.stage, entry.time, entry.figures) for entry in manifest.history],
     }

@@ -31,8 +31,7 @@ def protocol(views: Sequence[BundleView]) -> Protocol | None:
 def headline(view: BundleView, key: Protocol | None) -> Bench | None:
     """A bundle's result under that protocol, of the graph that it ships."""
     found = [b for b in view.bench if b.protocol == key and b.p50 is not None]
-    want = "int8" if view.quantized else "float"
-    return min(found, key=lambda b: b.precision not in (want, "auto", None), default=None)
+    return min(found, key=lambda b: b.precision not in (view.form, "auto", None), default=None)
 
 
 def tradeoff(points: Sequence[Point | tuple[str, float, float]], unit: str) -> dict[str, Any] | None:

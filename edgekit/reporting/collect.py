@@ -92,7 +92,7 @@ class Layer(NamedTuple):
 @dataclass(frozen=True)
 class BundleView:
     """What the template shows of one bundle. ``top1`` and ``cer`` (a reader's character error rate) are shares; None
-    means: nobody measured it on these weights."""
+    means: nobody measured it on these weights. ``form`` of its graph: float, int8, or another `Bundle.form`."""
 
     name: str
     path: str
@@ -108,6 +108,7 @@ class BundleView:
     macs: float | None
     graph: str
     graph_bytes: int
+    form: str
     bench: tuple[Bench, ...]
     engines: tuple[Engine, ...]
     confusion: list[list[int]] | None
@@ -145,7 +146,8 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         macs=latest(manifest.history, "macs"),
         graph=bundle.graph,
         graph_bytes=bundle.size_bytes() if bundle.has(bundle.graph) else 0,
-        bench=tuple(_bench(Path(f).stem, _json(bundle, f)) for f in manifest.files if _in(f, "bench", ".json")),
+        form=bundle.form if bundle.has(INT8_GRAPH) else "float",
+        bench=tuple(_bench(Path(f).stem, _json(bundle, f), bundle.form) for f in manifest.files if _in(f, "bench", ".json")),
         engines=_engines(bundle),
         confusion=confusion(own, len(manifest.labels)),
         layers=_layers(calibration),
@@ -168,7 +170,7 @@ def _json(bundle: Bundle, file: str) -> Mapping[str, Any]:
     return {}
 
 
-def _bench(name: str, data: Mapping[str, Any]) -> Bench:
+def _bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
     p99 = number(data, "latency_ms.p99")
     edges, counts, beyond = _histogram(data, p99)
     reasons = data.get("reasons", ())
@@ -176,7 +178,7 @@ def _bench(name: str, data: Mapping[str, Any]) -> Bench:
     return Bench(
         name=name,
         backend=words(data, "backend"),
-        precision={INT8_GRAPH: "int8", FLOAT_GRAPH: "float"}.get(str(data.get("graph"))) or words(data, "precision"),
+        precision={INT8_GRAPH: form, FLOAT_GRAPH: "float"}.get(str(data.get("graph"))) or words(data, "precision"),
         scenario=words(data, "scenario"),
         device=_device(data),
         p50=number(data, "latency_ms.p50"),

@@ -114,8 +114,7 @@ class OnnxRuntimeRunner:
     def describe(self) -> dict[str, Any]:
         """``int8``, of a quantized graph: ``kernels``, or ``float`` where Q/DQ is computed as it is written."""
         about = {"backend": self.name, "version": ort.__version__, "provider": "CPUExecutionProvider", "threads": self.threads}
-        made = self.bundle.last("quantize")
-        if self.graph != INT8_GRAPH or (made is not None and "format" in made.config):  # other forms have no int8 products
+        if self.graph != INT8_GRAPH or self.bundle.form != "int8":  # other forms have no int8 products
             return about
         return about | {"int8": "float" if _saturates() else "kernels"}
 

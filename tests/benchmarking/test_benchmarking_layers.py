@@ -324,7 +324,9 @@ def test_a_second_bundle_is_held_against_the_first(
     assert {row["tolerance"] for row in done["outputs"]} == {None}
     floats = edgekit.compare(tiny_bundle, other=tiny_bundle, layers=True)
     assert {(row["snr_db"], row["type"]) for row in floats["layers"]} == {(200.0, "float")}
-    assert cli("compare", tiny_bundle.path, "--with", digits_bundle.path).code == 1
+    other = cli("compare", tiny_bundle.path, "--with", digits_bundle.path)
+    assert other.code == 1
+    assert f"{digits_bundle.path} does not take the inputs of {tiny_bundle.path}: input x has shape" in other.err
 
 
 def test_bundles_without_a_common_tensor(tiny_bundle: Bundle, tmp_path: Path) -> None:

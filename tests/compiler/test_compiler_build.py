@@ -186,7 +186,12 @@ def test_int8_keeps_float32_around_it_where_tensorrt_refuses_float16(
 
     monkeypatch.setattr(build_engine, "build", refuse)
     request = {"float_graph": str(quantized.file(FLOAT_GRAPH)), "int8_graph": str(quantized.file(INT8_GRAPH))}
-    request |= {"golden": str(quantized.file(GOLDEN)), "precision": "best", "target_precisions": ["fp32", "fp16", "int8"]}
+    request |= {
+        "golden": str(quantized.file(GOLDEN)),
+        "form": "int8",
+        "precision": "best",
+        "target_precisions": ["fp32", "fp16", "int8"],
+    }
     request |= {"engine": True, "module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.9", "target": "rtx-ada"}
     answer = compile_graph(request, tmp_path)
     assert (answer["precision"], answer["opset"], answer["golden_snr_db"]) == ("int8", 17, None)
@@ -261,7 +266,7 @@ def test_fp8_needs_its_hardware(tmp_path: Path, target: str) -> None:
             build(bundle, target=target, precision=precision)
         assert "--format int8" in caught.value.hint
     assert build(bundle, target=target, precision="fp16").precision == "fp16"
-    assert build(bundle, target="rtx-ada").precision == "int8"
+    assert build(bundle, target="rtx-ada").precision == "fp8"
 
 
 def test_a_damaged_bundle_is_refused_even_when_cached(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,39 @@ def test_the_answer_tells_int4_from_int8(cli: Callable[..., Any], tmp_path: Path
     assert "MACs" not in found.out
     figures = Bundle.open(tmp_path / "q.edge").manifest.history[-1].figures
     assert figures["layers"] == {"weights4": 2, "float": 1}
+
+
+@pytest.mark.parametrize(
+    ("form", "held", "types"),
+    [
+        ("fp8", "fp8 inputs and weights", {"fp8", "float"}),
+        ("weights8", "int8 weights", {"float"}),
+        ("weights4", "int4 and int8 weights", {"float"}),
+    ],
+)
+def test_what_is_said_of_a_bundle_names_its_form(
+    cli: Callable[..., Any], form: str, held: str, types: set[str], tmp_path: Path
+) -> None:
+    """The file is called model.int8.onnx all the same."""
+    nodes = [node("MatMul", "x w", "a"), node("Relu", "a", "r"), node("MatMul", "r v", "y")]
+    bundle, calib = imported(nodes, {"w": normal(256, 128), "v": normal(128, 128)}, ROWS, tmp_path)
+    made = edgekit.quantize(bundle, out=tmp_path / "made.edge", calib=calib, format=form)
+    assert made.form == form
+    plot = tmp_path / "layers.svg"
+    compared = cli("compare", made.path, "--layers", "--plot", plot)
+    assert compared.code == 0
+    assert {row["type"] for row in edgekit.compare(made, layers=True)["layers"]} == types
+    assert ("fp8 layer" in plot.read_text(encoding="utf-8")) == ("fp8" in compared.out) == (form == "fp8")
+    kit = edgekit.build(made, target="jetson-thor").kit
+    assert kit is not None
+    with zipfile.ZipFile(kit) as archive:
+        assert f"precision {form}\n" in archive.read("README.txt").decode()
+        assert json.loads(archive.read("build.json"))["precision"] == form
+    built = cli("build", made.path, "--target", "jetson-thor", "--precision", "int8", "--json").json
+    assert built["precision"] == form
+    assert built["note"].startswith(f"{held} where the graph says so, float16 elsewhere")
+    assert "int8 speed" not in built["note"]
+    assert cli("inspect", made.path, "--json").json["graphs"]["model.int8.onnx"]["form"] == form
+    assert cli("inspect", kit, "--json").json["precision"] == form
+    edgekit.report(made, out=tmp_path / "report.html")
+    assert f'<span class="tag">{form}</span>' in (tmp_path / "report.html").read_text(encoding="utf-8")
