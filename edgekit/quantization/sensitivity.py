@@ -83,8 +83,9 @@ class Study(NamedTuple):
         return [row._replace(alone_db=found[row.layer][0], drop=found[row.layer][1]) for row in rows]
 
     def _falls(self, parameters: Parameters) -> list[Sensitivity]:
-        """How near each layer's output is to the float one where all are int8."""
-        ends = {layer.name: layer.output for layer in self.placement.layers}
+        """How near each layer's output is to the float one where all are int8: behind its bias, which restores the mean."""
+        outputs = {node.name: node.output[0] for node in self.prepared.graph.node if node.output}
+        ends = {layer.name: outputs[layer.biased or layer.name] for layer in self.placement.layers}
         ends |= {product.name: product.output for product in self.placement.products}
         shown = list(dict.fromkeys(ends.values()))
         quantized = insert(self.prepared, self.placement, parameters, self.placement.names)
