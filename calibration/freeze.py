@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, TOKENIZER, Bundle
 from edgekit.errors import EdgekitError, OutputExists, UsageError
 from edgekit.quantization import Calibration, quantize, read_calibration, rebuild
 from edgekit.quantization.samples import training_data
@@ -107,8 +107,9 @@ def float_bundle(trained: Bundle, out: Path, name: str) -> None:
         for entry in trained.manifest.history
     )
     with Bundle.create(out) as draft:
-        for file in (FLOAT_GRAPH, GOLDEN):
-            shutil.copyfile(trained.file(file), draft.path / file)
+        for file in (FLOAT_GRAPH, GOLDEN, TOKENIZER):
+            if trained.has(file):
+                shutil.copyfile(trained.file(file), draft.path / file)
         golden = {file: limit for file, limit in trained.manifest.golden.items() if file == FLOAT_GRAPH}
         draft.manifest = msgspec.structs.replace(trained.manifest, name=name, golden=golden, history=history)
 
