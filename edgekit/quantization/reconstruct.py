@@ -93,6 +93,7 @@ class _Reconstruction:
         self.prepared, self.placement, self.parameters, self.extra = prepared, placement, parameters, extra
         self.chosen = chosen
         self.position = {node.name: i for i, node in enumerate(prepared.graph.node)}
+        self.made = {name: i + 1 for i, node in enumerate(prepared.graph.node) for name in node.output}  # the index behind
         known = constants(prepared.graph)
         self.known = known
         self.fitted = {name for name in chosen if name not in {layer.name for layer in placement.layers}}
@@ -203,7 +204,7 @@ class _Reconstruction:
 
     def _proposals(self, layers: list[Layer], rounded: Stream) -> list[Quantizer]:
         tensors = list(dict.fromkeys(layer.data for layer in layers))
-        end = max((self._made(tensor) for tensor in tensors), default=0)
+        end = max((self.made.get(tensor, 0) for tensor in tensors), default=0)
         shape = self.shapes[layers[0].name]
         rows: tuple[list[Array], list[Array]] = ([], [])
         low, high = np.full((2, shape.channels), np.inf), np.full((2, shape.channels), -np.inf)
@@ -227,10 +228,6 @@ class _Reconstruction:
         halves = [Drawn(np.concatenate(part), low[i], high[i]) for i, part in enumerate(rows) if part]
         return [] if not halves else propose(halves, list(readers.values()), extra=self.extra)
 
-    def _made(self, tensor: str) -> int:
-        """Index behind the node that makes a tensor; 0 for a graph input."""
-        return next((i + 1 for i, node in enumerate(self.prepared.graph.node) if tensor in node.output), 0)
-
     def _gather(
         self, unit: _Unit, quantizer: Quantizer | None, matrix: Array, exact: Stream, rounded: Stream, blocks: int, thinned: int
     ) -> _Gathered:
@@ -244,7 +241,7 @@ class _Reconstruction:
             layer.name: _expanded(quantizer or self.parameters.quantizer(self.placement, layer.data), unit.unfolding)
             for layer in unit.layers
         }
-        last = max(self._made(layer.data) for layer in unit.layers)
+        last = max(self.made.get(layer.data, 0) for layer in unit.layers)
         seen = rounded.look(max(last, rounded.position), [layer.data for layer in unit.layers], self.rewrite)
         wanted = exact.look(unit.end, [layer.output for layer in unit.layers], lambda model: model)
         for i, (have, want) in enumerate(zip(seen, wanted, strict=True)):
