@@ -9,8 +9,8 @@ Source: NVIDIA TensorRT documentation, "Working with quantized types", explicit 
                                                               fitting parts them only where that takes a fifth of the error
     Split, Slice                                              each part has a scale of its own: the query, key and value of one
                                                               product lie a decade apart
-    LSTM, GRU, RNN                                            are computed in float: no backend has int8 recurrences; LSTM's
-                                                              weights are stored in int8 where that costs nothing (`store`)
+    LSTM, GRU, RNN                                            are computed in float: no backend has int8 recurrences; weights of
+                                                              LSTM and GRU are stored in int8 where that costs nothing (`store`)
     bias; ReLU behind Conv; Softmax, Sigmoid, LayerNorm       stay float: no Q/DQ in between, fusions stay whole
     If, Loop, Scan                                            stay float, with all that is inside
 """

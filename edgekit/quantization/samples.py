@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -301,7 +302,9 @@ def read_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # noqa: BLE001  numpy and zipfile raise many types on damaged files
-        raise DataError(f"{path} cannot be read as .npz: {error}", f"write it with numpy.savez; wanted: {wanted}") from None
+        unreadable = isinstance(error, OSError) or zipfile.is_zipfile(path)  # else numpy supposes that it is a pickle
+        what = f"cannot be read as .npz: {error}" if unreadable else "is no .npz"
+        raise DataError(f"{path} {what}", f"write it with numpy.savez; wanted: {wanted}") from None
     names = {spec.name for spec in inputs}
     if set(arrays) != names:
         raise DataError(f"{path} holds the arrays {', '.join(sorted(arrays)) or 'none'}", f"wanted: {wanted}")
