@@ -61,7 +61,7 @@ From {fewest} to {count} samples the mean changes by {gained:+.1f} dB.
 
 ## Figures of the frozen graph
 
-- SNR {snr_db:.1f} dB on {measured_on}; {share:.1%} of the multiply-accumulates in int8
+- SNR {snr_db:.1f} dB on {measured_on}; {share:.1%} of the multiply-accumulates{outside} in int8
 - top-1 on the test split {top1:.2%}, float {top1_float:.2%}
 - {size_bytes} bytes, sha256 `{calibration.int8_graph}`
 - most sensitive layer `{culprit[layer]}`: {culprit[why]}
@@ -147,6 +147,7 @@ def readme(folder: Path, trained: Bundle, int8: Bundle, calibration: Calibration
         draws=len(SEEDS),
         sweep="\n".join("| {samples} | {snr:.1f} | {low:.1f} .. {high:.1f} | {top1:.2%} |".format(**row) for row in sweep),
         fewest=sweep[0]["samples"],
+        outside=" outside of LSTM, GRU and RNN" if figures["recurrent"] else "",
         gained=usual["snr"] - sweep[0]["snr"],
         **{"top1": float("nan"), "top1_float": float("nan"), **figures},
     )
