@@ -15,7 +15,7 @@ from edgekit.runtime.golden import parse_golden
 from . import record
 from .calibrate import Result, culprit
 from .graph import insert
-from .placement import Placement, place, weights_of
+from .placement import RECURRENT, Placement, place, weights_of
 from .prepare import prepare
 from .record import Calibration
 from .simulate import signal_to_noise, with_reference
@@ -94,6 +94,7 @@ def rebuild_result(bundle: Bundle, path: Path) -> tuple[Result, bytes]:
         "method": calibration.method,
         "recovery": calibration.recovery,
         "layers": {"int8": len(calibration.chosen), "float": len(calibration.layers) - len(calibration.chosen)},
+        "recurrent": sum(layer.op in RECURRENT for layer in calibration.layers),
         "culprit": culprit(calibration),
     }
     return Result(data, path.read_bytes(), figures, ""), golden
