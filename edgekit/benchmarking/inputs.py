@@ -60,7 +60,11 @@ def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{path} has no array {missing[0]!r}; it has: {', '.join(arrays) or 'none'}", "name it as the input")
     with np.errstate(over="ignore", invalid="ignore"):
-        taken = {spec.name: np.asarray(arrays[spec.name], None if spec.dtype == "str" else spec.dtype) for spec in inputs}
+        try:
+            taken = {spec.name: np.asarray(arrays[spec.name], None if spec.dtype == "str" else spec.dtype) for spec in inputs}
+        except ValueError as error:
+            wanted = ", ".join(f"{spec.name} {spec.dtype}" for spec in inputs)
+            raise DataError(f"{path}: {error}", f"wanted: {wanted}") from None
     for name, array in taken.items():
         if not all(np.isfinite(values).all() for values in (arrays[name], array) if values.dtype.kind == "f"):
             raise DataError(f"{path}: {name} holds NaN or Inf", "repair or remove the sample")

@@ -154,7 +154,8 @@ def _half_graph(path: Path, golden: str | None, form: str | None) -> tuple[bytes
     made = precision.to_fp16(model, peaks)
     graph: bytes = made.SerializeToString(deterministic=True)
     twin: bytes = precision.to_fp16(model, peaks, twin=True).SerializeToString()
-    snr_db = min(precision.against_golden(form, inputs, outputs, quantized=form is not None).snr_db for form in (twin, graph))
+    halves = (precision.against_golden(half, inputs, outputs, quantized=form is not None) for half in (twin, graph))
+    snr_db = min(result.snr_db for result in halves)
     if not snr_db >= least:
         raise GoldenError(f"{snr_db:.1f} dB against the golden outputs, {least:.4g} dB are needed")
     return graph, round(snr_db, 2), precision.kept_float32(model, peaks)

@@ -57,7 +57,7 @@ def by_share(noise: Mapping[str, float], macs: Mapping[str, int], room: float) -
         if taken[i, at]:
             left.add(names[i])
             at -= sizes[i]
-    for name in names:
+    for name in names if room > 0 else ():
         if name not in left and sum(macs[other] for other in left) + macs[name] <= room:
             left.add(name)
     return [name for name in noise if name not in left]

@@ -155,7 +155,8 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
 
     if budget.share is not None:
         float_macs = sum(bench.macs[node.name] for node in bench.placement.unquantized)
-        names = by_share(noise_power(rows), bench.macs, (1.0 - budget.share) * total - float_macs) or order[-1:]
+        room = (1.0 - budget.share + 1e-9) * total - float_macs  # 0.9 of 10 leaves room for 1
+        names = by_share(noise_power(rows), bench.macs, room) or order[-1:]
         reached = sum(bench.macs[name] for name in names) / max(total, 1)
         found = settled(names)
         if reached < budget.share - 1e-9:
@@ -173,6 +174,9 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
     def met(found: Candidate) -> bool:
         return _met(budget, found)
 
+    def int8_macs(found: Candidate) -> int:
+        return sum(bench.macs[name] for name in found.names)
+
     def attempt(names: list[str]) -> Candidate:
         return said(bench.candidate(names, parameters, labelled))
 
@@ -183,7 +187,8 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
     if met(again) or not kept:
         found, kept = again, met(again)
     if kept and recovered.recovery != "none":  # fitted anew, fewer may do
-        found = tightened(order, found, lambda names: said(settled(names)), met)
+        least = int8_macs(found)
+        found = tightened(order, found, lambda names: said(settled(names)), lambda it: met(it) and int8_macs(it) >= least)
     if kept:
         return found, ""
     if budget.min_snr is not None:

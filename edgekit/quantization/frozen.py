@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
 from pathlib import Path
 
 import onnx
 
-from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
-from edgekit.errors import BundleError, DataError, GraphError
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, MANIFEST, Bundle
+from edgekit.errors import DataError, GraphError
 from edgekit.runtime.golden import parse_golden
 
 from . import record
@@ -77,11 +76,10 @@ def rebuild_result(bundle: Bundle, path: Path) -> tuple[Result, bytes]:
     graph = bundle.file(FLOAT_GRAPH).read_bytes()
     data = rebuild(graph, calibration)
     golden, real = bundle.read(GOLDEN), _holds_samples(bundle)
-    if not real:
-        with suppress(BundleError):  # a calibration need not lie in a bundle
-            beside = Bundle.open(path.parent)
-            if _holds_samples(beside) and beside.manifest.files.get(FLOAT_GRAPH) == bundle.manifest.files.get(FLOAT_GRAPH):
-                golden, real = beside.read(GOLDEN), True
+    if not real and (path.parent / MANIFEST).is_file():  # a calibration need not lie in a bundle
+        beside = Bundle.open(path.parent)
+        if _holds_samples(beside) and beside.manifest.files.get(FLOAT_GRAPH) == bundle.manifest.files.get(FLOAT_GRAPH):
+            golden, real = beside.read(GOLDEN), True
     inputs, _ = parse_golden(golden)
     reference = onnx.load_model_from_string(graph)
     snr = signal_to_noise(onnx.load_model_from_string(data), with_reference(reference, [inputs]))

@@ -264,11 +264,11 @@ class _Inserter(Insertion):
 def check(model: onnx.ModelProto, source: onnx.ModelProto | None = None) -> None:
     """ONNX's checker and strict shape inference. Raises `GraphError`: a defect, or an operator ONNX does not know.
 
-    What it holds against the ``source`` already, the float graph that ONNX Runtime ran, is said and no error.
+    Where it refuses the ``source`` already, the float graph that ONNX Runtime ran, both are said and no error.
     """
     if reason := _held_against(model):
-        if source is not None and _held_against(source):
-            say(f"note: ONNX's checker refuses the float graph already, and so this one: {reason}")
+        if source is not None and (already := _held_against(source)):
+            say(f"note: ONNX's checker refuses the float graph already ({already}), and the int8 graph: {reason}")
             return
         raise GraphError(
             f"the int8 graph fails ONNX's checker: {reason}",

@@ -172,13 +172,13 @@ def place(model: onnx.ModelProto) -> Placement:
 
 
 def kept_float(placement: Placement, patterns: Sequence[str]) -> Placement:
-    """Without what bears one of these names or operators, of which ``*`` and ``?`` stand for some or one character.
+    """Without what bears one of these names, in which ``*`` and ``?`` stand for some or one character, or operators.
 
     Raises `UsageError` for a pattern that names nothing.
     """
     ops, gone = placement.ops, dict[str, str]()
     for pattern in patterns:
-        found = [name for name, op in ops.items() if fnmatch.fnmatchcase(name, pattern) or op == pattern]
+        found = [name for name, op in ops.items() if fnmatch.fnmatchcase(name, pattern.replace("[", "[[]")) or op == pattern]
         if not found:
             some = ", ".join(list(ops)[:5])
             raise UsageError(

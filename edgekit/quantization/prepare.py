@@ -47,7 +47,7 @@ def prepare(data: bytes, *, quiet: bool = False) -> onnx.ModelProto:
 
     Operators of other domains and subgraphs (If, Loop, Scan) stay as they are, which is said too. Raises `GraphError` where
     the bytes are no ONNX graph that holds its weights, cannot be brought back to float, or not to opset 13, and where all its
-    outputs are integers whose number depends on the data: nothing could be measured. ``quiet``: it was said before.
+    outputs are integers whose number depends on the data: nothing could be measured. ``quiet``: it is said elsewhere.
     """
     model = _parsed(data)
     _, notes = to_float(model)

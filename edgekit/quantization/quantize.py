@@ -27,6 +27,8 @@ from .formats import FORMATS, other_format
 from .frozen import RANDOM, rebuild_result
 from .graph import check
 from .journal import discard
+from .placement import kept_float, place
+from .prepare import prepare
 from .samples import Pool, Samples, from_dataset, gather
 from .simulate import signal_to_noise, with_reference
 from .speed import BACKENDS, MARGIN, faster, latencies
@@ -76,7 +78,7 @@ def quantize(
     qat: bool = False,
     qat_epochs: int = 5,
     faster_on: str | None = None,
-    keep_float: Sequence[str] = (),
+    keep_float: str | Sequence[str] = (),
 ) -> Bundle:
     """Static int8: explicit Q/DQ, signed, symmetric, a scale per tensor and per weight channel.
 
@@ -99,13 +101,12 @@ def quantize(
     `GraphError` where the graph cannot be quantized, `DataError` for samples that do not fit, `UsageError`, `OutputExists`.
     """
     budget = Budget(max_drop, min_snr, share).checked()
-    _check(method, samples, format, qat, qat_epochs, faster_on, budget)
-    if format != "int8" and keep_float:
-        raise UsageError(f"--format {format} takes no --keep-float", "leave it out, or use int8")
+    _check(method, samples, format, qat, qat_epochs, faster_on, budget, keep_float)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     new_path(out)
     config: dict[str, Any] = {"calib": _spelled(calib), "method": method, "samples": samples, "seed": seed}
-    options = {"shift": shift, "format": format, "qat": qat, "faster_on": faster_on, "keep_float": [*keep_float]}
+    kept = [keep_float] if isinstance(keep_float, str) else [*keep_float]
+    options = {"shift": shift, "format": format, "qat": qat, "faster_on": faster_on, "keep_float": kept}
     stated = {name: value for name, value in budget._asdict().items() if value is not None}
     stated |= {name: value for name, value in options.items() if value != _USUAL[name]}
     config |= stated
@@ -127,6 +128,8 @@ def _calibrated(
         from .qat import check_trainable  # torch
 
         check_trainable(bundle.file(FLOAT_GRAPH).read_bytes())
+    if "keep_float" in config:
+        kept_float(place(prepare(bundle.file(FLOAT_GRAPH).read_bytes(), quiet=True)), config["keep_float"])
     pool, training = _drawn(bundle, config["calib"], data, config, labelled=budget.max_drop is not None or "qat" in config)
     checkpoint = Path(out).with_name(f"{Path(out).name}.checkpoint")
     result = _result(bundle, pool, budget, config, checkpoint)
@@ -170,15 +173,24 @@ def _drawn(
     return pool, training
 
 
-def _check(method: str, samples: int, form: str, qat: bool, epochs: int, faster_on: str | None, budget: Budget) -> None:
+def _check(
+    method: str,
+    samples: int,
+    form: str,
+    qat: bool,
+    epochs: int,
+    faster_on: str | None,
+    budget: Budget,
+    keep: str | Sequence[str],
+) -> None:
     if method not in ("auto", *METHODS):
         raise UsageError(f"there is no method {method!r}", f"choose one of: auto, {', '.join(METHODS)}")
     if samples < 1:
         raise UsageError(f"--samples {samples} is no number of samples", "give 1 or more; 256 is usual")
     if form not in FORMATS:
         raise UsageError(f"there is no format {form!r}", f"choose one of: {', '.join(FORMATS)}")
-    if form != "int8" and (qat or faster_on or method != "auto" or any(value is not None for value in budget)):
-        raise UsageError(f"--format {form} takes no method, budget, --qat or --faster-on", "leave them out, or use int8")
+    if form != "int8" and (qat or faster_on or keep or method != "auto" or any(value is not None for value in budget)):
+        raise UsageError(f"--format {form} takes no method, budget, --qat and such", "leave all that out, or use int8")
     if epochs < 1:
         raise UsageError(f"--qat-epochs {epochs} is no number of epochs", "give 1 or more")
     if faster_on is not None and faster_on not in BACKENDS:
@@ -345,12 +357,8 @@ def _missed(result: Result, figures: dict[str, Any], budget: Budget | None) -> t
 
 def _cure(max_drop: float, trained: bool) -> str:
     """What may keep the accuracy on the test split, where the train samples said that it is kept."""
-    cures = (
-        ["state a smaller --max-drop to leave more layers float"]
-        if max_drop
-        else ["leave layers float by --share or --min-snr"]
-    )
-    return ", or ".join(cures + ([] if trained else ["add --qat"]))
+    cure = "state a smaller --max-drop to leave more layers float" if max_drop else "leave layers float by --share or --min-snr"
+    return cure if trained else f"{cure}, or add --qat"
 
 
 def _golden_db(bundle: Bundle, made: _Made) -> tuple[float, float]:

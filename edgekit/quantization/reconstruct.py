@@ -36,7 +36,7 @@ WORK = 4 * 10**11  # multiply-accumulates that the second moments of all layers 
 WIDEST = 1152  # inputs whose second moments are kept whole: 10 MB
 BLOCK = 384  # wider layers in blocks of at most so many
 HELD_OUT = 4  # every fourth batch judges the ridge and the quantizer
-JUDGES = 1024  # rows of those that are kept to judge
+JUDGES = 1024  # rows of those that are kept to judge, of all layers that share their weights
 TRIAL = 4  # a trial sees a fourth of the rows
 WORTH = 0.8  # an operator in front of Q must take a fifth of a layer's error away
 
@@ -233,7 +233,7 @@ class _Reconstruction:
     ) -> _Gathered:
         groups, inputs, outputs = matrix.shape
         size = -(-inputs // blocks)
-        gathered = _Gathered(groups * blocks, size, 1 if blocks > 1 else outputs)
+        gathered = _Gathered(groups * blocks, size, 1 if blocks > 1 else outputs, JUDGES // len(unit.layers))
         cost = groups * inputs * (size + outputs)
         limit = int(np.clip(WORK // max(len(self.chosen), 1) // max(cost, 1), *ROWS))
         limit = max(limit // max(exact.count * len(unit.layers) * thinned, 1), 8)
@@ -294,18 +294,18 @@ def _is_plain(quantizer: Quantizer | None) -> bool:
 class _Gathered:
     """Moments of a unit, and the means of each of its layers."""
 
-    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+    def __init__(self, groups: int, inputs: int, outputs: int, judges: int) -> None:
         self.shape = (groups, inputs, outputs)
         self.fit, self.held_out = Moments(*self.shape), Moments(*self.shape)
         self.sums: dict[str, tuple[Array, Array, int]] = {}
         self.judges: dict[str, list[tuple[Array, Array]]] = {}  # by layer, whole rows of held-out batches
-        self.kept = 0
+        self.wanted = judges  # rows of each layer
 
     def error(self, found: Rounded, biased: bool) -> float:
         """Mean squared error of the outputs on held-out rows, over the float outputs' power: the mean of the layers'."""
         matrix = (found.integers * found.scales[:, None, :]).astype(np.float32)
         errors = []
-        for rows in self.judges.values():
+        for rows in filter(None, self.judges.values()):
             off = np.concatenate([y - x @ matrix for x, y in rows], axis=1)
             wanted = np.concatenate([y for _, y in rows], axis=1)
             if biased:
@@ -321,9 +321,9 @@ class _Gathered:
         (self.held_out if held_out else self.fit).add(x, y)
 
     def means(self, layer: str, x: Array, y: Array, judge: bool) -> None:
-        if judge and self.kept < JUDGES:
-            self.judges.setdefault(layer, []).append((x, y))
-            self.kept += x.shape[1]
+        kept = self.judges.setdefault(layer, [])
+        if judge and sum(rows.shape[1] for rows, _ in kept) < self.wanted:
+            kept.append((x, y))
         before = self.sums.get(layer, (0.0, 0.0, 0))
         self.sums[layer] = (
             before[0] + x.sum(1, dtype=np.float64), before[1] + y.sum(1, dtype=np.float64), before[2] + x.shape[1],

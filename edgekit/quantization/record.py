@@ -56,7 +56,7 @@ class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One layer. ``layer_db``: SNR of its own output where all are int8.
+    """One layer. ``layer_db``: SNR of its own output, behind the bias, where all are int8.
 
     Where only it is int8: ``alone_db`` of the graph's output, ``drop`` in points of top-1, where labels are known.
     ``weights``: a float32 scale for each output channel; ``bias``: the corrected float32 bias; ``integers``: the int8 weights

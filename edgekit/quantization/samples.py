@@ -54,7 +54,7 @@ class Samples:
         return Samples(tuple(self.ids[i] for i in chosen), lambda i: read(chosen[i]), self.batchable, targets)
 
     def spread(self, count: int) -> Samples:
-        """At most ``count`` of them from first to last, drawn at random, the same ones each time.
+        """At most ``count`` of them, drawn at random from all, in their order; the same ones each time.
 
         Not every so-manieth: samples often come in turns, class after class, and a stride would see but one of two.
         """

@@ -32,7 +32,7 @@ WHOLE = 1 << 17  # nodes times layers: up to here each layer has a session of th
 
 
 class Sensitivity(NamedTuple):
-    """Of one layer. ``layer_db``: SNR of its own output where all are int8.
+    """Of one layer. ``layer_db``: SNR of its own output, behind the bias, where all are int8.
 
     Where only this layer is int8: ``alone_db`` of the graph's output, ``drop`` in points of top-1. None: not measured.
     """

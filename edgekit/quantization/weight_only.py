@@ -24,7 +24,7 @@ Runtime 1.32 runs all of them on the CPU; with its Q/DQ optimizations off it deq
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,9 +45,9 @@ __all__ = ["BLOCKS", "KINDS", "MIN_PARAMETERS", "storable", "stored_small", "wei
 Array = NDArray[Any]
 #: Smaller weights stay float: they are read from cache, and a scale is a large part of them.
 MIN_PARAMETERS = 16_384
-#: What is stored small in graphs whose products are int8, by the operator that reads it.
-KINDS = (("Gather", "GatherND"), ("LSTM", "GRU"))
 _RECURRENT = ("LSTM", "GRU")
+#: What is stored small in graphs whose products are int8, by the operator that reads it.
+KINDS = (("Gather", "GatherND"), _RECURRENT)
 BLOCKS = (16, 32, 64, 128, 256)
 _INT8_OPSET, _BLOCK_OPSET = 13, 21
 #: Least and greatest integer a weight may become.
@@ -201,7 +201,7 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
         graph.node.insert(0, helper.make_node("Gather", both, [weight.name], name=free_name(names, f"{base}/gather"), axis=0))
     node_name = free_name(names, f"{base}/dequantize")
     graph.node.insert(0, helper.make_node("DequantizeLinear", inputs, [dequantized], name=node_name, **attributes))
-    off = distance(groups, q * scale)
+    offs = [distance(groups[part], q[part] * scale[part]) for part in _chunks(groups)]
     return {
         "name": weight.node,
         "op": weight.op,
@@ -210,15 +210,20 @@ def _quantize(graph: onnx.GraphProto, weight: _Weight, bits: int, block: int) ->
         "form": f"int{bits}, {f'blocks of {size}' if blocked else 'a scale per channel'}",
         "bytes_before": values.nbytes,
         "bytes_after": values.size * bits // 8 + scales.nbytes,
-        "snr_db": round(decibel(off.signal, off.noise), 2),
+        "snr_db": round(decibel(sum(off.signal for off in offs), sum(off.noise for off in offs)), 2),
     }
 
 
 def _fit(groups: Array, low: int, high: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """float32 (groups, n) -> int8 values of the same shape and float32 scales (groups, 1) of the least squared error."""
-    parts = max(1, -(-groups.size // _CHUNK))
-    fitted = [_fit_part(part, low, high) for part in np.array_split(groups, parts) if len(part)]
+    fitted = [_fit_part(groups[part], low, high) for part in _chunks(groups)]
     return np.concatenate([q for q, _ in fitted]), np.concatenate([scale for _, scale in fitted])
+
+
+def _chunks(groups: Array) -> Iterator[slice]:
+    """Of its rows, some `_CHUNK` numbers at a time: a table may have hundreds of millions."""
+    rows = max(1, _CHUNK // max(groups.shape[1], 1))
+    yield from (slice(start, start + rows) for start in range(0, len(groups), rows))
 
 
 def _fit_part(groups: Array, low: int, high: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

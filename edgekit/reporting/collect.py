@@ -268,7 +268,8 @@ def _layers(calibration: Mapping[str, Any]) -> tuple[Layer, ...]:
 def _ranges(calibration: Mapping[str, Any]) -> tuple[TensorRange, ...]:
     """What each calibrated tensor held, and what of it int8 keeps: as its layers read it, where they have a quantizer.
 
-    Tensors of one group share its statistics, and so one row.
+    Tensors of one group share its statistics, and so one row: from the lowest to the highest end of all channels' grids. The
+    file names a quantizer that serves several tensors by the first; of the others the group's scale is drawn.
     """
     quantizers, groups = mapping(calibration.get("quantizers")), mapping(calibration.get("groups"))
     ranges = []
@@ -276,9 +277,10 @@ def _ranges(calibration: Mapping[str, Any]) -> tuple[TensorRange, ...]:
         low, high = number(value, "minimum"), number(value, "maximum")
         if low is not None and high is not None and low <= high:
             members = [member for member, group in groups.items() if group == name] or [name]
-            ends = [end for member in members for end in _ends(quantizers.get(member, value))]
+            grids = [_ends(quantizers.get(member, value)) for member in members]
+            ends = [end for grid in grids for end in grid]
             covered = (min(a for a, _ in ends), max(b for _, b in ends)) if ends else None
-            ranges.append(TensorRange(name, low, high, covered, max(len(ends), 1)))
+            ranges.append(TensorRange(name, low, high, covered, max(1, *map(len, grids))))
     return tuple(ranges)
 
 

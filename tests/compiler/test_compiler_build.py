@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.compiler import build, build_engine, child
+from edgekit.compiler import build, build_engine, child, import_onnx
 from edgekit.compiler.compilation import compile_graph
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
@@ -344,3 +344,28 @@ def test_an_engine_is_built_without_an_address_limit(tiny_bundle: Bundle, monkey
     monkeypatch.setattr(child, "call", noted)
     build(tiny_bundle, target="rtx-ada")
     assert asked == [0]
+
+
+def test_a_float16_graph_owes_its_choices_too(tmp_path: Path) -> None:
+    """The index of one of two columns that differ by less than float16 can tell, beside a float output that is fine."""
+    columns = np.random.default_rng(0).normal(size=(16, 1)) * (1 + np.array([[0.0, 1e-5]]))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="scores"),
+        helper.make_node("ArgMax", ["y"], ["best"], name="best", axis=1, keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16])],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2]),
+            helper.make_tensor_value_info("best", TensorProto.INT64, ["n"]),
+        ],
+        [numpy_helper.from_array(columns.astype(np.float32), "w")],
+    )
+    source = tmp_path / "two.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    bundle = import_onnx(source, out=tmp_path / "two.edge")
+    with pytest.raises(GoldenError, match="fp16"):
+        build(bundle, target="rtx-ada", precision="fp16")
+    assert build(bundle, target="rtx-ada", precision="best").precision == "fp32"

@@ -194,7 +194,7 @@ def test_the_covered_range_is_that_of_the_quantizer_in_the_graph(tiny_bundle: Bu
     drawn = dict(Page(tmp_path / "r.html").charts)["ranges"]
     assert drawn["names"] == ["plain", "shared", "shifted", "bad"]
     assert drawn["covered"] == [[-127, 127], [-2.54, pytest.approx(5.0)], [pytest.approx(-2.08), pytest.approx(8.08)], None]
-    assert drawn["channels"] == [1, 2, 2, 1]
+    assert drawn["channels"] == [1, 1, 2, 1]
     assert drawn["clipped"] == [0.0, 35.3, 0.0, 0.0]  # 8 - 5 of 8.5
 
 

@@ -121,7 +121,7 @@
       data: { labels: d.names, datasets: [
         { label: "seen in calibration", data: d.inside, backgroundColor: style("--c3"), barPercentage: 0.35, grouped: false },
         { label: "clipped", data: d.values.map((v, i) => (d.clipped[i] ? v : null)), backgroundColor: style("--c2"), barPercentage: 0.35, grouped: false },
-        { label: d.channels.some((n) => n > 1) ? "covered by int8, widest channel" : "covered by int8", data: d.covered, backgroundColor: style("--c3") + "3a", barPercentage: 0.85, grouped: false },
+        { label: d.channels.some((n) => n > 1) ? "covered by int8, all channels" : "covered by int8", data: d.covered, backgroundColor: style("--c3") + "3a", barPercentage: 0.85, grouped: false },
       ] },
       options: { ...base({ x: axis(d.x), y: category() }, {
         tooltip: { displayColors: false, callbacks: { label: (item) => rangeWords(d, item.dataIndex) } },
@@ -131,7 +131,7 @@
 
   function rangeWords(d, i) {
     const range = ([low, high]) => `${round(low)} to ${round(high)}`, lines = [`seen in calibration: ${range(d.values[i])}`];
-    if (d.covered[i]) lines.push(`covered by int8: ${range(d.covered[i])}${d.channels[i] > 1 ? `, the widest of ${d.channels[i]} channels` : ""}`);
+    if (d.covered[i]) lines.push(`covered by int8: ${range(d.covered[i])}${d.channels[i] > 1 ? `, by ${d.channels[i]} channels in all` : ""}`);
     if (d.clipped[i]) lines.push(`clipped: ${round(d.clipped[i])}% of the seen range`);
     return lines;
   }
