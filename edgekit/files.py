@@ -11,12 +11,21 @@ from pathlib import Path
 
 from .errors import EdgekitError
 
-__all__ = ["atomic_write", "locked", "naming", "printable", "sha256_file", "staged", "sync_path"]
+__all__ = ["atomic_write", "locked", "naming", "npz_problem", "printable", "sha256_file", "staged", "sync_path"]
 
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text that every encoding takes: bytes that are no UTF-8 appear as ``\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def npz_problem(path: Path, error: Exception) -> str:
+    """Why `numpy.load` refused a .npz, in words: it takes whatever is no zip for a pickle, and advises to load it unsafely."""
+    import zipfile  # not needed where files are sound
+
+    if isinstance(error, OSError) or zipfile.is_zipfile(path):
+        return str(error) or type(error).__name__
+    return "it is no .npz"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import GOLDEN, Bundle
 from edgekit.errors import DataError, UsageError
+from edgekit.files import npz_problem
 from edgekit.manifest import ImagePreprocessing, TensorSpec
 from edgekit.runtime.golden import load_golden
 
@@ -54,9 +54,7 @@ def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # noqa: BLE001  zip and npy readers raise many types on damaged bytes
-        unreadable = isinstance(error, OSError) or zipfile.is_zipfile(path)  # else numpy supposes that it is a pickle
-        what = f"cannot be read: {error}" if unreadable else "is no .npz"
-        raise DataError(f"{path} {what}", "write it with numpy.savez") from None
+        raise DataError(f"{path} cannot be read: {npz_problem(path, error)}", "write it with numpy.savez") from None
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{path} has no array {missing[0]!r}; it has: {', '.join(arrays) or 'none'}", "name it as the input")
     with np.errstate(over="ignore", invalid="ignore"):

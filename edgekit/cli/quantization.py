@@ -31,7 +31,7 @@ _SHOWN = 12
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Which samples are drawn.")
 @click.option("--shift/--no-shift", default=True, help="Allow Sub, Mul and Pad in front of Q where they help.")
 @click.option(
-    "--format", "form", default="int8", show_default=True, metavar="NAME", help="int8, fp8 (SM 8.9 on), weights8 or weights4."
+    "--format", default="int8", show_default=True, metavar="NAME", help="int8, fp8 (SM 8.9 on), weights8 or weights4."
 )
 @click.option("--qat", is_flag=True, help="Train the int8 graph after that, taught by the float one.")
 @click.option("--qat-epochs", default=5, show_default=True, help="Epochs of --qat.")
@@ -44,25 +44,7 @@ _SHOWN = 12
 )
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw each layer's cost, as SVG.")
 @answers
-def quantize(
-    bundle: Path,
-    out: Path,
-    calib: str | None,
-    max_drop: float | None,
-    min_snr: float | None,
-    share: float | None,
-    method: str,
-    samples: int,
-    data: str | None,
-    seed: int,
-    shift: bool,
-    form: str,
-    qat: bool,
-    qat_epochs: int,
-    faster_on: str | None,
-    keep_float: tuple[str, ...],
-    plot: Path | None,
-) -> Answer:
+def quantize(bundle: Path, out: Path, plot: Path | None, **options: Any) -> Answer:
     """Quantize a bundle to int8, as an explicit Q/DQ graph for TensorRT.
 
     Without a budget, everything that TensorRT likes in int8 becomes int8. --min-snr and --max-drop keep as few layers
@@ -92,11 +74,7 @@ def quantize(
         check_picture(plot)
     missed: BudgetNotMet | None = None
     try:
-        written = run(
-            bundle, out=out, calib=calib, max_drop=max_drop, min_snr=min_snr, share=share, method=method, samples=samples,
-            data=data, seed=seed, shift=shift, format=form, qat=qat, qat_epochs=qat_epochs, faster_on=faster_on,
-            keep_float=keep_float,
-        )  # fmt: skip
+        written = run(bundle, out=out, **options)
     except BudgetNotMet as error:
         if "bundle" not in error.result:
             raise

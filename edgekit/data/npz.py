@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
+from edgekit.files import npz_problem
 from edgekit.manifest import ImagePreprocessing
 
 from .dataset import Dataset, Split, digest_of, stratified
@@ -68,9 +68,7 @@ def _read(path: str) -> dict[str, NDArray[Any]]:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes
-        if not isinstance(error, OSError) and not zipfile.is_zipfile(path):  # numpy supposes that it is a pickle
-            raise DataError(f"{path} is no .npz", _HINT) from None
-        raise DataError(f"{path} cannot be read as npz: {str(error) or type(error).__name__}", _HINT) from None
+        raise DataError(f"{path} cannot be read: {npz_problem(Path(path), error)}", _HINT) from None
 
 
 def _fit(images: NDArray[Any], targets: NDArray[Any]) -> bool:

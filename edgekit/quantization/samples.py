@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from edgekit.bundle import FLOAT_GRAPH, TOKENIZER, Bundle
 from edgekit.data import MAX_DAMAGED_SHARE, SOURCES, known_specs, load
 from edgekit.errors import DataError, GraphError, UsageError
+from edgekit.files import npz_problem
 from edgekit.manifest import TensorSpec
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say, track
@@ -302,9 +302,8 @@ def read_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # noqa: BLE001  numpy and zipfile raise many types on damaged files
-        unreadable = isinstance(error, OSError) or zipfile.is_zipfile(path)  # else numpy supposes that it is a pickle
-        what = f"cannot be read as .npz: {error}" if unreadable else "is no .npz"
-        raise DataError(f"{path} {what}", f"write it with numpy.savez; wanted: {wanted}") from None
+        why = npz_problem(path, error)
+        raise DataError(f"{path} cannot be read: {why}", f"write it with numpy.savez; wanted: {wanted}") from None
     names = {spec.name for spec in inputs}
     if set(arrays) != names:
         raise DataError(f"{path} holds the arrays {', '.join(sorted(arrays)) or 'none'}", f"wanted: {wanted}")
