@@ -139,7 +139,6 @@ def culprit(calibration: Calibration) -> dict[str, Any] | None:
 def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensitivity]) -> tuple[Candidate, str]:
     """The candidate that the budget asks for, and how it is missed, or ""."""
     order, parameters = most_harmful_first(rows, bench.macs), recovered.parameters
-    total = sum(bench.macs.values())
     labelled = budget.max_drop is not None
 
     def better(found: Candidate) -> float:
@@ -154,15 +153,8 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
         return max(found, again, key=better)
 
     if budget.share is not None:
-        float_macs = sum(bench.macs[node.name] for node in bench.placement.unquantized)
-        room = (1.0 - budget.share + 1e-9) * total - float_macs  # 0.9 of 10 leaves room for 1
-        names = by_share(noise_power(rows), bench.macs, room) or order[-1:]
-        reached = sum(bench.macs[name] for name in names) / max(total, 1)
-        found = settled(names)
-        if reached < budget.share - 1e-9:
-            reasons = "; ".join(f"{node.name}: {node.reason}" for node in bench.placement.unquantized[:3])
-            return found, f"a share of {reached:.3f} can be quantized, {budget.share:g} was asked ({reasons})"
-        return found, ""
+        names, missed = _of_share(bench, budget.share, noise_power(rows))
+        return settled(names or order[-1:]), missed
     if budget.max_drop is None and budget.min_snr is None:
         return bench.candidate(order, parameters, False), ""
 
@@ -181,6 +173,11 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
         return said(bench.candidate(names, parameters, labelled))
 
     found, kept = fewest_float(order, attempt, met, better)
+    if not kept:  # what makes least noise for its size may be large, and too much alone
+        quietest = sorted(order, key=noise_power(rows).__getitem__, reverse=True)
+        other, kept = fewest_float(quietest, attempt, met, better)
+        if kept or better(other) > better(found):
+            order, found = quietest, other
     if kept:
         found = returned_to_int8(order, found, bench.macs, attempt, met)
     again = settled(found.names)
@@ -194,6 +191,18 @@ def _within(bench: Bench, budget: Budget, recovered: Recovered, rows: list[Sensi
     if budget.min_snr is not None:
         return found, f"the best SNR is {found.snr_db:.1f} dB, {budget.min_snr:g} was asked"
     return found, f"the least drop is {found.drop:.2f} points, {budget.max_drop:g} were allowed"
+
+
+def _of_share(bench: Bench, share: float, noise: dict[str, float]) -> tuple[list[str], str]:
+    """The layers to quantize, and why they are fewer than asked, or ""."""
+    total, stays = sum(bench.macs.values()), bench.placement.unquantized
+    room = (1.0 - share + 1e-9) * total - sum(bench.macs[node.name] for node in stays)  # 0.9 of 10 leaves room for 1
+    names = by_share(noise, bench.macs, room)
+    reached = sum(bench.macs[name] for name in names) / max(total, 1)
+    if names and reached < share - 1e-9:
+        reasons = "; ".join(f"{node.name}: {node.reason}" for node in stays[:3])
+        return names, f"a share of {reached:.3f} can be quantized, {share:g} was asked ({reasons})"
+    return names, ""
 
 
 def _met(budget: Budget, found: Candidate) -> bool:

@@ -17,7 +17,7 @@ import pytest
 import edgekit
 from edgekit.bundle import CALIBRATION, INT8_GRAPH, Bundle
 from edgekit.errors import DataError
-from edgekit.quantization import read_calibration, speed
+from edgekit.quantization import layer_table, read_calibration, speed
 from edgekit.runtime import Model, check_golden
 from edgekit.runtime.golden import load_golden
 
@@ -210,6 +210,34 @@ def test_named_layers_stay_float(
     assert table["conv1"]["why"] == "kept float, as stated"
     again = edgekit.quantize(tiny_bundle, out=tmp_path / "again.edge", calib=out / CALIBRATION)
     assert again.read(INT8_GRAPH) == Bundle.open(out).read(INT8_GRAPH)
+
+
+def test_a_budget_that_only_a_small_layer_keeps_is_kept(tmp_path: Path) -> None:
+    """The large layer makes less noise for its size, so it is the last of the order; alone, it is too much."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(64, 512)) / 8, "v": rng.normal(size=(512, 4)) / 20}
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["h"], name="large"),
+        onnx.helper.make_node("Tanh", ["h"], ["t"]),
+        onnx.helper.make_node("MatMul", ["t", "v"], ["y"], name="small"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [1, size]) for name, size in (("x", 64), ("y", 4))]
+    known = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], known)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx"
+    )
+    bundle = edgekit.import_onnx(tmp_path / "m.onnx", out=tmp_path / "float.edge")
+    (tmp_path / "samples").mkdir()
+    for i in range(20):
+        np.savez(tmp_path / "samples" / f"{i}.npz", x=rng.standard_t(5, (1, 64)).astype(np.float32))
+    settings: dict[str, Any] = {"calib": tmp_path / "samples", "method": "minmax"}
+    whole = edgekit.quantize(bundle, out=tmp_path / "whole.edge", share=1.0, **settings)
+    alone = {row["layer"]: row["alone_db"] for row in layer_table(whole)}
+    assert alone["small"] - 12 < alone["large"] < alone["small"] - 3  # 16 times the MACs are 12 dB
+    least = (alone["small"] + alone["large"]) / 2
+    made = edgekit.quantize(bundle, out=tmp_path / "made.edge", min_snr=least, **settings)
+    assert {row["layer"]: row["type"] for row in layer_table(made)} == {"large": "float", "small": "int8"}
 
 
 def test_frozen_ranges_take_no_other_option(cli: Cli, tiny_bundle: Bundle, calibration_folder: Path, tmp_path: Path) -> None:
