@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from edgekit.quantization import rounding
 from edgekit.quantization.rounding import Moments, Rounded, clip_scales, fit_and_round, round_to_scales, weight_scales
+from edgekit.quantization.statistics import MIN_SCALE
 
 Array = np.ndarray[Any, Any]
 LEAST, LEVELS = 0.3, 127  # of the largest weight: the narrowest clip
@@ -309,12 +310,15 @@ FINITE = st.floats(-1e6, 1e6, width=32)
 
 @settings(max_examples=60, deadline=None)
 @given(arrays(np.float32, array_shapes(min_dims=3, max_dims=3, max_side=5), elements=FINITE), st.integers(0, 100))
+@example(np.full((1, 1, 1), 1.2e-38, np.float32), 0)
 def test_clips_lie_within_the_weights(weight: Array, seed: int) -> None:
     power = np.random.default_rng(seed).uniform(0, 1, weight.shape[:2])
     scales = clip_scales(weight.astype(np.float64), power)
     amax = np.abs(weight.astype(np.float64)).max(1)
     assert scales.shape == amax.shape
-    alive = amax * LEAST / LEVELS > 1e-10 * amax.max()  # others are dead
+    least = max(1e-10 * amax.max(), MIN_SCALE)
+    alive = amax * LEAST / LEVELS > least  # others are dead
+    np.testing.assert_allclose(scales[(amax > 0) & (amax / LEVELS < least)], least, rtol=1e-6)
     assert (scales[alive] <= amax[alive] / LEVELS * (1 + 1e-6)).all()
     assert (scales[alive] >= amax[alive] * LEAST / LEVELS * (1 - 1e-6)).all()
     assert ((scales > 0) & np.isfinite(scales)).all()
