@@ -106,11 +106,35 @@ Preprocessing = ImagePreprocessing | TextPreprocessing | SeriesPreprocessing
 Task = Literal["image-classification", "text-classification", "series-classification", "text-recognition", "tensor"]
 
 
+class ModelEdits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What pruning changed of a model besides its weights' shapes.
+
+    ``attributes``: ``MODULE.NAME`` -> integer, counts that the model's code divides by (heads). ``skipped``: modules that are
+    left out; their input goes on.
+    """
+
+    attributes: dict[str, int] = {}
+    skipped: tuple[str, ...] = ()
+
+    def less(self, counts: Mapping[str, int]) -> ModelEdits:
+        """With new ``counts`` of some attributes."""
+        return ModelEdits({**self.attributes, **counts}, self.skipped)
+
+    def without(self, module: str) -> ModelEdits:
+        """With one more module left out; what was changed inside of it counts no more."""
+        inside = f"{module}."
+        return ModelEdits(
+            {key: value for key, value in self.attributes.items() if not key.startswith(inside)},
+            (*(other for other in self.skipped if not other.startswith(inside)), module),
+        )
+
+
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A preset's name and its arguments. Pruned widths need no entry: the weights' shapes say them."""
 
     name: str
     args: dict[str, Any] = {}
+    edits: ModelEdits | msgspec.UnsetType = msgspec.UNSET
 
 
 class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -22,7 +22,7 @@ import numpy as np
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, TOKENIZER, WEIGHTS, Bundle
 from edgekit.data.tensors import Rows
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
-from edgekit.manifest import History, Manifest, ModelConfig, TensorSpec, Tolerance
+from edgekit.manifest import History, Manifest, ModelConfig, ModelEdits, TensorSpec, Tolerance
 from edgekit.runtime import compare_arrays
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
@@ -40,7 +40,7 @@ try:
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch") from None
 
-__all__ = ["FLOAT_TOLERANCE", "adopt_shapes", "create", "export_onnx", "load", "macs", "parameters", "write_model"]
+__all__ = ["FLOAT_TOLERANCE", "Skip", "adopt_shapes", "attribute", "create", "edit", "export_onnx", "load", "macs", "parameters", "write_model"]
 
 #: How far ONNX Runtime may be from torch on the same weights: rounding of reordered sums, no more.
 FLOAT_TOLERANCE = Tolerance("relative", 1e-4)
@@ -122,32 +122,80 @@ def load(bundle: Bundle) -> nn.Module:
     module = create(bundle.manifest.model)
     try:
         state = safetensors.torch.load_file(bundle.file(WEIGHTS))
+        edit(module, bundle.manifest.model.edits or ModelEdits())
         adopt_shapes(module, state)
         module.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
+    except (RuntimeError, KeyError, ValueError, AttributeError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise BundleError(f"the weights in {bundle.path} do not fit its model: {reason}", "train the bundle again") from None
     return module.eval()
 
 
+class Skip(nn.Module):
+    """Stands where a block was: its first input goes on."""
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return x
+
+
+def edit(module: nn.Module, edits: ModelEdits) -> None:
+    """Change in place what pruning changed. Raises `AttributeError` for what the module does not have."""
+    for name in edits.skipped:
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(name)
+        setattr(module.get_submodule(parent), leaf, Skip())
+    for name, value in edits.attributes.items():
+        attribute(module, name)
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, value)
+
+
+def attribute(module: nn.Module, name: str) -> int:
+    """The integer ``MODULE.NAME``. Raises `AttributeError` where there is none."""
+    parent, _, leaf = name.rpartition(".")
+    value = vars(module.get_submodule(parent)).get(leaf)
+    if type(value) is not int:
+        raise AttributeError(f"{name} is no integer of the model")
+    return value
+
+
 def adopt_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Resize convolutions, linear layers and batch norms in place to the shapes of ``state``; values come after."""
+    """Resize layers in place to the shapes of ``state``: convolutions, linear layers, norms, embeddings, recurrences, and
+    parameters of any module; values come after."""
     for name, layer in module.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(layer, nn.Conv2d):
-            outputs, inputs = state[f"{prefix}weight"].shape[:2]
-            if layer.groups > 1:
-                layer.groups = outputs * layer.groups // layer.out_channels
-            layer.out_channels, layer.in_channels = outputs, inputs * layer.groups
-        elif isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = state[f"{prefix}weight"].shape
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.num_features = state[f"{prefix}weight"].shape[0]
+        _resize(layer, {key.removeprefix(prefix): tuple(value.shape) for key, value in state.items() if key.startswith(prefix)})
         for key, parameter in list(layer.named_parameters(recurse=False)):
-            setattr(layer, key, nn.Parameter(torch.empty_like(state[prefix + key]), parameter.requires_grad))
+            if parameter.shape != state[prefix + key].shape:
+                setattr(layer, key, nn.Parameter(torch.empty_like(state[prefix + key]), parameter.requires_grad))
         for key, buffer in list(layer.named_buffers(recurse=False)):
-            if buffer is not None and prefix + key in state:
+            if buffer is not None and prefix + key in state and buffer.shape != state[prefix + key].shape:
                 setattr(layer, key, torch.empty_like(state[prefix + key]))
+
+
+def _resize(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Set the sizes that ``layer`` keeps beside its weights."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        first, second = shapes["weight"][:2]
+        if layer.transposed:
+            layer.in_channels, layer.out_channels = first, second * layer.groups
+        elif layer.groups > 1 and layer.groups == layer.in_channels:  # depthwise
+            layer.groups = first * layer.groups // layer.out_channels
+            layer.out_channels, layer.in_channels = first, layer.groups
+        else:
+            layer.out_channels, layer.in_channels = first, second * layer.groups
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = shapes["weight"]
+    elif isinstance(layer, nn.modules.batchnorm._NormBase) and "weight" in shapes:
+        layer.num_features = shapes["weight"][0]
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm) and "weight" in shapes:
+        layer.normalized_shape = shapes["weight"]
+    elif isinstance(layer, nn.GroupNorm) and "weight" in shapes:
+        layer.num_channels = shapes["weight"][0]
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = shapes["weight"]
+    elif isinstance(layer, nn.RNNBase):
+        layer.hidden_size, layer.input_size = shapes["weight_hh_l0"][1], shapes["weight_ih_l0"][1]
 
 
 def parameters(module: nn.Module) -> int:

@@ -1,106 +1,174 @@
-"""Where to cut: one step removes the weakest ``unit`` channels of the group that loses least for the work it saves.
+"""Where to cut: the step that loses least for the cost it saves, again and again.
 
 The loss of a step is measured, not guessed: how far the KL divergence of the answers from the original's grows on
-training samples, batch norms re-estimated first (without that a small cut looks like ruin), over the MACs saved.
-Widths end on multiples of ``unit``, because a width beside them costs as much as the next multiple (blocked layouts on
-the CPU, tensor cores on the GPU).
+training samples, with batch norms re-estimated (without that a small cut looks like ruin). Steps remove channels down to
+the next multiple of ``unit``, because a width beside it costs as much as the next multiple (blocked layouts on a CPU,
+tensor cores on a GPU), a whole attention head, or a whole block that a residual goes around.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekit.models.module import macs as macs_of
+from .groups import Channel, Group, Network
+from .importance import Importance
+from .price import Price
 
-from .groups import Group, groups_of, remove_channels
+__all__ = ["Judge", "Step", "cut_path", "sensitivity"]
 
-__all__ = ["Step", "cut_path"]
+LARGE = 8  # a step takes a part of this of a wide group, at least
 
 
 class Step(NamedTuple):
-    """The model after a cut: ``root`` went from ``before`` to ``after`` channels; ``macs`` of one sample; measured KL."""
+    """The network after a cut: ``name`` went from ``before`` to ``after`` channels, heads or, skipped, from 1 to 0.
 
-    module: nn.Module
-    macs: int
-    root: str
+    ``kl``: of its answers from the original's, nats; ``price`` in the target's unit.
+    """
+
+    network: Network
+    kind: str
+    name: str
     before: int
     after: int
     kl: float
+    price: float
 
 
-class _Trial(NamedTuple):
-    module: nn.Module
-    macs: int
-    kl: float
-    growth: float  # of the KL over the model it was cut from
-    saved: int  # MACs, likewise
-    after: int
+@dataclass(frozen=True)
+class Judge:
+    """``samples`` (N, ...) with ``targets`` (N,) that judge a cut, and the original's ``reference`` log-probabilities."""
+
+    samples: Tensor
+    targets: Tensor
+    reference: Tensor
+    importance: Importance
+
+    @classmethod
+    def of(cls, module: nn.Module, samples: Tensor, targets: Tensor, importance: Importance) -> Judge:
+        with torch.no_grad():
+            return cls(samples, targets, F.log_softmax(module.eval()(samples), -1), importance)
+
+    def kl(self, module: nn.Module) -> float:
+        """Nats by which the answers of ``module`` differ; its batch norms are re-estimated in place."""
+        answers = F.log_softmax(_settled(module, self.samples), -1)
+        return float(F.kl_div(answers, self.reference, reduction="sum", log_target=True)) / math.prod(answers.shape[:-1])
 
 
-def cut_path(
-    module: nn.Module, samples: Tensor, keep: frozenset[str], budget: int | None = None, unit: int = 16
-) -> Iterator[Step]:
-    """Yield ever smaller copies of ``module``, one cut each, until ``budget`` MACs, or until no group can be cut.
-
-    ``samples`` float32 (N, C, H, W) from the training split. ``keep`` names layers whose outputs must stay (the classifier).
-    """
-    module = module.eval()
-    with torch.no_grad():
-        reference = F.log_softmax(module(samples), 1)
-    macs, kl = macs_of(module, samples), 0.0
-    trials: dict[str, _Trial | None] = {}
-    while budget is None or macs > budget:
-        groups = groups_of(module, samples[:2], keep)
-        trials = {
-            group.root: trials[group.root] if group.root in trials else _try(module, macs, group, samples, reference, unit, kl)
-            for group in groups
-        }
-        usable = {root: trial for root, trial in trials.items() if trial is not None}
-        if not usable:
-            return
-        widths = {group.root: group.width for group in groups}
-        needed = macs - budget if budget is not None else macs  # what a cut saves beyond the budget is worth nothing
-        root = min(usable, key=lambda r: usable[r].growth / min(usable[r].saved, needed))
-        # A cached trial was measured on an earlier model: the chosen cut is made again on this one.
-        chosen = _try(module, macs, next(g for g in groups if g.root == root), samples, reference, unit, kl)
-        assert chosen is not None
-        module, macs, kl = chosen.module, chosen.macs, chosen.kl
-        yield Step(module, macs, root, widths[root], chosen.after, chosen.kl)
-        del trials[root]
-
-
-def _try(
-    module: nn.Module, macs_now: int, group: Group, samples: Tensor, reference: Tensor, unit: int, kl_now: float
-) -> _Trial | None:
-    """Cut a group to the next multiple of ``unit`` in a copy; None where it has no channels to spare."""
-    after = (group.width - 1) // unit * unit
-    if after < unit:
-        return None
-    trial = copy.deepcopy(module)
-    remove_channels(trial, samples[:2], group.root, sorted(group.ranking[: group.width - after]))
-    _estimate_norms(trial, samples)
-    with torch.no_grad():
-        answers = F.log_softmax(trial(samples), 1)
-    kl = float(F.kl_div(answers, reference, reduction="batchmean", log_target=True))
-    macs = macs_of(trial, samples)
-    return _Trial(trial, macs, kl, max(kl - kl_now, 0.0), max(macs_now - macs, 1), after)
-
-
-def _estimate_norms(module: nn.Module, samples: Tensor) -> None:
-    """Batch norms take mean and variance from ``samples``, in place; the module ends in eval mode."""
+def _settled(module: nn.Module, samples: Tensor) -> Tensor:
+    """Answers, after the batch norms took mean and variance from ``samples``; the module ends in eval mode."""
     norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.train()
-        layer.momentum = 1.0
     with torch.no_grad():
-        module(samples)
-    for layer, momentum in zip(norms, momenta, strict=True):
-        layer.momentum = momentum
-    module.eval()
+        for layer in norms:
+            layer.train()
+            layer.momentum = 1.0
+        answers: Tensor = module(samples)
+        for layer, momentum in zip(norms, momenta, strict=True):
+            layer.momentum = momentum
+        module.eval()
+    return answers
+
+
+class _Move(NamedTuple):
+    """What could go next."""
+
+    kind: str  # channels, heads or block
+    name: str
+    before: int
+    after: int
+    make: Callable[[Network], Network]
+    masked: Callable[[Network], Network]
+
+
+def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, unit: int = 16) -> Iterator[Step]:
+    """Yield ever cheaper networks, one cut each, until ``price`` is at most ``limit``, or until nothing can be cut.
+
+    ``unit``: widths end on multiples of it; narrow ones on multiples of half of it.
+    """
+    kl, cost = judge.kl(copy.deepcopy(network.module)), price(network)
+    losses: dict[tuple[str, str], float] = {}
+    while cost > limit:
+        weights = judge.importance(network.module, judge.samples, judge.targets)
+        moves = {(m.kind, m.name): m for m in _moves(network, weights, unit)}
+        best, score = None, math.inf
+        for key, move in moves.items():
+            saved = min(cost - price(move.masked(network)), cost - limit)
+            if saved <= 1e-9 * cost:
+                continue
+            if key not in losses:
+                losses[key] = max(judge.kl(move.make(network).module) - kl, 0.0)
+            # A loss of nothing is worth more the more it saves.
+            value = (losses[key] + 1e-6) / saved
+            if value < score:
+                best, score = key, value
+        if best is None:
+            return
+        move = moves[best]
+        network = move.make(network)
+        kl, cost = judge.kl(network.module), price(network)
+        if move.kind == "block":
+            losses.clear()
+        losses = {key: loss for key, loss in losses.items() if key[1] != move.name}
+        yield Step(network, move.kind, move.name, move.before, move.after, kl, cost)
+
+
+def _moves(network: Network, weights: Mapping[str, Tensor], unit: int) -> Iterator[_Move]:
+    for group in network.groups:
+        before = network.width(group)
+        after = _next(before, _unit(group, network, unit))
+        if after < 1:
+            continue
+        weakest = network.weakest(group, weights, before - after)
+        yield _Move(
+            "heads" if group.heads else "channels", group.name, before, after, *_removal(weakest, group)
+        )
+    for name in network.blocks:
+        yield _Move("block", name, 1, 0, lambda n, b=name: n.skipping(b), lambda n, b=name: n.bypassed(b))  # type: ignore[misc]
+
+
+def _removal(channels: Sequence[Channel], group: Group) -> tuple[Callable[[Network], Network], Callable[[Network], Network]]:
+    attributes = group.attributes if group.heads else ()
+    return lambda n: n.without(channels, attributes), lambda n: n.masked(channels)
+
+
+def _unit(group: Group, network: Network, unit: int) -> int:
+    """Channels of a row that make up ``unit``s."""
+    if group.heads:
+        return 1
+    rows = len(network.rows(group))
+    return unit if group.recurrent else max(unit // math.gcd(unit, rows), 1)
+
+
+def _next(width: int, unit: int) -> int:
+    """The next width below ``width`` that is worth having; 0 where there is none."""
+    if width <= unit:
+        unit = max(unit // 2, 1)
+    step = max(unit, width // LARGE // unit * unit)
+    return max((width - 1) // unit * unit - (step - unit), 0)
+
+
+def sensitivity(network: Network, judge: Judge, unit: int = 16, points: int = 4) -> dict[str, list[tuple[float, float]]]:
+    """Group -> (share of its channels that is left, KL in nats), each group cut alone."""
+    weights = judge.importance(network.module, judge.samples, judge.targets)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for group in network.groups:
+        if group.heads:
+            continue
+        width, step = network.width(group), _unit(group, network, unit)
+        widths = sorted({max(round(width * k / (points + 1) / step) * step, min(step, width)) for k in range(1, points + 1)})
+        curve = [(1.0, 0.0)]
+        for left in reversed([w for w in widths if w < width]):
+            cut = network.without(network.weakest(group, weights, width - left))
+            curve.append((left / width, judge.kl(cut.module)))
+        if len(curve) > 1:
+            found[group.name] = curve
+    return found
+

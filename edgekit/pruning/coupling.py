@@ -1,0 +1,226 @@
+"""Which slices of which parameters must go together: labels of channels, followed through a traced graph.
+
+Every element of every tensor carries the number of the channel it belongs to (0: none). Operators that move data are run
+on the numbers themselves; those that compute unite numbers: a sum, the channels of its operands; a convolution, its input's
+with its weight's second axis; a recurrence, the gates of one hidden unit. What is united is one channel: it goes whole or
+stays. This is the dependency graph of DepGraph (Fang et al., arXiv:2301.12900), kept by element instead of by layer, so
+reshapes, heads, concatenations and weights that are used twice need no rules of their own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from edgekit.errors import GraphError, MissingExtra
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ImportError as error:
+    raise MissingExtra("train", error.name or "torch") from None
+
+__all__ = ["Coupling", "Operation", "Rows", "couple", "export"]
+
+
+class Rows(NamedTuple):
+    """Channels (rows, n), numbers, of which every row must lose as many as the others. ``module`` made the rows."""
+
+    channels: Tensor
+    module: str = ""
+
+
+class Operation(NamedTuple):
+    """One operator that costs time. ``dims`` are the channel numbers along the axes that pruning changes, ``shape`` what it
+    does not change; what they mean depends on ``kind``."""
+
+    kind: str
+    dims: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+    module: str = ""
+
+
+@dataclass
+class Coupling:
+    """Channels under a union-find. ``axes`` holds the numbers along an axis of a parameter or buffer, ``split`` the reshapes
+    by which channels became heads."""
+
+    state: Mapping[str, Tensor]
+    heads: bool = False  # whether what a reshape spreads over rows goes by rows
+    parent: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    axes: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    elements: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[Rows] = field(default_factory=list)
+    split: list[Rows] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    fixed: dict[int, str] = field(default_factory=dict)  # number -> why it must stay
+    normalised: list[Tensor] = field(default_factory=list)  # what a zero is not the same as an absence for
+
+    def fresh(self, *shape: int) -> Tensor:
+        """New channels."""
+        count = int(torch.Size(shape).numel())
+        new = torch.arange(len(self.parent), len(self.parent) + count)
+        self.parent = torch.cat([self.parent, new])
+        return new.reshape(shape)
+
+    def find(self, numbers: Tensor) -> Tensor:
+        """The numbers that stand for ``numbers``."""
+        found = self.parent[numbers]
+        while True:
+            above = self.parent[found]
+            if torch.equal(above, found):
+                return found
+            found = above
+
+    def unite(self, first: Tensor, second: Tensor) -> Tensor:
+        """Make channels one, element by element; 0 unites with nothing. Returns what stands for both, of the same shape."""
+        first, second = torch.broadcast_tensors(self.find(first), self.find(second))
+        differ = (first != second) & (first > 0) & (second > 0)
+        for a, b in torch.stack([first[differ], second[differ]], 1).unique(dim=0).tolist():
+            low, high = sorted((int(self.find(torch.tensor(a))), int(self.find(torch.tensor(b)))))
+            self.parent[high] = low
+        return self.find(torch.where(first > 0, first, second))
+
+    def bind(self, numbers: Tensor, axis: Tensor, why: str) -> Tensor:
+        """Unite channels with those of a parameter's axis; where there is none, the axis cannot shrink."""
+        self.fix(axis[numbers == 0], why)
+        return self.unite(numbers, axis)
+
+    def fix(self, numbers: Tensor, why: str) -> None:
+        """Say of channels that they must stay."""
+        for number in numbers.unique().tolist():
+            self.fixed.setdefault(number, why)
+
+    def axis(self, name: str, index: int) -> Tensor:
+        """Channels along an axis of a parameter or buffer."""
+        if (name, index) not in self.axes:
+            self.axes[name, index] = self.fresh(self.state[name].shape[index])
+        return self.axes[name, index]
+
+    def whole(self, name: str) -> Tensor:
+        """A number for every element of a parameter that is computed with as it is, a position or a gain."""
+        if self.state[name].ndim == 1:
+            return self.axis(name, 0)
+        if name not in self.elements:
+            self.elements[name] = self.fresh(*self.state[name].shape)
+        return self.elements[name]
+
+    def along(self, numbers: Tensor, axis: int) -> Tensor:
+        """Channels (n,) along an axis of a tensor; those of one index along it become one."""
+        lines = self.find(numbers.movedim(axis, -1)).reshape(-1, numbers.shape[axis])
+        if bool((lines == lines[:1]).all()):
+            return lines[0]
+        lines = lines.unique(dim=0)
+        found = lines.amax(0)
+        for line in lines:
+            found = self.unite(found, line)
+        return found
+
+    def varying(self, numbers: Tensor) -> list[int]:
+        """The axes along which channels differ."""
+        t = self.find(numbers)
+        return [k for k in range(t.ndim) if t.shape[k] > 1 and bool((t.narrow(k, 1, t.shape[k] - 1) != t.narrow(k, 0, 1)).any())]
+
+    def settle(self) -> None:
+        """After the last operator: give elementwise parameters their axis; keep whole rows fixed where a part is."""
+        for name, numbers in self.elements.items():
+            varying = self.varying(numbers)
+            if len(varying) == 1:
+                self.axes[name, varying[0]] = self.along(numbers, varying[0])
+            elif varying:
+                self.fix(numbers, f"{name} varies along {len(varying)} axes")
+        self.axes = {key: self.find(numbers) for key, numbers in self.axes.items()}
+        while True:
+            roots: dict[int, str] = {}
+            for number, why in self.fixed.items():
+                roots.setdefault(int(self.find(torch.tensor(number))), why)
+            self.fixed = roots
+            before = len(roots)
+            for rows in self.rows:
+                numbers = self.find(rows.channels)
+                held = [why for number, why in roots.items() if bool((numbers == number).any())]
+                if held:
+                    self.fix(numbers, held[0])
+            if len(self.fixed) == before:
+                return
+
+
+class _Parameter(NamedTuple):
+    name: str
+
+
+def export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The operators that ``module`` runs on ``example``, in eval mode. Raises `GraphError` with where tracing stopped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(module.eval(), (example,), strict=False)
+        except Exception as error:  # noqa: BLE001  tracing runs the user's code
+            lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+            reason = lines[0].removeprefix("Caught ").strip()
+            raise GraphError(
+                f"the model cannot be traced{_place(error, module)}: {reason}",
+                "avoid branches and shapes that depend on data in forward()",
+            ) from None
+
+
+def _place(error: BaseException, module: nn.Module) -> str:
+    """`` in NAME`` of the innermost module whose forward raised ``error``."""
+    names = {id(layer): name or type(layer).__name__ for name, layer in module.named_modules()}
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if id(owner) in names and trace.tb_frame.f_code.co_name == "forward":
+            found = f" in {names[id(owner)]} ({type(owner).__name__}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return found
+
+
+def couple(module: nn.Module, program: torch.export.ExportedProgram, heads: bool = False) -> Coupling:
+    """Follow the channels of ``module`` through ``program``, its `export`.
+
+    Where a reshape spreads channels over several axes, (N, T, heads d) -> (N, T, heads, d), the channels are the d of each
+    head, and every head loses as many; with ``heads`` a whole head is one channel. Operators without a rule keep the
+    channels that they read.
+    """
+    from .operators import apply
+
+    signature = program.graph_signature
+    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    coupling = Coupling(dict(module.state_dict()), heads)
+    values: dict[str, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            name = stored.get(node.name)
+            known = name is not None and name in coupling.state
+            values[node.name] = _Parameter(str(name)) if known else _blank(node.meta.get("val"))
+        elif node.op == "output":
+            for result in _flat(values[a.name] for a in _nodes(node.args)):
+                coupling.fix(result, "it is the model's output")
+        elif node.op == "call_function":
+            values[node.name] = apply(coupling, node, values)
+    coupling.settle()
+    return coupling
+
+
+def _blank(value: Any) -> Any:
+    return torch.zeros(tuple(value.shape), dtype=torch.long) if isinstance(value, Tensor) else value
+
+
+def _nodes(args: Any) -> list[torch.fx.Node]:
+    found: list[torch.fx.Node] = []
+    torch.fx.node.map_arg(args, found.append)  # type: ignore[arg-type]
+    return found
+
+
+def _flat(values: Any) -> Sequence[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple) and not isinstance(value, _Parameter):
+            found.extend(_flat(value))
+    return found

@@ -1,0 +1,106 @@
+"""From a network to one that meets its target: cut by prediction, measure, correct the prediction, cut on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edgekit.errors import UsageError
+from edgekit.models.module import export_onnx
+from edgekit.progress import say
+
+from .groups import Network
+from .latency import paired_latency
+from .price import Price, latency_price, macs_price, size_price
+from .search import Judge, Step, cut_path
+from .target import Target
+
+__all__ = ["Meter", "Reached", "reach"]
+
+CORRECTIONS = 8
+SURPLUS = 1.02  # of the speed-up, so that another measurement finds it, too
+
+
+class Meter:
+    """Measures a module against the original on ONNX Runtime, one thread, one sample, in turns."""
+
+    def __init__(self, graph: bytes, sample: NDArray[np.generic]) -> None:
+        self.graph, self.sample = graph, sample
+
+    def __call__(self, module: nn.Module, rounds: int = 10) -> tuple[float, float]:
+        """Milliseconds of the original and of ``module``."""
+        graph = export_onnx(module, torch.from_numpy(np.repeat(self.sample, 2, 0)))
+        return paired_latency(self.graph, graph, self.sample, rounds)
+
+
+class Reached(NamedTuple):
+    """``predicted_ms``: by the table, before the network was measured; None where no latency was asked for."""
+
+    network: Network
+    steps: list[Step]
+    predicted_ms: float | None
+
+
+def reach(network: Network, judge: Judge, target: Target, price: Price, meter: Meter, whole: float, unit: int) -> Reached:
+    """Cut ``network`` until it meets ``target``; ``whole`` is what the original costs by ``price``.
+
+    Raises `UsageError` where what can be cut does not suffice, with how far it goes.
+    """
+    if not isinstance(price, latency_price):
+        steps = _walk(network, judge, price, target.limit(whole), unit)
+        found = steps[-1].network if steps else network
+        if price(found) > target.limit(whole):
+            _refuse(target, price(found) / whole, network)
+        return Reached(found, steps, None)
+    return _reach_latency(network, judge, target, price, meter, unit)
+
+
+def _reach_latency(network: Network, judge: Judge, target: Target, price: latency_price, meter: Meter, unit: int) -> Reached:
+    steps: list[Step] = []
+    old, new = meter(network.module)
+    first = price = price.anchored(network, new)
+    for _ in range(CORRECTIONS):
+        limit = target.limit(old) / (SURPLUS if target.kind == "speedup" else 1.0)
+        if new <= limit:
+            break
+        walked = _walk(network, judge, price, limit, unit)
+        if not walked:
+            _refuse(target, new / old, network)
+        steps += walked
+        network = walked[-1].network
+        old, new = meter(network.module)
+        say(f"measured {new:.3f} ms, {old / new:.2f}x; the table said {price(network):.3f} ms")
+        price = price.anchored(network, new)
+    price.table.save()
+    return Reached(network, steps, first(network))
+
+
+def _walk(network: Network, judge: Judge, price: Price, limit: float, unit: int) -> list[Step]:
+    steps = []
+    for step in cut_path(network, judge, price, limit, unit):
+        steps.append(step)
+        what = {"channels": "channels", "heads": "heads", "block": "the block"}[step.kind]
+        counts = f"{step.before} -> {step.after} {what}" if step.kind != "block" else "left out"
+        say(f"cut {step.name}: {counts}, KL {step.kl:.3f}, {_shown(step.price, price)}")
+    return steps
+
+
+def _shown(value: float, price: Callable[[Network], float]) -> str:
+    if price is macs_price:
+        return f"{value / 1e6:.2f} million MACs"
+    return f"{value / 1e3:,.0f} kB" if price is size_price else f"{value:.3f} ms predicted"
+
+
+def _refuse(target: Target, left: float, network: Network) -> None:
+    forced = [name for name, why in network.kept.items() if "frozen" in why]
+    held = sorted(network.kept.items(), key=lambda item: "output" in item[1])[:2]
+    reasons = "; ".join(f"{name} stays: {why}" for name, why in held)
+    raise UsageError(
+        f"{target} cannot be reached: all that can be cut leaves {left:.0%} ({reasons})",
+        "freeze less (--freeze)" if forced else "ask for less, or train a smaller model",
+    )

@@ -1,0 +1,218 @@
+"""What a layer costs on this machine: a table of measured kernel times, filled as shapes occur and kept for next time.
+
+Each entry is a graph of one layer, run by ONNX Runtime on one thread; its time is that of the kernels as the profiler sees
+them, without the reorders at its ends, which a whole network does not have between its layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from edgekit.files import atomic_write
+
+from .coupling import Operation
+
+__all__ = ["LatencyTable", "device_name"]
+
+RUNS = 60
+WARM = 20
+SAVED_EVERY = 50
+
+
+def device_name() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next(named, platform.processor() or platform.machine())
+
+
+class LatencyTable:
+    """Microseconds of one sample, by layer and shape; kept in the user's cache under device and version."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.device = f"{device_name()}, onnxruntime {onnxruntime.__version__}, 1 thread"
+        name = "".join(c if c.isalnum() else "-" for c in self.device)
+        self.path = (folder or _cache()) / f"{name}.json"
+        self.measured = 0
+        try:
+            self._entries: dict[str, float] = {k: float(v) for k, v in json.loads(self.path.read_bytes()).items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            self._entries = {}
+
+    def microseconds(self, operation: Operation, sizes: tuple[int, ...], samples: int) -> float:
+        """Kernel time of an operator with ``sizes`` channels, for one of the ``samples`` that it was traced with."""
+        if 0 in sizes:
+            return 0.0
+        key = " ".join(map(str, (operation.kind, *sizes, "-", *_static(operation, samples))))
+        if key not in self._entries:
+            self._entries[key] = _measure(_MODELS[operation.kind](sizes, _static(operation, samples)))
+            self.measured += 1
+            if self.measured % SAVED_EVERY == 0:
+                self.save()
+        return self._entries[key]
+
+    def save(self) -> None:
+        """Keep what was measured; where the cache cannot be written, it is measured again next time."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.path, json.dumps(self._entries, indent=0).encode())
+        except OSError:
+            pass
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit" / "latency"
+
+
+def _static(operation: Operation, samples: int) -> tuple[int, ...]:
+    """The shape for one sample."""
+    if operation.kind in ("convolution", "deconvolution", "recurrence"):
+        return operation.shape
+    first, *others = operation.shape
+    return (-(-first // samples), *others)
+
+
+def _measure(model: onnx.ModelProto) -> float:
+    """Microseconds in kernels, the median of some runs."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.enable_profiling = True
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = os.path.join(folder, "p")
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        feeds = {i.name: rng.standard_normal(i.shape, np.float32) for i in session.get_inputs()}
+        for _ in range(RUNS):
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_bytes())
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        name = event["name"]
+        if event.get("cat") == "Node" and name.endswith("_kernel_time") and "Reorder" not in event["args"].get("op_name", ""):
+            kernels[name].append(event["dur"])
+    # The profiler rounds to microseconds, which a mean evens out and a median does not; the slower half is disturbed.
+    return float(sum(np.sort(times[WARM:])[: (RUNS - WARM) // 2].mean() for times in kernels.values()))
+
+
+def _model(nodes: list[Any], inputs: dict[str, tuple[int, ...]], weights: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
+    rng = np.random.default_rng(1)
+    stored = [
+        onnx.numpy_helper.from_array((rng.standard_normal(shape) / math.sqrt(shape[-1])).astype(np.float32), name)
+        for name, shape in weights.items()
+    ]
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+    results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "layer", given, results, stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _convolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+    """``static``: groups, or minus the outputs a channel of a depthwise one; dimensions; sizes before, after, kernel, stride."""
+    inputs, outputs = sizes
+    grouping, space = static[:2]
+    before, after, kernel, stride = (static[2 + k * space : 2 + (k + 1) * space] for k in range(4))
+    groups = inputs if grouping < 0 else grouping
+    if grouping < 0:
+        outputs = -grouping * inputs
+    pads = [max((a - 1) * s + k - b, 0) for a, s, k, b in zip(after, stride, kernel, before, strict=True)]
+    nodes = [
+        helper.make_node(
+            "Conv",
+            ["x", "w", "b"],
+            ["c"],
+            strides=stride,
+            group=groups,
+            pads=[p // 2 for p in pads] + [p - p // 2 for p in pads],
+        ),
+        helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    weights = {"w": (outputs, max(inputs // groups, 1), *kernel), "b": (outputs,)}
+    return _model(nodes, {"x": (1, inputs, *before)}, weights)
+
+
+def _deconvolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+    inputs, outputs = sizes
+    space = static[1]
+    before, _, kernel, stride = (static[2 + k * space : 2 + (k + 1) * space] for k in range(4))
+    nodes = [helper.make_node("ConvTranspose", ["x", "w", "b"], ["y"], strides=stride)]
+    return _model(nodes, {"x": (1, inputs, *before)}, {"w": (inputs, outputs, *kernel), "b": (outputs,)})
+
+
+def _linear(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+    """``static``: rows, axes of the input."""
+    (inputs, outputs), (rows, axes) = sizes, static
+    if axes == 2:
+        nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"])]
+        return _model(nodes, {"x": (rows, inputs)}, {"w": (inputs, outputs), "b": (outputs,)})
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])]
+    return _model(nodes, {"x": (1, rows, inputs)}, {"w": (inputs, outputs), "b": (outputs,)})
+
+
+def _recurrence(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+    """``static``: gates, steps."""
+    (inputs, units), (gates, steps) = sizes, static
+    more = {"linear_before_reset": 1} if gates == 3 else {}
+    node = helper.make_node({4: "LSTM", 3: "GRU", 1: "RNN"}[gates], ["x", "w", "r", "b"], ["y"], hidden_size=units, **more)
+    weights = {"w": (1, gates * units, inputs), "r": (1, gates * units, units), "b": (1, 2 * gates * units)}
+    return _model([node], {"x": (steps, 1, inputs)}, weights)
+
+
+def _product(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+    """``static``: products, rows, columns, depth, as they were traced."""
+    count, rows, columns, depth = static
+    return _model([helper.make_node("MatMul", ["a", "b"], ["y"])], {"a": (count, rows, depth), "b": (count, depth, columns)}, {})
+
+
+def _attention(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+    """``static``: samples, heads, queries, keys, as they were traced."""
+    _, heads, queries, keys = static
+    query, value = (max(size // heads, 1) for size in sizes) if len(sizes) == 2 else (1, 1)
+    nodes = [
+        helper.make_node("MatMul", ["q", "k"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    inputs = {"q": (heads, queries, query), "k": (heads, query, keys), "v": (heads, keys, value)}
+    return _model(nodes, inputs, {})
+
+
+def _normalisation(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+    node = helper.make_node("LayerNormalization", ["x", "w", "b"], ["y"])
+    return _model([node], {"x": (static[0], sizes[0])}, {"w": sizes[:1], "b": sizes[:1]})
+
+
+def _pointwise(operator: str) -> Any:
+    def made(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+        second = ["x", "x"] if operator == "Add" else ["x"]
+        return _model([helper.make_node(operator, second, ["y"])], {"x": (1, static[0])}, {})
+
+    return made
+
+
+_MODELS = {
+    "attention": _attention,
+    "convolution": _convolution,
+    "deconvolution": _deconvolution,
+    "linear": _linear,
+    "normalisation": _normalisation,
+    "pointwise": _pointwise("Add"),
+    "product": _product,
+    "recurrence": _recurrence,
+    "transcendental": _pointwise("Tanh"),
+}
