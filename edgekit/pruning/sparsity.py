@@ -8,7 +8,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from edgekit.errors import GoldenError, MissingExtra, UsageError
@@ -22,10 +22,16 @@ except ImportError as error:
 
 from edgekit.graphs.sparsity import dense_layers
 from edgekit.graphs.sparsity import is_24 as is_24_array
+from edgekit.progress import say
 
 from .permutation import permutation, retained
 
-__all__ = ["Channels", "Mask24", "check_exported", "is_24", "maskable", "permutation", "permuted", "reorder", "retained_24"]
+__all__ = [
+    "Channels", "Mask24", "check_exported", "is_24", "maskable", "permutation", "permute_channels", "permuted", "reorder",
+    "retained_24",
+]  # fmt: skip
+
+_SAME = 1e-4  # of the largest answer: sums in another order
 
 #: For each channel of a group: (parameter or buffer, axis) -> the indices along it that are the channel's.
 Channels = Sequence[Mapping[tuple[str, int], Sequence[int]]]
@@ -150,6 +156,34 @@ def permuted(state: Mapping[str, Tensor], channels: Channels, masked: Collection
         return dict(state)
     new = reorder(state, channels, permutation(rows, seed=seed).tolist())
     return new if retained_24(new, readers) > retained_24(state, readers) else dict(state)
+
+
+def permute_channels(module: nn.Module, groups: Iterable[Channels], example: Tensor, *, seed: int = 0) -> dict[str, Any]:
+    """Permute the channels of every group so that masks keep most magnitude; weights and buffers change in place.
+
+    ``example``: inputs (N, ...) on which the module must answer as before, within float32's rounding: a group that changes
+    its answers was not whole, is put back, and that is said. Returns ``groups`` (how many moved) and the share of the
+    maskable magnitude that 2:4 retains, ``before`` and ``after``.
+    """
+    training = module.training
+    module.eval()
+    masked = maskable(module)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    before, moved = retained_24(state, masked), 0
+    with torch.no_grad():
+        wanted = module(example)
+        for i, channels in enumerate(groups):
+            new = permuted(state, channels, masked, seed=seed)
+            if all(new[name] is value for name, value in state.items()):
+                continue
+            module.load_state_dict(new)
+            if float((module(example) - wanted).abs().max()) <= _SAME * max(float(wanted.abs().max()), _SAME):
+                state, moved = new, moved + 1
+            else:
+                say(f"note: the order of channel group {i} matters to the model: it stays as it is")
+        module.load_state_dict(state)
+    module.train(training)
+    return {"groups": moved, "before": before, "after": retained_24(state, masked)}
 
 
 def retained_24(state: Mapping[str, Tensor], masked: Collection[str]) -> float:

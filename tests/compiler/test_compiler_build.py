@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.compiler import build, build_engine, child, import_onnx
+from edgekit.compiler import build, build_engine, child, import_onnx, summarise
 from edgekit.compiler.compilation import compile_graph
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
@@ -240,6 +240,7 @@ def test_the_builder_looks_for_sparse_kernels_where_weights_are_24(tmp_path: Pat
     assert (found["flags"], found["sparse_layers"], made.sparse_layers) == (["SPARSE_WEIGHTS"], 1, 1)
     assert "1 of 1 layers is 2:4: SPARSE_WEIGHTS is set" in made.note
     assert build(bundle.path, target="rtx-ampere", precision=precision).sparse_layers == 1
+    assert {graph["sparse_layers"] for graph in summarise(bundle.path)["graphs"].values()} == {1}
 
 
 def test_sparse_weights_are_only_said_where_the_target_cannot_use_them(tmp_path: Path) -> None:
@@ -370,6 +371,7 @@ def test_inspect_tells_of_bundles_and_engines(cli: Callable[..., Any], tiny_bund
     assert cli("build", tiny_bundle.path, "--target", "rtx-ada").code == 0
     bundle = cli("inspect", tiny_bundle.path, "--json").json
     assert bundle["graphs"]["model.onnx"]["macs"] == 32 * 32 * 3 * 9 * 16 + 32 * 32 * 16 * 9 * 16 + 160
+    assert bundle["graphs"]["model.onnx"]["sparse_layers"] == 0
     assert bundle["graphs"]["model.onnx"]["parameters"] == 16 * 27 + 16 * 144 + 170
     assert set(bundle["files"]) == {"model.onnx", "golden.npz", "engines/rtx-ada.engine", "engines/rtx-ada.json"}
     engine = tiny_bundle.path / "engines/rtx-ada.engine"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgekit.errors import GoldenError, UsageError
 from edgekit.models.module import export_onnx
 from edgekit.pruning.permutation import permutation, retained
-from edgekit.pruning.sparsity import Mask24, check_exported, is_24, maskable, permuted, reorder, retained_24
+from edgekit.pruning.sparsity import Mask24, check_exported, is_24, maskable, permute_channels, permuted, reorder, retained_24
 
 
 def net(channels: int = 16, side: int = 3) -> nn.Sequential:
@@ -154,6 +154,30 @@ def test_permuted_channels_change_nothing_and_keep_more(side: int) -> None:
     torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-5)
     again = permuted(module.state_dict(), list(reversed(groups(side=side)[0])), masked)
     assert retained_24(again, masked) >= retained_24(new, masked)
+
+
+def test_a_module_is_permuted_in_place() -> None:
+    module = net().train()
+    x = torch.randn(4, 3, 3, 3)
+    wanted = module.eval()(x)
+    module.train()
+    figures = permute_channels(module, groups(), x)
+    assert module.training
+    assert figures["groups"] >= 1
+    assert figures["after"] > figures["before"] + 0.01
+    assert figures["after"] == pytest.approx(retained_24(module.state_dict(), maskable(module)))
+    torch.testing.assert_close(module.eval()(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_that_is_not_whole_is_put_back(capsys: pytest.CaptureFixture[str]) -> None:
+    module = net()
+    broken = [{key: value for key, value in channel.items() if key[0] != "1.bias"} for channel in groups()[0]]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    figures = permute_channels(module, [broken], torch.randn(4, 3, 3, 3))
+    assert figures["groups"] == 0
+    assert figures["after"] == figures["before"]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert "channel group 0" in capsys.readouterr().err
 
 
 @settings(max_examples=20, deadline=None)

@@ -98,6 +98,24 @@ def test_training_the_int8_graph_keeps_every_zero(sparse_digits: Bundle, tmp_pat
     assert not np.array_equal(stored["conv2"], weights(sparse_digits, FLOAT_GRAPH)["conv2"])  # both were trained
 
 
+def test_no_gradient_fills_a_zero(sparse_digits: Bundle, tmp_path: Path) -> None:
+    """One step, larger than any training takes."""
+    torch = pytest.importorskip("torch")
+    from edgekit.quantization.torch_graph import TorchGraph
+
+    made = edgekit.quantize(sparse_digits, out=tmp_path / "q.edge", samples=32, method="minmax")
+    module = TorchGraph(onnx.load_model(str(made.file(INT8_GRAPH))))
+    inputs, _ = load_golden(made)
+    module({"x": torch.tensor(inputs["x"])})["y"].square().sum().backward()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter -= 5 * parameter.grad.sign()
+    trained = dense_layers(module.export())
+    assert {layer.name: layer.sparse for layer in trained} == SPARSE
+    assert all(layer.zeros < 0.7 for layer in trained)
+
+
 @pytest.mark.parametrize("form", ["weights8", "weights4", "fp8"])
 def test_other_forms_keep_every_zero(sparse_digits: Bundle, tmp_path: Path, form: str) -> None:
     made = edgekit.quantize(sparse_digits, out=tmp_path / "q.edge", samples=32, format=form)
