@@ -29,7 +29,7 @@ from .targets import PRECISIONS, JetPack, Target, target_named
 
 __all__ = ["BuildResult", "build"]
 
-RECIPE = 3  # raise it where the same inputs would now give another engine
+RECIPE = 4  # raise it where the same inputs would now give another engine
 #: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
@@ -39,7 +39,10 @@ _INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What `build` made. ``seconds`` is the time inside `build`; ``tensorrt`` the version used, or expected on a device."""
+    """What `build` made. ``seconds`` is the time inside `build`; ``tensorrt`` the version used, or expected on a device.
+
+    ``sparse_layers``: layers with 2:4 weights, for which sparse kernels are tried where the target has them.
+    """
 
     bundle: Bundle
     engine: Path | None
@@ -50,6 +53,7 @@ class BuildResult:
     tensorrt: str
     seconds: float
     size_bytes: int
+    sparse_layers: int = 0
     note: str = ""
 
     def figures(self) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def build(
     outputs within 40 dB, else fp32. int8 is whatever the bundle was quantized to; the answer names it (`Bundle.form`).
     Outside of int8 an int8 engine computes in float16, but for nodes whose range needs float32, and but for graphs in which
     float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8", for graphs with a dynamic first axis;
-    1 if not given.
+    1 if not given. Where the graph has 2:4 weights and the target sparse tensor cores, the builder tries them.
 
     Raises `UsageError` for an unknown target, a precision the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for and does not hold, `GraphError` where
@@ -161,14 +165,8 @@ def _readers(target: Target, opset: int, untyped: int | None = None) -> tuple[tu
     return able, notes
 
 
-def _flags(bundle: Bundle) -> list[str]:
-    """Names of TensorRT builder flags: sparse tensor cores where the weights were pruned 2:4."""
-    pruned = bundle.last("prune")
-    return ["SPARSE_WEIGHTS"] if pruned and pruned.config.get("sparsity") == "2:4" else []
-
-
 def _specification(bundle: Bundle, target: Target, precision: str, profiles: Profiles) -> dict[str, Any]:
-    """Everything that decides the engine; its digest is the cache's key."""
+    """Everything that decides the engine, the builder's flags too, which follow from it; its digest is the cache's key."""
     manifest = bundle.manifest
     sources = {name: manifest.files[name] for name in (FLOAT_GRAPH, INT8_GRAPH, GOLDEN) if name in manifest.files}
     return {
@@ -181,7 +179,6 @@ def _specification(bundle: Bundle, target: Target, precision: str, profiles: Pro
         "sources": sources,
         "golden": msgspec.to_builtins(manifest.golden),
         "profiles": profiles,
-        "flags": _flags(bundle),
     }
 
 
@@ -204,7 +201,7 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any]) -> dict[st
         "extra": "rtx",
         "compute_capability": target.sm,
         "profiles": spec["profiles"],
-        "flags": spec["flags"],
+        "sparse": target.sparse,
     }
 
 
@@ -227,7 +224,8 @@ def _outputs(
     graph = (folder / "graph.onnx").read_bytes()
     used = bundle.form if answer["precision"] == "int8" else answer["precision"]
     record = {
-        **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles", "flags")},
+        **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles")},
+        **{k: answer[k] for k in ("flags", "sparse_layers")},
         "target": target.name,
         "kind": target.kind,
         "compute_capability": target.sm,
@@ -287,5 +285,6 @@ def _result(bundle: Bundle, target: Target, record: Mapping[str, Any], *, cached
         tensorrt=record["tensorrt"],
         seconds=round(seconds, 4),
         size_bytes=record["size_bytes"],
+        sparse_layers=record["sparse_layers"],
         note="; ".join(record["notes"]),
     )

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.graphs.sparsity import dense_layers
 from edgekit.progress import say
 from edgekit.runtime.golden import parse_golden
 from edgekit.runtime.onnxruntime import session
@@ -37,6 +38,8 @@ INT8_FINE_DB = MIN_FP16_SNR_DB
 INT8_MARGIN_DB = 3.0
 #: The same operations in another order of memory: what rounding in float16 can differ by.
 SAME = 2e-3
+#: The builder flag that lets TensorRT look for the 2:4 pattern in the weights, and try sparse kernels where it finds it.
+SPARSE = "SPARSE_WEIGHTS"
 #: By `Bundle.form`.
 _HELD = {
     "int8": "int8 inputs and weights",
@@ -52,15 +55,18 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     Where the typed graph has a newer opset than the bundle's, that one is written too, as ``untyped.onnx``: TensorRT 8.6
     reads opset 17 at most, and chooses types by flags. Returns what was chosen: ``precision``, ``notes``,
     ``golden_snr_db`` (ONNX Runtime's, None where the graph is one that an earlier stage checked), ``tensorrt``,
-    ``seconds`` in TensorRT, ``graph_sha256``, ``opset``, ``untyped_opset`` (None where there is none).
+    ``seconds`` in TensorRT, ``graph_sha256``, ``opset``, ``untyped_opset`` (None where there is none), ``sparse_layers`` (how
+    many are 2:4) and ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``).
     """
     started = time.perf_counter()
     graph, chosen = _typed_graph(request)
     source = Path(untyped) if (untyped := chosen.pop("untyped")) else None
     answer: dict[str, Any] = {**chosen, **_described(graph), "untyped_opset": None}
+    sparsity, note = _sparsity(graph, request)
+    answer |= sparsity
     answer["graph_seconds"] = _since(started)
     if request["engine"]:
-        wanted = {**request, "precision": chosen["precision"]}
+        wanted = {**request, "precision": chosen["precision"], "flags": sparsity["flags"]}
         try:
             graph, built = _built(graph, wanted, folder)
         except GraphError as error:
@@ -75,7 +81,20 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         (folder / "untyped.onnx").write_bytes(source.read_bytes())
         answer["untyped_opset"] = before
     (folder / "graph.onnx").write_bytes(graph)
-    return answer
+    return {**answer, "notes": [*answer["notes"], *note]}
+
+
+def _sparsity(graph: bytes, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """``sparse_layers``, ``flags``, and a note where there are any: looking for sparse kernels costs time, so only then."""
+    layers = dense_layers(onnx.load_model_from_string(graph))
+    count = sum(layer.sparse for layer in layers)
+    if not count:
+        return {"sparse_layers": 0, "flags": []}, []
+    note = f"{count} of {len(layers)} layers {'is' if count == 1 else 'are'} 2:4"
+    if not request["sparse"]:
+        return {"sparse_layers": count, "flags": []}, [f"{note}, which SM {request['compute_capability']} cannot use"]
+    say(f"{note}: TensorRT tries sparse kernels for {'it' if count == 1 else 'them'}")
+    return {"sparse_layers": count, "flags": [SPARSE]}, [f"{note}: {SPARSE} is set"]
 
 
 def _described(graph: bytes) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def _graph(bundle: Bundle, name: str) -> dict[str, Any]:
     try:
         import onnx
 
+        from edgekit.graphs.sparsity import dense_layers
+
         from .cost import graph_cost
         from .passes import all_nodes, opset
     except ModuleNotFoundError as error:
@@ -89,6 +91,7 @@ def _graph(bundle: Bundle, name: str) -> dict[str, Any]:
         "nodes": sum(1 for _ in all_nodes(model.graph)),
         "parameters": cost.parameters,
         "macs": cost.macs,
+        "sparse_layers": sum(layer.sparse for layer in dense_layers(model)),
         "layers": [{"op": op, **row} for op, row in cost.by_op().items()],
         "not_counted": list(cost.unknown),
     }

@@ -9,6 +9,7 @@ rewriter.py     the walk behind it: what each integer tensor stands for
 operators.py    what each quantized operator of the ONNX standard computes, in float
 microsoft.py    the same for ONNX Runtime's own
 weights.py      what constants stand for
+sparsity.py     which layers hold 2:4 weights
 """
 
 from edgekit.errors import MissingExtra
@@ -21,9 +22,11 @@ except ModuleNotFoundError as error:
 from .dequantize import MICROSOFT_OPERATORS, exact_reference, float_biases, is_explicit, quantized_nodes, to_float
 from .opset import opset, raise_opset, with_opset
 from .single import to_single
+from .sparsity import dense_layers
 
 __all__ = [
     "MICROSOFT_OPERATORS",
+    "dense_layers",
     "exact_reference",
     "float_biases",
     "is_explicit",

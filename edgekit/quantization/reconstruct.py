@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from edgekit.graphs.sparsity import dense_layers
 from edgekit.progress import track
 
 from .graph import Parameters, Quantizer, difference, insert, merged, scaled_weight
@@ -63,8 +64,9 @@ def reconstruct(
     """Better numbers for the chosen layers than ``parameters``, by the samples in ``batches``.
 
     ``extra`` allows Sub, Mul and Pad in front of QuantizeLinear where they take a fifth of a layer's input error away.
-    Layers with no simple geometry (`unfolding`) keep what they have. ``recall`` remembers what each step gave (`Journal`):
-    the streams then run again, so that all that follows sees the same numbers, but nothing is fitted twice.
+    Layers with no simple geometry (`unfolding`) keep what they have; zeros of layers with the 2:4 pattern stay zero.
+    ``recall`` remembers what each step gave (`Journal`): the streams then run again, so that all that follows sees the same
+    numbers, but nothing is fitted twice.
     """
     work = _Reconstruction(prepared, placement, parameters, set(chosen), extra)
     units = work.units()
@@ -108,6 +110,7 @@ class _Reconstruction:
             foreign_bias = not layer.biased and layer.bias is not None
             if found is not None and not foreign_bias:
                 self.shapes[layer.name] = found
+        self.sparse = {layer.name for layer in dense_layers(prepared) if layer.sparse}
         self.plain = _plain_sites(placement, self.shapes)
         self.decided: set[str] = set()
 
@@ -159,11 +162,14 @@ class _Reconstruction:
         inputs = unit.unfolding.inputs
         blocks = 1 if inputs <= WIDEST else -(-inputs // BLOCK)
         gathered = self._gather(unit, quantizer, matrix, exact, rounded, blocks, thinned)
+        sparse = unit.layers[0].name in self.sparse  # what is 2:4 stays 2:4
         if blocks > 1:
-            nearest, fitted = _in_blocks(matrix, gathered, blocks, biased)
+            nearest, fitted = _in_blocks(matrix, gathered, blocks, biased, sparse)
             return (fitted if gathered.error(fitted, biased) < gathered.error(nearest, biased) else nearest), gathered
         sweeps = SWEEPS if thinned == 1 else 0
-        return fit_and_round(matrix, gathered.fit, gathered.held_out, tie, biased=biased, sweeps=sweeps), gathered
+        mask = matrix != 0 if sparse else None
+        found = fit_and_round(matrix, gathered.fit, gathered.held_out, tie, biased=biased, sweeps=sweeps, mask=mask)
+        return found, gathered
 
     def _decide(self, site: str, unit: _Unit, exact: Stream, rounded: Stream) -> None:
         """The quantizer of a site, from all its chosen layers; the first of them is measured with each that is proposed."""
@@ -348,7 +354,7 @@ def _moved(x: Array, expanded: tuple[np.float32, Array | None, Array | None]) ->
     return moved
 
 
-def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int, biased: bool) -> tuple[Rounded, Rounded]:
+def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int, biased: bool, sparse: bool) -> tuple[Rounded, Rounded]:
     """Very wide layers: rounded to nearest, and by second moments inside of blocks of inputs, those between taken as none.
 
     One block after the other, so that but one block's moments are worked on.
@@ -367,6 +373,7 @@ def _in_blocks(matrix: Array, gathered: _Gathered, blocks: int, biased: bool) ->
         part = matrix[:, rows].astype(np.float32)
         short = size - part.shape[1]  # the last block is padded, as its moments are
         part = np.pad(part, ((0, 0), (0, short), (0, 0))) if short else part
-        integers[:, rows] = round_to_scales(part, scales, moments(block), biased=biased)[:, : size - short]
+        mask = part != 0 if sparse else None
+        integers[:, rows] = round_to_scales(part, scales, moments(block), biased=biased, mask=mask)[:, : size - short]
         nearest[:, rows] = np.clip(np.rint(part / scales[:, None, :]), -LEVELS, LEVELS)[:, : size - short]
     return Rounded(nearest, scales, 0.0), Rounded(integers, scales, 0.0)

@@ -3,8 +3,9 @@
 All on second moments: a layer (rows, inputs) x (inputs, outputs) is seen once, and its error is a quadratic form from then
 on. Refit: ridge regression of the float outputs on the quantized inputs, its strength chosen on held-out rows. Rounding:
 E. Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers", ICLR 2023, then
-coordinate descent on the same objective (K. Behdin et al., "QuantEase", 2023). (groups, ...) leads everywhere. float64, and
-float32 where very wide layers meet scales that are given; outputs, which are independent, go in parts that fit into caches.
+coordinate descent on the same objective (K. Behdin et al., "QuantEase", 2023). What a mask leaves out is 0 and stays 0, and
+the rest makes up for that as well (E. Frantar, D. Alistarh, "SparseGPT", ICML 2023). (groups, ...) leads everywhere. float64,
+and float32 where very wide layers meet scales that are given; outputs, which are independent, go in parts that fit into caches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Array = NDArray[Any]
 _RATIOS = (*np.linspace(1.0, 0.52, 17), 0.47, 0.42, 0.36, 0.3)
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # times the mean diagonal
 _DAMP = 1e-3
+_SOLVED, _ITERATIONS = 1e-4, 60  # of the residual; ridges bound the condition
 _BLOCK = 64
 _OUTPUTS = 512  # of all groups, at a time
 _LARGE = 1e15  # float32 bears sums of squares of less
@@ -111,10 +113,12 @@ def fit_and_round(
     *,
     biased: bool = True,
     sweeps: int = SWEEPS,
+    mask: Array | None = None,
 ) -> Rounded:
     """Fit and round float64 weights (groups, inputs, outputs), which meet the inputs that the moments were taken of.
 
-    ``sweeps``: how often coordinate descent goes through the inputs.
+    ``sweeps``: how often coordinate descent goes through the inputs. ``mask``: bool (groups, inputs, outputs), False where
+    the weight is 0 and its integer must be 0; None: nothing must.
 
     ``tie``: indices (outputs,) of outputs that share a scale, for a ConvTranspose's taps. Without a bias to carry the means
     (not ``biased``), moments are taken about zero.
@@ -122,26 +126,27 @@ def fit_and_round(
     every = fit.merged(held_out)
     xx, _, _ = every.centred(biased)
     hessian = _shrunk(xx, every.count)
-    wanted = _refit(weight, fit, held_out, biased)
+    wanted = _refit(weight, fit, held_out, biased, mask)
     scales = clip_scales(wanted, np.einsum("gkk->gk", hessian), tie)
     order, upper = _spreading(hessian)
     integers = np.empty(weight.shape, np.int8)
     for part in _parts(weight):
         target, scale = hessian @ wanted[:, :, part], scales[:, part]
-        q = _sweep(_gptq(wanted[:, :, part], scale, order, upper), scale, hessian, target, sweeps)
+        free = None if mask is None else mask[:, :, part]
+        q = _sweep(_gptq(wanted[:, :, part], scale, order, upper, free), scale, hessian, target, sweeps, free)
         if tie is None:
             scale = _rescaled(q, scale, hessian, target)
-            q = _sweep(q, scale, hessian, target, sweeps)
+            q = _sweep(q, scale, hessian, target, sweeps, free)
         integers[:, :, part], scales[:, part] = q, scale
     return Rounded(integers, scales, _error(integers * scales[:, None, :], every, biased))
 
 
 def round_to_scales(
-    weight: Array, scales: Array, moments: Moments, *, biased: bool = True, sweeps: int = SWEEPS
+    weight: Array, scales: Array, moments: Moments, *, biased: bool = True, sweeps: int = SWEEPS, mask: Array | None = None
 ) -> NDArray[np.int8]:
     """Weights (groups, inputs, outputs) of any float type to integers of given ``scales`` (groups, outputs), unfitted.
 
-    What y the moments hold does not matter. Beside them, memory is that of the integers.
+    What y the moments hold does not matter. Beside them, memory is that of the integers. ``mask``: as in `fit_and_round`.
     """
     hessian = _shrunk(moments.centred(biased)[0], moments.count)
     hessian = np.ldexp(hessian, -np.frexp(hessian.max())[1])  # float32 may not hold it; of what size it is does not matter
@@ -150,10 +155,11 @@ def round_to_scales(
     integers = np.empty(weight.shape, np.int8)
     for part in _parts(weight):
         wanted, scale = weight[:, :, part].astype(np.float32), scales[:, part].astype(np.float32)
-        q = _gptq(wanted, scale, order, upper)
+        free = None if mask is None else mask[:, :, part]
+        q = _gptq(wanted, scale, order, upper, free)
         # of the difference: products of q and of the weights are far larger, and float32 has seven digits
         gradient = hessian @ (q * scale[:, None, :] - wanted)
-        integers[:, :, part] = _descend(q, scale, hessian, gradient, sweeps)
+        integers[:, :, part] = _descend(q, scale, hessian, gradient, sweeps, free)
     return integers
 
 
@@ -183,7 +189,7 @@ def _shrunk(xx: Array, count: int) -> Array:
     return result
 
 
-def _refit(weight: Array, fit: Moments, held_out: Moments, biased: bool) -> Array:
+def _refit(weight: Array, fit: Moments, held_out: Moments, biased: bool, mask: Array | None) -> Array:
     """Weights that give the float outputs from the quantized inputs; those given, where none does better on held-out rows."""
     if not held_out.count or not fit.count:
         return weight
@@ -192,23 +198,48 @@ def _refit(weight: Array, fit: Moments, held_out: Moments, biased: bool) -> Arra
     doubt = min(np.sqrt(2.0 / held_out.count), 0.9)
     best, chosen = (1.0 - doubt) * _error(weight, held_out, biased), None
     for ridge in _RIDGES:
-        candidate = _error(_ridge(weight, xx, xy, ridge), held_out, biased)
+        candidate = _error(_ridge(weight, xx, xy, ridge, mask), held_out, biased)
         if candidate < best:
             best, chosen = candidate, ridge
     if chosen is None:
         return weight
     xx, xy, _ = fit.merged(held_out).centred(biased)
-    return _ridge(weight, xx, xy, chosen)
+    return _ridge(weight, xx, xy, chosen, mask)
 
 
-def _ridge(weight: Array, xx: Array, xy: Array, ridge: float) -> Array:
+def _ridge(weight: Array, xx: Array, xy: Array, ridge: float, mask: Array | None) -> Array:
     """Least squares, drawn to ``weight``: minimises |y - W x|^2 + strength |W - weight|^2."""
     diagonal = np.einsum("gkk->gk", xx)
     strength = ridge * (diagonal + 1e-6 * diagonal.mean(1, keepdims=True) + 1e-12)
     damped = xx.copy()
     np.einsum("gkk->gk", damped)[:] += strength
-    solved: Array = np.linalg.solve(damped, xy + strength[:, :, None] * weight)
+    target = xy + strength[:, :, None] * weight
+    solved: Array = np.linalg.solve(damped, target) if mask is None else _solve_within(damped, target, weight, mask)
     return solved
+
+
+def _solve_within(matrix: Array, target: Array, start: Array, mask: Array) -> Array:
+    """Conjugate gradients on each output's own inputs, those of ``mask``, from ``start``, scaled by the diagonal.
+
+    Each output has a system of its own: to factor all of them would cost as many times more as there are outputs.
+    """
+    found = start * mask
+    inverse = mask / np.einsum("gkk->gk", matrix)[:, :, None]
+    rest = (target - matrix @ found) * mask
+    step = inverse * rest
+    power = (rest * step).sum(1, keepdims=True)
+    least = _SOLVED**2 * power
+    for _ in range(_ITERATIONS):
+        if not (power > least).any():
+            break
+        along = (matrix @ step) * mask
+        length = power / np.maximum((step * along).sum(1, keepdims=True), 1e-300)
+        found += length * step
+        rest -= length * along
+        fresh = inverse * rest
+        before, power = power, (rest * fresh).sum(1, keepdims=True)
+        step = fresh + power / np.maximum(before, 1e-300) * step
+    return found
 
 
 def clip_scales(
@@ -265,16 +296,19 @@ def _spreading(xx: Array) -> tuple[Array, Array]:
     return order, np.linalg.cholesky(np.linalg.inv(unit)).transpose(0, 2, 1) / root[:, None, :]
 
 
-def _gptq(weight: Array, scales: Array, order: Array, upper: Array) -> Array:
+def _gptq(weight: Array, scales: Array, order: Array, upper: Array, mask: Array | None) -> Array:
     """Integers, as floats; each column's rounding error is spread over the columns that are still to be rounded."""
     groups, inputs, _ = weight.shape
     rest, q = weight[:, order].copy(), np.zeros_like(weight)
+    free = None if mask is None else mask[:, order]
     for start in range(0, inputs, _BLOCK):
         stop = min(start + _BLOCK, inputs)
         errors = np.zeros((groups, stop - start, weight.shape[2]), weight.dtype)
         for k in range(start, stop):
             column = rest[:, k]
             q[:, k] = np.clip(np.rint(column / scales), -LEVELS, LEVELS)
+            if free is not None:
+                q[:, k] *= free[:, k]
             error = (column - q[:, k] * scales) / upper[:, k, k, None]
             rest[:, k + 1 : stop] -= upper[:, k, k + 1 : stop, None] * error[:, None]
             errors[:, k - start] = error
@@ -284,12 +318,12 @@ def _gptq(weight: Array, scales: Array, order: Array, upper: Array) -> Array:
     return q[:, back]
 
 
-def _sweep(q: Array, scales: Array, xx: Array, xy: Array, sweeps: int) -> Array:
+def _sweep(q: Array, scales: Array, xx: Array, xy: Array, sweeps: int, mask: Array | None) -> Array:
     """Coordinate descent: each integer in turn to where the error is least, all others fixed."""
-    return _descend(q, scales, xx, xx @ (q * scales[:, None, :]) - xy, sweeps) if sweeps else q
+    return _descend(q, scales, xx, xx @ (q * scales[:, None, :]) - xy, sweeps, mask) if sweeps else q
 
 
-def _descend(q: Array, scales: Array, xx: Array, gradient: Array, sweeps: int) -> Array:
+def _descend(q: Array, scales: Array, xx: Array, gradient: Array, sweeps: int, mask: Array | None) -> Array:
     """``gradient``: half of it, (groups, inputs, outputs); it is used up."""
     q, inputs = q.copy(), q.shape[1]
     diagonal = np.maximum(np.einsum("gkk->gk", xx), 1e-30)
@@ -300,6 +334,8 @@ def _descend(q: Array, scales: Array, xx: Array, gradient: Array, sweeps: int) -
             for k in range(start, stop):
                 step = gradient[:, k] / (diagonal[:, k, None] * scales)
                 new = np.clip(np.rint(q[:, k] - step), -LEVELS, LEVELS)
+                if mask is not None:
+                    new *= mask[:, k]
                 delta = (new - q[:, k]) * scales
                 q[:, k] = new
                 moved[:, k - start] = delta

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from edgekit.errors import GraphError, MissingExtra
+from edgekit.graphs.sparsity import dense_layers
 
 from .prepare import attribute, constants, consumers
 from .statistics import LEVELS
@@ -86,49 +87,60 @@ class QuantizedWeight(nn.Module):
     """A float master weight behind an int8 one, in units of the step where it begins, and a learned step a channel.
 
     The master lies where the float weight lies, but no further from its int8 level than rounds back to it: training begins
-    at the graph that it was given, whatever chose its levels.
+    at the graph that it was given, whatever chose its levels. ``sparse``: what is 0 in both stays 0.
     """
 
     unit: Tensor
+    mask: Tensor | None
 
-    def __init__(self, levels: Array, scale: Array, axis: int, original: Array | None) -> None:
+    def __init__(self, levels: Array, scale: Array, axis: int, original: Array | None, sparse: bool = False) -> None:
         super().__init__()
         self.shape = scale.shape
         spread = [-1 if i == axis % levels.ndim else 1 for i in range(levels.ndim)] if scale.ndim and levels.ndim else []
         unit = torch.tensor(scale.reshape(spread))
         begin = torch.tensor(levels.astype(np.float32))
+        filled = levels != 0
         if original is not None and original.shape == levels.shape:
+            filled = filled | (original != 0)
             away = torch.tensor(original.astype(np.float32)) / unit - begin
             beyond = (begin.abs() >= LEVELS) & (away * begin > 0)  # clipped: as far out as it was
             begin = begin + torch.where(beyond, away, torch.where(away.abs() <= 1, away.clamp(-_INSIDE, _INSIDE), 0.0))
         self.register_buffer("unit", unit)
+        self.register_buffer("mask", torch.tensor(filled) if sparse else None)
         self.master = nn.Parameter(begin)
         self.ratio = nn.Parameter(torch.ones_like(unit))
 
     def forward(self) -> Tensor:
         factor = (self.ratio.numel() / (self.master.numel() * LEVELS)) ** 0.5
-        weight: Tensor = _Round.apply(self.master, self.ratio.clamp(min=_LEAST), self.unit, _WEIGHTS, factor)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Round.apply(self._masked(), self.ratio.clamp(min=_LEAST), self.unit, _WEIGHTS, factor)  # type: ignore[no-untyped-call]
         return weight
+
+    def _masked(self) -> Tensor:
+        return self.master if self.mask is None else self.master * self.mask
 
     def quantized(self) -> tuple[NDArray[np.int8], Array]:
         """int8 levels and their float32 scales, of the shapes that the graph has."""
         with torch.no_grad():
             ratio = self.ratio.clamp(min=_LEAST)
-            levels = (self.master / ratio).round().clamp(*_WEIGHTS).to(torch.int8)
+            levels = (self._masked() / ratio).round().clamp(*_WEIGHTS).to(torch.int8)
             return levels.cpu().numpy(), (ratio * self.unit).cpu().numpy().reshape(self.shape)
 
 
 class Shifted(nn.Module):
-    """A float weight or bias: ``start`` + ``unit`` * ``shift``; the unit is its root mean square, so one rate suits all."""
+    """A float weight or bias: ``start`` + ``unit`` * ``shift``; the unit is its root mean square, so one rate suits all.
+
+    ``sparse``: what is 0 stays 0.
+    """
 
     start: Tensor
     unit: Tensor
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Tensor, sparse: bool = False) -> None:
         super().__init__()
         size = value.square().mean().sqrt()
         self.register_buffer("start", value)
-        self.register_buffer("unit", torch.where(size > 0, size, 0.01))
+        unit = torch.where(size > 0, size, 0.01)
+        self.register_buffer("unit", unit * (value != 0) if sparse else unit)
         self.shift = nn.Parameter(torch.zeros_like(value))
 
     def forward(self) -> Tensor:
@@ -139,7 +151,7 @@ class TorchGraph(nn.Module):
     """Runs an ONNX graph, Q/DQ or float, in PyTorch. Raises `GraphError` that names a node that it cannot run.
 
     ``originals``: name of an int8 initializer -> the float32 weights that it was rounded from, where they are known.
-    ``weights``, ``steps`` and ``floats`` hold what is trained.
+    ``weights``, ``steps`` and ``floats`` hold what is trained; zeros of weights with the 2:4 pattern stay zero.
     """
 
     def __init__(self, model: onnx.ModelProto, originals: Mapping[str, Array] | None = None) -> None:
@@ -156,11 +168,12 @@ class TorchGraph(nn.Module):
         self._inputs = {value.name for value in graph.input}
         self._outputs = [value.name for value in graph.output]
         self._originals = dict(originals or {})
+        self._sparse = {layer.weight for layer in dense_layers(self._model) if layer.sparse}
         pairs = self._pairs()
         self._steps = [(node, self._compile(node, pairs)) for node in graph.node]
         for name in _trained(graph):
             key = self._float_of[name] = f"f{len(self.floats)}"
-            self.floats[key] = Shifted(tensor_of(self._known[name]))
+            self.floats[key] = Shifted(tensor_of(self._known[name]), name in self._sparse)
         for i, (name, proto) in enumerate(self._known.items()):
             if name in self._weight_of or name in self._float_of:
                 continue
@@ -282,7 +295,8 @@ class TorchGraph(nn.Module):
                 raise _refused(node, "with a scale that others use too")
             levels, scales = (numpy_helper.to_array(self._known[n]) for n in (name, scale))
             key = f"w{len(self.weights)}"
-            self.weights[key] = QuantizedWeight(levels, scales, attribute(node, "axis", 1), self._originals.get(name))
+            axis, original = attribute(node, "axis", 1), self._originals.get(name)
+            self.weights[key] = QuantizedWeight(levels, scales, axis, original, name in self._sparse)
             self._weight_of[name] = (key, scale)
         weight = self.weights[self._weight_of[name][0]]
         assert isinstance(weight, QuantizedWeight)

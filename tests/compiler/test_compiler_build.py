@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.compiler import build, build_engine, child, import_onnx
+from edgekit.compiler import build, build_engine, child, import_onnx, summarise
 from edgekit.compiler.compilation import compile_graph
 from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
@@ -193,6 +193,7 @@ def test_int8_keeps_float32_around_it_where_tensorrt_refuses_float16(
         "target_precisions": ["fp32", "fp16", "int8"],
     }
     request |= {"engine": True, "module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.9", "target": "rtx-ada"}
+    request |= {"sparse": True}
     answer = compile_graph(request, tmp_path)
     assert (answer["precision"], answer["opset"], answer["golden_snr_db"]) == ("int8", 17, None)
     assert "no float16 here" in answer["notes"][0]
@@ -222,12 +223,80 @@ def test_the_batch_becomes_the_profile(digits_bundle: Bundle) -> None:
     assert record(digits_bundle, "rtx-ada")["profiles"] == {"x": [[1, 1, 28, 28], [8, 1, 28, 28], [8, 1, 28, 28]]}
 
 
-def test_sparse_weights_are_flagged(tmp_path: Path) -> None:
-    history = (history_entry("prune", {"sparsity": "2:4"}, {}),)
-    x = np.ones((1, 32), np.float32)
-    bundle = write(tmp_path / "s.edge", {FLOAT_GRAPH: linear(np.eye(32))}, x, ("n", 32), history=history)
-    build(bundle, target="rtx-ampere")
-    assert record(bundle, "rtx-ampere")["flags"] == ["SPARSE_WEIGHTS"]
+def sparse_bundle(path: Path, weight: np.ndarray[Any, Any]) -> Bundle:
+    """A float and an int8 graph of one product, of which two weights of every four along K are zero."""
+    weight.reshape(-1, 4, weight.shape[1])[:, 1:3] = 0
+    x = np.random.default_rng(1).normal(size=(4, len(weight))).astype(np.float32)
+    graphs = {FLOAT_GRAPH: linear(weight), INT8_GRAPH: linear(weight, quantized=True)}
+    golden = {FLOAT_GRAPH: Tolerance("relative", 1e-4), INT8_GRAPH: Tolerance("snr_db", 30.0)}
+    return write(path, graphs, x, ("n", len(weight)), golden=golden)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_builder_looks_for_sparse_kernels_where_weights_are_24(tmp_path: Path, precision: str) -> None:
+    bundle = sparse_bundle(tmp_path / "s.edge", np.random.default_rng(0).normal(size=(64, 32)))
+    made = build(bundle, target="rtx-ampere", precision=precision)
+    found = record(bundle, "rtx-ampere")
+    assert (found["flags"], found["sparse_layers"], made.sparse_layers) == (["SPARSE_WEIGHTS"], 1, 1)
+    assert "1 of 1 layers is 2:4: SPARSE_WEIGHTS is set" in made.note
+    assert build(bundle.path, target="rtx-ampere", precision=precision).sparse_layers == 1
+    assert {graph["sparse_layers"] for graph in summarise(bundle.path)["graphs"].values()} == {1}
+
+
+def test_sparse_weights_are_only_said_where_the_target_cannot_use_them(tmp_path: Path) -> None:
+    bundle = sparse_bundle(tmp_path / "s.edge", np.random.default_rng(0).normal(size=(64, 32)))
+    made = build(bundle, target="rtx-turing", precision="fp16")
+    assert record(bundle, "rtx-turing")["flags"] == []
+    assert (made.sparse_layers, "1 of 1 layers is 2:4, which SM 7.5 cannot use" in made.note) == (1, True)
+
+
+def test_dense_weights_get_no_flag(quantized: Bundle) -> None:
+    made = build(quantized, target="rtx-ampere")
+    assert (record(quantized, "rtx-ampere")["flags"], made.sparse_layers) == ([], 0)
+    assert "2:4" not in made.note
+
+
+def test_the_flag_reaches_the_builders_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read back from TensorRT-RTX itself, in the moment in which it builds."""
+    trt: Any = pytest.importorskip("tensorrt_rtx")
+    bundle = sparse_bundle(tmp_path / "s.edge", np.random.default_rng(0).normal(size=(64, 32)))
+    seen: list[bool] = []
+
+    class Builder:
+        def __init__(self, logger: Any) -> None:
+            self.builder = real(logger)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.builder, name)
+
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            seen.append(config.get_flag(trt.BuilderFlag.SPARSE_WEIGHTS))
+            return self.builder.build_serialized_network(network, config)
+
+    real = trt.Builder
+    monkeypatch.setattr(trt, "Builder", Builder)
+    request = {"float_graph": str(bundle.file(FLOAT_GRAPH)), "int8_graph": None, "golden": str(bundle.file(GOLDEN))}
+    request |= {"precision": "fp16", "target_precisions": ["fp32", "fp16"], "engine": True, "form": "int8", "target": "here"}
+    request |= {"module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.6"}
+    request |= {"profiles": {"x": [[1, 64], [1, 64], [1, 64]]}}
+    for sparse in (True, False):
+        answer = compile_graph({**request, "sparse": sparse}, tmp_path)
+        assert answer["flags"] == (["SPARSE_WEIGHTS"] if sparse else [])
+    assert seen == [True, False]
+    assert (tmp_path / "plan.engine").stat().st_size > 1000
+
+
+def test_a_kit_tells_the_device_to_look_for_sparse_kernels(tmp_path: Path) -> None:
+    bundle = sparse_bundle(tmp_path / "s.edge", np.random.default_rng(0).normal(size=(64, 32)))
+    made = build(bundle, target="jetson-orin-nano")
+    assert made.kit is not None
+    zipfile.ZipFile(made.kit).extractall(tmp_path / "kit")
+    assert json.loads((tmp_path / "kit" / "build.json").read_text())["flags"] == ["SPARSE_WEIGHTS"]
+    assert "--sparsity=enable" in (tmp_path / "kit" / "README.txt").read_text()
+    command = [sys.executable, "build_engine.py", "--module", "tensorrt_rtx", "--compute-capability", "8.6", "--no-check"]
+    done = subprocess.run(command, cwd=tmp_path / "kit", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["precision"] == "int8"
 
 
 def test_what_tensorrt_refuses_is_named(tmp_path: Path) -> None:
@@ -302,6 +371,7 @@ def test_inspect_tells_of_bundles_and_engines(cli: Callable[..., Any], tiny_bund
     assert cli("build", tiny_bundle.path, "--target", "rtx-ada").code == 0
     bundle = cli("inspect", tiny_bundle.path, "--json").json
     assert bundle["graphs"]["model.onnx"]["macs"] == 32 * 32 * 3 * 9 * 16 + 32 * 32 * 16 * 9 * 16 + 160
+    assert bundle["graphs"]["model.onnx"]["sparse_layers"] == 0
     assert bundle["graphs"]["model.onnx"]["parameters"] == 16 * 27 + 16 * 144 + 170
     assert set(bundle["files"]) == {"model.onnx", "golden.npz", "engines/rtx-ada.engine", "engines/rtx-ada.json"}
     engine = tiny_bundle.path / "engines/rtx-ada.engine"

@@ -354,3 +354,38 @@ def test_weight_scales(method: str, axis: int) -> None:
     else:
         assert (scales[alive] <= amax[alive] / LEVELS * (1 + 1e-6)).all()
         assert (scales[alive] >= LEAST * amax[alive] / LEVELS * (1 - 1e-6)).all()
+
+
+def masked(case: Case, seed: int = 0) -> tuple[Case, Array]:
+    """The case with two of every four consecutive inputs of each output at zero, and its mask."""
+    groups, inputs, outputs = case.weight.shape
+    order = np.random.default_rng(seed).random((groups, inputs // 4, 4, outputs)).argsort(2)
+    mask = (order < 2).reshape(groups, inputs, outputs)
+    weight = case.weight * mask
+    return Case(case.x, case.y - case.x @ (case.weight - weight), weight), mask
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 2), st.integers(2, 20), st.integers(0, 30), st.booleans(), st.integers(0, 2))
+def test_what_is_masked_stays_zero(seed: int, groups: int, fours: int, held: int, biased: bool, sweeps: int) -> None:
+    case, mask = masked(layer(seed, groups, 4 * fours, 9, 80, 1.0, 0.2), seed)
+    fit, held_out = halves(case, held)
+    found = fit_and_round(case.weight, fit, held_out, biased=biased, sweeps=sweeps, mask=mask)
+    assert not found.integers[~mask].any()
+    given = round_to_scales(case.weight, found.scales, fit, biased=biased, sweeps=sweeps, mask=mask)
+    assert not given[~mask].any()
+    whole = fit_and_round(case.weight, fit, held_out, biased=biased, sweeps=sweeps, mask=np.ones_like(mask))
+    free = fit_and_round(case.weight, fit, held_out, biased=biased, sweeps=sweeps)
+    assert np.abs(dequantized(whole) - dequantized(free)).max() < 0.05 * np.abs(case.weight).max()
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.8], ids=["exact", "damped inputs"])
+def test_fitting_under_a_mask_beats_nearest_and_zeroing_afterwards(gain: float) -> None:
+    case, mask = masked(layer(3, 1, 64, 24, 3000))
+    case = case._replace(x=gain * case.x)
+    seen, new = case.part(slice(0, 2000)), case.part(slice(2000, None))
+    found = error(dequantized(fit_and_round(case.weight, *halves(seen, 500), mask=mask)), new)
+    free = dequantized(fit_and_round(case.weight, *halves(seen, 500)))
+    assert (free[~mask] != 0).any()
+    assert found < (0.9 if gain == 1 else 0.01) * error(nearest(case), new)
+    assert found < 0.9 * error(free * mask, new)
