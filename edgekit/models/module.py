@@ -40,7 +40,19 @@ try:
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch") from None
 
-__all__ = ["FLOAT_TOLERANCE", "Skip", "adopt_shapes", "attribute", "create", "edit", "export_onnx", "load", "macs", "parameters", "write_model"]
+__all__ = [
+    "FLOAT_TOLERANCE",
+    "Skip",
+    "adopt_shapes",
+    "attribute",
+    "create",
+    "edit",
+    "export_onnx",
+    "load",
+    "macs",
+    "parameters",
+    "write_model",
+]
 
 #: How far ONNX Runtime may be from torch on the same weights: rounding of reordered sums, no more.
 FLOAT_TOLERANCE = Tolerance("relative", 1e-4)

@@ -1,5 +1,6 @@
 """Structured pruning: whole channels are removed, so the model is really smaller on every backend."""
 
-#from .prune import prune
+from .importance import CRITERIA
+from .prune import prune
 
-__all__ = ["prune"]
+__all__ = ["CRITERIA", "prune"]

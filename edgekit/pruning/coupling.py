@@ -76,9 +76,10 @@ class Coupling:
 
     def unite(self, first: Tensor, second: Tensor) -> Tensor:
         """Make channels one, element by element; 0 unites with nothing. Returns what stands for both, of the same shape."""
-        first, second = torch.broadcast_tensors(self.find(first), self.find(second))
+        shape = torch.broadcast_shapes(first.shape, second.shape)
+        first, second = self.find(first).expand(shape), self.find(second).expand(shape)
         differ = (first != second) & (first > 0) & (second > 0)
-        for a, b in torch.stack([first[differ], second[differ]], 1).unique(dim=0).tolist():
+        for a, b in _distinct(torch.stack([first[differ], second[differ]], 1)).tolist():
             low, high = sorted((int(self.find(torch.tensor(a))), int(self.find(torch.tensor(b)))))
             self.parent[high] = low
         return self.find(torch.where(first > 0, first, second))
@@ -90,7 +91,7 @@ class Coupling:
 
     def fix(self, numbers: Tensor, why: str) -> None:
         """Say of channels that they must stay."""
-        for number in numbers.unique().tolist():
+        for number in set(numbers.flatten().tolist()):
             self.fixed.setdefault(number, why)
 
     def axis(self, name: str, index: int) -> Tensor:
@@ -111,8 +112,9 @@ class Coupling:
         """Channels (n,) along an axis of a tensor; those of one index along it become one."""
         lines = self.find(numbers.movedim(axis, -1)).reshape(-1, numbers.shape[axis])
         if bool((lines == lines[:1]).all()):
-            return lines[0]
-        lines = lines.unique(dim=0)
+            first: Tensor = lines[0]
+            return first
+        lines = _distinct(lines)
         found = lines.amax(0)
         for line in lines:
             found = self.unite(found, line)
@@ -121,7 +123,9 @@ class Coupling:
     def varying(self, numbers: Tensor) -> list[int]:
         """The axes along which channels differ."""
         t = self.find(numbers)
-        return [k for k in range(t.ndim) if t.shape[k] > 1 and bool((t.narrow(k, 1, t.shape[k] - 1) != t.narrow(k, 0, 1)).any())]
+        return [
+            k for k in range(t.ndim) if t.shape[k] > 1 and bool((t.narrow(k, 1, t.shape[k] - 1) != t.narrow(k, 0, 1)).any())
+        ]
 
     def settle(self) -> None:
         """After the last operator: give elementwise parameters their axis; keep whole rows fixed where a part is."""
@@ -145,6 +149,12 @@ class Coupling:
                     self.fix(numbers, held[0])
             if len(self.fixed) == before:
                 return
+
+
+def _distinct(lines: Tensor) -> Tensor:
+    """The different rows of (N, n)."""
+    found: Tensor = lines.unique(dim=0)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Parameter(NamedTuple):
@@ -212,7 +222,7 @@ def _blank(value: Any) -> Any:
 
 def _nodes(args: Any) -> list[torch.fx.Node]:
     found: list[torch.fx.Node] = []
-    torch.fx.node.map_arg(args, found.append)  # type: ignore[arg-type]
+    torch.fx.node.map_arg(args, found.append)
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,7 @@ class Network:
     groups: tuple[Group, ...]
     operations: tuple[Operation, ...]
     kept: Mapping[str, str]
+    axes: Mapping[Axis, Tensor] = field(repr=False)
     present: Tensor = field(repr=False)
     left: Mapping[Axis, Tensor] = field(repr=False)
     edits: ModelEdits
@@ -93,6 +95,14 @@ class Network:
         """How many channels an operator has left, along each of its axes."""
         return tuple(int(self.present[numbers].sum()) for numbers in operation.dims)
 
+    def elements(self) -> dict[str, int]:
+        """Numbers in each parameter and buffer, without the channels that are masked."""
+        state = {name: list(value.shape) for name, value in self.module.state_dict().items() if value.is_floating_point()}
+        for (name, axis), numbers in self.axes.items():
+            if name in state:
+                state[name][axis] = int(self.present[numbers].sum())
+        return {name: math.prod(shape) for name, shape in state.items()}
+
     def masked(self, channels: Iterable[Channel]) -> Network:
         """What the network would be without ``channels``; its module is as it was."""
         present = self.present.clone()
@@ -110,8 +120,9 @@ class Network:
             left[axis][index] = False
         changed = [axis for axis in left if left[axis] is not self.left[axis]]
         state = self.module.state_dict()
-        for name, axis in changed:
-            state[name] = state[name].index_select(axis, left[name, axis][self.left[name, axis]].nonzero().flatten())
+        for key in changed:
+            name, along = key
+            state[name] = state[name].index_select(along, left[key][self.left[key]].nonzero().flatten())
         module = copy.deepcopy(self.module)
         counts = ModelEdits({name: attribute(module, name) - 1 for name in attributes})
         edit(module, counts)
@@ -136,6 +147,7 @@ class Network:
             edits=self.edits.without(block),
         )
 
+
 def _inside(name: str, block: str) -> bool:
     return f"{name}.".startswith(f"{block}.")
 
@@ -149,7 +161,8 @@ def _outside(group: Group, block: str) -> Group | None:
     if not any(axis == 0 and not _inside(name, block) for name, axis in first):
         return None
     rows = tuple(
-        tuple(c._replace(slices={a: i for a, i in c.slices.items() if not _inside(a[0], block)}) for c in row) for row in group.rows
+        tuple(c._replace(slices={a: i for a, i in c.slices.items() if not _inside(a[0], block)}) for c in row)
+        for row in group.rows
     )
     name = group.name if not _inside(group.name, block) else _layer(rest[0])
     return replace(group, rows=rows, name=name)
@@ -173,7 +186,7 @@ def analyse(module: nn.Module, example: Tensor, edits: ModelEdits | None = None,
         left |= {a: torch.ones(len(n), dtype=torch.bool) for a, n in heads.axes.items()}
         whole = _heads(heads, module, columns)
     present = torch.ones(len(columns.parent), dtype=torch.bool)
-    network = Network(module, (), operations, kept, present, left, edits or ModelEdits())
+    network = Network(module, (), operations, kept, columns.axes, present, left, edits or ModelEdits())
     found: list[Group] = []
     with torch.no_grad():
         wanted = module.eval()(example[:SAMPLES])
@@ -198,7 +211,7 @@ def _blocks(module: nn.Module, example: Tensor) -> list[str]:
 
             def watch(_: nn.Module, given: tuple[object, ...], made: object, name: str = name) -> None:
                 same = bool(given) and isinstance(given[0], Tensor) and isinstance(made, Tensor)
-                calls[name].append(same and given[0].shape == made.shape)  # type: ignore[union-attr, attr-defined]
+                calls[name].append(same and given[0].shape == made.shape)  # type: ignore[attr-defined]
 
             hooks.append(layer.register_forward_hook(watch))
     module(example)
@@ -237,24 +250,24 @@ def _groups(coupling: Coupling, channels: Mapping[int, Channel]) -> tuple[list[G
                     place[number].append((which, row))
     merged: list[tuple[set[int], dict[object, list[int]]]] = []
     for kind, numbers in kinds.items():
-        rows = defaultdict(list)
+        apart: dict[object, list[int]] = defaultdict(list)
         for number in numbers:
-            rows[kind, tuple(place[number])].append(number)
+            apart[kind, tuple(place[number])].append(number)
         bound = {which for number in numbers for which, _ in place[number]}
         touching = [m for m in merged if m[0] & bound]
         for other in touching:
             merged.remove(other)
             bound |= other[0]
-            rows.update(other[1])
-        merged.append((bound, rows))
+            apart.update(other[1])
+        merged.append((bound, apart))
     order = {name: i for i, name in enumerate(coupling.state)}
     found = [
         Group(
-            _name([channels[n] for n in next(iter(rows.values()))], order),
-            tuple(tuple(channels[n] for n in numbers) for numbers in rows.values()),
-            recurrent=any(".weight_hh" in f".{a[0]}" for numbers in rows.values() for a in channels[numbers[0]].slices),
+            _name([channels[n] for n in next(iter(apart.values()))], order),
+            tuple(tuple(channels[n] for n in numbers) for numbers in apart.values()),
+            recurrent=any(".weight_hh" in f".{a[0]}" for numbers in apart.values() for a in channels[numbers[0]].slices),
         )
-        for _, rows in merged
+        for _, apart in merged
     ]
     found.sort(key=lambda g: min(order[name] for row in g.rows for name, _ in row[0].slices))
     kept = {}
@@ -299,15 +312,15 @@ def _heads(coupling: Coupling, module: nn.Module, columns: Coupling) -> list[Gro
                 for key, value in vars(owner).items()
                 if type(value) is int and value == count and "head" in key
             ]
-        rows = tuple(tuple(_numbered(channel, columns) for channel in row) for row in group.rows)
-        found.append(replace(group, rows=rows, heads=True, attributes=tuple(counters)))
+        numbered = tuple(tuple(_numbered(channel, columns) for channel in row) for row in group.rows)
+        found.append(replace(group, rows=numbered, heads=True, attributes=tuple(counters)))
     return found
 
 
 def _numbered(head: Channel, columns: Coupling) -> Channel:
     """A head with the numbers of its channels."""
     numbers = [columns.find(columns.axes[axis])[index] for axis, index in head.slices.items() if axis in columns.axes]
-    return head._replace(numbers=torch.cat(numbers).unique())
+    return head._replace(numbers=torch.cat(numbers).unique())  # type: ignore[no-untyped-call]
 
 
 def _tried(network: Network, group: Group, example: Tensor, wanted: Tensor, normalised: Sequence[Tensor]) -> Group | str:
@@ -341,4 +354,3 @@ def _silenced(network: Network, channels: Sequence[Channel]) -> nn.Module:
     for name, axis, index in ((*a, i) for channel in channels for a, i in channel.slices.items()):
         state[name].index_fill_(axis, index, 0)
     return module
-

@@ -31,7 +31,7 @@ def taylor(module: nn.Module, samples: Tensor, targets: Tensor) -> dict[str, Ten
     with torch.enable_grad():
         logits = module(samples).flatten(0, -2)
         wanted = targets if len(targets) == len(logits) and targets.ndim == 1 else logits.argmax(1)
-        torch.nn.functional.cross_entropy(logits, wanted).backward()
+        torch.nn.functional.cross_entropy(logits, wanted).backward()  # type: ignore[no-untyped-call]
     found = {
         name: (weight.detach() * weight.grad).square() if weight.grad is not None else torch.zeros_like(weight)
         for name, weight in module.named_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,7 @@ from edgekit.runtime.onnxruntime import session
 __all__ = ["paired_latency"]
 
 
-def paired_latency(
-    before: bytes, after: bytes, sample: NDArray[np.float32], rounds: int = 30, calls: int = 20
-) -> tuple[float, float]:
+def paired_latency(before: bytes, after: bytes, sample: NDArray[Any], rounds: int = 30, calls: int = 20) -> tuple[float, float]:
     """Median milliseconds of one inference of ``before`` and of ``after``: ONNX Runtime, one thread, batch of ``sample``.
 
     The two run in alternating bursts of ``calls``; each burst counts as its median.

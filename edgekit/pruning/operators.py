@@ -38,8 +38,8 @@ def apply(coupling: Coupling, node: torch.fx.Node, values: dict[str, Any]) -> An
     target: Any = node.target
     packet = getattr(target, "overloadpacket", target)
     name = getattr(packet, "__name__", str(packet)).rstrip("_")
-    args = torch.fx.node.map_arg(node.args, lambda n: values[n.name])
-    kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n.name])
+    args: Any = torch.fx.node.map_arg(node.args, lambda n: values[n.name])
+    kwargs: Any = torch.fx.node.map_arg(node.kwargs, lambda n: values[n.name])
     stack = list(node.meta.get("nn_module_stack", {}).values())
     module = str(stack[-1][0]) if stack else ""
     rule = _RULES.get(name)
@@ -73,6 +73,13 @@ def _tensor(coupling: Coupling, value: Any) -> Tensor:
 def _shape(node: torch.fx.Node) -> tuple[int, ...]:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _given(node: torch.fx.Node) -> tuple[int, ...]:
+    """Shape of the first operand."""
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    return _shape(source)
 
 
 def _unknown(coupling: Coupling, node: torch.fx.Node, name: str, module: str, args: Any, kwargs: Any) -> Any:
@@ -170,7 +177,7 @@ def _reduce(coupling: Coupling, node: torch.fx.Node, args: Any, kwargs: Any) -> 
     given = args[2] if "norm" in str(node.target) and len(args) > 2 else args[1] if len(args) > 1 else kwargs.get("dim")
     if given is None or (isinstance(given, list | tuple) and not given):
         dims = list(range(x.ndim))
-    elif isinstance(given, Tensor) or isinstance(given, float):  # max(x, y) is pointwise
+    elif isinstance(given, Tensor | float):  # max(x, y) is pointwise
         return _pointwise(coupling, node, "", args, kwargs)
     else:
         dims = [d % x.ndim for d in ([given] if isinstance(given, int) else given)]
@@ -232,7 +239,7 @@ def _convolution(transposed: bool, space: int) -> Callable[..., Any]:
             inputs = given
             coupling.rows.append(Rows(coupling.find(outputs).reshape(groups, -1)))
         shape, kernel = _shape(node), tuple(coupling.state[weight.name].shape[2:])
-        before = tuple(node.args[0].meta["val"].shape[-space:])
+        before = _given(node)[-space:]
         stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
         static = (groups if groups != len(given) else -(len(outputs) // groups), space, *before, *shape[-space:], *kernel)
         kind = "deconvolution" if transposed else "convolution"
@@ -329,7 +336,9 @@ def _attention(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, 
     else:
         coupling.normalised.append(q)  # 1 / sqrt(width) changes
     shape, keys = _shape(node), key.shape[-2]
-    coupling.operations.append(Operation("attention", (*_lines(coupling, q), *_lines(coupling, v)), (*shape[:-1], keys), module))
+    coupling.operations.append(
+        Operation("attention", (*_lines(coupling, q), *_lines(coupling, v)), (*shape[:-1], keys), module)
+    )
     return coupling.find(v).unsqueeze(-2).expand(shape)
 
 
@@ -342,7 +351,7 @@ def _recurrence(gates: int) -> Callable[..., Any]:
         if len(weights) != count or not isinstance(x, Tensor):
             return _unknown(coupling, node, "a recurrence with projections", module, args, kwargs)
         per, given, hidden = 4 if biased else 2, coupling.along(x, -1), []
-        sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+        sizes = _given(node)
         steps = sizes[1] if batch_first else sizes[0]
         for layer in range(layers):
             made = []

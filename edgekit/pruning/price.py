@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .coupling import Operation
 from .groups import SAMPLES, Network
 from .table import LatencyTable
 
-__all__ = ["Price", "latency_price", "macs_of", "macs_price", "size_price"]
+__all__ = ["LatencyPrice", "Price", "layer_rows", "macs_of", "macs_price", "size_price"]
 
 #: What a network costs, in the unit of the target.
 Price = Callable[[Network], float]
@@ -43,15 +45,12 @@ def macs_price(network: Network) -> float:
 
 
 def size_price(network: Network) -> float:
-    """Bytes of float32 weights."""
-    state = network.module.state_dict()
-    total = 0
-    for name, value in state.items():
-        total += 4 * value.numel() if value.is_floating_point() else 0
-    return float(total)
+    """Bytes of float32 weights, of a network that may be masked."""
+    return 4.0 * sum(network.elements().values())
 
 
-class latency_price(NamedTuple):  # noqa: N801  it is called like the others
+@dataclass(frozen=True)
+class LatencyPrice:
     """Milliseconds of one sample by a table of measured layers, scaled so that a measured network costs what it measured."""
 
     table: LatencyTable
@@ -64,6 +63,37 @@ class latency_price(NamedTuple):  # noqa: N801  it is called like the others
         """The sum of the table's entries, milliseconds."""
         return sum(self.table.microseconds(o, network.sizes(o), SAMPLES) for o in network.operations) / 1e3
 
-    def anchored(self, network: Network, measured_ms: float) -> latency_price:
+    def anchored(self, network: Network, measured_ms: float) -> LatencyPrice:
         """The same table, fitted to a network that was measured."""
-        return self._replace(scale=measured_ms / max(self.kernels(network), 1e-9))
+        return replace(self, scale=measured_ms / max(self.kernels(network), 1e-9))
+
+
+def layer_rows(before: Network, after: Network, table: LatencyTable) -> list[dict[str, Any]]:
+    """Each layer of ``before`` and what became of it in ``after``: channels, multiply-accumulates, the table's microseconds.
+
+    What a skipped block held has no channels ``after``.
+    """
+    left: dict[tuple[str, str], list[Operation]] = defaultdict(list)
+    for operation in after.operations:
+        left[operation.kind, operation.module].append(operation)
+    rows = []
+    for operation in before.operations:
+        same = left[operation.kind, operation.module]
+        now = same.pop(0) if same else None
+        if operation.kind in ("pointwise", "transcendental"):
+            continue
+        sizes = tuple(map(len, operation.dims))
+        rows.append(
+            {
+                "layer": operation.module,
+                "kind": operation.kind,
+                "before": list(sizes),
+                "after": list(map(len, now.dims)) if now else [],
+                "macs_before": macs_of(operation, sizes, sizes),
+                "macs": macs_of(now, tuple(map(len, now.dims)), tuple(map(len, now.dims))) if now else 0,
+                "us_before": round(table.microseconds(operation, sizes, SAMPLES), 2),
+                "us": round(table.microseconds(now, tuple(map(len, now.dims)), SAMPLES), 2) if now else 0.0,
+            }
+        )
+    table.save()
+    return rows

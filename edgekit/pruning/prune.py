@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle, new_path
-from edgekit.data import Dataset, Tensors, load
-from edgekit.data.augment import Augmentation, make_augmentation, policy_named
-from edgekit.errors import BudgetNotMet, DataError, UsageError
-from edgekit.evaluation import accuracy
-from edgekit.manifest import Preprocessing
-from edgekit.models import preset_named
-from edgekit.models.module import export_onnx, parameters, write_model
+from edgekit.errors import BudgetNotMet, UsageError
+from edgekit.manifest import ModelEdits
 from edgekit.models.module import load as load_module
-from edgekit.models.module import macs as macs_of
+from edgekit.models.module import macs, parameters, write_model
 from edgekit.progress import say
-from edgekit.training import FitConfig, fit
-from edgekit.training.fit import answers
-from edgekit.training.objective import Classification
-from edgekit.training.plan import Splits, read_splits
 
-from .latency import paired_latency
-from .search import Step, cut_path
-from .sparsity import Mask24
+from .groups import analyse
+from .importance import importance_named
+from .price import LatencyPrice, Price, layer_rows, macs_price, size_price
+from .reach import Meter, reach
+from .recover import Recovery
+from .resume import Cut, Resume
+from .search import Judge, Step, sensitivity
+from .sparsity import Mask24, check_exported, permute_channels
+from .table import LatencyTable
+from .target import Target, target_of
 
 __all__ = ["prune"]
 
-SAMPLES = 512  # training samples that judge a cut
 EPOCHS = 30
+UNIT = 16
+#: Below this share of the cost a model is cut in two rounds, the first of a quarter of the epochs.
+TWICE, FIRST_ROUND = 0.7, 0.25
 
 
-class _Cut(NamedTuple):
-    module: nn.Module
-    steps: list[Step]
+class Options(NamedTuple):
+    """What `prune` was asked for, and how."""
+
+    target: Target | None
+    max_drop: float | None
+    sparse: bool
+    importance: str
+    freeze: tuple[str, ...]
+    unit: int
+    seed: int
 
 
 def prune(
@@ -50,181 +57,202 @@ def prune(
     out: str | os.PathLike[str],
     keep: float | None = None,
     speedup: float | None = None,
+    latency_ms: float | None = None,
+    size: float | None = None,
     max_drop: float | None = None,
     sparsity: str | None = None,
     data: str | None = None,
     epochs: int = EPOCHS,
+    minutes: float | None = None,
+    importance: str = "magnitude",
+    freeze: Sequence[str] = (),
+    unit: int = UNIT,
     seed: int = 0,
 ) -> Bundle:
-    """Remove channels until ``keep`` (share of the MACs) or ``speedup`` (measured on ONNX Runtime, one thread) is reached.
+    """Remove channels, recurrent units, attention heads and blocks until a target is reached; fine-tune; measure.
 
-    Neither given: ``keep=0.5``, or no cut with ``sparsity="2:4"``. Then fine-tune for ``epochs`` on ``data`` (default:
-    what the bundle was trained on). ``max_drop``: points of top-1 on the held-out split that may be lost.
-    Raises `BudgetNotMet` (exit 3) where ``speedup`` (by more than 2%, which two measurements of one graph differ by) or
-    ``max_drop`` is missed; the best found is written all the same.
+    The target is one of ``keep`` (share of the MACs), ``size`` (bytes of float32 weights), ``speedup`` and ``latency_ms``
+    (measured on ONNX Runtime, one thread, one sample); none: ``keep=0.5``, or no cut with ``sparsity="2:4"``. What is lost
+    least is cut first: KL divergence on training samples over the cost that goes. ``importance`` ranks the channels of a
+    group (`CRITERIA`), ``freeze`` names layers (patterns) that keep their width, ``unit`` is what widths are multiples of: 16
+    suits a CPU and fp16 tensor cores, 32 those of int8. Then ``epochs`` of fine-tuning, fewer if they would take longer than
+    ``minutes``, on ``data`` (default: what the bundle was trained on), with the unpruned model as the teacher of a
+    classifier. A stopped run goes on from ``OUT.checkpoint``.
+    ``max_drop``: points of top-1 (of the character error rate, of readers) on the held-out split that may be lost.
+    Raises `BudgetNotMet` (exit 3) where ``speedup``, ``latency_ms`` (by more than 2%, which two measurements of one graph
+    differ by) or ``max_drop`` is missed; the best found is written all the same. `UsageError` for a target that cannot be
+    reached, `GraphError` for a model that cannot be traced.
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     target = new_path(out)
-    _check(keep, speedup, sparsity)
-    if source.manifest.task not in ("image-classification", "tensor"):
-        raise UsageError(f"{source.path} does {source.manifest.task}; prune cuts image classifiers", "leave prune out")
+    if sparsity not in (None, "2:4"):
+        raise UsageError(f"there is no sparsity {sparsity!r}", "the one pattern that tensor cores know is 2:4")
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise UsageError(f"--max-drop {max_drop:g} is no number of points", "give points of top-1, for example 0.5")
+    wanted = target_of(keep, size, speedup, latency_ms, whole=sparsity is not None)
+    importance_named(importance)
+    options = Options(wanted, max_drop, sparsity is not None, importance, tuple(freeze), unit, seed)
     module = load_module(source)
-    dataset = _dataset(source, data)
-    preprocessing, model = source.manifest.preprocessing, source.manifest.model
-    assert preprocessing is not None
-    assert model is not None
-    config = _fit_config(source, dataset, epochs, seed)
-    augmentation = make_augmentation(config.augmentation, preprocessing, resizes=preset_named(model.name).resizes)
-    splits = read_splits(dataset, preprocessing, augmentation)
-    held_out = splits.held_out
-    started = time.perf_counter()
-    before = _Before(source, module, held_out)
-    whole = sparsity and keep is None and speedup is None
-    cut = _Cut(module, []) if whole else _cut(before, _samples(dataset, preprocessing), keep, speedup)
-    mask = Mask24(cut.module) if sparsity else None
-    checkpoint = target.with_name(f"{target.name}.checkpoint")
+    recovery = Recovery.of(source, data, epochs, minutes, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
-    curve = _recover(cut.module, splits, config, augmentation, len(dataset.labels), checkpoint, mask)
-    figures = {
-        **before.against(cut.module, held_out, len(dataset.labels)),
-        "cuts": [{"layer": s.root, "before": s.before, "after": s.after, "kl": s.kl} for s in cut.steps],
-        "sparse_share": mask.share if mask else 0.0,
-        "seconds": round(time.perf_counter() - started, 1),
-        "curve": curve,
-    }
-    options = {"keep": keep, "speedup": speedup, "max_drop": max_drop, "sparsity": sparsity, "data": dataset.spec}
-    entry = source.entry("prune", {**options, **asdict(config), "data_digest": dataset.digest}, figures)
-    manifest = msgspec.structs.replace(source.manifest, name=target.name.removesuffix(".edge"), files={})
-    pruned = write_model(target, cut.module, held_out.x, manifest, entry)
-    checkpoint.unlink(missing_ok=True)
-    _gate(pruned, figures, speedup, max_drop)
+    started = time.perf_counter()
+    run = _Run(source, module, recovery, options, target)
+    cut = run.rounds()
+    figures = {**run.figures(cut), "seconds": round(time.perf_counter() - started, 1)}
+    written: dict[str, Any] = {"keep": keep, "speedup": speedup, "latency_ms": latency_ms, "size": size, "max_drop": max_drop}
+    written |= {"sparsity": sparsity, "importance": importance, "freeze": list(freeze), "unit": unit}
+    written |= {"data": recovery.dataset.spec, **asdict(recovery.config), "data_digest": recovery.dataset.digest}
+    model = source.manifest.model
+    assert model is not None
+    edits = cut.edits if cut.edits != ModelEdits() else msgspec.UNSET
+    manifest = msgspec.structs.replace(
+        source.manifest,
+        name=target.name.removesuffix(".edge"),
+        files={},
+        model=msgspec.structs.replace(model, edits=edits),
+    )
+    entry = source.entry("prune", written, figures)
+    pruned = write_model(target, cut.module, recovery.splits.held_out.x, manifest, entry, recovery.tokenizer)
+    run.resume.forget()
+    _gate(pruned, figures, wanted, max_drop)
     return pruned
 
 
-def _recover(
-    module: nn.Module,
-    splits: Splits,
-    config: FitConfig,
-    augmentation: Augmentation,
-    classes: int,
-    checkpoint: Path,
-    mask: Mask24 | None,
-) -> list[dict[str, float]]:
-    """Fine-tune what is left, with the loss of training; ``mask`` keeps pruned weights at zero."""
-    if mask:
-        mask()
-    objective = Classification(classes, config.smoothing, policy_named(config.augmentation))
-    options = {"objective": objective, "augmentation": augmentation, "checkpoint": checkpoint, "after_step": mask}
-    return fit(module, splits.train, splits.held_out, config, label="fine-tuning", **options)  # type: ignore[arg-type]
+class _Run:
+    """One `prune`: the network as it was, what it costs, and the rounds of cutting and fine-tuning."""
 
+    def __init__(self, source: Bundle, module: nn.Module, recovery: Recovery, options: Options, target: Path) -> None:
+        self.recovery, self.options, self.module = recovery, options, module
+        sample = recovery.splits.held_out.x[:1]
+        self.example = recovery.samples[:2]
+        if len(self.example) < 2:
+            raise UsageError(f"{recovery.dataset.spec} has one sample to train on", "add samples")
+        self.meter = Meter(source.file(FLOAT_GRAPH).read_bytes(), sample)
+        self.resume = Resume(target, f"{source.digest} {options} {recovery.config} {recovery.dataset.digest}")
+        edits = (source.manifest.model.edits if source.manifest.model else None) or ModelEdits()
+        say("finding what goes together")
+        self.network = analyse(module, self.example, edits, options.freeze)
+        self.judge = Judge.of(module, recovery.samples, recovery.targets, importance_named(options.importance))
+        self.table = LatencyTable()
+        self.price = self._price()
+        self.whole = self.price(self.network)
+        self.macs, self.parameters = macs(module, self.example), parameters(module)
+        self.before = recovery.judge(module)
 
-class _Before:
-    """What the unpruned model is: size, work, answers; and a pruned one held against it."""
+    def _price(self) -> Price:
+        kind = self.options.target.kind if self.options.target else "macs"
+        if kind in ("speedup", "latency"):
+            say("timing layers on ONNX Runtime")
+            price = LatencyPrice(self.table)
+            return price.anchored(self.network, self.meter(self.module)[1])
+        return size_price if kind == "size" else macs_price
 
-    def __init__(self, source: Bundle, module: nn.Module, held_out: Tensors) -> None:
-        self.graph = source.file(FLOAT_GRAPH).read_bytes()
-        self.module = module
-        self.sample = held_out.x[:1]
-        self.parameters, self.macs = parameters(module), macs_of(module, torch.from_numpy(self.sample))
-        self.top1 = float((answers(module, held_out.x) == held_out.y).mean())
+    def rounds(self) -> Cut:
+        """Cut and fine-tune, in two rounds where much goes."""
+        wanted = self.options.target
+        shares = _shares(wanted, self.whole)
+        epochs = self.recovery.config.epochs
+        cut = self.resume.load(self.module, len(shares)) or Cut(self.module, self.network.edits, [], 0, None, [])
+        for index in range(cut.fitted, len(shares)):
+            last = index == len(shares) - 1
+            if index >= cut.round:
+                cut = self.cut(cut, wanted if last else _partly(wanted, shares[index]), index + 1)
+            first = max(round(epochs * FIRST_ROUND), 1) if len(shares) > 1 else 0
+            mask = Mask24(cut.module) if last and self.options.sparse else None
+            label = "fine-tuning" if last and not index else f"fine-tuning, round {index + 1} of {len(shares)}"
+            curve = self.recovery.fit(cut.module, max(epochs - first, 1) if last else first, self.resume.fitting, label, mask)
+            cut = cut._replace(curve=[*cut.curve, *curve], fitted=index + 1, mask=mask)
+            if not last:
+                self.resume.save(cut)
+        return cut
 
-    def against(self, module: nn.Module, held_out: Tensors, classes: int) -> dict[str, Any]:
-        """Figures of the pruned ``module``; latencies are taken in turns, ONNX Runtime, one thread."""
-        judged = accuracy(held_out.y, answers(module, held_out.x), classes)
-        graph = export_onnx(module, torch.from_numpy(np.repeat(self.sample, 2, 0)))
-        old_ms, new_ms = paired_latency(self.graph, graph, self.sample)
-        macs = macs_of(module, torch.from_numpy(self.sample))
+    def cut(self, cut: Cut, target: Target | None, which: int) -> Cut:
+        """One round of cutting, from where the last one ended."""
+        module, edits, steps, predicted = cut.module, cut.edits, list(cut.steps), cut.predicted_ms
+        if target is not None:
+            network = analyse(module, self.example, edits, self.options.freeze)
+            reached = reach(network, self.judge, target, self.price, self.meter, self.whole, self.options.unit)
+            module, edits = reached.network.module, reached.network.edits
+            steps += [_row(step) for step in reached.steps]
+            predicted = reached.predicted_ms
+        if self.options.sparse and target is self.options.target:
+            groups = [g for g in analyse(module, self.example).groups if len(g.rows) == 1 and not g.heads]
+            channels = [[{a: i.tolist() for a, i in c.slices.items()} for c in g.rows[0]] for g in groups]
+            permute_channels(module, channels, self.example, seed=self.options.seed)
+        found = Cut(module, edits, steps, which, predicted, cut.curve, cut.fitted)
+        self.resume.save(found)
+        return found
+
+    def figures(self, cut: Cut) -> dict[str, Any]:
+        """What the pruned model is, beside what it was; latencies are taken in turns."""
+        judged = self.recovery.judge(cut.module)
+        old_ms, new_ms = self.meter(cut.module, rounds=30)
+        after = analyse(cut.module, self.example)
+        sparse = {"share": cut.mask.share} if cut.mask else {"share": 0.0}
+        if cut.mask:
+            from edgekit.models.module import export_onnx
+
+            sparse |= check_exported(export_onnx(cut.module, self.example), cut.mask)
+        now = macs(cut.module, self.example)
         return {
-            **judged.record(),
-            "drop": (self.top1 - judged.top1) * 100,
+            **judged,
+            "drop": self.recovery.drop(self.before, judged),
+            "before": {key: self.before[key] for key in ("top1", "cer") if key in self.before},
             "speedup": old_ms / new_ms,
             "latency_before_ms": old_ms,
             "latency_ms": new_ms,
-            "macs": macs,
-            "macs_share": macs / self.macs,
-            "parameters": parameters(module),
+            "latency_predicted_ms": cut.predicted_ms,
+            "macs": now,
+            "macs_share": now / self.macs,
+            "parameters": parameters(cut.module),
             "parameters_before": self.parameters,
+            "cuts": cut.steps,
+            "layers": layer_rows(self.network, after, self.table),
+            "kept": dict(self.network.kept),
+            "sensitivity": sensitivity(self.network, self.judge, self.options.unit),
+            "sparse_share": sparse["share"],
+            "sparse_layers": sparse.get("layers", 0),
+            "device": self.table.device,
+            "curve": cut.curve,
         }
 
 
-def _check(keep: float | None, speedup: float | None, sparsity: str | None) -> None:
-    if keep is not None and speedup is not None:
-        raise UsageError("--keep and --speedup arrived together", "give one of them")
-    if keep is not None and not 0 < keep <= 1:
-        raise UsageError(f"--keep {keep:g} is not a share", "give the share of the MACs to keep, for example 0.5")
-    if speedup is not None and not 1 < speedup <= 100:
-        raise UsageError(f"--speedup {speedup:g} is out of reach", "give how many times faster, for example 2")
-    if sparsity not in (None, "2:4"):
-        raise UsageError(f"there is no sparsity {sparsity!r}", "the one pattern that tensor cores know is 2:4")
+def _shares(target: Target | None, whole: float) -> list[float]:
+    """What each round leaves of the whole cost."""
+    if target is None:
+        return [1.0]
+    share = target.limit(whole) / whole if whole else 1.0
+    return [math.sqrt(share), share] if share < TWICE else [share]
 
 
-def _dataset(bundle: Bundle, data: str | None) -> Dataset:
-    trained = bundle.last("train")
-    spec = data or (trained.config.get("data") if trained else None)
-    if not spec:
-        raise DataError(f"{bundle.path} does not say what it was trained on", "name the data: --data SPEC")
-    try:
-        dataset = load(str(spec))
-    except DataError as error:
-        if data:
-            raise
-        raise DataError(f"the data it was trained on: {error.message}", "name the data: --data SPEC") from None
-    if dataset.labels != bundle.manifest.labels:
-        raise DataError(f"{spec} has other classes than {bundle.path}", "name the data it was trained on: --data SPEC")
-    return dataset
+def _partly(target: Target | None, share: float) -> Target | None:
+    if target is None:
+        return None
+    return Target("speedup" if target.kind in ("speedup", "latency") else "macs", share)
 
 
-def _samples(dataset: Dataset, preprocessing: Preprocessing) -> Tensor:
-    """Training samples, unaugmented, that judge a cut."""
-    chosen = np.linspace(0, len(dataset.train) - 1, min(SAMPLES, len(dataset.train))).astype(int)
-    x = dataset.train.take(chosen).tensors(preprocessing).x
-    return torch.from_numpy(x[:])
+def _row(step: Step) -> dict[str, Any]:
+    return {"layer": step.name, "kind": step.kind, "before": step.before, "after": step.after, "kl": step.kl}
 
 
-def _cut(before: _Before, samples: Tensor, keep: float | None, speedup: float | None) -> _Cut:
-    """The first model on the path of cuts that meets the budget; the last one where none does."""
-    last = [name for name, layer in before.module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
-    module, total = before.module, before.macs
-    budget = None if speedup else int((0.5 if keep is None else keep) * total)
-    steps: list[Step] = []
-    say("measuring what each cut costs")
-    for step in cut_path(module, samples, frozenset({last}), budget):
-        steps.append(step)
-        share = step.macs / total
-        say(f"cut {step.root}: {step.before} -> {step.after} channels, KL {step.kl:.3f}, {share:.0%} of the MACs left")
-        # Speed is what was asked for, so speed is measured; with too few MACs gone it cannot be there yet.
-        if speedup and step.macs * 0.6 * speedup <= total:
-            graph = export_onnx(step.module, samples[:2])
-            old, new = paired_latency(before.graph, graph, samples[:1].numpy(), rounds=10)
-            say(f"measured {old / new:.2f}x at {step.macs / total:.0%} of the MACs")
-            if old / new >= speedup:
-                break
-    if budget is not None and (not steps or steps[-1].macs > budget) and budget < total:
-        left = (steps[-1].macs if steps else total) / total
-        raise UsageError(f"--keep {budget / total:.2g}: what cannot be cut is {left:.0%} of the MACs", "ask for less")
-    return _Cut(steps[-1].module if steps else module, steps)
-
-
-def _fit_config(bundle: Bundle, dataset: Dataset, epochs: int, seed: int) -> FitConfig:
-    assert bundle.manifest.model is not None
-    trained = bundle.last("train")
-    batch = int(trained.config.get("batch", 128)) if trained else 128
-    rate = preset_named(bundle.manifest.model.name).lr * 0.6  # high, as pruned nets need it; not so high that it starts anew
-    augmentation = str(trained.config.get("augmentation", dataset.augmentation)) if trained else dataset.augmentation
-    return FitConfig(epochs, rate, batch, seed=seed, augmentation=augmentation)
-
-
-def _gate(bundle: Bundle, figures: dict[str, Any], speedup: float | None, max_drop: float | None) -> None:
+def _gate(bundle: Bundle, figures: dict[str, Any], target: Target | None, max_drop: float | None) -> None:
     result = {"bundle": str(bundle.path), **{k: figures[k] for k in ("top1", "drop", "speedup", "macs", "parameters")}}
     if max_drop is not None and figures["drop"] > max_drop + 1e-6:
+        what = "the character error rate rose" if "cer" in figures else "top-1 fell"
         raise BudgetNotMet(
-            f"top-1 fell by {figures['drop']:.2f} points, allowed {max_drop:g}; {bundle.path} is the best found",
-            "keep more (--keep), or fine-tune longer (--epochs)",
+            f"{what} by {figures['drop']:.2f} points, allowed {max_drop:g}; {bundle.path} is the best found",
+            "keep more, or fine-tune longer (--epochs)",
             result,
         )
-    if speedup is not None and figures["speedup"] < speedup * 0.98:
+    if target is not None and target.kind == "speedup" and figures["speedup"] < 0.98 / target.value:
         raise BudgetNotMet(
-            f"the pruned model is {figures['speedup']:.2f}x faster, asked {speedup:g}x; {bundle.path} is the best found",
-            "ask for less; what remains is not in the layers that can be cut",
+            f"{bundle.path}, the best found, is {figures['speedup']:.2f}x faster, asked {1 / target.value:g}x",
+            "measure on an idle machine, or ask for less",
+            result,
+        )
+    if target is not None and target.kind == "latency" and figures["latency_ms"] > target.value * 1.02:
+        raise BudgetNotMet(
+            f"the pruned model takes {figures['latency_ms']:.3f} ms, asked {target.value:g}; {bundle.path} is the best found",
+            "measure on an idle machine, or ask for less",
             result,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from edgekit.progress import say
 
 from .groups import Network
 from .latency import paired_latency
-from .price import Price, latency_price, macs_price, size_price
+from .price import LatencyPrice, Price, macs_price, size_price
 from .search import Judge, Step, cut_path
 from .target import Target
 
@@ -29,7 +29,7 @@ SURPLUS = 1.02  # of the speed-up, so that another measurement finds it, too
 class Meter:
     """Measures a module against the original on ONNX Runtime, one thread, one sample, in turns."""
 
-    def __init__(self, graph: bytes, sample: NDArray[np.generic]) -> None:
+    def __init__(self, graph: bytes, sample: NDArray[Any]) -> None:
         self.graph, self.sample = graph, sample
 
     def __call__(self, module: nn.Module, rounds: int = 10) -> tuple[float, float]:
@@ -51,7 +51,7 @@ def reach(network: Network, judge: Judge, target: Target, price: Price, meter: M
 
     Raises `UsageError` where what can be cut does not suffice, with how far it goes.
     """
-    if not isinstance(price, latency_price):
+    if not isinstance(price, LatencyPrice):
         steps = _walk(network, judge, price, target.limit(whole), unit)
         found = steps[-1].network if steps else network
         if price(found) > target.limit(whole):
@@ -60,7 +60,7 @@ def reach(network: Network, judge: Judge, target: Target, price: Price, meter: M
     return _reach_latency(network, judge, target, price, meter, unit)
 
 
-def _reach_latency(network: Network, judge: Judge, target: Target, price: latency_price, meter: Meter, unit: int) -> Reached:
+def _reach_latency(network: Network, judge: Judge, target: Target, price: LatencyPrice, meter: Meter, unit: int) -> Reached:
     steps: list[Step] = []
     old, new = meter(network.module)
     first = price = price.anchored(network, new)

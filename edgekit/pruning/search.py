@@ -127,9 +127,7 @@ def _moves(network: Network, weights: Mapping[str, Tensor], unit: int) -> Iterat
         if after < 1:
             continue
         weakest = network.weakest(group, weights, before - after)
-        yield _Move(
-            "heads" if group.heads else "channels", group.name, before, after, *_removal(weakest, group)
-        )
+        yield _Move("heads" if group.heads else "channels", group.name, before, after, *_removal(weakest, group))
     for name in network.blocks:
         yield _Move("block", name, 1, 0, lambda n, b=name: n.skipping(b), lambda n, b=name: n.bypassed(b))  # type: ignore[misc]
 
@@ -171,4 +169,3 @@ def sensitivity(network: Network, judge: Judge, unit: int = 16, points: int = 4)
         if len(curve) > 1:
             found[group.name] = curve
     return found
-

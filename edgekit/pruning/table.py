@@ -123,7 +123,7 @@ def _model(nodes: list[Any], inputs: dict[str, tuple[int, ...]], weights: dict[s
 
 
 def _convolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
-    """``static``: groups, or minus the outputs a channel of a depthwise one; dimensions; sizes before, after, kernel, stride."""
+    """``static``: groups, or minus the outputs a channel if depthwise; dimensions; sizes before, after, kernel, stride."""
     inputs, outputs = sizes
     grouping, space = static[:2]
     before, after, kernel, stride = (static[2 + k * space : 2 + (k + 1) * space] for k in range(4))
@@ -167,7 +167,7 @@ def _linear(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
 def _recurrence(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
     """``static``: gates, steps."""
     (inputs, units), (gates, steps) = sizes, static
-    more = {"linear_before_reset": 1} if gates == 3 else {}
+    more: dict[str, Any] = {"linear_before_reset": 1} if gates == 3 else {}
     node = helper.make_node({4: "LSTM", 3: "GRU", 1: "RNN"}[gates], ["x", "w", "r", "b"], ["y"], hidden_size=units, **more)
     weights = {"w": (1, gates * units, inputs), "r": (1, gates * units, units), "b": (1, 2 * gates * units)}
     return _model([node], {"x": (steps, 1, inputs)}, weights)
@@ -176,7 +176,9 @@ def _recurrence(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelPr
 def _product(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
     """``static``: products, rows, columns, depth, as they were traced."""
     count, rows, columns, depth = static
-    return _model([helper.make_node("MatMul", ["a", "b"], ["y"])], {"a": (count, rows, depth), "b": (count, depth, columns)}, {})
+    return _model(
+        [helper.make_node("MatMul", ["a", "b"], ["y"])], {"a": (count, rows, depth), "b": (count, depth, columns)}, {}
+    )
 
 
 def _attention(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
@@ -188,7 +190,7 @@ def _attention(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelPro
         helper.make_node("Softmax", ["s"], ["p"], axis=-1),
         helper.make_node("MatMul", ["p", "v"], ["y"]),
     ]
-    inputs = {"q": (heads, queries, query), "k": (heads, query, keys), "v": (heads, keys, value)}
+    inputs: dict[str, tuple[int, ...]] = {"q": (heads, queries, query), "k": (heads, query, keys), "v": (heads, keys, value)}
     return _model(nodes, inputs, {})
 
 

@@ -1,0 +1,151 @@
+"""What a pruned model is trained and judged with: the data, the loss and the teacher of the bundle it came from."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgekit.bundle import TOKENIZER, Bundle
+from edgekit.data import Dataset, load
+from edgekit.data.augment import Augmentation, make_augmentation, policy_named
+from edgekit.errors import DataError, UsageError
+from edgekit.evaluation import judge
+from edgekit.manifest import Preprocessing
+from edgekit.models import preset_named
+from edgekit.preprocess import make_preprocessor
+from edgekit.progress import say
+from edgekit.training import FitConfig, fit
+from edgekit.training.fit import ANSWERED, outputs_of
+from edgekit.training.objective import Classification, Distillation, Objective, objective_for
+from edgekit.training.plan import Splits, read_splits
+from edgekit.training.teacher import load_teacher
+
+__all__ = ["Recovery"]
+
+SAMPLES = 512  # training samples that judge a cut
+TIMED = 3  # steps, to see how many epochs fit a time
+
+
+@dataclass
+class Recovery:
+    """``config.epochs`` is what all rounds have together; ``samples`` (N, ...) and ``targets`` judge a cut."""
+
+    dataset: Dataset
+    splits: Splits
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+    config: FitConfig
+    objective: Objective
+    samples: Tensor
+    targets: Tensor
+    task: str
+    tokenizer: bytes | None
+
+    @classmethod
+    def of(cls, bundle: Bundle, data: str | None, epochs: int, minutes: float | None, seed: int) -> Recovery:
+        """Raises `DataError` for data that is missing or other than what ``bundle`` was trained on."""
+        dataset = _dataset(bundle, data)
+        preprocessing, model = bundle.manifest.preprocessing, bundle.manifest.model
+        assert preprocessing is not None
+        assert model is not None
+        tokenizer = bundle.read(TOKENIZER) if bundle.has(TOKENIZER) else None
+        config = _fit_config(bundle, dataset, epochs, seed)
+        augmentation = make_augmentation(
+            config.augmentation, preprocessing, tokenizer, resizes=preset_named(model.name).resizes
+        )
+        splits = read_splits(dataset, preprocessing, augmentation, tokenizer)
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset.train))[:SAMPLES])
+        judged = dataset.train.take(chosen).tensors(make_preprocessor(preprocessing, tokenizer))
+        learnt = objective_for(dataset.task, len(dataset.labels), config.smoothing, policy_named(config.augmentation))
+        objective: Objective = learnt
+        if isinstance(learnt, Classification):
+            objective = Distillation(learnt, *load_teacher(bundle, dataset.labels, preprocessing, tokenizer), share=0.5)
+        samples = torch.from_numpy(np.ascontiguousarray(judged.x[:]))
+        found = cls(dataset, splits, preprocessing, augmentation, config, objective, samples,
+                    torch.from_numpy(judged.y), dataset.task, tokenizer)  # fmt: skip
+        if minutes is not None:
+            found._fit_into(minutes, bundle)
+        return found
+
+    def _fit_into(self, minutes: float, bundle: Bundle) -> None:
+        """Fewer epochs, if all would take longer than ``minutes``."""
+        from edgekit.models.module import load as load_module
+
+        module, batch = load_module(bundle).train(), self.config.batch
+        x, y = self.samples[:batch], self.targets[:batch]
+        started = time.perf_counter()
+        for _ in range(TIMED):
+            self.objective.loss(module, x, y).backward()  # type: ignore[no-untyped-call]
+        step = (time.perf_counter() - started) / TIMED * batch / len(x)
+        fitting = int(minutes * 60 / max(step * -(-len(self.splits.train.y) // batch), 1e-6))
+        if fitting < 1:
+            raise UsageError(f"an epoch takes longer than --minutes {minutes:g}", "give more")
+        if fitting < self.config.epochs:
+            say(f"{fitting} epochs fit into {minutes:g} minutes")
+            self.config = replace(self.config, epochs=fitting)
+
+    def fit(
+        self, module: nn.Module, epochs: int, checkpoint: Path, label: str, mask: Callable[[], None] | None = None
+    ) -> list[dict[str, float]]:
+        """Fine-tune ``module`` in place; ``mask`` keeps pruned weights at zero. Returns the curve."""
+        if mask is not None:
+            mask()
+        return fit(
+            module,
+            self.splits.train,
+            self.splits.held_out,
+            replace(self.config, epochs=epochs),
+            objective=self.objective,
+            augmentation=self.augmentation,
+            checkpoint=checkpoint,
+            about=f"{self.dataset.digest} {self.preprocessing}",
+            label=label,
+            after_step=mask,
+        )
+
+    def judge(self, module: nn.Module) -> dict[str, Any]:
+        """Figures on the held-out split."""
+        outputs = outputs_of(module, self.splits.held_out.x, min(ANSWERED, 2 * self.config.batch))
+        return judge(self.dataset.task, outputs, self.splits.held_out.y, len(self.dataset.labels)).record()
+
+    def drop(self, before: dict[str, Any], after: dict[str, Any]) -> float:
+        """Points lost: of top-1, or of the character error rate of readers."""
+        if "cer" in after:
+            return float(after["cer"] - before["cer"]) * 100
+        return float(before["top1"] - after["top1"]) * 100
+
+
+def _dataset(bundle: Bundle, data: str | os.PathLike[str] | None) -> Dataset:
+    trained = bundle.last("train")
+    spec = data or (trained.config.get("data") if trained else None)
+    if not spec:
+        raise DataError(f"{bundle.path} does not say what it was trained on", "name the data: --data SPEC")
+    try:
+        dataset = load(str(spec))
+    except DataError as error:
+        if data:
+            raise
+        raise DataError(f"the data it was trained on: {error.message}", "name the data: --data SPEC") from None
+    if dataset.labels != bundle.manifest.labels:
+        raise DataError(f"{spec} has other classes than {bundle.path}", "name the data it was trained on: --data SPEC")
+    if dataset.task != bundle.manifest.task:
+        raise DataError(f"{spec} is for {dataset.task}, {bundle.path} is for {bundle.manifest.task}", "name other data")
+    return dataset
+
+
+def _fit_config(bundle: Bundle, dataset: Dataset, epochs: int, seed: int) -> FitConfig:
+    assert bundle.manifest.model is not None
+    trained = bundle.last("train")
+    known = trained.config if trained else {}
+    rate = preset_named(bundle.manifest.model.name).lr * 0.6  # high, as pruned nets need it; not so high that it starts anew
+    augmentation = str(known.get("augmentation", dataset.augmentation))
+    smoothing = float(known.get("smoothing", FitConfig.smoothing))
+    return FitConfig(epochs, rate, int(known.get("batch", 128)), smoothing=smoothing, seed=seed, augmentation=augmentation)

@@ -1,0 +1,79 @@
+"""What a stopped `prune` needs to go on: the cut that it is fine-tuning, and the checkpoint of the fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from torch import nn
+
+from edgekit.manifest import ModelEdits
+from edgekit.models.module import adopt_shapes, edit
+from edgekit.progress import say
+from edgekit.training.checkpoint import load_checkpoint, save_checkpoint
+
+from .sparsity import Mask24
+
+__all__ = ["Cut", "Resume"]
+
+
+class Cut(NamedTuple):
+    """A module after ``round`` rounds of cutting; ``steps`` are the cuts, ``fitted`` how many of the rounds were fine-tuned,
+    ``curve`` the epochs of these."""
+
+    module: nn.Module
+    edits: ModelEdits
+    steps: list[dict[str, Any]]
+    round: int
+    predicted_ms: float | None
+    curve: list[dict[str, float]]
+    fitted: int = 0
+    mask: Mask24 | None = None
+
+
+class Resume:
+    """Files beside ``target``: ``.checkpoint`` of the fine-tuning, ``.checkpoint.cut`` of what is fine-tuned."""
+
+    def __init__(self, target: Path, about: str) -> None:
+        self.fitting = target.with_name(f"{target.name}.checkpoint")
+        self._path = target.with_name(f"{target.name}.checkpoint.cut")
+        self._key = hashlib.sha256(about.encode()).hexdigest()
+
+    def save(self, cut: Cut) -> None:
+        save_checkpoint(
+            self._path,
+            {
+                "key": self._key,
+                "state": cut.module.state_dict(),
+                "edits": msgspec.to_builtins(cut.edits),
+                "steps": cut.steps,
+                "round": cut.round,
+                "predicted_ms": cut.predicted_ms,
+                "curve": cut.curve,
+                "fitted": cut.fitted,
+            },
+        )
+        if cut.fitted == cut.round:  # the next round's is another run
+            self.fitting.unlink(missing_ok=True)
+
+    def load(self, module: nn.Module, rounds: int) -> Cut | None:
+        """The cut that a stopped run of the same settings had come to, as a copy of ``module``; None where there is none."""
+        found = load_checkpoint(self._path, self._key)
+        if found is None or not 1 <= found["round"] <= rounds:
+            return None
+        edits = msgspec.convert(found["edits"], ModelEdits)
+        cut = copy.deepcopy(module)
+        present = {name for name, _ in cut.named_modules()}
+        fresh = tuple(name for name in edits.skipped if name in present)
+        edit(cut, ModelEdits(edits.attributes, fresh))
+        adopt_shapes(cut, found["state"])
+        cut.load_state_dict(found["state"])
+        say(f"going on from the cut in {self._path.name}")
+        return Cut(cut, edits, found["steps"], found["round"], found["predicted_ms"], found["curve"], found["fitted"])
+
+    def forget(self) -> None:
+        self.fitting.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
