@@ -76,8 +76,9 @@ class Coupling:
 
     def unite(self, first: Tensor, second: Tensor) -> Tensor:
         """Make channels one, element by element; 0 unites with nothing. Returns what stands for both, of the same shape."""
-        shape = torch.broadcast_shapes(first.shape, second.shape)
-        first, second = self.find(first).expand(shape), self.find(second).expand(shape)
+        first, second = self.find(first), self.find(second)
+        shape = (first + second).shape
+        first, second = first.expand(shape), second.expand(shape)
         differ = (first != second) & (first > 0) & (second > 0)
         for a, b in _distinct(torch.stack([first[differ], second[differ]], 1)).tolist():
             low, high = sorted((int(self.find(torch.tensor(a))), int(self.find(torch.tensor(b)))))
