@@ -15,10 +15,10 @@ import onnx
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, UsageError
+from edgekit.targets import PRECISIONS, Figure, Target, load_targets, target_named
 
 from .cost import GraphCost, LayerCost, Tensor, graph_cost
 from .shapes import profiles_for
-from .targets import PRECISIONS, Figure, Target, load_targets, target_named
 
 __all__ = ["Kernel", "estimate", "fuse"]
 
