@@ -87,6 +87,20 @@
       }),
       plugins: [names],
     }),
+    front: (d) => ({
+      type: "scatter",
+      data: { datasets: [
+        { data: d.front, backgroundColor: style("--c1"), borderColor: style("--paper"), borderWidth: 1.5, radius: 7, hoverRadius: 9 },
+        { data: d.others, backgroundColor: style("--soft") + "88", borderWidth: 0, radius: 4, hoverRadius: 6 },
+        { data: d.step, showLine: true, stepped: "before", radius: 0, hitRadius: 0, hoverRadius: 0, borderColor: style("--c2"), borderWidth: 1.5 },
+      ] },
+      options: base({ x: axis(d.x, { grace: "12%" }), y: axis(d.y, { grace: "15%" }) }, {
+        legend: { display: false },
+        tooltip: { displayColors: false, filter: (item) => item.datasetIndex < 2,
+          callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}`, `${d.y}: ${round(item.raw.y)}`] } },
+      }),
+      plugins: [names],
+    }),
     curves: (d) => ({
       type: "line",
       data: { datasets: Object.entries(d.lines).map(([label, values], i) => ({
