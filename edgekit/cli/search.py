@@ -56,9 +56,9 @@ from .common import SEED, Answer, answers, table
 def search(objective: str, on: str | None, **options: Any) -> Answer:
     """Find the settings that suit a data set, by many short trainings: those of training, or the front of accuracy and latency.
 
-    \b
     --objective accuracy tunes the learning rate, batch, weight decay and smoothing; hopeless trials are given up early.
     Ends with the train command for what was found.
+
     --objective accuracy,latency varies width, resolution, share of MACs that pruning keeps, and float or int8. A trial
     trains, prunes and quantizes; its graph is timed in ONNX Runtime, one thread, in turns with a fixed one. Ends with the
     trials that no other beats in both; their bundles lie in FILE.trials, FILE.svg shows them, edgekit report FILE draws

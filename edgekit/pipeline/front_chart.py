@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from edgekit.reporting.front import row_words
+from edgekit.reporting.front import differ_much, row_words
 from edgekit.svg import escape
 
 __all__ = ["MARK", "front_chart"]
@@ -58,7 +58,7 @@ class _Chart:
         self.front = sorted((row for row in rows if row["front"]), key=lambda row: row["latency_ms"])
         self.others = [row for row in rows if not row["front"]]
         latencies, shares = [row["latency_ms"] for row in rows], [row["accuracy"] for row in rows]
-        self.logs = max(latencies) > 8 * min(latencies) > 0  # one slow trial would squeeze the fast ones into a line
+        self.logs = differ_much(min(latencies), max(latencies))
         self.low, self.high = _padded([self._scale(value) for value in latencies], 0.06)
         self.low = self.low if self.logs else max(self.low, 0.0)
         self.bottom, self.top = _padded(shares, 0.1)

@@ -71,34 +71,11 @@ def pareto(
     """
     path = Path(study)
     check_study(path, trials, validation)
-    target = predictable(on) if on is not None else None
-    shelf = Shelf(path)
-    shelf.check()
-    spec = f"validation:{validation:g}:{data}"
-    plan = make_plan(spec, model, size, augment)
-    config = fit_config(plan, epochs, seed=seed, optimizer=optimizer)
-    shared = {"optimizer": optimizer, "balance": balance, "seed": seed}
-    about = {"epochs": config.epochs, "validation": validation, "on": on, **shared}
-    space = Space.around(plan, target)
-    journal = Journal(path, described(plan) | about, ("maximize", "minimize"))
-    journal.begin(space.params(space.default))
-    shelf.folder.mkdir(exist_ok=True)
-    maker = Maker(spec, {"model": model, "epochs": epochs, "augment": augment, **shared}, config, on)
-    metric = "1 - CER" if plan.dataset.task == "text-recognition" else "top-1"
-    search = _Search(
-        journal, space, shelf, maker, data, {"study": path.name, "data": data, "model": plan.model.name, "metric": metric}
-    )
-    while len(journal.finished()) < trials and search.attempt(trials):
+    shared = {"model": model, "epochs": epochs, "augment": augment, "optimizer": optimizer, "balance": balance, "seed": seed}
+    search = _Search.begin(path, data, validation, size, shared, on)
+    while len(search.journal.finished()) < trials and search.attempt(trials):
         pass
-    journal.complete()
-    with shelf.lock():
-        found = search.found()
-        shelf.update(found)
-    rows = found.pop("trials")
-    front = sorted((row for row in rows if row["front"]), key=lambda row: row["latency_ms"])
-    counts = {key: value for key, value in journal.counts().items() if key != "pruned"}
-    files = {"file": str(shelf.front), "picture": str(shelf.picture)}
-    return {**found, "study": str(path), **counts, "front": front, "all": rows, **files}
+    return search.answer()
 
 
 @dataclass(frozen=True)
@@ -111,6 +88,39 @@ class _Search:
     maker: Maker
     data: str
     about: Mapping[str, Any]
+
+    @classmethod
+    def begin(
+        cls, path: Path, data: str, validation: float, size: int | None, shared: Mapping[str, Any], on: str | None
+    ) -> _Search:
+        """Everything that can be wrong with the call is found here, before a trial. ``shared``: options of `edgekit.train`."""
+        target = predictable(on) if on is not None else None
+        shelf = Shelf(path)
+        shelf.check()
+        spec = f"validation:{validation:g}:{data}"
+        plan = make_plan(spec, shared["model"], size, shared["augment"])
+        config = fit_config(plan, shared["epochs"], seed=shared["seed"], optimizer=shared["optimizer"])
+        about = {name: shared[name] for name in ("optimizer", "balance", "seed")}
+        about |= {"epochs": config.epochs, "validation": validation, "on": on}
+        space = Space.around(plan, target)
+        journal = Journal(path, described(plan) | about, ("maximize", "minimize"))
+        journal.begin(space.params(space.default))
+        shelf.folder.mkdir(exist_ok=True)
+        metric = "1 - CER" if plan.dataset.task == "text-recognition" else "top-1"
+        said = {"study": path.name, "data": data, "model": plan.model.name, "metric": metric}
+        return cls(journal, space, shelf, Maker(spec, shared, config, on), data, said)
+
+    def answer(self) -> dict[str, Any]:
+        """What `pareto` returns. Raises `EdgekitError` where no trial has gone well."""
+        self.journal.complete()
+        with self.shelf.lock():
+            found = self.found()
+            self.shelf.update(found)
+        rows = found.pop("trials")
+        front = sorted((row for row in rows if row["front"]), key=lambda row: row["latency_ms"])
+        counts = {key: value for key, value in self.journal.counts().items() if key != "pruned"}
+        files = {"file": str(self.shelf.front), "picture": str(self.shelf.picture)}
+        return {**found, "study": str(self.shelf.study), **counts, "front": front, "all": rows, **files}
 
     def attempt(self, trials: int) -> bool:
         """One trial, and a line about it; whether there was one left to do."""

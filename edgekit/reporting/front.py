@@ -11,7 +11,7 @@ from edgekit.errors import DataError
 
 from .figures import number, words
 
-__all__ = ["FRONT_KIND", "FRONT_SUFFIX", "Front", "front_file", "read_front", "row_words"]
+__all__ = ["FRONT_KIND", "FRONT_SUFFIX", "Front", "differ_much", "front_file", "read_front", "row_words"]
 
 FRONT_SUFFIX = ".front.json"
 FRONT_KIND = "edgekit front"
@@ -35,17 +35,27 @@ class Front(NamedTuple):
         return sorted((row for row in self.rows if row.get("front") is True), key=lambda row: number(row, "latency_ms") or 0.0)
 
     def chart(self) -> dict[str, Any]:
-        """Accuracy (percent) over latency: the trials on the front with a name each, the others, and the step between."""
+        """Accuracy (percent) over latency: the trials on the front with a name each, the others, and the step between.
+
+        ``logarithmic``: the axis' ends where latencies differ much, else None.
+        """
         points = [{"name": row_words(row), "x": row["latency_ms"], "y": 100 * row["accuracy"]} for row in self.rows]
         best = [row_words(row) for row in self.best]
+        low, high = (pick((point["x"] for point in points), default=1.0) for pick in (min, max))
         unit = "Predicted latency (ms)" if self.prediction else "Latency (ms)"
         return {
             "front": [point for point in points if point["name"] in best],
             "others": [point for point in points if point["name"] not in best],
             "step": [{"x": row["latency_ms"], "y": 100 * row["accuracy"]} for row in self.best],
+            "logarithmic": [low / 1.25, high * 1.6] if differ_much(low, high) else None,
             "x": unit,
             "y": "Validation accuracy (%)",
         }
+
+
+def differ_much(low: float, high: float) -> bool:
+    """Whether a chart of latencies in ``low`` to ``high`` is better logarithmic: one slow trial squeezes the fast ones."""
+    return high > 8 * low > 0
 
 
 def row_words(row: Mapping[str, Any]) -> str:
