@@ -32,7 +32,7 @@ class Front(NamedTuple):
     @property
     def best(self) -> list[Mapping[str, Any]]:
         """The rows on the front, by rising latency."""
-        return sorted((row for row in self.rows if row.get("front") is True), key=lambda row: number(row, "latency_ms") or 0.0)
+        return sorted((row for row in self.rows if row["front"]), key=lambda row: float(row["latency_ms"]))
 
     def chart(self) -> dict[str, Any]:
         """Accuracy (percent) over latency: the trials on the front with a name each, the others, and the step between.
@@ -87,7 +87,7 @@ def read_front(file: Path) -> Front:
         raise DataError(
             f"{file} holds no front: {error}", "a search writes it: edgekit search --objective accuracy,latency --study FILE"
         ) from None
-    rows = [row for row in trials if number(row, "latency_ms") is not None and number(row, "accuracy") is not None]
+    rows = [row for row in map(_row, trials) if row["latency_ms"] is not None and row["accuracy"] is not None]
     return Front(
         study=words(data, "study") or file.name,
         latency=words(data, "latency") or "",
@@ -99,6 +99,13 @@ def read_front(file: Path) -> Front:
     )
 
 
+def _row(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a trial; malformed values count as absent."""
+    figures = ("accuracy", "latency_ms", "macs", "parameters", "size_bytes", "width", "size", "keep")
+    texts = {name: words(stored, name) for name in ("trial", "precision", "bundle")}
+    return {**{name: number(stored, name) for name in figures}, **texts, "front": stored.get("front") is True}
+
+
 def _notes(value: object) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else ()
 
@@ -106,10 +113,9 @@ def _notes(value: object) -> tuple[str, ...]:
 def _bundles(file: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
     """The folders that rows on the front name, by rising latency; never one outside the file's own folder."""
     found = []
-    for row in sorted(rows, key=lambda row: number(row, "latency_ms") or 0.0):
-        named = row.get("bundle")
-        if row.get("front") is True and isinstance(named, str):
-            path = file.parent / named
+    for row in sorted(rows, key=lambda row: float(row["latency_ms"])):
+        if row["front"] and row["bundle"] is not None:
+            path = file.parent / row["bundle"]
             if path.resolve().is_relative_to(file.parent.resolve()) and path.is_dir():
                 found.append(path)
     return found
