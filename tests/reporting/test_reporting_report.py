@@ -117,7 +117,7 @@ def remake(
     return Bundle.open(source.path.with_name(f"{name}.edge"))
 
 
-def write_front(study: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
+def write_front(study: Path, rows: list[dict[str, Any]], /, **more: Any) -> Path:
     """A study with what `edgekit search --objective accuracy,latency` leaves beside it."""
     study.write_text("{}")
     found = {"kind": "edgekit front", "study": study.name, "latency": "ONNX Runtime, one thread, a CPU", "prediction": False}
