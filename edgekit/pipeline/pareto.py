@@ -174,6 +174,8 @@ class _Search:
             setting = self.space.draw(trial)
             counted = [t for t in self.journal.trials() if t.number != trial.number and _counts(t)]
             tried = {self.space.setting(t.params) for t in counted}
+            failed = {self.space.setting(t.params) for t in counted if "reason" in t.user_attrs}
+            tried |= {other._replace(precision="int8") for other in failed}  # what fails in float gets no further in int8
             if setting not in tried:
                 return trial, setting
             self.journal.tell(trial, "FAIL")

@@ -235,6 +235,13 @@ def test_a_failed_trial_has_a_reason_and_the_search_goes_on(options: dict[str, A
     assert "1 more failed" in Path(answer["picture"]).read_text()
 
 
+def test_what_failed_in_float_is_not_tried_in_int8(options: dict[str, Any], scripted: list[Any]):
+    scripted += [EdgekitError("it cannot be made")]
+    with pytest.raises(EdgekitError, match="all 1 trials failed"):
+        pareto(**{**options, "model": "linear_nets:make"}, trials=2)
+    assert [setting.precision for setting in SEEN] == ["float"]
+
+
 def test_where_every_trial_fails_the_reason_is_said(options: dict[str, Any], scripted: list[Any]):
     scripted += [EdgekitError("the loss is no longer finite")] * 2
     with pytest.raises(EdgekitError, match="all 2 trials failed; the last: the loss is no longer finite"):
