@@ -56,6 +56,7 @@ class Train(Stage, frozen=True):
     batch: Annotated[int, Meta(ge=2)] | None = None
     lr: Annotated[float, Meta(gt=0, lt=10)] | None = None
     size: Annotated[int, Meta(ge=8, le=1024)] | None = None
+    width: Annotated[float, Meta(ge=0.1, le=4)] | None = None
     seed: Seed | None = None
     augment: str | None = None
     optimizer: Literal["adamw", "sgd"] | None = None
