@@ -97,6 +97,16 @@
         legend: { display: true, align: "start", labels: { color: style("--ink"), usePointStyle: true, boxHeight: 6, padding: 14 } },
       }), interaction: { mode: "index", intersect: false } },
     }),
+    lines: (d) => ({
+      type: "line",
+      data: { datasets: d.lines.map((line, i) => ({
+        label: line.name, data: line.points.map(([x, y]) => ({ x, y })), borderColor: line.named ? style(`--c${(i % 6) + 1}`) : style("--soft") + "66",
+        backgroundColor: style(`--c${(i % 6) + 1}`), borderWidth: line.named ? 2 : 1, radius: line.named ? 3 : 0, pointStyle: SHAPES[i % 6], order: line.named ? 0 : 1,
+      })) },
+      options: base({ x: axis(d.x, { reverse: true, max: 100 }), y: axis(d.y, { beginAtZero: true }) }, {
+        legend: { display: true, align: "start", labels: { color: style("--ink"), usePointStyle: true, boxHeight: 6, padding: 10, filter: (item) => d.lines[item.datasetIndex].named } },
+        tooltip: { displayColors: false, callbacks: { title: () => "", label: (item) => `${item.dataset.label}: ${round(item.parsed.x)}% left, KL ${round(item.parsed.y)}` } } }),
+    }),
     histogram: (d) => ({
       type: "line",
       data: { datasets: [{
