@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .manifest import History
 
-__all__ = ["PrunedLayer", "Pruning", "PruningStep", "pruning_of"]
+__all__ = ["PrunedLayer", "Pruning", "PruningStep", "kl_ticks", "pruning_of"]
 
 Curve = tuple[tuple[float, float], ...]
 _LARGEST = 1e300  # an integer in JSON can be larger than any float
@@ -32,10 +33,6 @@ class PrunedLayer(NamedTuple):
         return bool(self.before) and not self.after
 
     @property
-    def changed(self) -> bool:
-        return self.before != self.after
-
-    @property
     def widths(self) -> tuple[int, int] | None:
         """Channels that it makes, before and after; None for an operator that has none of its own."""
         return (self.before[-1], self.after[-1] if self.after else 0) if self.before else None
@@ -46,8 +43,9 @@ class PrunedLayer(NamedTuple):
             return "skipped"
         pairs = list(zip(self.before, self.after, strict=True))
         told = [f"{a} \N{RIGHTWARDS ARROW} {b}" if a != b else f"{a}" for a, b in pairs]
+        names = ("key", "value") if self.kind == "attention" else ("in", "out")
         if len(told) == 2 and told[0] != told[1]:
-            return f"{told[0]} in, {told[1]} out"
+            return f"{told[0]} {names[0]}, {told[1]} {names[1]}"
         return told[0] if told else ""
 
 
@@ -121,6 +119,19 @@ def pruning_of(entry: History) -> Pruning | None:
         device=device.removesuffix(", 1 thread") if isinstance(device, str) and device else "ONNX Runtime",
     )
     return found if found.layers or found.steps or found.speedup is not None else None
+
+
+def kl_ticks(most: float) -> list[float]:
+    """Round KL divergences from 0 to ``most`` or above, for an axis of their square roots: KL grows with the square of a small
+    change, so that on a straight axis one sensitive group would press all others into a line."""
+    power = math.ceil(math.log10(max(most, 1e-6))) + 1
+    candidates = [part * 10.0**k for k in range(power, power - 9, -1) for part in (5, 2, 1)]
+    top = min(value for value in candidates if value >= most)
+    ticks = [top]
+    for value in candidates:
+        if value < top and min(ticks[-1] ** 0.5 - value**0.5, value**0.5) >= 0.11 * top**0.5:
+            ticks.append(value)
+    return [0.0, *reversed(ticks)]
 
 
 def _rows(value: object) -> Iterable[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgekit.bundle import Bundle
 from edgekit.files import atomic_write
-from edgekit.pruned import PrunedLayer, Pruning, pruning_of
+from edgekit.pruned import PrunedLayer, Pruning, kl_ticks, pruning_of
 from edgekit.svg import checked_path, escape
 
 __all__ = ["check_picture", "draw_pruning"]
@@ -16,10 +16,10 @@ __all__ = ["check_picture", "draw_pruning"]
 _MARK = "<!-- edgekit prune -->"
 _SHOWN = 48  # layers
 _NAMED = 6  # curves that can be told apart
-_WIDTH, _LEFT, _TOP = 900, 240, 106  # pixels
-_BAR, _ROW = 260, 20
+_WIDTH, _LEFT, _TOP = 900, 220, 106  # pixels
+_BAR, _ROW = 230, 20
 _PLOT, _PLOT_LEFT, _PLOT_RIGHT = 260, 64, 250
-_NAME, _GAIN = 34, 122  # characters that fit
+_NAME, _GAIN = 30, 122  # characters that fit
 _STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #56616f }
 .title { font-size: 17px; font-weight: 600; fill: #16202c } .head { font-size: 14px; font-weight: 600; fill: #16202c }
@@ -52,7 +52,7 @@ def _svg(run: Pruning, name: str) -> str:
     shown = _most_work(run.layers)
     parts, bottom = [*_title(run, name)], float(_TOP)
     if shown:
-        parts += _layers(shown, len(run.layers))
+        parts += _layers(shown, sum(layer.kind != "normalisation" for layer in run.layers))
         bottom += _ROW * len(shown) + 34
     if run.sensitivity:
         parts += _curves(run, bottom + 34)
@@ -71,18 +71,16 @@ def _title(run: Pruning, name: str) -> Iterator[str]:
             gain += f", the table said {run.latency_predicted_ms:.3g}"
     yield f'<text x="24" y="57">{escape(_end(gain, _GAIN))}</text>'
     if run.layers:
-        for x, kind, words in (
-            (24, "before", "channels before"),
-            (156, "after", "left"),
-            (220, "skipped", "in a skipped block"),
-        ):
+        legend = [(24, "before", "channels before"), (156, "after", "left"), (220, "skipped", "in a skipped block")]
+        for x, kind, words in legend if any(layer.skipped for layer in run.layers) else legend[:2]:
             yield f'<rect class="{kind}" x="{x}" y="73" width="11" height="11" rx="2"/>'
             yield f'<text x="{x + 17}" y="83">{words}</text>'
 
 
 def _most_work(layers: Sequence[PrunedLayer]) -> list[PrunedLayer]:
-    """In their order, and all that the picture has room for."""
-    chosen = sorted(range(len(layers)), key=lambda i: -(layers[i].macs_before or 0))[:_SHOWN]
+    """In their order, those that the picture has room for; norms are as wide as their neighbours, and say nothing more."""
+    worth = [i for i, layer in enumerate(layers) if layer.kind != "normalisation"]
+    chosen = sorted(worth, key=lambda i: -(layers[i].macs_before or 0))[:_SHOWN]
     return [layers[i] for i in sorted(chosen)]
 
 
@@ -96,7 +94,7 @@ def _layers(layers: Sequence[PrunedLayer], total: int) -> Iterator[str]:
         y = _TOP + i * _ROW
         before, after = layer.widths or (0, 0)
         gone = " gone" if layer.skipped else ""
-        yield f'<text class="name{gone}" x="{_LEFT - 10}" y="{y + 14}">{escape(_end(layer.name, _NAME))}</text>'
+        yield f'<text class="name{gone}" x="{_LEFT - 10}" y="{y + 14}">{escape(_end(_named(layer), _NAME))}</text>'
         hint = f"<title>{escape(f'{layer.name} ({layer.kind}): {layer.channels()}')}</title>"
         kind = "skipped" if layer.skipped else "before"
         for share, drawn in ((before / widest, kind), (after / widest, "after")):
@@ -119,23 +117,22 @@ def _layers(layers: Sequence[PrunedLayer], total: int) -> Iterator[str]:
 def _curves(run: Pruning, top: float) -> Iterator[str]:
     """Lines from all channels, at the left, to few; the most sensitive in colour, named where they end."""
     right, bottom, above = _WIDTH - _PLOT_RIGHT, top + _PLOT, top - 14
-    most = max((kl for _, curve in run.sensitivity for _, kl in curve), default=0.0) or 1.0
-    step = _step(most)
-    high = step * math.ceil(most / step)
+    ticks = kl_ticks(max((kl for _, curve in run.sensitivity for _, kl in curve), default=0.0))
 
     def at(share: float, kl: float) -> tuple[float, float]:
-        return _PLOT_LEFT + (1 - share) * (right - _PLOT_LEFT), bottom - max(kl, 0.0) / high * _PLOT
+        return _PLOT_LEFT + (1 - share) * (right - _PLOT_LEFT), bottom - math.sqrt(max(kl, 0.0) / ticks[-1]) * _PLOT
 
     yield f'<text class="head" x="24" y="{above:.0f}">Sensitivity: each group of channels cut alone, before fine-tuning</text>'
-    for k in range(round(high / step) + 1):
-        y = at(1, k * step)[1]
-        yield f'<line class="{"grid" if k else "base"}" x1="{_PLOT_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="tick" x="{_PLOT_LEFT - 8}" y="{y + 4:.1f}">{k * step:.4g}</text>'
+    for kl in ticks:
+        y = at(1, kl)[1]
+        yield f'<line class="{"grid" if kl else "base"}" x1="{_PLOT_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text class="tick" x="{_PLOT_LEFT - 8}" y="{y + 4:.1f}">{kl:.4g}</text>'
     for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0):
         yield f'<text x="{at(share, 0)[0]:.1f}" y="{bottom + 18:.1f}" text-anchor="middle">{share:.0%}</text>'
     yield f'<text x="{(right + _PLOT_LEFT) / 2:.0f}" y="{bottom + 38:.1f}" text-anchor="middle">channels left</text>'
     middle = bottom - _PLOT / 2
-    yield f'<text transform="translate(18 {middle:.0f}) rotate(-90)" text-anchor="middle">KL divergence, nats</text>'
+    words = "KL divergence, nats (axis of roots)"
+    yield f'<text transform="translate(18 {middle:.0f}) rotate(-90)" text-anchor="middle">{words}</text>'
     ends = []
     for i, (name, curve) in reversed([*enumerate(run.sensitivity)]):
         places = [at(*point) for point in curve]
@@ -147,7 +144,7 @@ def _curves(run: Pruning, top: float) -> Iterator[str]:
             ends.append((places[-1], name, _COLOURS[i]))
     yield from _names(ends, right, bottom)
     if len(run.sensitivity) > _NAMED:
-        words = f"grey: {len(run.sensitivity) - _NAMED} groups that are less sensitive"
+        words = f"grey: {len(run.sensitivity) - _NAMED} less sensitive groups"
         yield f'<text x="{right + 26:.0f}" y="{bottom + 18:.1f}">{words}</text>'
 
 
@@ -162,10 +159,9 @@ def _names(ends: Sequence[tuple[tuple[float, float], str, str]], right: float, b
         yield f'<text x="{right + 26}" y="{place:.1f}" style="fill: {colour}">{escape(_end(name, 30))}</text>'
 
 
-def _step(most: float) -> float:
-    """A round distance of grid lines, four to seven of them up to ``most``."""
-    power: float = 10.0 ** math.floor(math.log10(most))
-    return next(power * part for part in (0.2, 0.25, 0.5, 1.0, 2.0) if most / (power * part) <= 6)
+def _named(layer: PrunedLayer) -> str:
+    """Products have no layer of their own, and are named after the module that computes them."""
+    return f"{layer.name} {layer.kind}" if layer.kind in ("attention", "product") else layer.name
 
 
 def _change(before: float | None, after: float | None, shown: Callable[[float], str]) -> str:

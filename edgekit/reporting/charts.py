@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from edgekit.pruned import Pruning, pruning_of
+from edgekit.pruned import Pruning, kl_ticks, pruning_of
 
 from .collect import Bench, BundleView, TensorRange
 from .figures import Curve, curve, pareto
@@ -140,7 +140,8 @@ def _curves_of(run: Pruning) -> dict[str, Any] | None:
         {"name": name, "points": [[100 * share, kl] for share, kl in curve], "named": i < NAMED}
         for i, (name, curve) in enumerate(run.sensitivity)
     ]
-    return {"lines": lines, "x": "Channels left (%)", "y": "KL divergence (nats)"} if lines else None
+    ticks = kl_ticks(max((kl for _, curve in run.sensitivity for _, kl in curve), default=0.0))
+    return {"lines": lines, "ticks": ticks, "x": "Channels left (%)", "y": "KL divergence (nats)"} if lines else None
 
 
 def _rows_of(run: Pruning) -> list[dict[str, Any]]:
