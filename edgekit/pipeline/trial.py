@@ -15,11 +15,11 @@ from torch import nn
 
 import edgekit
 from edgekit.bundle import Bundle
-from edgekit.compiler.targets import Target
 from edgekit.errors import BudgetNotMet, GraphError, UsageError
 from edgekit.manifest import ImagePreprocessing, ModelConfig
 from edgekit.models.module import create
 from edgekit.models.widths import widens
+from edgekit.targets import Target
 from edgekit.training.fit import FitConfig
 from edgekit.training.plan import Plan
 

@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from edgekit.pruned import Pruning, kl_ticks, pruning_of
+
 from .collect import Bench, BundleView, TensorRange
 from .figures import Curve, curve, pareto
 
-__all__ = ["MAX_BARS", "curves", "headline", "histogram", "protocol", "ranges", "sensitivity", "tradeoff"]
+__all__ = ["MAX_BARS", "curves", "headline", "histogram", "protocol", "prunings", "ranges", "sensitivity", "tradeoff"]
 
 MAX_BARS = 30
+NAMED = 6  # lines that can be told apart by colour and shape
 
 Protocol = tuple[str | None, str | None, str | None]
 
@@ -115,3 +118,45 @@ def _inside(tensor: TensorRange) -> tuple[float, float] | None:
     low, high = tensor.covered or (tensor.low, tensor.high)
     low, high = max(tensor.low, low), min(tensor.high, high)
     return (low, high) if low <= high else None
+
+
+def prunings(views: Sequence[BundleView]) -> list[dict[str, Any]]:
+    """Each pruning once, under the name of the bundle that it made, though its descendants repeat it in their history."""
+    found: dict[tuple[str, str, str], tuple[str, Pruning]] = {}
+    for view in sorted(views, key=lambda view: len(view.history)):
+        for entry in view.history:
+            run = pruning_of(entry)
+            if run:
+                found.setdefault((entry.stage, entry.time, str(entry.config)), (view.name, run))
+    return [
+        {"name": name, "run": run, "curves": _curves_of(run), "rows": _rows_of(run), "kept": _kept_of(run)}
+        for name, run in found.values()
+    ]
+
+
+def _curves_of(run: Pruning) -> dict[str, Any] | None:
+    """Lines of KL over the channels left, in percent; the most sensitive are named."""
+    lines = [
+        {"name": name, "points": [[100 * share, kl] for share, kl in curve], "named": i < NAMED}
+        for i, (name, curve) in enumerate(run.sensitivity)
+    ]
+    ticks = kl_ticks(max((kl for _, curve in run.sensitivity for _, kl in curve), default=0.0))
+    return {"lines": lines, "ticks": ticks, "x": "Channels left (%)", "y": "KL divergence (nats)"} if lines else None
+
+
+def _rows_of(run: Pruning) -> list[dict[str, Any]]:
+    """Layers with the share of the page's widest layer that they have, and of that what is left."""
+    widest = max((layer.widths[0] for layer in run.layers if layer.widths), default=1) or 1
+    rows = []
+    for layer in run.layers:
+        before, after = layer.widths or (0, 0)
+        rows.append({"layer": layer, "whole": before / widest, "left": after / widest, "words": layer.channels()})
+    return rows
+
+
+def _kept_of(run: Pruning) -> list[tuple[str, list[str]]]:
+    """Reasons, with the layers that they hold for."""
+    reasons: dict[str, list[str]] = {}
+    for layer, reason in run.kept:
+        reasons.setdefault(reason, []).append(layer)
+    return list(reasons.items())

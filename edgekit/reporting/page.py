@@ -151,7 +151,9 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]], f
     except ImportError:
         raise MissingExtra("report", "jinja2") from None
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(count=_count, size=_size, ms=_ms, percent=_percent, short=lambda text: str(text)[:12])
+    environment.filters.update(
+        count=_count, size=_size, ms=_ms, percent=_percent, micro=_micro, short=lambda text: str(text)[:12]
+    )
     key = charts.protocol(views)
     rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
     drawn = _charts(views, rows)
@@ -193,6 +195,7 @@ def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> d
         "histograms": [
             {"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench if b.p50 is not None
         ],
+        "prunings": charts.prunings(views),
         "quantization": [
             {"view": v, "sensitivity": charts.sensitivity(v), "ranges": charts.ranges(v)} for v in views if v.quantized
         ],
@@ -269,6 +272,10 @@ def _ms(value: float | None) -> str | None:
     if value is None:
         return None
     return f"{value:.3g} ms"
+
+
+def _micro(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f}"
 
 
 def _percent(value: float | None) -> str | None:

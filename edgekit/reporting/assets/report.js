@@ -112,6 +112,18 @@
         legend: { display: true, align: "start", labels: { color: style("--ink"), usePointStyle: true, boxHeight: 6, padding: 14 } },
       }), interaction: { mode: "index", intersect: false } },
     }),
+    lines: (d) => ({ // KL on an axis of its roots
+      type: "line",
+      data: { datasets: d.lines.map((line, i) => ({
+        label: line.name, data: line.points.map(([x, y]) => ({ x, y: Math.sqrt(Math.max(y, 0)) })), borderColor: line.named ? style(`--c${(i % 6) + 1}`) : style("--soft") + "66",
+        backgroundColor: style(`--c${(i % 6) + 1}`), borderWidth: line.named ? 2 : 1, radius: line.named ? 3 : 0, pointStyle: SHAPES[i % 6], order: line.named ? 0 : 1,
+      })) },
+      options: base({ x: axis(d.x, { reverse: true, max: 100 }), y: axis(d.y, {
+        max: Math.sqrt(d.ticks.at(-1)), min: 0, afterBuildTicks: (scale) => (scale.ticks = d.ticks.map((kl) => ({ value: Math.sqrt(kl) }))),
+        ticks: { color: style("--soft"), padding: 6, autoSkip: false, callback: (root) => round(root * root) } }) }, {
+        legend: { display: true, align: "start", labels: { color: style("--ink"), usePointStyle: true, boxHeight: 6, padding: 10, filter: (item) => d.lines[item.datasetIndex].named } },
+        tooltip: { displayColors: false, callbacks: { title: () => "", label: (item) => `${item.dataset.label}: ${round(item.parsed.x)}% left, KL ${round(item.parsed.y ** 2)}` } } }),
+    }),
     histogram: (d) => ({
       type: "line",
       data: { datasets: [{
