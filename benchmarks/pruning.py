@@ -34,7 +34,6 @@ from typing import Any
 
 from _machine import RESULTS, machine
 from _pruning_peers import TOLERANCE, Case, Unreached, make
-from _pruning_prediction import prediction
 
 import edgekit
 from edgekit.bundle import FLOAT_GRAPH, Bundle
@@ -317,6 +316,8 @@ def main() -> None:
                 for seed in options.seeds:
                     bench.run(name, tool, seed)
     for name in options.prediction:
+        from _pruning_prediction import prediction
+
         base = bench.base(name)
         results.prediction[name] = {"base": base.figures["digest"], **prediction(base.path, options.nets)}
         results.save()
