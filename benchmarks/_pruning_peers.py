@@ -14,7 +14,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,23 +26,17 @@ import torch_pruning as tp
 from torch import nn
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.data import load as load_data
-from edgekit.data.augment import make_augmentation, policy_named
 from edgekit.manifest import ModelConfig
 from edgekit.models import preset_named
 from edgekit.models.module import create, export_onnx, macs, parameters, write_model
 from edgekit.models.module import load as load_module
 from edgekit.pruning.latency import paired_latency
+from edgekit.pruning.recover import Recovery
 from edgekit.runtime.golden import load_golden
-from edgekit.training import FitConfig, fit
-from edgekit.training.objective import Classification, Distillation
-from edgekit.training.plan import Splits, read_splits
-from edgekit.training.teacher import load_teacher
+from edgekit.training.objective import Distillation
 
 #: Of the wanted speedup, which two measurements of one graph differ by. edgekit's own gate allows as much.
 TOLERANCE = 0.98
-#: edgekit's peak rate of fine-tuning over the preset's; every peer that starts from trained weights has the same.
-RATE = 0.6
 RATIOS = [round(0.02 * i, 2) for i in range(1, 49)]
 MULTIPLIERS = [round(1 - 0.05 * i, 2) for i in range(1, 19)]
 
@@ -52,7 +46,7 @@ class Unreached(Exception):
 
 
 class Case:
-    """A trained classifier of pictures, and all that fine-tuning it takes."""
+    """A trained classifier of pictures, and what edgekit fine-tunes its pruned nets with."""
 
     def __init__(self, path: Path, data: str) -> None:
         self.bundle, self.data = Bundle.open(path), data
@@ -62,25 +56,26 @@ class Case:
         self.preset = preset_named(self.model.name)
         trained = self.bundle.last("train")
         assert trained is not None
-        self.trained: dict[str, Any] = dict(trained.config)
-        self.parameters, self.macs = trained.figures["parameters"], trained.figures["macs"]
+        self.epochs, self.macs = trained.config["epochs"], trained.figures["macs"]
         self.sample = load_golden(self.bundle)[0]["x"][:1]
 
     def module(self) -> nn.Module:
         return load_module(self.bundle)
 
     @functools.cached_property
-    def dataset(self) -> Any:
-        return load_data(self.data)
+    def _recovery(self) -> Recovery:
+        return Recovery.of(self.bundle, self.data, 1, None, 0)
 
-    @functools.cached_property
-    def augmentation(self) -> Any:
-        name = self.trained["augmentation"]
-        return make_augmentation(name, self.bundle.manifest.preprocessing, resizes=self.preset.resizes)  # type: ignore[arg-type]
-
-    @functools.cached_property
-    def splits(self) -> Splits:
-        return read_splits(self.dataset, self.bundle.manifest.preprocessing, self.augmentation)  # type: ignore[arg-type]
+    def recovery(self, seed: int, fresh: bool) -> Recovery:
+        """edgekit's own loss, teacher, rate and augmentation; for a net with ``fresh`` weights the preset's rate, and as much
+        of the teacher as `train` takes."""
+        found = self._recovery
+        if fresh:
+            objective = found.objective
+            assert isinstance(objective, Distillation)
+            objective = Distillation(objective.inner, objective.teacher, objective.teacher_digest)
+            return replace(found, config=replace(found.config, seed=seed, lr=self.preset.lr), objective=objective)
+        return replace(found, config=replace(found.config, seed=seed))
 
     def speedup(self, module: nn.Module, times: int = 1) -> float:
         """Of an export of ``module`` over the base, both timed in turns; the median of ``times`` such measurements."""
@@ -94,12 +89,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A net before fine-tuning: ``knob`` is the setting that made it, ``config`` what a bundle says of it."""
+    """A net before fine-tuning: ``knob`` is the setting that made it, ``config`` what a bundle says of it.
+
+    ``fresh``: its weights are not trained.
+    """
 
     module: nn.Module
     knob: dict[str, Any]
     config: ModelConfig
-    teacher: bool = False
+    fresh: bool = False
 
 
 def candidates(case: Case, tool: str) -> Iterator[Candidate]:
@@ -146,7 +144,7 @@ def small_nets(case: Case) -> Iterator[Candidate]:
             work = macs(create(config), torch.from_numpy(case.sample))
             found.setdefault(repr(args), (work, config, args))
     for _, config, args in sorted(found.values(), key=lambda item: -item[0]):
-        yield Candidate(create(config), args, config, teacher=True)
+        yield Candidate(create(config), args, config, fresh=True)
 
 
 def _scaled(value: Any, multiplier: float, unit: int) -> Any:
@@ -191,41 +189,31 @@ def make(
     """
     candidate = fast_enough(case, tool, wanted, knob)
     module = candidate.module
-    if candidate.teacher:
+    if candidate.fresh:
         torch.manual_seed(seed)
         module = create(candidate.config)
-    length = epochs + (case.trained["epochs"] if tool == "scratch-long" else 0)
-    rate = case.preset.lr * (1 if candidate.teacher else RATE)
-    config = FitConfig(length, rate, case.trained["batch"], seed=seed, augmentation=case.trained["augmentation"])
+    length = epochs + (case.epochs if tool == "scratch-long" else 0)
+    recovery = case.recovery(seed, candidate.fresh)
     started = time.perf_counter()
-    curve = learn(case, module, config, candidate.teacher, target.with_name(f"{target.name}.checkpoint"))
+    checkpoint = target.with_name(f"{target.name}.checkpoint")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    curve = recovery.fit(module, length, checkpoint, f"{tool}, seed {seed}")
     seconds = round(time.perf_counter() - started, 1)
-    settings = {"data": case.data, "data_digest": case.dataset.digest, "tool": tool, "seed": seed}
+    settings = {"data": case.data, "data_digest": recovery.dataset.digest, "tool": tool, "seed": seed}
     manifest = msgspec.structs.replace(
         case.bundle.manifest, name=target.name.removesuffix(".edge"), files={}, model=candidate.config
     )
     entry = case.bundle.entry("prune", settings, {"curve": curve})
-    write_model(target, module, case.splits.held_out.x, manifest, entry)
-    target.with_name(f"{target.name}.checkpoint").unlink(missing_ok=True)
+    write_model(target, module, recovery.splits.held_out.x, manifest, entry)
+    checkpoint.unlink(missing_ok=True)
     work = macs(module, torch.from_numpy(case.sample))
     return {
         "knob": candidate.knob,
-        "lr": rate,
+        "lr": recovery.config.lr,
+        "teacher": recovery.objective.share if isinstance(recovery.objective, Distillation) else 0,
         "fitted_epochs": length,
         "macs": work,
         "macs_share": work / case.macs,
         "parameters": parameters(module),
         "seconds": seconds,
     }
-
-
-def learn(case: Case, module: nn.Module, config: FitConfig, taught: bool, checkpoint: Path) -> list[dict[str, float]]:
-    """edgekit's own loop, loss and augmentation; ``taught`` by the base as well. A stopped run goes on from ``checkpoint``."""
-    manifest, splits = case.bundle.manifest, case.splits
-    objective: Any = Classification(len(manifest.labels), config.smoothing, policy_named(config.augmentation))
-    if taught:
-        assert manifest.preprocessing is not None
-        objective = Distillation(objective, *load_teacher(case.bundle, manifest.labels, manifest.preprocessing, None))
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    options = {"objective": objective, "augmentation": case.augmentation, "checkpoint": checkpoint}
-    return fit(module, splits.train, splits.held_out, config, label="fine-tuning", **options)  # type: ignore[arg-type]

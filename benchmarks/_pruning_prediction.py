@@ -15,7 +15,7 @@ from edgekit.models.module import export_onnx
 from edgekit.models.module import load as load_module
 from edgekit.pruning.groups import Network, analyse
 from edgekit.pruning.latency import paired_latency
-from edgekit.pruning.price import latency_price
+from edgekit.pruning.price import LatencyPrice
 from edgekit.pruning.table import LatencyTable
 from edgekit.runtime.golden import load_golden
 
@@ -25,7 +25,7 @@ UNIT = 16
 
 def predicted_ms(table: LatencyTable, base: Network, net: Network, base_ms: float) -> float:
     """What edgekit predicts for ``net``: the table's sum, scaled so that ``base`` costs what it measured in the same run."""
-    return latency_price(table).anchored(base, base_ms)(net)
+    return LatencyPrice(table).anchored(base, base_ms)(net)
 
 
 def narrowed(network: Network, seed: int, unit: int) -> Network:
