@@ -1,0 +1,168 @@
+"""The path of cuts, what networks cost, and the table of timed layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgekit.errors import UsageError
+from edgekit.models.cnn import Depthwise, Inverted, Residual, Textbook
+from edgekit.models.module import adopt_shapes, edit, macs
+from edgekit.models.rnn import RowsRnn
+from edgekit.models.transformer import Vit
+from edgekit.pruning.groups import analyse
+from edgekit.pruning.importance import importance_named
+from edgekit.pruning.price import LatencyPrice, RooflinePrice, macs_price, size_price
+from edgekit.pruning.search import Judge, cut_path, narrowest, sensitivity
+from edgekit.pruning.table import LatencyTable
+from edgekit.pruning.target import Target, target_of
+from edgekit.targets import target_named
+
+#: Few blocks: each step measures every group, and this family has many.
+SMALL_INVERTED = partial(Inverted, widths=(16, 32, 48), depths=(2, 1), head=64)
+SMALL_VIT = partial(Vit, dim=48, depth=1)
+
+
+def judge_of(module: nn.Module, samples: Tensor) -> Judge:
+    return Judge.of(module, samples, torch.zeros(len(samples), dtype=torch.long), importance_named("magnitude"))
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "size"),
+    [
+        (Depthwise, 3, 32),
+        (SMALL_INVERTED, 3, 32),
+        (Residual, 3, 32),
+        (Textbook, 1, 28),
+        (SMALL_VIT, 1, 28),
+        (partial(RowsRnn, hidden=32), 1, 28),
+    ],
+    ids=["depthwise", "inverted", "residual", "textbook", "vit", "rnn"],
+)
+def test_every_step_is_cheaper_and_runs_and_is_kept_by_its_weights(make: Callable[..., nn.Module], channels: int, size: int):
+    module = make(7, channels, size, size).eval()
+    samples = torch.randn(4, channels, size, size)
+    network = analyse(module, samples)
+    least, cost = macs_price(narrowest(network)), macs_price(network)
+    assert cost == macs(module, samples)
+    steps = list(cut_path(network, judge_of(module, samples), macs_price))
+    assert steps
+    for step in steps:
+        assert step.price < cost
+        cost = step.price
+        assert step.kind != "channels" or step.after % 8 == 0 or step.name.endswith(("query", "value"))
+        assert step.network.module(samples).shape == (4, 7)
+    last = steps[-1].network
+    assert cost == pytest.approx(least)
+    assert cost == macs(last.module, samples)
+    assert size_price(last) == 4 * sum(v.numel() for v in last.module.state_dict().values() if v.is_floating_point())
+    fresh = make(7, channels, size, size)
+    edit(fresh, last.edits)
+    adopt_shapes(fresh, last.module.state_dict())
+    fresh.load_state_dict(last.module.state_dict())
+    assert torch.allclose(fresh.eval()(samples), last.module(samples))
+
+
+def test_a_path_ends_where_the_limit_is_met():
+    module = Textbook(10).eval()
+    samples = torch.randn(4, 1, 28, 28)
+    network = analyse(module, samples)
+    whole = macs_price(network)
+    steps = list(cut_path(network, judge_of(module, samples), macs_price, 0.6 * whole))
+    assert steps[-1].price <= 0.6 * whole
+    assert all(step.price > 0.6 * whole for step in steps[:-1])
+
+
+def test_what_bears_nothing_is_not_cut_first():
+    module = Textbook(10).eval()
+    with torch.no_grad():  # half of the second convolution's filters are dead
+        module.features[3].weight[::2] = 0
+        module.features[3].bias[::2] = 0
+    samples = torch.randn(16, 1, 28, 28)
+    network = analyse(module, samples)
+    step = next(cut_path(network, judge_of(module, samples), macs_price))
+    assert step.name == "features.3"
+    assert step.kl == pytest.approx(0, abs=1e-5)
+    curves = sensitivity(network, judge_of(module, samples))
+    assert set(curves) == {"features.0", "features.3", "features.6", "dense"}
+    assert all(curve[0] == (1.0, 0.0) for curve in curves.values())
+    assert dict(curves["features.3"])[0.5] == pytest.approx(0, abs=1e-5)
+    assert min(kl for _, kl in curves["features.6"][1:]) > 1e-5
+
+
+def test_the_table_times_a_shape_once_and_keeps_it(tmp_path: Path):
+    network = analyse(Textbook(10).eval(), torch.randn(2, 1, 28, 28))
+    table = LatencyTable(tmp_path)
+    price = LatencyPrice(table)
+    first = price(network)
+    assert first > 0
+    assert table.measured == 6
+    assert price(network) == first
+    assert table.measured == 6
+    table.save()
+    again = LatencyTable(tmp_path)
+    assert LatencyPrice(again)(network) == first
+    assert again.measured == 0
+    assert len(json.loads(table.path.read_bytes())) == 6
+    assert price.anchored(network, 3.0)(network) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"a": null}'])
+def test_a_damaged_table_is_measured_again(tmp_path: Path, damage: bytes):
+    LatencyTable(tmp_path).path.write_bytes(damage)
+    table = LatencyTable(tmp_path)
+    assert LatencyPrice(table)(analyse(Textbook(10).eval(), torch.randn(2, 1, 28, 28))) > 0
+    assert table.measured == 6
+
+
+def test_a_table_that_cannot_be_kept_costs_time_only(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    LatencyTable(tmp_path / "file").save()
+
+
+def test_a_larger_layer_takes_longer(tmp_path: Path):
+    network = analyse(Vit(10).eval(), torch.randn(2, 1, 28, 28))
+    table = LatencyTable(tmp_path)
+    price = LatencyPrice(table)
+    assert price(narrowest(network)) < 0.7 * price(network)
+    kinds = {operation.kind for operation in network.operations}
+    assert kinds == {"attention", "convolution", "linear", "normalisation", "pointwise", "transcendental"}
+
+
+def test_the_roofline_of_a_named_target():
+    network = analyse(Vit(10).eval(), torch.randn(2, 1, 28, 28))
+    price = RooflinePrice(target_named("jetson-orin-nano"), "fp16")
+    launches = sum(1 for _ in network.operations) * 5e-3
+    assert price(network) > launches
+    assert launches < price(narrowest(network)) < price(network)
+    with pytest.raises(UsageError, match="has no fp16 peak"):
+        RooflinePrice(target_named("rtx-ampere"), "fp16")
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({}, Target("macs", 0.5)),
+        ({"keep": 0.4}, Target("macs", 0.4)),
+        ({"speedup": 4}, Target("speedup", 0.25)),
+        ({"latency_ms": 5}, Target("latency", 5.0)),
+        ({"size": 1e5}, Target("size", 1e5)),
+    ],
+)
+def test_targets(stated: dict[str, float], expected: Target):
+    options = {"keep": None, "size": None, "speedup": None, "latency_ms": None, **stated}
+    assert target_of(**options) == expected
+    assert expected.limit(1000) == (expected.value * 1000 if expected.kind in ("macs", "speedup") else expected.value)
+
+
+@pytest.mark.parametrize("stated", [{"keep": 0}, {"keep": True}, {"size": -1}, {"latency_ms": float("nan")}, {"speedup": 1}])
+def test_impossible_targets(stated: dict[str, float]):
+    options = {"keep": None, "size": None, "speedup": None, "latency_ms": None, **stated}
+    with pytest.raises(UsageError):
+        target_of(**options)
