@@ -124,7 +124,8 @@ def pruning_of(entry: History) -> Pruning | None:
 def kl_ticks(most: float) -> list[float]:
     """Round KL divergences from 0 to ``most`` or above, for an axis of their square roots: KL grows with the square of a small
     change, so that on a straight axis one sensitive group would press all others into a line."""
-    power = math.ceil(math.log10(max(most, 1e-6))) + 1
+    most = max(most, 1e-6)
+    power = math.ceil(math.log10(most)) + 1
     candidates = [part * 10.0**k for k in range(power, power - 9, -1) for part in (5, 2, 1)]
     top = min(value for value in candidates if value >= most)
     ticks = [top]

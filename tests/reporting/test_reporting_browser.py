@@ -22,6 +22,7 @@ SECTIONS = [
     "training",
     "confusion",
     "latency",
+    "pruning",
     "quantization",
     "engines",
     "explanations",
