@@ -51,6 +51,7 @@ def test_layers_stand_before_and_after(digits_bundle: Bundle, prune_figures: dic
     text = words(markup)
     assert "stem convolution 1 in, 32 → 16 out 25 000 → 12 500 20.0 12.5" in text.replace("\u202f", " ")
     assert "blocks.0.conv convolution skipped 900 000 → 0 40.0 0.0" in text.replace("\u202f", " ")
+    assert "hatched: in a skipped block" in text
     assert "64 → 48 key, 64 → 32 value" in text
     assert "64 → 32 in, 10 out" in text
     # Bars: channels that it makes, over the widest layer's 64.
