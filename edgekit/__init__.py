@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .errors import EdgekitError
     from .evaluation import evaluate
     from .explanation import explain
+    from .pipeline.pareto import pareto
     from .pruning import prune
     from .quantization import quantize
     from .reporting import report
@@ -42,6 +43,7 @@ _HOMES = {
     "import_onnx": "compiler",
     "install": "deployment",
     "pack": "deployment",
+    "pareto": "pipeline.pareto",
     "prune": "pruning",
     "quantize": "quantization",
     "report": "reporting",
@@ -63,6 +65,7 @@ __all__ = [
     "import_onnx",
     "install",
     "pack",
+    "pareto",
     "prune",
     "quantize",
     "report",

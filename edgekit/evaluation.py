@@ -112,8 +112,15 @@ def evaluation_split(bundle: Bundle, dataset: Dataset) -> Split:
     """What the bundle may be judged on: the held-out split of data it was trained on, all of any other data.
 
     A folder that has changed since training counts as trained on: better a smaller test than one learnt by heart.
+    Raises `UsageError` for a validation part whose samples the bundle was trained on.
     """
     trained_on = [entry.config for entry in bundle.manifest.history if "data_digest" in entry.config]
+    if dataset.spec.startswith("validation:"):
+        for spec in {str(config["data"]) for config in trained_on if config.get("data")} - {dataset.spec}:
+            if _place(spec) == _place(dataset.spec):
+                raise UsageError(
+                    f"{bundle.path} was trained on {spec}, with the samples of {dataset.spec}", f"add --data {spec}"
+                )
     if any(dataset.digest in (config["data_digest"], config.get("labelled_digest")) for config in trained_on):
         return dataset.test
     if any(_place(str(config.get("data"))) == _place(dataset.spec) for config in trained_on):
@@ -123,8 +130,10 @@ def evaluation_split(bundle: Bundle, dataset: Dataset) -> Split:
 
 
 def _place(spec: str) -> str:
-    """The spec with one spelling of its path."""
+    """The spec with one spelling of its path; a validation part counts as the data set that it is of."""
     kind, colon, path = spec.partition(":")
+    if kind == "validation":
+        return _place(path.partition(":")[2])
     return f"{kind}:{os.path.realpath(path)}" if colon else kind
 
 

@@ -102,7 +102,7 @@ def targets() -> Answer:
       edgekit targets
       edgekit targets --json
     """
-    from edgekit.compiler import target_rows
+    from edgekit.targets import target_rows
 
     rows = target_rows()
     return Answer(

@@ -3,54 +3,115 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .common import SEED, Answer, answers, bundle_argument, out_option
 
 
+class _Bytes(click.ParamType[float]):
+    """A number of bytes, with k or M for thousands and millions."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip().lower().removesuffix("b")
+        factor = {"k": 1e3, "m": 1e6}.get(text[-1:], 1.0)
+        try:
+            return float(text.rstrip("km")) * factor
+        except ValueError:
+            self.fail(f"{value!r} is no size: wanted bytes, for example 100k or 1.5M", param, ctx)
+
+
 @click.command()
 @bundle_argument()
 @out_option("The pruned bundle to write.", "B2")
-@click.option("--keep", type=float, metavar="SHARE", help="Share of the multiply-accumulates to keep.  [default: 0.5]")
-@click.option("--speedup", type=float, metavar="X", help="Cut until it measures X times faster (ONNX Runtime, one thread).")
-@click.option("--max-drop", type=float, metavar="POINTS", help="Points of top-1 that may be lost; more: exit 3.")
+@click.option("--keep", "--macs", type=float, metavar="SHARE", help="Share of the MACs to keep.  [default: 0.5]")
+@click.option("--speedup", type=float, metavar="X", help="Cut until it measures X times faster.")
+@click.option("--latency-ms", type=float, metavar="MS", help="Cut until it measures MS milliseconds a sample.")
+@click.option("--size", type=_Bytes(), metavar="BYTES", help="Cut to float32 weights of so many bytes; 100k, 1.5M.")
+@click.option(
+    "--on",
+    default="onnxruntime",
+    show_default=True,
+    metavar="BACKEND|TARGET",
+    help="Where latency counts: onnxruntime measures here, one thread; a name of `edgekit targets` predicts.",
+)
+@click.option("--max-drop", type=float, metavar="POINTS", help="Points of top-1 (or CER) that may be lost; more: exit 3.")
 @click.option("--sparsity", type=click.Choice(["2:4"]), help="Zero two of every four weights (Ampere and later).")
 @click.option("--data", metavar="SPEC", help="Fine-tune on this.  [default: what B was trained on]")
-@click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Epochs of fine-tuning.")
+@click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Epochs of fine-tuning, in all.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Fewer epochs, if they would take longer than this.")
+@click.option(
+    "--importance",
+    default="magnitude",
+    show_default=True,
+    metavar="NAME",
+    help="What ranks a layer's channels: magnitude, taylor, norm-scale or activation.",
+)
+@click.option("--freeze", multiple=True, metavar="LAYER", help="A layer, or pattern, that keeps its width; repeatable.")
+@click.option(
+    "--unit",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1, 128),
+    help="What widths are multiples of: 16 for CPUs and fp16, 32 for int8 tensor cores.",
+)
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Same seed, same machine: same weights.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg", help="Draw what each layer bears.")
 @answers
-def prune(
-    bundle: Path,
-    out: Path,
-    keep: float | None,
-    speedup: float | None,
-    max_drop: float | None,
-    sparsity: str | None,
-    data: str | None,
-    epochs: int,
-    seed: int,
-) -> Answer:
-    """Remove whole channels from a trained bundle, fine-tune, and measure the gain.
+def prune(bundle: Path, out: Path, plot: Path | None, **options: Any) -> Answer:
+    """Remove channels, recurrent units, attention heads and blocks from a trained bundle, fine-tune, and measure the gain.
 
-    Widths end on multiples of 16: others cost as much as the next multiple. The speed-up is measured against B,
-    in turn, in the same run.
+    What loses least for the time it saves goes first, by a table of layers timed on this machine. The speed-up is measured
+    against B, in turn, in the same run. A stopped run goes on: give the same command again.
 
     \b
     Examples:
       edgekit prune digits.edge --out digits-half.edge --keep 0.5
       edgekit prune digits.edge --out digits-fast.edge --speedup 2 --max-drop 0.5
+      edgekit prune parcels.edge --out small.edge --latency-ms 5 --freeze 'stem.*' --plot layers.svg
+      edgekit prune parcels.edge --out sparse.edge --sparsity 2:4
     """
     import edgekit
+    from edgekit.errors import BudgetNotMet
+    from edgekit.pruning.picture import check_picture, draw_pruning
 
-    pruned = edgekit.prune(
-        bundle, out=out, keep=keep, speedup=speedup, max_drop=max_drop, sparsity=sparsity, data=data, epochs=epochs, seed=seed
-    )
+    if plot is not None:
+        check_picture(plot)
+    missed = None
+    try:
+        pruned = edgekit.prune(bundle, out=out, **options)
+    except BudgetNotMet as error:
+        if not out.exists():
+            raise
+        pruned, missed = edgekit.Bundle.open(out), error
+    if plot is not None:
+        draw_pruning(pruned, plot)
     figures = pruned.manifest.history[-1].figures
-    shown = {k: figures[k] for k in ("top1", "drop", "speedup", "macs", "macs_share", "parameters", "seconds")}
-    text = (
-        f"{out}: top-1 {figures['top1']:.2%} ({-figures['drop']:+.2f} points), {figures['speedup']:.2f}x faster "
-        f"({figures['latency_before_ms']:.3f} -> {figures['latency_ms']:.3f} ms, ONNX Runtime, one thread), "
-        f"{figures['macs_share']:.0%} of the MACs, {figures['parameters']:,} parameters"
+    shown = ("top1", "cer", "drop", "speedup", "latency_ms", "latency_before_ms", "latency_predicted_ms", "device", "macs",
+             "macs_share", "parameters", "sparse_layers", "seconds", "cuts", "layers", "kept", "sensitivity", "on")  # fmt: skip
+    return Answer(
+        {"bundle": str(pruned.path), **{k: figures[k] for k in shown if k in figures}}, _text(out, figures), missed=missed
     )
-    return Answer({"bundle": str(pruned.path), **shown, "cuts": figures["cuts"]}, text)
+
+
+def _text(out: Path, figures: dict[str, Any]) -> str:
+    score = f"CER {figures['cer']:.2%} ({figures['drop']:+.2f}" if "cer" in figures else (
+        f"top-1 {figures['top1']:.2%} ({-figures['drop']:+.2f}"
+    )  # fmt: skip
+    lines = [
+        f"{out}: {score} points), {figures['speedup']:.2f}x faster "
+        f"({figures['latency_before_ms']:.3f} -> {figures['latency_ms']:.3f} ms, {figures['device']}), "
+        f"{figures['macs_share']:.0%} of the MACs, {figures['parameters']:,} of {figures['parameters_before']:,} parameters"
+    ]
+    if figures["sparse_layers"]:
+        lines.append(f"2:4 in {figures['sparse_layers']} layers; ONNX Runtime gains nothing from it, TensorRT may")
+    if figures.get("on"):
+        target = figures["on"]
+        lines.append(
+            f"predicted on {target['target']}, {target['precision']}: {target['before_ms']:.4f} -> {target['ms']:.4f} ms"
+            " (a roofline, not a measurement)"
+        )
+    return "\n".join(lines)

@@ -33,11 +33,13 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
 
     Accuracy against latency and size, training curves, confusion, latency histograms, quantization, engines and
     provenance. Nothing is measured here: what is missing is said in its place, with the command that measures it.
-    The page needs no network.
+    The page needs no network. A study of edgekit search --objective accuracy,latency stands for the bundles on its front,
+    and is drawn with all its trials.
 
     \b
-    Example:
+    Examples:
       edgekit report digits.edge digits8.edge --out report.html
+      edgekit report front.study --out report.html
     """
     from edgekit.reporting import report as write
 

@@ -11,7 +11,7 @@ from .common import SEED, Answer, answers, bundle_argument, out_option
 
 #: What people see of a training or an evaluation, in this order, where it is there.
 FIGURES = ("top1", "macro_f1", "cer", "parameters", "macs", "seconds")
-DATA = "digits | spam | labels | watch | folder:PATH | csv:PATH | npz:PATH"
+DATA = "digits | spam | labels | watch | folder:PATH | csv:PATH | npz:PATH | validation:SHARE:SPEC"
 
 
 @click.command()
@@ -41,6 +41,13 @@ DATA = "digits | spam | labels | watch | folder:PATH | csv:PATH | npz:PATH"
     help="Label smoothing of classifiers.",
 )
 @click.option("--size", type=click.IntRange(8, 1024), help="Height and width of pictures, pixels.  [default: the data set's]")
+@click.option(
+    "--width",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 4),
+    help="Factor on a preset's channels, which end on multiples of 8.",
+)
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Same seed, same machine: same weights.")
 @click.option(
     "--augment",

@@ -17,30 +17,21 @@ if TYPE_CHECKING:
     from .roofline import estimate
     from .shapes import parse_batch
     from .summary import summarise
-    from .targets import Target, load_targets, target_named, target_rows
 
 _HOMES = {
-    "Target": "targets",
     "build": "builder",
     "estimate": "roofline",
     "import_onnx": "importer",
-    "load_targets": "targets",
     "parse_batch": "shapes",
     "summarise": "summary",
-    "target_named": "targets",
-    "target_rows": "targets",
 }
 
 __all__ = [
-    "Target",
     "build",
     "estimate",
     "import_onnx",
-    "load_targets",
     "parse_batch",
     "summarise",
-    "target_named",
-    "target_rows",
 ]
 
 

@@ -20,12 +20,12 @@ import msgspec
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, MissingExtra, UsageError
 from edgekit.manifest import Tolerance
+from edgekit.targets import PRECISIONS, JetPack, Target, target_named
 from edgekit.version import __version__
 
 from . import child
 from .kit import SCRIPT, make_kit
 from .shapes import Profiles, profiles_for
-from .targets import PRECISIONS, JetPack, Target, target_named
 
 __all__ = ["BuildResult", "build"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from .targets import JetPack, Target
+from edgekit.targets import JetPack, Target
 
 __all__ = ["SCRIPT", "make_kit"]
 

@@ -15,12 +15,12 @@ import onnx
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, UsageError
+from edgekit.targets import PRECISIONS, Figure, Target, load_targets, target_named
 
 from .cost import GraphCost, LayerCost, Tensor, graph_cost
 from .shapes import profiles_for
-from .targets import PRECISIONS, Figure, Target, load_targets, target_named
 
-__all__ = ["Kernel", "estimate", "fuse"]
+__all__ = ["Kernel", "estimate", "fuse", "predictable"]
 
 TOP = 8  # layers shown
 #: Joined to the kernel that makes their input, where nothing else reads it: TensorRT's point-wise and Q fusions.
@@ -121,6 +121,13 @@ def estimate(
         "top_layers": sorted(rows, key=lambda row: -row["us"])[:TOP],
         "caveats": caveats,
     }
+
+
+def predictable(target: str) -> Target:
+    """The target called ``target``, where `estimate` has figures of it for float graphs. Raises `UsageError`."""
+    chosen = target_named(target)
+    _figures(chosen, "fp16")
+    return chosen
 
 
 def _precision(bundle: Bundle, target: Target, precision: str) -> str:

@@ -26,10 +26,11 @@ __all__ = [
 
 
 class Source(NamedTuple):
-    """``module`` has ``load(path) -> Dataset``; ``path``: whether a spec must name one, may, or must not."""
+    """``module`` has ``load(path) -> Dataset``; ``path``: whether a spec must name one, may, must not, or is about another
+    data set: ``spec``."""
 
     module: str
-    path: Literal["required", "optional", "none"] = "none"
+    path: Literal["required", "optional", "none", "spec"] = "none"
 
 
 SOURCES: dict[str, Source] = {
@@ -40,12 +41,15 @@ SOURCES: dict[str, Source] = {
     "folder": Source("edgekit.data.folder", "required"),
     "csv": Source("edgekit.data.csv_file", "required"),
     "npz": Source("edgekit.data.npz", "required"),
+    "validation": Source("edgekit.data.validation", "spec"),
 }
+#: What follows the colon where something must.
+_BEHIND = {"required": ":PATH", "spec": ":SHARE:SPEC"}
 
 
 def known_specs() -> str:
     """Every kind of spec, as a person writes it."""
-    return ", ".join(f"{name}:PATH" if source.path == "required" else name for name, source in SOURCES.items())
+    return ", ".join(name + _BEHIND.get(source.path, "") for name, source in SOURCES.items())
 
 
 def find(spec: str) -> tuple[str, str]:
@@ -57,13 +61,25 @@ def find(spec: str) -> tuple[str, str]:
     if name not in SOURCES:
         raise UsageError(f"there is no data set {spec!r}", f"choose one of: {known_specs()}")
     source = SOURCES[name]
-    if (source.path == "required" and not path) or (colon and (source.path == "none" or not path)):
-        cure = f"write {name}:PATH" if source.path == "required" else f"write {name}, without a path"
+    if (source.path in _BEHIND and not path) or (colon and (source.path == "none" or not path)):
+        cure = f"write {name}{_BEHIND[source.path]}" if source.path in _BEHIND else f"write {name}, without a path"
         raise UsageError(f"{spec!r} is not a data set", cure)
+    if source.path == "spec":
+        share, _, other = path.partition(":")
+        if not 0 < _share(share) < 1 or other.partition(":")[0] == name:
+            raise UsageError(f"{spec!r} is not a data set", "write validation:SHARE:SPEC, for example validation:0.15:digits")
+        find(other)
     if source.path == "required" and not Path(path).exists():
         wanted = "folder:PATH wants one folder a class: PATH/CLASS/*.jpg" if name == "folder" else "mind the path"
         raise DataError(f"there is no {'folder' if name == 'folder' else 'file'} {path}", wanted)
     return source.module, path
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def load(spec: str) -> Dataset:

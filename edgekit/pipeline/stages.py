@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 import edgekit
-from edgekit.compiler import parse_batch, target_named
+from edgekit.compiler import parse_batch
 from edgekit.data import SOURCES, find, load
 from edgekit.data.samples import write_samples
 from edgekit.errors import DataError, UsageError
@@ -18,6 +18,7 @@ from edgekit.explanation import RECORD
 from edgekit.files import sha256_file
 from edgekit.models import DEFAULT, check_model, is_custom, trust
 from edgekit.runtime.model import Precision
+from edgekit.targets import target_named
 
 from .stage import Context, Made, Stage, staging_name
 
@@ -55,6 +56,7 @@ class Train(Stage, frozen=True):
     batch: Annotated[int, Meta(ge=2)] | None = None
     lr: Annotated[float, Meta(gt=0, lt=10)] | None = None
     size: Annotated[int, Meta(ge=8, le=1024)] | None = None
+    width: Annotated[float, Meta(ge=0.1, le=4)] | None = None
     seed: Seed | None = None
     augment: str | None = None
     optimizer: Literal["adamw", "sgd"] | None = None
@@ -102,7 +104,14 @@ class Prune(Stage, frozen=True):
     out: str
     keep: Annotated[float, Meta(gt=0, le=1)] | None = None
     speedup: Annotated[float, Meta(gt=1, le=100)] | None = None
+    latency_ms: Annotated[float, Meta(gt=0)] | None = None
+    size: Annotated[float, Meta(gt=0)] | None = None
+    on: str | None = None
     max_drop: Annotated[float, Meta(ge=0, le=100)] | None = None
+    importance: str | None = None
+    freeze: tuple[str, ...] | None = None
+    unit: Positive | None = None
+    minutes: Annotated[float, Meta(gt=0)] | None = None
     sparsity: Literal["2:4"] | None = None
     data: str | None = None
     epochs: Positive | None = None
@@ -118,8 +127,9 @@ class Prune(Stage, frozen=True):
         return (self.bundle,)
 
     def check(self, data: str | None) -> None:
-        if self.keep is not None and self.speedup is not None:
-            raise UsageError("keep and speedup are both stated", "state one of them")
+        targets = ("keep", "speedup", "latency_ms", "size")
+        if len(stated := [name for name in targets if getattr(self, name) is not None]) > 1:
+            raise UsageError(f"{' and '.join(stated)} are both stated", "state one of them")
         if self.data:
             find(self.data)
 

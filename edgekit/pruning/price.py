@@ -8,12 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edgekit.errors import UsageError
+from edgekit.targets import Target
+
 from .coupling import Operation
 from .groups import SAMPLES, Network
 from .table import LatencyTable
 
-__all__ = ["LatencyPrice", "Price", "layer_rows", "macs_of", "macs_price", "size_price"]
+__all__ = ["LatencyPrice", "Price", "RooflinePrice", "layer_rows", "macs_of", "macs_price", "size_price"]
 
+#: Of the table's units: between two layers, and a call; fitted to pruned digits nets, whose kernels are of a few.
+BETWEEN_US, CALL_US = 1.4, 6.0
 #: What a network costs, in the unit of the target.
 Price = Callable[[Network], float]
 
@@ -60,12 +65,63 @@ class LatencyPrice:
         return self.scale * self.kernels(network)
 
     def kernels(self, network: Network) -> float:
-        """The sum of the table's entries, milliseconds."""
-        return sum(self.table.microseconds(o, network.sizes(o), SAMPLES) for o in network.operations) / 1e3
+        """The sum of the table's entries and of what a runtime takes between them."""
+        times = [self.table.microseconds(o, network.sizes(o), SAMPLES) for o in network.operations]
+        return (sum(times) + BETWEEN_US * sum(1 for time in times if time) + CALL_US) / 1e3
 
     def anchored(self, network: Network, measured_ms: float) -> LatencyPrice:
         """The same table, fitted to a network that was measured."""
         return replace(self, scale=measured_ms / max(self.kernels(network), 1e-9))
+
+
+@dataclass(frozen=True)
+class RooflinePrice:
+    """Milliseconds of one sample on a named target by the roofline model: each operator takes the longer of its arithmetic at
+    the peak and its memory traffic, plus a launch. A prediction, never a measurement. Raises `UsageError` where the target
+    has no figures."""
+
+    target: Target
+    precision: str
+
+    def __post_init__(self) -> None:
+        target = self.target
+        if target.peak(self.precision) is None or target.bandwidth_gbs is None or target.launch_us is None:
+            raise UsageError(
+                f"{target.name} has no {self.precision} peak and bandwidth to predict from",
+                "take another target, or --on onnxruntime",
+            )
+
+    def __call__(self, network: Network) -> float:
+        peak, bandwidth, launch = self.target.peak(self.precision), self.target.bandwidth_gbs, self.target.launch_us
+        assert peak is not None
+        assert bandwidth is not None
+        assert launch is not None
+        width, total = {"fp32": 4, "fp16": 2, "int8": 1}[self.precision], 0.0
+        for operation in network.operations:
+            sizes, whole = network.sizes(operation), tuple(map(len, operation.dims))
+            if 0 in sizes:
+                continue
+            math_us = 2 * macs_of(operation, sizes, whole) / peak.value / 1e6
+            total += max(math_us, width * _moved(operation, sizes, whole) / bandwidth.value / 1e3) + launch.value
+        return total / 1e3
+
+
+def _moved(operation: Operation, sizes: tuple[int, ...], whole: tuple[int, ...]) -> float:
+    """Numbers that an operator reads and writes for one sample, weights included."""
+    kind, static = operation.kind, operation.shape
+    if kind in ("convolution", "deconvolution"):
+        grouping, space = static[:2]
+        before, after, kernel = (math.prod(static[2 + k * space : 2 + (k + 1) * space]) for k in range(3))
+        columns = 1.0 if grouping < 0 else sizes[0] / grouping
+        return sizes[0] * before + sizes[1] * after + sizes[1] * columns * kernel
+    if kind == "linear":
+        return static[0] / SAMPLES * sum(sizes) + sizes[0] * sizes[1]
+    if kind == "recurrence":  # the weights come anew with every step
+        return static[1] * (sum(sizes) + static[0] * sizes[1] * sum(sizes))
+    if kind == "attention":
+        return sum(sizes) * (static[-2] + static[-1]) + 2 * math.prod(static[1:])
+    share = sizes[0] / whole[0] if sizes else 1.0
+    return 2 * math.prod(static) / SAMPLES * share
 
 
 def layer_rows(before: Network, after: Network, table: LatencyTable) -> list[dict[str, Any]]:

@@ -19,10 +19,11 @@ from edgekit.manifest import ModelEdits
 from edgekit.models.module import load as load_module
 from edgekit.models.module import macs, parameters, write_model
 from edgekit.progress import say
+from edgekit.targets import target_named
 
-from .groups import analyse
+from .groups import Network, analyse
 from .importance import importance_named
-from .price import LatencyPrice, Price, layer_rows, macs_price, size_price
+from .price import LatencyPrice, Price, RooflinePrice, layer_rows, macs_price, size_price
 from .reach import Meter, reach
 from .recover import Recovery
 from .resume import Cut, Resume
@@ -43,6 +44,7 @@ class Options(NamedTuple):
     """What `prune` was asked for, and how."""
 
     target: Target | None
+    on: str
     max_drop: float | None
     sparse: bool
     importance: str
@@ -59,6 +61,7 @@ def prune(
     speedup: float | None = None,
     latency_ms: float | None = None,
     size: float | None = None,
+    on: str = "onnxruntime",
     max_drop: float | None = None,
     sparsity: str | None = None,
     data: str | None = None,
@@ -72,7 +75,8 @@ def prune(
     """Remove channels, recurrent units, attention heads and blocks until a target is reached; fine-tune; measure.
 
     The target is one of ``keep`` (share of the MACs), ``size`` (bytes of float32 weights), ``speedup`` and ``latency_ms``
-    (measured on ONNX Runtime, one thread, one sample); none: ``keep=0.5``, or no cut with ``sparsity="2:4"``. What is lost
+    (of one sample); none: ``keep=0.5``, or no cut with ``sparsity="2:4"``. Latency is measured on ONNX Runtime, one thread, or
+    ``on`` a target's name predicted by the roofline model, with float16; both are recorded. What is lost
     least is cut first: KL divergence on training samples over the cost that goes. ``importance`` ranks the channels of a
     group (`CRITERIA`), ``freeze`` names layers (patterns) that keep their width, ``unit`` is what widths are multiples of: 16
     suits a CPU and fp16 tensor cores, 32 those of int8. Then ``epochs`` of fine-tuning, fewer if they would take longer than
@@ -91,15 +95,23 @@ def prune(
         raise UsageError(f"--max-drop {max_drop:g} is no number of points", "give points of top-1, for example 0.5")
     wanted = target_of(keep, size, speedup, latency_ms, whole=sparsity is not None)
     importance_named(importance)
-    options = Options(wanted, max_drop, sparsity is not None, importance, tuple(freeze), unit, seed)
+    options = Options(wanted, on, max_drop, sparsity is not None, importance, tuple(freeze), unit, seed)
+    roofline = None if on == "onnxruntime" else RooflinePrice(target_named(on), "fp16")
     module = load_module(source)
     recovery = Recovery.of(source, data, epochs, minutes, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    run = _Run(source, module, recovery, options, target)
+    run = _Run(source, module, recovery, options, target, roofline)
     cut = run.rounds()
     figures = {**run.figures(cut), "seconds": round(time.perf_counter() - started, 1)}
-    written: dict[str, Any] = {"keep": keep, "speedup": speedup, "latency_ms": latency_ms, "size": size, "max_drop": max_drop}
+    written: dict[str, Any] = {
+        "keep": keep,
+        "speedup": speedup,
+        "latency_ms": latency_ms,
+        "size": size,
+        "on": on,
+        "max_drop": max_drop,
+    }
     written |= {"sparsity": sparsity, "importance": importance, "freeze": list(freeze), "unit": unit}
     written |= {"data": recovery.dataset.spec, **asdict(recovery.config), "data_digest": recovery.dataset.digest}
     model = source.manifest.model
@@ -114,14 +126,22 @@ def prune(
     entry = source.entry("prune", written, figures)
     pruned = write_model(target, cut.module, recovery.splits.held_out.x, manifest, entry, recovery.tokenizer)
     run.resume.forget()
-    _gate(pruned, figures, wanted, max_drop)
+    _gate(pruned, figures, None if roofline else wanted, max_drop)
     return pruned
 
 
 class _Run:
     """One `prune`: the network as it was, what it costs, and the rounds of cutting and fine-tuning."""
 
-    def __init__(self, source: Bundle, module: nn.Module, recovery: Recovery, options: Options, target: Path) -> None:
+    def __init__(
+        self,
+        source: Bundle,
+        module: nn.Module,
+        recovery: Recovery,
+        options: Options,
+        target: Path,
+        roofline: RooflinePrice | None,
+    ) -> None:
         self.recovery, self.options, self.module = recovery, options, module
         sample = recovery.splits.held_out.x[:1]
         self.example = recovery.samples[:2]
@@ -133,7 +153,7 @@ class _Run:
         say("finding what goes together")
         self.network = analyse(module, self.example, edits, options.freeze)
         self.judge = Judge.of(module, recovery.samples, recovery.targets, importance_named(options.importance))
-        self.table = LatencyTable()
+        self.table, self.roofline = LatencyTable(), roofline
         self.price = self._price()
         self.whole = self.price(self.network)
         self.macs, self.parameters = macs(module, self.example), parameters(module)
@@ -141,6 +161,8 @@ class _Run:
 
     def _price(self) -> Price:
         kind = self.options.target.kind if self.options.target else "macs"
+        if kind in ("speedup", "latency") and self.roofline is not None:
+            return self.roofline
         if kind in ("speedup", "latency"):
             say("timing layers on ONNX Runtime")
             price = LatencyPrice(self.table)
@@ -213,8 +235,17 @@ class _Run:
             "sparse_share": sparse["share"],
             "sparse_layers": sparse.get("layers", 0),
             "device": self.table.device,
+            **self._predicted(after),
             "curve": cut.curve,
         }
+
+    def _predicted(self, after: Network) -> dict[str, Any]:
+        """Milliseconds on the named target, by the roofline."""
+        if self.roofline is None:
+            return {}
+        before_ms, ms = self.roofline(self.network), self.roofline(after)
+        named = {"target": self.roofline.target.name, "precision": self.roofline.precision, "prediction": True}
+        return {"on": {**named, "before_ms": before_ms, "ms": ms, "speedup": before_ms / ms}}
 
 
 def _shares(target: Target | None, whole: float) -> list[float]:

@@ -17,7 +17,7 @@ from edgekit.progress import say
 from .groups import Network
 from .latency import paired_latency
 from .price import LatencyPrice, Price, macs_price, size_price
-from .search import Judge, Step, cut_path
+from .search import Judge, Step, cut_path, narrowest
 from .target import Target
 
 __all__ = ["Meter", "Reached", "reach"]
@@ -51,12 +51,20 @@ def reach(network: Network, judge: Judge, target: Target, price: Price, meter: M
 
     Raises `UsageError` where what can be cut does not suffice, with how far it goes.
     """
+    least = price(narrowest(network, unit))
     if not isinstance(price, LatencyPrice):
-        steps = _walk(network, judge, price, target.limit(whole), unit)
+        limit = target.limit(whole)
+        if least > limit * (1 + 1e-9):
+            _refuse(target, least / whole, network)
+        steps = _walk(network, judge, price, limit, unit)
         found = steps[-1].network if steps else network
-        if price(found) > target.limit(whole):
+        if price(found) > limit * (1 + 1e-9):
             _refuse(target, price(found) / whole, network)
         return Reached(found, steps, None)
+    if not network.groups and not network.blocks:
+        _refuse(target, 1.0, network)
+    if least > target.limit(whole):
+        say(f"{target} is out of reach: all that can be cut gives {whole / least:.1f}x; the best found will be written")
     return _reach_latency(network, judge, target, price, meter, unit)
 
 
@@ -69,8 +77,8 @@ def _reach_latency(network: Network, judge: Judge, target: Target, price: Latenc
         if new <= limit:
             break
         walked = _walk(network, judge, price, limit, unit)
-        if not walked:
-            _refuse(target, new / old, network)
+        if not walked:  # the best found
+            break
         steps += walked
         network = walked[-1].network
         old, new = meter(network.module)

@@ -22,7 +22,7 @@ from .groups import Channel, Group, Network
 from .importance import Importance
 from .price import Price
 
-__all__ = ["Judge", "Step", "cut_path", "sensitivity"]
+__all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity"]
 
 LARGE = 8  # a step takes a part of this of a wide group, at least
 
@@ -151,6 +151,17 @@ def _next(width: int, unit: int) -> int:
         unit = max(unit // 2, 1)
     step = max(unit, width // LARGE // unit * unit)
     return max((width - 1) // unit * unit - (step - unit), 0)
+
+
+def narrowest(network: Network, unit: int = 16) -> Network:
+    """The network with all cut that can be; its module is as it was."""
+    for name in network.blocks:
+        network = network.bypassed(name)
+    for group in network.groups:
+        step = 1 if group.heads else _unit(group, network, unit)
+        kept = min(network.width(group), max(step // 2, 1) if not group.heads else 1)
+        network = network.masked(channel for row in network.rows(group) for channel in row[kept:])
+    return network
 
 
 def sensitivity(network: Network, judge: Judge, unit: int = 16, points: int = 4) -> dict[str, list[tuple[float, float]]]:

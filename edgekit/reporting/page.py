@@ -22,6 +22,7 @@ from edgekit.version import __version__
 from . import charts
 from .collect import Bench, BundleView, collect
 from .figures import number, words
+from .front import Front, front_file, read_front, row_words
 
 __all__ = ["report"]
 
@@ -42,20 +43,22 @@ def report(
 ) -> dict[str, Any]:
     """Write one self-contained HTML page about one or several bundles.
 
+    A study of `edgekit.pareto` (or its ``STUDY.front.json``) among them stands for the bundles on its front, and is drawn.
     ``out`` is replaced atomically where it is an earlier report, and refused where it is any other file.
     ``explanations`` is a folder that `edgekit.explain` wrote. Returns ``bundle`` (the first), ``report`` (path), ``bundles``,
     ``size_bytes``.
     Raises `BundleError` for a missing or damaged bundle, `OutputExists` for a foreign file at ``out``, `DataError` for
-    a folder without explanations.
+    a folder without explanations or a study without a front.
     """
     sources = [bundles] if isinstance(bundles, Bundle | str | os.PathLike) else list(bundles)
     if not sources:
         raise UsageError("no bundle was named", "edgekit report B... --out report.html")
+    sources, fronts = _with_fronts(sources)
     opened = [Bundle.open(source.path if isinstance(source, Bundle) else source) for source in sources]
     home = _check_out(Path(out), opened)
     pictures = _pictures(Path(explanations)) if explanations is not None else []
     views = [collect(bundle, name) for bundle, name in zip(opened, _names(opened), strict=True)]
-    data = render(views, pictures).encode()
+    data = render(views, pictures, fronts).encode()
     if home:
         home.extend({REPORT: data})
     else:
@@ -66,6 +69,25 @@ def report(
         "bundles": [str(bundle.path) for bundle in opened],
         "size_bytes": len(data),
     }
+
+
+def _with_fronts(sources: Sequence[Source]) -> tuple[list[Source], list[Front]]:
+    """(bundles, each once; fronts): those on the front of a study stand where it was named.
+
+    Raises `DataError` where nothing is left to report on.
+    """
+    found: dict[str, Source] = {}
+    fronts = []
+    for source in sources:
+        path = Path(source.path if isinstance(source, Bundle) else source)
+        file = front_file(path)
+        if file is not None:
+            fronts.append(read_front(file))
+        for bundle in [source] if file is None else fronts[-1].bundles:
+            found.setdefault(os.path.realpath(bundle.path if isinstance(bundle, Bundle) else bundle), bundle)
+    if not found:
+        raise DataError(f"the bundles on the front of {fronts[0].study} are gone", "name a bundle beside it, or search on")
+    return list(found.values()), fronts
 
 
 def _check_out(out: Path, opened: Sequence[Bundle]) -> Bundle | None:
@@ -122,7 +144,7 @@ def _data_uri(png: bytes) -> str | None:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]]) -> str:
+def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]], fronts: Sequence[Front] = ()) -> str:
     """The page as text. Everything that came out of a bundle is escaped by Jinja2 or encoded as JSON."""
     try:
         import jinja2
@@ -146,6 +168,7 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]]) -
         rows=rows,
         protocol=" · ".join(part for part in key if part) if key else None,
         charts=drawn,
+        fronts=fronts,
         confusions=[_confusion(view) for view in views if view.confusion],
         pictures=embedded[:shown],
         left_out=len(embedded) - shown,
@@ -155,6 +178,7 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]]) -
         version=__version__,
         now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         plain=_plain,
+        row_words=row_words,
     )
 
 

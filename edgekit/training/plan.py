@@ -17,6 +17,7 @@ from edgekit.errors import DataError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import ImagePreprocessing, ModelConfig, Preprocessing, TextPreprocessing
 from edgekit.models import DEFAULTS, Preset, check_model, is_custom, preset_named, sized, trust
 from edgekit.models.module import create, export_onnx
+from edgekit.models.widths import scaled
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say
 
@@ -66,8 +67,11 @@ class Splits(NamedTuple):
     validation: Tensors | None
 
 
-def make_plan(data: str, model: str | None = None, size: int | None = None, augment: str | None = None) -> Plan:
-    """Load the data set ``data`` and find the model for it; ``size`` is the height and width of pictures.
+def make_plan(
+    data: str, model: str | None = None, size: int | None = None, augment: str | None = None, width: float = 1.0
+) -> Plan:
+    """Load the data set ``data`` and find the model for it; ``size`` is the height and width of pictures, ``width`` scales
+    the channels of a preset.
 
     Raises `UsageError` for an unknown model or data set, or a model for another kind of data, `DataError` for missing data.
     """
@@ -95,6 +99,7 @@ def make_plan(data: str, model: str | None = None, size: int | None = None, augm
     if isinstance(preprocessing, ImagePreprocessing):
         name = sized(name, min(preprocessing.height, preprocessing.width))
         preset = preset_named(name)
+    channels = scaled(name, width)
     if isinstance(preprocessing, TextPreprocessing):
         if name.startswith("hf:"):
             if augment not in (None, "none"):
@@ -107,7 +112,7 @@ def make_plan(data: str, model: str | None = None, size: int | None = None, augm
             tokenizer = fit_tokenizer((dataset.train.read(i) for i in range(len(dataset.train))), VOCABULARY)
             entries = Tokenizer.from_buffer(tokenizer).get_vocab_size()
             own = {"vocabulary": -(-entries // 8) * 8}  # few texts fill fewer entries, and the device carries each
-    args = {"classes": len(dataset.labels), **_described(preprocessing), **preset.args, **own}
+    args = {"classes": len(dataset.labels), **_described(preprocessing), **preset.args, **channels, **own}
     make_augmentation(augmentation, preprocessing, tokenizer)  # refuses what does not fit before anything is read
     return Plan(dataset, preset, ModelConfig(name, args), preprocessing, augmentation, tokenizer, weights_from)
 

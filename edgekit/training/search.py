@@ -7,10 +7,8 @@ command given beside a running one, on this machine or on another that sees the 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,24 +18,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgekit.bundle import refuse_inside_bundle
 from edgekit.data import Tensors, check_damaged
 from edgekit.data.augment import Augmentation, make_augmentation, policy_named
-from edgekit.errors import DataError, EdgekitError, MissingExtra, UsageError
+from edgekit.errors import DataError, EdgekitError, UsageError
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say
 
 from .fit import FitConfig, Watched, fit, outputs_of
+from .journal import Journal, check_study, described
 from .objective import Classification, Reading, objective_for
 from .plan import Plan, check_custom, class_weights, make_plan
 from .train import fit_config
 
 __all__ = ["search"]
 
-NAME = "edgekit"  # of the one study in a journal
 SHOWN = 5
-#: So many trials end before one may be given up: a median of fewer says little.
-UNPRUNED = 5
 DECAYS = (1e-4, 0.5)
 SMOOTHINGS = (0.0, 0.2)
 
@@ -71,52 +66,22 @@ def search(
     `EdgekitError` where every trial failed.
     """
     path = Path(study)
-    _check(path, trials, validation)
+    check_study(path, trials, validation)
     plan = make_plan(data, model, size, augment)
     config = fit_config(plan, epochs, seed=seed, optimizer=optimizer)
     about = {"epochs": config.epochs, "validation": validation, "seed": seed, "optimizer": optimizer, "balance": balance}
-    journal = _Journal(path, _about(plan) | about)
+    journal = Journal(path, described(plan) | about, warmup=config.epochs // 3)
     trainer = _Trainer.make(plan, config, validation, balance)
     space = _Space.around(config, len(trainer.data.y), smooths=isinstance(trainer.objective(config), Classification))
     journal.begin(space.defaults())
     while len(journal.finished()) < trials:
         _attempt(journal, space, trainer, trials)
-    top = journal.top(space)
+    top = _top(journal, space)
     stated = {"model": model, "size": size, "augment": augment, "epochs": epochs, "seed": seed or None}
     stated |= {"optimizer": optimizer if optimizer != "adamw" else None, "balance": balance or None}
     found = {key: value for key, value in top[0].items() if key not in ("trial", "score")}
     answer = {"study": str(path), **journal.counts(), "metric": trainer.objective(config).metric}
     return {**answer, "best": top[0], "top": top, "command": _command(data, path, stated | found)}
-
-
-def _check(path: Path, trials: int, validation: float) -> None:
-    if trials < 1 or not 0 < validation < 1:
-        raise UsageError(f"{trials} trials, a validation share of {validation:g}", "wanted: trials >= 1, 0 < validation < 1")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("search does not run under torchrun", "give the same command several times instead, with one --study")
-    refuse_inside_bundle(path)
-    if path.is_dir() or (path.exists() and path.stat().st_size and not _is_journal(path)):
-        raise UsageError(f"{path} is there and is no study", "name another --study")
-
-
-def _is_journal(path: Path) -> bool:
-    """Whether the first line is an entry of Optuna's. It would append to any file."""
-    with path.open("rb") as file:
-        line = file.readline(1 << 16)
-    try:
-        return "op_code" in json.loads(line)
-    except (ValueError, TypeError):
-        return False
-
-
-def _about(plan: Plan) -> dict[str, Any]:
-    """What the trials of a study have in common beside the options: scores of other data or models say nothing here."""
-    return {
-        "data": plan.dataset.digest,
-        "model": f"hf:{plan.weights_from}" if plan.weights_from else plan.model.name,
-        "input": repr(plan.preprocessing),
-        "augmentation": plan.augmentation,
-    }
 
 
 def _command(data: str, study: Path, options: Mapping[str, Any]) -> str:
@@ -201,7 +166,7 @@ class _Space:
         return found | ({"smoothing": config.smoothing} if self.smooths else {})
 
 
-def _attempt(journal: _Journal, space: _Space, trainer: _Trainer, trials: int) -> None:
+def _attempt(journal: Journal, space: _Space, trainer: _Trainer, trials: int) -> None:
     """One trial, and a line about it."""
     trial = journal.ask()
     settings = space.draw(trial)
@@ -231,7 +196,7 @@ def _attempt(journal: _Journal, space: _Space, trainer: _Trainer, trials: int) -
             journal.tell(trial, "FAIL")
         raise
     else:
-        journal.tell(trial, "COMPLETE", score)
+        journal.tell(trial, "COMPLETE", (score,))
         outcome = f"{trainer.objective(config).metric} {score:.2%}"
     say(f"trial {trial.number}: {outcome}; {len(journal.finished())} of {trials} done")
 
@@ -240,82 +205,7 @@ class _Hopeless(Exception):
     """Ends a trial that will not be among the best."""
 
 
-class _Journal:
-    """The study in the file at ``path``. What knows Optuna is here."""
-
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError:
-            raise MissingExtra("search", "optuna") from None
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.path, self.about, self.optuna = path, dict(about), optuna
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(path))),
-                study_name=NAME,
-                direction="maximize",
-                load_if_exists=True,
-                sampler=optuna.samplers.RandomSampler(),  # until `ask` sets a better one
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED, n_warmup_steps=about["epochs"] // 3),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):  # what lines of another kind make of Optuna's reader
-            raise UsageError(f"the study {path} is damaged", "name another --study") from None
-        known = self.study.user_attrs.get("about", about)
-        if other := [key for key in about if known.get(key) != about[key]]:
-            was, key = known.get(other[0]), other[0]
-            values = "" if key == "data" else f": {was}, not {about[key]}"  # digests say nothing to people
-            raise UsageError(
-                f"the study {path} is of another {key}{values}",
-                "give the data and options that it was begun with, or another --study",
-            )
-
-    def begin(self, defaults: Mapping[str, Any]) -> None:
-        """Note what the study is of; what its first trial will try."""
-        if "about" not in self.study.user_attrs:
-            self.study.set_user_attr("about", self.about)
-            self.study.enqueue_trial(dict(defaults), skip_if_exists=True)
-
-    def ask(self) -> Any:
-        """A new trial. Its draws are seeded by its number: a search done again draws the same, and processes that run
-        side by side never do."""
-        trial = self.study.ask()
-        seed = (self.about["seed"] + 7_919 * trial.number) % 2**32
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna 4 calls the liar experimental
-            self.study.sampler = self.optuna.samplers.TPESampler(
-                n_startup_trials=UNPRUNED,
-                seed=seed,
-                multivariate=False,  # else it would draw when asked, before it is seeded
-                constant_liar=True,  # keeps off what other processes are trying
-            )
-        return trial
-
-    def tell(self, trial: Any, state: str, score: float | None = None, reason: str | None = None) -> None:
-        """End a trial: COMPLETE, PRUNED, or FAIL, for a ``reason`` or because it was interrupted."""
-        if reason is not None:
-            trial.set_user_attr("reason", reason)
-        self.study.tell(trial, score, state=self.optuna.trial.TrialState[state])
-
-    def finished(self) -> list[Any]:
-        """Trials that count; one that was interrupted does not."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [t for t in trials if t.state.name in ("COMPLETE", "PRUNED") or "reason" in t.user_attrs]
-
-    def counts(self) -> dict[str, int]:
-        states = [t.state.name for t in self.finished()]
-        return {"trials": len(states), "pruned": states.count("PRUNED"), "failed": states.count("FAIL")}
-
-    def top(self, space: _Space) -> list[dict[str, Any]]:
-        """The best trials, best first. Raises `EdgekitError` where there is none."""
-        finished = self.finished()
-        good = sorted((t for t in finished if t.state.name == "COMPLETE"), key=lambda t: (-t.value, t.number))
-        if not good:
-            raise EdgekitError(
-                f"all {len(finished)} trials failed; the last: {finished[-1].user_attrs['reason']}",
-                "try another --model or --size, or look at the data",
-            )
-        return [{"trial": t.number, "score": t.value, **space.settings(t.params)} for t in good[:SHOWN]]
+def _top(journal: Journal, space: _Space) -> list[dict[str, Any]]:
+    """The best trials, best first. Raises `EdgekitError` where there is none."""
+    good = sorted(journal.complete(), key=lambda t: (-t.value, t.number))
+    return [{"trial": t.number, "score": t.value, **space.settings(t.params)} for t in good[:SHOWN]]

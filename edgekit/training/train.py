@@ -42,6 +42,7 @@ def train(
     weight_decay: float = FitConfig.weight_decay,
     smoothing: float = FitConfig.smoothing,
     size: int | None = None,
+    width: float = 1.0,
     seed: int = 0,
     augment: str | None = None,
     optimizer: Literal["adamw", "sgd"] = "adamw",
@@ -55,16 +56,16 @@ def train(
 
     ``data`` is a spec (`edgekit.data.load`); ``model`` a preset, ``hf:FOLDER`` or ``package.module:factory`` (default: what
     suits the data); ``epochs`` to ``smoothing`` and ``optimizer`` are `FitConfig`'s; ``size`` is the height and width of
-    pictures in pixels (default: the data set's), ``augment`` a policy, ``validation`` the share of the training split by
-    which the best epoch is chosen, ``patience`` the epochs without a better one after which training stops. ``balance``
-    weighs classes alike; ``teacher`` is a bundle to distil from; ``logs`` a folder for TensorBoard. Stopped runs resume from
-    ``OUT.checkpoint``. The figures in the history are measured on the held-out split after the last epoch; nothing is chosen
-    by it. Under torchrun every process returns the bundle.
+    pictures in pixels (default: the data set's), ``width`` a factor on the channels of a preset, ``augment`` a policy,
+    ``validation`` the share of the training split by which the best epoch is chosen, ``patience`` the epochs without a better
+    one after which training stops. ``balance`` weighs classes alike; ``teacher`` is a bundle to distil from; ``logs`` a folder
+    for TensorBoard. Stopped runs resume from ``OUT.checkpoint``. The figures in the history are measured on the held-out split
+    after the last epoch; nothing is chosen by it. Under torchrun every process returns the bundle.
     Raises `OutputExists`, `DataError` for missing or damaged data, `UsageError` for options that do not fit each other.
     """
     target = new_path(out)
     _check(validation, patience)
-    plan = make_plan(data, model, size, augment)
+    plan = make_plan(data, model, size, augment, width)
     stated = {"weight_decay": weight_decay, "smoothing": smoothing}
     config = fit_config(plan, epochs, batch, lr, seed, optimizer=optimizer, patience=patience, **stated)
     module = plan.module(seed)

@@ -21,9 +21,9 @@ from edgekit.bundle import INT8_GRAPH, Bundle
 from edgekit.compiler import build, build_engine
 from edgekit.compiler.builder import _readers
 from edgekit.compiler.kit import SCRIPT
-from edgekit.compiler.targets import target_named
 from edgekit.quantization import quantize
 from edgekit.runtime.golden import compare_arrays, load_golden, save_golden
+from edgekit.targets import target_named
 
 #: What each TensorRT's Python module has, of all that build_engine.py asks for (read from the bindings of each version).
 _WEAK = {"FP16", "INT8", "SPARSE_WEIGHTS"}

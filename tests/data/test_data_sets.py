@@ -95,6 +95,42 @@ def test_missing_data_is_one_clear_error(spec: str, tmp_path: Path, monkeypatch:
         load(spec)
 
 
+def test_a_validation_part_is_of_the_training_split() -> None:
+    other, part = load("digits"), load("validation:0.15:digits")
+    assert sorted(part.train.ids + part.test.ids) == sorted(other.train.ids)
+    assert part.all.ids == other.train.ids
+    assert Counter(part.test.targets.tolist()) == dict.fromkeys(range(10), 60)
+    assert (part.digest, part.labels, part.spec) == (other.digest, other.labels, "validation:0.15:digits")
+    assert load("validation:0.15:digits").test.ids == part.test.ids
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        ":",
+        ":0:digits",
+        ":1:digits",
+        ":x:digits",
+        ":0.1",
+        ":0.1:",
+        ":nan:digits",
+        ":0.1:nonsense",
+        ":0.1:validation:0.1:digits",
+    ],
+)
+def test_a_validation_part_of_nothing_is_refused(path: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(f"validation{path}")
+    assert caught.value.hint
+
+
+def test_a_validation_part_needs_samples(tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", images=np.arange(6 * 64, dtype=np.uint8).reshape(6, 8, 8), labels=[0, 1] * 3)
+    with pytest.raises(DataError, match="is none"):
+        load(f"validation:0.01:npz:{tmp_path}/few.npz")
+
+
 def test_every_kind_of_data_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)[:`]", text, re.M)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edgekit.bundle import Bundle
 from edgekit.data import load
+from edgekit.errors import UsageError
 from edgekit.evaluation import RECORDED_CLASSES, Accuracy, accuracy, evaluate, evaluation_split
 from edgekit.manifest import history_entry
 
@@ -50,6 +51,17 @@ def test_a_changed_folder_is_known_by_every_spelling_of_its_path(
         assert len(evaluation_split(bundle, replace(load("digits"), spec=spec))) == 1000
     for spec in ("folder:other", "npz:goods", "goods"):
         assert len(evaluation_split(bundle, replace(load("digits"), spec=spec))) == 5000
+
+
+def test_what_was_trained_on_is_no_validation_part(digits_bundle: Bundle):
+    with pytest.raises(UsageError, match="was trained on digits, with the samples of validation"):
+        evaluation_split(digits_bundle, load("validation:0.1:digits"))
+    entry = history_entry("train", {"data": "validation:0.1:digits", "data_digest": load("digits").digest}, {})
+    chosen = Bundle(digits_bundle.path, msgspec.structs.replace(digits_bundle.manifest, history=(entry,)))
+    assert len(evaluation_split(chosen, load("validation:0.1:digits"))) == 400
+    assert evaluation_split(chosen, load("digits")).ids == load("digits").test.ids
+    with pytest.raises(UsageError, match="was trained on"):
+        evaluation_split(chosen, load("validation:0.2:digits"))
 
 
 def test_eval_records_its_figures_for_the_report(cli, digits_bundle: Bundle):

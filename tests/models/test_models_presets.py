@@ -21,6 +21,7 @@ from edgekit.errors import UsageError
 from edgekit.manifest import FORMAT, ImagePreprocessing, Manifest, ModelConfig, history_entry
 from edgekit.models import DEFAULTS, PRESETS, preset_named, sized
 from edgekit.models.module import create, export_onnx, load, macs, parameters, write_model
+from edgekit.models.widths import scaled, widens
 from edgekit.runtime.onnxruntime import session
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -160,6 +161,31 @@ def test_sizes_stay_within_what_is_promised():
     assert count("crnn", classes=75, width=320) <= 2_000_000
     assert sized("depthwise", 28) == "depthwise"
     assert sized("depthwise", 112) == "depthwise-m"
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if widens(name)])
+def test_a_width_scales_a_preset_in_multiples_of_eight(name: str):
+    sizes = []
+    for width in (0.1, 0.5, 1.0, 1.5, 2.5):
+        args = scaled(name, width)
+        assert (not args) == (width == 1)
+        assert all(value % 8 == 0 for given in args.values() for value in (given if isinstance(given, tuple) else (given,)))
+        module = make(name, **args)
+        with torch.no_grad():
+            assert torch.isfinite(module(sample(PRESETS[name].task))).all()
+        sizes.append(parameters(module))
+    assert sizes == sorted(set(sizes))
+
+
+def test_what_has_one_width_says_so():
+    for name in ("textbook", "hf:folder", "my_nets:make"):
+        assert not widens(name)
+        assert scaled(name, 1.0) == {}
+        with pytest.raises(UsageError, match="has one width"):
+            scaled(name, 0.5)
+    for width in (0.0, -1.0, 5.0, float("nan"), "2"):
+        with pytest.raises(UsageError, match="times as wide"):
+            scaled("depthwise", width)  # type: ignore[arg-type]
 
 
 def test_every_task_has_a_default():

@@ -92,3 +92,22 @@ def test_a_script_from_elsewhere_does_not_run(browser: Any, page: Path) -> None:
     browser.open(page)
     assert browser.evaluate("window.hacked === undefined")
     assert browser.complaints()  # the policy's refusal
+
+
+@pytest.mark.parametrize("slowest", [2.0, 400.0])
+def test_a_front_is_drawn(browser: Any, page: Path, digits_bundle: Bundle, slowest: float) -> None:
+    setting = {"width": 0.5, "size": 28, "keep": 0.5, "precision": "int8", "size_bytes": 10, "macs": 1, "parameters": 1}
+    rows = [
+        {"trial": i, "accuracy": 0.5 + i / 50, "latency_ms": slowest / 4 ** (5 - i), "front": i != 2, **setting}
+        for i in range(6)
+    ]
+    rows[0] |= {"bundle": digits_bundle.path.name, "precision": HOSTILE}
+    found = {"kind": "edgekit front", "study": "few.study", "latency": HOSTILE, "trials": rows}
+    file = digits_bundle.path.parent / "few.study.front.json"
+    file.write_text(json.dumps(found))
+    report([file], out=page)
+    browser.open(page)
+    assert browser.complaints() == []
+    assert browser.evaluate("window.hacked === undefined")
+    assert "search" in browser.evaluate("[...document.querySelectorAll('section')].map((s) => s.id)")
+    assert all(count > 500 for count in browser.evaluate(INKED))

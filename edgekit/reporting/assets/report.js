@@ -21,17 +21,18 @@
   const names = {
     id: "names",
     afterDatasetsDraw(chart) {
-      const { ctx, chartArea } = chart, points = chart.getDatasetMeta(0).data;
+      const { ctx, chartArea } = chart, points = chart.getDatasetMeta(0).data, steps = chart.options.plugins.names?.steps;
+      const longest = steps ? 40 : 26;
       const taken = points.map((p) => ({ l: p.x - 7, r: p.x + 7, t: p.y - 7, b: p.y + 7 }));
       ctx.save();
       ctx.font = `12px ${Chart.defaults.font.family}`;
       ctx.fillStyle = style("--ink");
       ctx.textBaseline = "middle";
       points.map((point, i) => [point, chart.data.datasets[0].data[i].name]).reverse().forEach(([point, text]) => {
-        if (text.length > 26) text = text.slice(0, 25) + "…";
+        if (text.length > longest) text = text.slice(0, longest - 1) + "…";
         const width = ctx.measureText(text).width;
         const sides = [-16, 16, -30, 30].flatMap((dy) => [[-width / 2, dy], [10, dy], [-10 - width, dy]]);
-        sides.unshift([10, 0], [-10 - width, 0]);
+        sides.unshift(...(steps ? [[10, 14], [-10 - width, -14]] : [[10, 0], [-10 - width, 0]])); // a step goes to the right
         for (const [dx, dy] of sides) {
           const box = { l: point.x + dx, r: point.x + dx + width, t: point.y + dy - 8, b: point.y + dy + 8 };
           const inside = box.l >= chartArea.left && box.r <= chartArea.right + 8;
@@ -83,6 +84,20 @@
       options: base({ x: axis(d.x, { grace: "12%" }), y: axis(d.y, { grace: "15%" }) }, {
         legend: { display: false },
         tooltip: { displayColors: false, filter: (item) => item.datasetIndex === 0,
+          callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}`, `${d.y}: ${round(item.raw.y)}`] } },
+      }),
+      plugins: [names],
+    }),
+    front: (d) => ({
+      type: "scatter",
+      data: { datasets: [
+        { data: d.front, backgroundColor: style("--c1"), borderColor: style("--paper"), borderWidth: 1.5, radius: 7, hoverRadius: 9 },
+        { data: d.others, backgroundColor: style("--soft") + "88", borderWidth: 0, radius: 4, hoverRadius: 6 },
+        { data: d.step, showLine: true, stepped: "before", radius: 0, hitRadius: 0, hoverRadius: 0, borderColor: style("--c2"), borderWidth: 1.5 },
+      ] },
+      options: base({ x: d.logarithmic ? logarithmic(d.x, ...d.logarithmic) : axis(d.x, { grace: "12%" }), y: axis(d.y, { grace: "15%" }) }, {
+        legend: { display: false }, names: { steps: true },
+        tooltip: { displayColors: false, filter: (item) => item.datasetIndex < 2,
           callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}`, `${d.y}: ${round(item.raw.y)}`] } },
       }),
       plugins: [names],
@@ -146,6 +161,11 @@
     if (d.covered[i]) lines.push(`covered by int8: ${range(d.covered[i])}${d.channels[i] > 1 ? `, by ${d.channels[i]} channels in all` : ""}`);
     if (d.clipped[i]) lines.push(`clipped: ${round(d.clipped[i])}% of the seen range`);
     return lines;
+  }
+
+  function logarithmic(title, low, high) {
+    const callback = (value) => (/^[125]$/.test(value.toExponential()[0]) && /^\de/.test(value.toExponential()) ? round(value) : "");
+    return axis(title, { type: "logarithmic", min: low, max: high, ticks: { color: style("--soft"), padding: 6, callback, maxRotation: 0 } });
   }
 
   function category() {

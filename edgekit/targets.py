@@ -1,4 +1,4 @@
-"""What edgekit compiles for: `targets.toml`, validated when it is read. A new target is a new table in that file."""
+"""What edgekit makes models for: `targets.toml`, validated when it is read. A new target is a new table in that file."""
 
 from __future__ import annotations
 
