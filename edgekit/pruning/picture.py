@@ -69,7 +69,8 @@ def _title(run: Pruning, name: str) -> Iterator[str]:
         told = f"{run.latency_before_ms:.3g} ms before, {run.latency_ms:.3g} ms after"
         if run.latency_predicted_ms is not None:
             told += f"; predicted by the table of layers: {run.latency_predicted_ms:.3g} ms"
-        yield f'<text x="24" y="75">{told}</text>'
+        told += f"; {run.predicted}" if run.predicted else ""
+        yield f'<text x="24" y="75">{escape(_start(told, _GAIN))}</text>'
     if run.layers:
         legend = [(24, "before", "channels before"), (156, "after", "left"), (220, "skipped", "in a skipped block")]
         for x, kind, words in legend if any(layer.skipped for layer in run.layers) else legend[:2]:

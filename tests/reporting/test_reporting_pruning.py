@@ -67,8 +67,18 @@ def test_macs_stand_beside_the_measured_latency_and_the_prediction(
     assert "before 0.16 ms measured 0.1 ms predicted by the table 0.11 ms" in text
     assert "one thread. 2:4 weights in 3 layers: 50.00 % of their weights are zero" in text
     assert "points of top-1 lost 1.00" in text
-    slower = pruned(digits_bundle, {**prune_figures, "speedup": 0.8, "latency_predicted_ms": None})
+    assert "roofline" not in text
+    named = {
+        "target": "jetson-orin-nano",
+        "precision": "fp16",
+        "prediction": True,
+        "before_ms": 0.08,
+        "ms": 0.05,
+        "speedup": 1.6,
+    }
+    slower = pruned(digits_bundle, {**prune_figures, "speedup": 0.8, "latency_predicted_ms": None, "on": named})
     text = words(panel(slower, tmp_path))
+    assert "0.08 → 0.05 ms predicted on jetson-orin-nano, fp16: a roofline, not a measurement." in text
     assert "4.00x fewer MACs, measured 1.25x slower on" in text
     assert "predicted by the table –" in text
 
@@ -154,7 +164,7 @@ def test_what_prune_writes_is_what_the_panel_reads(trained_bundle: Bundle, tmp_p
     )
 )
 def test_figures_of_any_shape_are_read_or_ignored(value: Any) -> None:
-    names = ("layers", "cuts", "kept", "sensitivity", "device", "macs_share", "sparse_layers")
+    names = ("layers", "cuts", "kept", "sensitivity", "device", "macs_share", "sparse_layers", "on")
     run = pruning_of(History("prune", "", "", {}, None, {**dict.fromkeys(names, value), "speedup": 2}))
     assert run is not None
     assert run.gain
