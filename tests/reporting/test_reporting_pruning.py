@@ -17,6 +17,7 @@ from edgekit.bundle import Bundle
 from edgekit.manifest import History
 from edgekit.pruned import kl_ticks, pruning_of
 from edgekit.reporting import report
+from edgekit.reporting.figures import curve
 
 HOSTILE = '<img src=x onerror="window.hacked=1"></script>'
 GAIN = "4.00x fewer MACs, measured 1.60x faster on Cortex-A78AE, onnxruntime 1.32.0, one thread."
@@ -128,6 +129,13 @@ def test_a_pruning_is_shown_once_and_under_its_own_bundle(
     text = words(panel([later, small], tmp_path))
     assert text.count("fewer MACs") == 1
     assert "Pruning digits 4.00x" in text
+
+
+def test_rounds_of_fine_tuning_follow_each_other(prune_figures: dict[str, Any]) -> None:
+    prune_figures["curve"] = [{"epoch": epoch, "loss": 1 / epoch} for epoch in (1, 2, 1, 2, 3)]
+    drawn = curve(History("prune", "", "", {}, None, prune_figures))
+    assert drawn is not None
+    assert drawn.epochs == (1, 2, 3, 4, 5)
 
 
 def test_hostile_names_stay_text(digits_bundle: Bundle, prune_figures: dict[str, Any], tmp_path: Path) -> None:
