@@ -61,7 +61,8 @@ class PruningStep(NamedTuple):
 
 class Pruning(NamedTuple):
     """One entry of stage ``prune``; None and empty: it does not say. ``sensitivity``: group -> (share of its channels left, KL
-    in nats) by falling share, the most sensitive first. Shares are 0..1, ``drop`` is in points of ``metric``."""
+    in nats) by falling share, the most sensitive first. Shares are 0..1, ``drop`` is in points of ``metric``, ``predicted`` a
+    sentence about the named target, where one was asked for."""
 
     layers: tuple[PrunedLayer, ...]
     steps: tuple[PruningStep, ...]
@@ -79,6 +80,7 @@ class Pruning(NamedTuple):
     sparse_share: float
     sparse_layers: int
     device: str
+    predicted: str | None = None
 
     @property
     def gain(self) -> str | None:
@@ -117,14 +119,25 @@ def pruning_of(entry: History) -> Pruning | None:
         sparse_share=_number(figures.get("sparse_share")) or 0.0,
         sparse_layers=int(_number(figures.get("sparse_layers")) or 0),
         device=device.removesuffix(", 1 thread") if isinstance(device, str) and device else "ONNX Runtime",
+        predicted=_predicted(figures.get("on")),
     )
     return found if found.layers or found.steps or found.speedup is not None else None
+
+
+def _predicted(value: object) -> str | None:
+    named = value if isinstance(value, Mapping) else {}
+    target, before, after = named.get("target"), _number(named.get("before_ms")), _number(named.get("ms"))
+    if not isinstance(target, str) or before is None or after is None:
+        return None
+    where = ", ".join([target, *([str(named["precision"])] if "precision" in named else [])])
+    return f"{before:.3g} \N{RIGHTWARDS ARROW} {after:.3g} ms predicted on {where}: a roofline, not a measurement"
 
 
 def kl_ticks(most: float) -> list[float]:
     """Round KL divergences from 0 to ``most`` or above, for an axis of their square roots: KL grows with the square of a small
     change, so that on a straight axis one sensitive group would press all others into a line."""
-    power = math.ceil(math.log10(max(most, 1e-6))) + 1
+    most = max(most, 1e-6)
+    power = math.ceil(math.log10(most)) + 1
     candidates = [part * 10.0**k for k in range(power, power - 9, -1) for part in (5, 2, 1)]
     top = min(value for value in candidates if value >= most)
     ticks = [top]

@@ -184,6 +184,46 @@ def digits_bundle(tmp_path: Path, digits_graph: bytes) -> Bundle:
     )
 
 
+@pytest.fixture
+def prune_figures() -> dict[str, Any]:
+    """What `edgekit prune` writes into a history: a narrower convolution, a skipped block, an attention, a layer that stays."""
+    rows = [
+        ("stem", "convolution", [1, 32], [1, 16], 25_000, 12_500, 20.0, 12.5),
+        ("blocks.0.conv", "convolution", [32, 32], [], 900_000, 0, 40.0, 0.0),
+        ("blocks.1", "attention", [64, 64], [48, 32], 460_000, 290_000, 65.0, 41.0),
+        ("classifier", "linear", [64, 10], [32, 10], 640, 320, 5.0, 4.5),
+    ]
+    names = ("layer", "kind", "before", "after", "macs_before", "macs", "us_before", "us")
+    return {
+        "top1": 0.94,
+        "before": {"top1": 0.95},
+        "drop": 1.0,
+        "speedup": 1.6,
+        "latency_before_ms": 0.16,
+        "latency_ms": 0.1,
+        "latency_predicted_ms": 0.11,
+        "macs": 302_820,
+        "macs_share": 0.25,
+        "parameters": 16_410,
+        "parameters_before": 34_298,
+        "cuts": [
+            {"layer": "stem", "kind": "channels", "before": 32, "after": 16, "kl": 0.08},
+            {"layer": "blocks.0", "kind": "block", "before": 1, "after": 0, "kl": 0.2},
+            {"layer": "blocks.1", "kind": "heads", "before": 4, "after": 3, "kl": 0.25},
+        ],
+        "layers": [dict(zip(names, row, strict=True)) for row in rows],
+        "kept": {"classifier": "it is the model's output", "norm": "head.* is frozen"},
+        "sensitivity": {
+            "blocks.1.value": [[1.0, 0.0], [0.5, 0.01], [0.25, 0.03]],
+            "stem": [[1.0, 0.0], [0.75, 0.1], [0.5, 0.4]],
+        },
+        "sparse_share": 0.5,
+        "sparse_layers": 3,
+        "device": "Cortex-A78AE, onnxruntime 1.32.0, 1 thread",
+        "curve": [{"epoch": 1, "loss": 1.0, "top1": 0.9}, {"epoch": 2, "loss": 0.5, "top1": 0.94}],
+    }
+
+
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data spec: 400 of the digits as ``npz:``, 320 to train on; an epoch takes a fraction of a second."""

@@ -16,7 +16,7 @@ __all__ = ["check_picture", "draw_pruning"]
 _MARK = "<!-- edgekit prune -->"
 _SHOWN = 48  # layers
 _NAMED = 6  # curves that can be told apart
-_WIDTH, _LEFT, _TOP = 900, 220, 106  # pixels
+_WIDTH, _LEFT, _TOP = 900, 220, 134  # pixels
 _BAR, _ROW = 230, 20
 _PLOT, _PLOT_LEFT, _PLOT_RIGHT = 260, 64, 250
 _NAME, _GAIN = 30, 122  # characters that fit
@@ -64,17 +64,18 @@ def _svg(run: Pruning, name: str) -> str:
 
 def _title(run: Pruning, name: str) -> Iterator[str]:
     yield f'<text class="title" x="24" y="34">{escape(_end(name, 60))}: before and after pruning</text>'
-    gain = run.gain or "no latency was measured"
+    yield f'<text x="24" y="57">{escape(_start(run.gain or "no latency was measured", _GAIN))}</text>'
     if run.latency_before_ms is not None and run.latency_ms is not None:
-        gain += f": {run.latency_before_ms:.3g} to {run.latency_ms:.3g} ms"
+        told = f"{run.latency_before_ms:.3g} ms before, {run.latency_ms:.3g} ms after"
         if run.latency_predicted_ms is not None:
-            gain += f", the table said {run.latency_predicted_ms:.3g}"
-    yield f'<text x="24" y="57">{escape(_end(gain, _GAIN))}</text>'
+            told += f"; predicted by the table of layers: {run.latency_predicted_ms:.3g} ms"
+        told += f"; {run.predicted}" if run.predicted else ""
+        yield f'<text x="24" y="75">{escape(_start(told, _GAIN))}</text>'
     if run.layers:
         legend = [(24, "before", "channels before"), (156, "after", "left"), (220, "skipped", "in a skipped block")]
         for x, kind, words in legend if any(layer.skipped for layer in run.layers) else legend[:2]:
-            yield f'<rect class="{kind}" x="{x}" y="73" width="11" height="11" rx="2"/>'
-            yield f'<text x="{x + 17}" y="83">{words}</text>'
+            yield f'<rect class="{kind}" x="{x}" y="93" width="11" height="11" rx="2"/>'
+            yield f'<text x="{x + 17}" y="103">{words}</text>'
 
 
 def _most_work(layers: Sequence[PrunedLayer]) -> list[PrunedLayer]:
@@ -176,6 +177,10 @@ def _thousands(value: float) -> str:
 
 def _tenth(value: float) -> str:
     return f"{value:.1f}"
+
+
+def _start(words: str, longest: int) -> str:
+    return words if len(words) <= longest else words[: longest - 1] + "…"
 
 
 def _end(name: str, longest: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -120,6 +121,8 @@ def curve(entry: History) -> Curve | None:
         return None
     stated = [number(p, "epoch", "step") for p in points]
     epochs = tuple(float(i) if epoch is None else epoch for i, epoch in enumerate(stated))
+    if any(b <= a for a, b in itertools.pairwise(epochs)):  # rounds of pruning, each counted from 1
+        epochs = tuple(float(i) for i in range(1, len(points) + 1))
     return Curve(
         entry.stage,
         entry.time,

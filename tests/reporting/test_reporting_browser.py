@@ -22,6 +22,7 @@ SECTIONS = [
     "training",
     "confusion",
     "latency",
+    "pruning",
     "quantization",
     "engines",
     "explanations",
@@ -33,7 +34,7 @@ HOSTILE = '<img src=x onerror="window.hacked=1"></script><script>window.hacked=1
 
 
 @pytest.fixture
-def page(digits_bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path) -> Path:
+def page(digits_bundle: Bundle, tiny_bundle: Bundle, prune_figures: dict[str, Any], tmp_path: Path) -> Path:
     counts, edges = np.histogram(np.random.default_rng(0).gamma(9, 0.01, 500), bins=30)
     bench = {"backend": "onnxruntime", "scenario": "single-stream", "latency_ms": {"p50": 0.09, "p90": 0.13, "p99": 0.18}}
     bench["histogram"] = {"bins": edges.tolist(), "counts": counts.tolist(), "over": 0}
@@ -42,11 +43,15 @@ def page(digits_bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path) -> Path:
         "confusion": np.eye(10, dtype=int).tolist(),
         "curve": [{"epoch": i, "loss": 1 / i, HOSTILE + "loss": 2 / i, "top1": 1 - 0.5 / i} for i in range(1, 9)],
     }
-    entry = digits_bundle.entry("eval", {"note": HOSTILE}, figures)
+    prune_figures["sensitivity"][HOSTILE] = [[1.0, 0.0], [0.5, 0.2]]
+    prune_figures["layers"][0]["layer"] = HOSTILE
+    del prune_figures["curve"]
+    pruned = digits_bundle.extend({}, digits_bundle.entry("prune", {}, prune_figures))
+    entry = pruned.entry("eval", {"note": HOSTILE}, figures)
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
     files = {"bench/a.json": json.dumps(bench).encode(), "explanations/a.png": picture.getvalue()}
-    bundle = digits_bundle.extend(files, entry)
+    bundle = pruned.extend(files, entry)
     out = tmp_path / "report.html"
     report([bundle, tiny_bundle], out=out)
     return out
@@ -59,7 +64,7 @@ def test_it_opens_quietly_and_draws_everything(browser: Any, page: Path, width: 
     assert browser.requests() == [page.as_uri()]
     assert browser.evaluate("[...document.querySelectorAll('section')].map((s) => s.id)") == SECTIONS
     canvases = browser.evaluate("document.querySelectorAll('canvas').length")
-    assert canvases == int(browser.evaluate("document.documentElement.dataset.drawn")) == 3
+    assert canvases == int(browser.evaluate("document.documentElement.dataset.drawn")) == 4
     assert all(count > 500 for count in browser.evaluate(INKED))
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # only tables scroll sideways
     assert browser.evaluate("[...document.images].map((i) => i.naturalWidth)") == [8]
