@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import nn
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
@@ -111,6 +111,8 @@ def candidates(case: Case, tool: str) -> Iterator[Candidate]:
 
 def torch_pruning(case: Case, whole: bool, round_to: int | None) -> Iterator[Candidate]:
     """Magnitude pruning (L1) in one step, the classifier kept; ``whole``: ranked over all layers, else in each."""
+    import torch_pruning as tp  # a peer's package: edgekit's own row does without
+
     base = case.module()
     classifier = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     example = torch.from_numpy(np.repeat(case.sample, 2, 0))
@@ -209,6 +211,7 @@ def make(
     work = macs(module, torch.from_numpy(case.sample))
     return {
         "knob": candidate.knob,
+        **({"torch_pruning": version("torch-pruning")} if tool.startswith("tp") else {}),
         "lr": recovery.config.lr,
         "teacher": recovery.objective.share if isinstance(recovery.objective, Distillation) else 0,
         "fitted_epochs": length,

@@ -196,7 +196,9 @@ def by_edgekit(base: Base, row: Row, epochs: int, seed: int, target: Path) -> Ru
         print(f"  {missed.message}", file=sys.stderr)
     entry = Bundle.open(target).manifest.history[-1]
     own = ("macs", "macs_share", "parameters", "latency_predicted_ms", "seconds")
-    return {"lr": entry.config.get("lr"), **{name: entry.figures[name] for name in own if name in entry.figures}}
+    found = {"lr": entry.config.get("lr"), **{name: entry.figures[name] for name in own if name in entry.figures}}
+    # What the prediction was for: the machine is busier or idler by the time that all are judged.
+    return {**found, "latency_by_prune_ms": [entry.figures["latency_before_ms"], entry.figures["latency_ms"]]}
 
 
 def judged(base: Base, target: Path) -> Run:
