@@ -1,9 +1,10 @@
 """Where to cut: the step that loses least for the cost it saves, again and again.
 
 The loss of a step is measured, not guessed: how far the KL divergence of the answers from the original's grows on
-training samples, with batch norms re-estimated (without that a small cut looks like ruin). Steps remove channels down to
-the next multiple of ``unit``, because a width beside it costs as much as the next multiple (blocked layouts on a CPU,
-tensor cores on a GPU), a whole attention head, or a whole block that a residual goes around.
+training samples, with batch norms re-estimated (without that a small cut looks like ruin), on a model that has recovered
+from the cuts before. Steps remove channels down to the next multiple of ``unit``, because a width beside it costs as much
+as the next multiple (blocked layouts on a CPU, tensor cores on a GPU), a whole attention head, or a whole block that a
+residual goes around.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .price import Price
 
 __all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity"]
 
+HEALING, HEALED, HEALING_RATE = 24, 64, 1e-3  # steps after each cut, of so many samples
 LARGE = 8  # a step takes a part of this of a wide group, at least
 
 
@@ -60,6 +62,24 @@ class Judge:
         """Nats by which the answers of ``module`` differ; its batch norms are re-estimated in place."""
         answers = F.log_softmax(_settled(module, self.samples), -1)
         return float(F.kl_div(answers, self.reference, reduction="sum", log_target=True)) / math.prod(answers.shape[:-1])
+
+
+def _heal(module: nn.Module, judge: Judge) -> None:
+    """A few steps towards the original's answers, in place. A ruined model bears anything: what the next cut costs can only
+    be seen on one that has recovered."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(module.parameters(), HEALING_RATE)
+    module.train()
+    for _ in range(HEALING):
+        chosen = torch.randint(len(judge.samples), (min(HEALED, len(judge.samples)),), generator=generator)
+        answers = F.log_softmax(module(judge.samples[chosen]), -1).flatten(0, -2)
+        wanted = judge.reference[chosen].flatten(0, -2)
+        loss = F.kl_div(answers, wanted, reduction="batchmean", log_target=True)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+    module.eval()
 
 
 def _settled(module: nn.Module, samples: Tensor) -> Tensor:
@@ -113,6 +133,7 @@ def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, u
             return
         move = moves[best]
         network = move.make(network)
+        _heal(network.module, judge)
         kl, cost = judge.kl(network.module), price(network)
         if move.kind == "block":
             losses.clear()
