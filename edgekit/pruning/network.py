@@ -21,7 +21,7 @@ from edgekit.models.module import adopt_shapes, attribute, edit
 
 from .coupling import Operation
 
-__all__ = ["Axis", "Channel", "Group", "Network", "inside", "layer_of"]
+__all__ = ["Axis", "ByReaders", "Channel", "Group", "Network", "inside", "layer_of"]
 
 Axis = tuple[str, int]
 
@@ -32,6 +32,10 @@ class Channel(NamedTuple):
 
     slices: Mapping[Axis, Tensor]
     numbers: Tensor
+
+
+class ByReaders(dict[str, Tensor]):
+    """Importance of weights that says of a channel only by the layers that read it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +85,17 @@ class Network:
 
     def weakest(self, group: Group, importance: Mapping[str, Tensor], count: int) -> list[Channel]:
         """The ``count`` least important channels of each row; ``importance`` has the shapes of the module's state."""
-        return [row[i] for row in self.rows(group) for i in torch.argsort(self._scores(row, importance), stable=True)[:count]]
+        skipped = group.makers if isinstance(importance, ByReaders) else ()
+        return [
+            row[i]
+            for row in self.rows(group)
+            for i in torch.argsort(self._scores(row, importance, skipped), stable=True)[:count]
+        ]
 
-    def _scores(self, row: Sequence[Channel], importance: Mapping[str, Tensor]) -> Tensor:
+    def _scores(self, row: Sequence[Channel], importance: Mapping[str, Tensor], skipped: Sequence[Axis]) -> Tensor:
         sums = {axis: importance[axis[0]].transpose(0, axis[1]).flatten(1).sum(1) if importance[axis[0]].ndim > 1
-                else importance[axis[0]] for axis in {a for c in row for a in c.slices} if axis[0] in importance}  # fmt: skip
+                else importance[axis[0]] for axis in {a for c in row for a in c.slices}
+                if axis[0] in importance and axis not in skipped}  # fmt: skip
         none = torch.zeros(0, dtype=torch.long)
         scores = torch.zeros(len(row))
         for axis, values in sums.items():
