@@ -223,12 +223,15 @@ def macs(module: nn.Module, example: Tensor) -> int:
     # oneDNN runs an LSTM, and a CPU attention, as one operator that the counter does not know; without them, they are the
     # products that they are made of. A convolution is counted either way, and slow without.
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    fast = torch.backends.mha.get_fastpath_enabled()  # of a whole encoder layer, one operator as well
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")  # the switch speaks of Intel GPUs
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         counter = stack.enter_context(FlopCounterMode(display=False))
         module.eval()(example[:1])
     return int(counter.get_total_flops()) // 2

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch") from None
 
-__all__ = ["Coupling", "Operation", "Rows", "couple", "export"]
+__all__ = ["Coupling", "Operation", "Parameter", "Rows", "blank", "compact", "couple", "export", "flat"]
 
 
 class Rows(NamedTuple):
@@ -56,7 +56,9 @@ class Coupling:
     split: list[Rows] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     fixed: dict[int, str] = field(default_factory=dict)  # number -> why it must stay
+    makers: dict[tuple[str, int], None] = field(default_factory=dict)  # axes of weights that make channels, in order
     normalised: list[Tensor] = field(default_factory=list)  # what a zero is not the same as an absence for
+    scaled: list[Tensor] = field(default_factory=list)  # what products sum over, and may scale by the number of
 
     def fresh(self, *shape: int) -> Tensor:
         """New channels."""
@@ -67,23 +69,29 @@ class Coupling:
 
     def find(self, numbers: Tensor) -> Tensor:
         """The numbers that stand for ``numbers``."""
-        found = self.parent[numbers]
+        shape, found = numbers.shape, self.parent[_narrowed(numbers)]
         while True:
             above = self.parent[found]
             if torch.equal(above, found):
-                return found
+                return found.expand(shape)
             found = above
 
     def unite(self, first: Tensor, second: Tensor) -> Tensor:
         """Make channels one, element by element; 0 unites with nothing. Returns what stands for both, of the same shape."""
-        first, second = self.find(first), self.find(second)
-        shape = (first + second).shape
-        first, second = first.expand(shape), second.expand(shape)
-        differ = (first != second) & (first > 0) & (second > 0)
-        for a, b in _distinct(torch.stack([first[differ], second[differ]], 1)).tolist():
-            low, high = sorted((int(self.find(torch.tensor(a))), int(self.find(torch.tensor(b)))))
-            self.parent[high] = low
-        return self.find(torch.where(first > 0, first, second))
+        shape = torch.broadcast_shapes(first.shape, second.shape)  # type: ignore[no-untyped-call]
+        first, second = (self.find(_narrowed(numbers.expand(shape))) for numbers in (first, second))
+        first, second = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]
+        known = (first > 0) & (second > 0)
+        a, b = first[known], second[known]
+        while True:  # the higher of two roots hangs below the lower, so there are no cycles
+            differ = a != b
+            if not bool(differ.any()):
+                break
+            low, high = torch.minimum(a, b)[differ], torch.maximum(a, b)[differ]
+            self.parent.scatter_reduce_(0, high, low, "amin")
+            self.parent = self.parent[self.parent]
+            a, b = self.find(low), self.find(high)
+        return self.find(torch.where(first > 0, first, second)).expand(shape)
 
     def bind(self, numbers: Tensor, axis: Tensor, why: str) -> Tensor:
         """Unite channels with those of a parameter's axis; where there is none, the axis cannot shrink."""
@@ -92,7 +100,7 @@ class Coupling:
 
     def fix(self, numbers: Tensor, why: str) -> None:
         """Say of channels that they must stay."""
-        for number in set(numbers.flatten().tolist()):
+        for number in _narrowed(numbers).unique().tolist():  # type: ignore[no-untyped-call]
             self.fixed.setdefault(number, why)
 
     def axis(self, name: str, index: int) -> Tensor:
@@ -100,6 +108,11 @@ class Coupling:
         if (name, index) not in self.axes:
             self.axes[name, index] = self.fresh(self.state[name].shape[index])
         return self.axes[name, index]
+
+    def made(self, name: str, index: int = 0) -> Tensor:
+        """Channels along the axis of a parameter that makes them."""
+        self.makers[name, index] = None
+        return self.axis(name, index)
 
     def whole(self, name: str) -> Tensor:
         """A number for every element of a parameter that is computed with as it is, a position or a gain."""
@@ -111,22 +124,21 @@ class Coupling:
 
     def along(self, numbers: Tensor, axis: int) -> Tensor:
         """Channels (n,) along an axis of a tensor; those of one index along it become one."""
-        lines = self.find(numbers.movedim(axis, -1)).reshape(-1, numbers.shape[axis])
-        if bool((lines == lines[:1]).all()):
-            first: Tensor = lines[0]
-            return first
-        lines = _distinct(lines)
-        found = lines.amax(0)
-        for line in lines:
-            found = self.unite(found, line)
-        return found
+        lines = compact(self.find(numbers)).movedim(axis, -1)
+        lines = _narrowed(lines, keep=(lines.ndim - 1,)).reshape(-1, numbers.shape[axis])
+        return self.merged(lines, 0)
+
+    def merged(self, numbers: Tensor, axis: int) -> Tensor:
+        """Make one what lies along an axis; the axis goes."""
+        top = numbers.amax(axis)
+        if numbers.shape[axis] > 1:
+            self.unite(numbers, top.unsqueeze(axis))
+        return self.find(top)
 
     def varying(self, numbers: Tensor) -> list[int]:
         """The axes along which channels differ."""
-        t = self.find(numbers)
-        return [
-            k for k in range(t.ndim) if t.shape[k] > 1 and bool((t.narrow(k, 1, t.shape[k] - 1) != t.narrow(k, 0, 1)).any())
-        ]
+        found = compact(self.find(numbers))
+        return [k for k in range(found.ndim) if found.shape[k] > 1 and found.stride(k)]
 
     def settle(self) -> None:
         """After the last operator: give elementwise parameters their axis; keep whole rows fixed where a part is."""
@@ -137,28 +149,41 @@ class Coupling:
             elif varying:
                 self.fix(numbers, f"{name} varies along {len(varying)} axes")
         self.axes = {key: self.find(numbers) for key, numbers in self.axes.items()}
+        self.fixed[0] = "it is bound to what cannot shrink"
         while True:
             roots: dict[int, str] = {}
-            for number, why in self.fixed.items():
-                roots.setdefault(int(self.find(torch.tensor(number))), why)
+            found = self.find(torch.tensor(list(self.fixed))).tolist()
+            for number, why in zip(found, self.fixed.values(), strict=True):
+                roots.setdefault(number, why)
             self.fixed = roots
-            before = len(roots)
+            before, held = len(roots), torch.tensor(list(roots))
             for rows in self.rows:
                 numbers = self.find(rows.channels)
-                held = [why for number, why in roots.items() if bool((numbers == number).any())]
-                if held:
-                    self.fix(numbers, held[0])
+                stay = numbers[torch.isin(numbers, held)]
+                if len(stay):
+                    self.fix(numbers, roots[int(stay[0])])
             if len(self.fixed) == before:
                 return
 
 
-def _distinct(lines: Tensor) -> Tensor:
-    """The different rows of (N, n)."""
-    found: Tensor = lines.unique(dim=0)  # type: ignore[no-untyped-call]
-    return found
+def _narrowed(numbers: Tensor, keep: Sequence[int] = ()) -> Tensor:
+    """One of what is spread (stride 0) along an axis."""
+    for k in range(numbers.ndim):
+        if numbers.shape[k] > 1 and numbers.stride(k) == 0 and k not in keep:
+            numbers = numbers.narrow(k, 0, 1)
+    return numbers
 
 
-class _Parameter(NamedTuple):
+def compact(numbers: Tensor) -> Tensor:
+    """The same numbers, spread (stride 0) along the axes that they do not differ along."""
+    found = _narrowed(numbers)
+    for k in range(found.ndim):
+        if found.shape[k] > 1 and bool((found.narrow(k, 1, found.shape[k] - 1) == found.narrow(k, 0, 1)).all()):
+            found = found.narrow(k, 0, 1)
+    return found.expand(numbers.shape)
+
+
+class Parameter(NamedTuple):
     name: str
 
 
@@ -202,23 +227,27 @@ def couple(module: nn.Module, program: torch.export.ExportedProgram, heads: bool
     signature = program.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     coupling = Coupling(dict(module.state_dict()), heads)
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)}
     values: dict[str, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = stored.get(node.name)
             known = name is not None and name in coupling.state
-            values[node.name] = _Parameter(str(name)) if known else _blank(node.meta.get("val"))
+            values[node.name] = Parameter(same.get(str(name), str(name))) if known else blank(node.meta.get("val"))
         elif node.op == "output":
-            for result in _flat(values[a.name] for a in _nodes(node.args)):
+            for result in flat(values[a.name] for a in _nodes(node.args)):
                 coupling.fix(result, "it is the model's output")
         elif node.op == "call_function":
             values[node.name] = apply(coupling, node, values)
     coupling.settle()
+    for (name, index), numbers in list(coupling.axes.items()):  # a parameter of several names shrinks under all of them
+        coupling.axes |= {(twin, index): numbers for twin, one in same.items() if one == name}
     return coupling
 
 
-def _blank(value: Any) -> Any:
-    return torch.zeros(tuple(value.shape), dtype=torch.long) if isinstance(value, Tensor) else value
+def blank(value: Any) -> Any:
+    return torch.zeros((), dtype=torch.long).expand(tuple(value.shape)) if isinstance(value, Tensor) else value
 
 
 def _nodes(args: Any) -> list[torch.fx.Node]:
@@ -227,11 +256,11 @@ def _nodes(args: Any) -> list[torch.fx.Node]:
     return found
 
 
-def _flat(values: Any) -> Sequence[Tensor]:
+def flat(values: Any) -> Sequence[Tensor]:
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple) and not isinstance(value, _Parameter):
-            found.extend(_flat(value))
+        elif isinstance(value, list | tuple) and not isinstance(value, Parameter):
+            found.extend(flat(value))
     return found

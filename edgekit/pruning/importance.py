@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from edgekit.errors import UsageError
 
+from .network import ByReaders
+
 __all__ = ["CRITERIA", "Importance", "importance_named"]
 
 #: (module, samples) -> name in the state -> importance, of the parameter's shape.
@@ -53,7 +55,7 @@ def norm_scale(module: nn.Module, samples: Tensor, targets: Tensor) -> dict[str,
 def activation(module: nn.Module, samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Squares of weight times its input's root mean square (Wanda, Sun et al., arXiv:2306.11695): a channel matters by what
     the layers that read it make of it."""
-    found = {name: value * _TIE for name, value in magnitude(module, samples, targets).items()}
+    found = ByReaders({name: value * _TIE for name, value in magnitude(module, samples, targets).items()})
     hooks = []
 
     def watch(name: str, layer: nn.Module) -> Callable[..., None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .coupling import Coupling, Operation, Rows, _blank, _flat, _Parameter
+from .coupling import Coupling, Operation, Parameter, Rows, compact
+from .layers import LAYERS, lines_of, shape_of, tensor_of, unknown
 
 __all__ = ["apply"]
 
@@ -42,15 +42,15 @@ def apply(coupling: Coupling, node: torch.fx.Node, values: dict[str, Any]) -> An
     kwargs: Any = torch.fx.node.map_arg(node.kwargs, lambda n: values[n.name])
     stack = list(node.meta.get("nn_module_stack", {}).values())
     module = str(stack[-1][0]) if stack else ""
-    rule = _RULES.get(name)
+    rule = LAYERS.get(name)
     if rule is not None:
         result = rule(coupling, node, module, args, kwargs)
     elif name in _MOVES:
         result = _move(coupling, node, name, module, args, kwargs)
     elif name in _SAME:
-        result = _tensor(coupling, args[0])
+        result = tensor_of(coupling, args[0])
     elif name.startswith(("softmax", "log_softmax", "_softmax", "_log_softmax")):
-        result = _tensor(coupling, args[0])
+        result = tensor_of(coupling, args[0])
         if args[1] % result.ndim in coupling.varying(result):
             coupling.normalised.append(result)
     elif any(part in name for part in _SPATIAL):
@@ -60,50 +60,27 @@ def apply(coupling: Coupling, node: torch.fx.Node, values: dict[str, Any]) -> An
     elif torch.Tag.pointwise in getattr(target, "tags", ()):
         result = _pointwise(coupling, node, module, args, kwargs)
     else:
-        result = _unknown(coupling, node, name, module, args, kwargs)
+        result = unknown(coupling, node, name, module, args, kwargs)
     if getattr(packet, "__name__", "").endswith("_") and node.args and isinstance(node.args[0], torch.fx.Node):
         values[node.args[0].name] = result  # it computes in place
-    return result
+    return _compact(result)
 
 
-def _tensor(coupling: Coupling, value: Any) -> Tensor:
-    return coupling.whole(value.name) if isinstance(value, _Parameter) else value
-
-
-def _shape(node: torch.fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _given(node: torch.fx.Node) -> tuple[int, ...]:
-    """Shape of the first operand."""
-    source = node.args[0]
-    assert isinstance(source, torch.fx.Node)
-    return _shape(source)
-
-
-def _unknown(coupling: Coupling, node: torch.fx.Node, name: str, module: str, args: Any, kwargs: Any) -> Any:
-    """An operator without a rule keeps what it reads; one that reads no tensor has no channels."""
-    why = f"{module or 'the model'} runs aten.{name} on it, which pruning cannot follow"
-    for value in _flat([*args, *kwargs.values()]):
-        coupling.fix(coupling.find(value), why)
-    for value in [*args, *kwargs.values()]:
-        for parameter in value if isinstance(value, list | tuple) and not isinstance(value, _Parameter) else [value]:
-            if isinstance(parameter, _Parameter):
-                for axis in range(coupling.state[parameter.name].ndim):
-                    coupling.fix(coupling.axis(parameter.name, axis), why)
-    found = node.meta.get("val")
-    return [_blank(v) for v in found] if isinstance(found, list | tuple) else _blank(found)
+def _compact(result: Any) -> Any:
+    """Numbers that do not differ along an axis need no memory along it, and no time."""
+    if isinstance(result, list | tuple):
+        return [_compact(part) for part in result]
+    return compact(result) if isinstance(result, Tensor) else result
 
 
 def _move(coupling: Coupling, node: torch.fx.Node, name: str, module: str, args: Any, kwargs: Any) -> Any:
     if name == "getitem":
         return args[0][args[1]]
-    moved = [_tensor(coupling, a) if isinstance(a, _Parameter) else a for a in args]
+    moved = [tensor_of(coupling, a) if isinstance(a, Parameter) else a for a in args]
     if name in _SPLITS:
         moved[0] = moved[0].contiguous()  # numbers that were spread lie otherwise in memory than the values did
     if name in ("cat", "concat", "stack"):
-        moved[0] = [_tensor(coupling, a) for a in moved[0]]
+        moved[0] = [tensor_of(coupling, a) for a in moved[0]]
     before = coupling.varying(moved[0]) if isinstance(moved[0], Tensor) else []
     if name == "pad":
         moved, kwargs = [moved[0], moved[1]], {}  # mirrored or not, channels are not padded
@@ -134,30 +111,22 @@ def _note_rows(coupling: Coupling, result: Tensor, varying: list[int], module: s
 
 
 def _pointwise(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Tensor:
-    shape = _shape(node)
-    found = torch.zeros(shape, dtype=torch.long)
+    shape = shape_of(node)
+    found = torch.zeros((), dtype=torch.long).expand(shape)
     for value in [*args, *kwargs.values()]:
         for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, _Parameter) or (isinstance(one, Tensor) and one.dtype == torch.long):
-                numbers = _tensor(coupling, one)
+            if isinstance(one, Parameter) or (isinstance(one, Tensor) and one.dtype == torch.long):
+                numbers = tensor_of(coupling, one)
                 found = coupling.find(numbers).expand(shape) if not bool(found.any()) else coupling.unite(found, numbers)
     if len(shape) in (2, 3):  # behind a convolution it costs nothing: runtimes fuse it
         kind = "transcendental" if any(part in str(node.target) for part in _TRANSCENDENTAL) else "pointwise"
-        coupling.operations.append(Operation(kind, _lines(coupling, found), (math.prod(shape),), module))
+        coupling.operations.append(Operation(kind, lines_of(coupling, found), (math.prod(shape),), module))
     return found
-
-
-def _lines(coupling: Coupling, numbers: Tensor) -> tuple[Tensor, ...]:
-    """The channels along the axes that they vary along."""
-    varying = coupling.varying(numbers)
-    if not varying:
-        return ()
-    return (numbers[tuple(slice(None) if k in varying else 0 for k in range(numbers.ndim))].flatten(),)
 
 
 def _spatial(coupling: Coupling, node: torch.fx.Node, args: Any) -> Any:
     """Pooling and resizing keep channels, and mix what lies behind their axis."""
-    x = _tensor(coupling, args[0])
+    x = tensor_of(coupling, args[0])
     value = node.meta["val"]
     shape = tuple((value[0] if isinstance(value, list | tuple) else value).shape)
     extents = {"1d": 1, "2d": 2, "3d": 3}
@@ -171,7 +140,7 @@ def _spatial(coupling: Coupling, node: torch.fx.Node, args: Any) -> Any:
 
 
 def _reduce(coupling: Coupling, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-    x = coupling.find(_tensor(coupling, args[0]))
+    x = coupling.find(tensor_of(coupling, args[0]))
     value = node.meta["val"]
     shape = tuple((value[0] if isinstance(value, list | tuple) else value).shape)
     given = args[2] if "norm" in str(node.target) and len(args) > 2 else args[1] if len(args) > 1 else kwargs.get("dim")
@@ -186,216 +155,3 @@ def _reduce(coupling: Coupling, node: torch.fx.Node, args: Any, kwargs: Any) -> 
         coupling.normalised.append(x)
     numbers = torch.where(high == low, high, 0).reshape(shape)
     return [numbers, torch.zeros(shape, dtype=torch.long)] if isinstance(value, list | tuple) else numbers
-
-
-def _spread(numbers: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
-    """(n,) along ``axis`` of a tensor of ``shape``."""
-    view = [1] * len(shape)
-    view[axis] = len(numbers)
-    return numbers.reshape(view).expand(shape)
-
-
-def _plain(coupling: Coupling, weight: Any) -> bool:
-    return isinstance(weight, _Parameter)
-
-
-def _linear(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-    x, weight = _tensor(coupling, args[0]), args[1]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    if not _plain(coupling, weight) or isinstance(args[0], _Parameter):
-        return _unknown(coupling, node, "linear", module, args, kwargs)
-    shape = _shape(node)
-    inputs = coupling.bind(coupling.along(x, -1), coupling.axis(weight.name, 1), f"{module} reads what cannot shrink")
-    outputs = coupling.axis(weight.name, 0)
-    if isinstance(bias, _Parameter):
-        outputs = coupling.unite(outputs, coupling.axis(bias.name, 0))
-    coupling.operations.append(Operation("linear", (inputs, outputs), (math.prod(shape[:-1]), len(shape)), module))
-    return _spread(outputs, shape, -1)
-
-
-def _convolution(transposed: bool, space: int) -> Callable[..., Any]:
-    def rule(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-        x, weight = _tensor(coupling, args[0]), args[1]
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        groups = int(args[6]) if len(args) > 6 else int(kwargs.get("groups", 1))
-        if not _plain(coupling, weight):
-            return _unknown(coupling, node, "convolution", module, args, kwargs)
-        if transposed and groups > 1:
-            return _unknown(coupling, node, "conv_transpose with groups", module, args, kwargs)
-        given = coupling.along(x, x.ndim - space - 1)
-        outputs = coupling.axis(weight.name, 1 if transposed else 0)
-        if isinstance(bias, _Parameter):
-            outputs = coupling.unite(outputs, coupling.axis(bias.name, 0))
-        why = f"{module} reads what cannot shrink"
-        if groups == 1:
-            inputs = coupling.bind(given, coupling.axis(weight.name, 0 if transposed else 1), why)
-        elif groups == len(given):  # depthwise: each output follows its input
-            outputs = coupling.bind(given.repeat_interleave(len(outputs) // groups), outputs, why)
-            inputs = given
-        else:  # the columns of a group's weights are its own inputs: the same place goes in every group
-            columns = coupling.axis(weight.name, 1)
-            for row in given.reshape(groups, -1):
-                columns = coupling.bind(row, columns, why)
-            inputs = given
-            coupling.rows.append(Rows(coupling.find(outputs).reshape(groups, -1)))
-        shape, kernel = _shape(node), tuple(coupling.state[weight.name].shape[2:])
-        before = _given(node)[-space:]
-        stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
-        static = (groups if groups != len(given) else -(len(outputs) // groups), space, *before, *shape[-space:], *kernel)
-        kind = "deconvolution" if transposed else "convolution"
-        strides = tuple(stride) if isinstance(stride, list | tuple) else (stride,) * space
-        coupling.operations.append(Operation(kind, (inputs, outputs), (*static, *strides), module))
-        return _spread(outputs, shape, len(shape) - space - 1)
-
-    return rule
-
-
-def _batch_norm(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-    x = _tensor(coupling, args[0])
-    numbers = coupling.along(x, 1)
-    for value in args[1:5]:
-        if isinstance(value, _Parameter):
-            numbers = coupling.bind(numbers, coupling.axis(value.name, 0), f"{module} reads what cannot shrink")
-    return _spread(numbers, _shape(node), 1)
-
-
-def _layer_norm(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-    x = _tensor(coupling, args[0])
-    if len(args[1]) != 1:
-        return _unknown(coupling, node, "layer_norm over several axes", module, args, kwargs)
-    numbers = coupling.along(x, -1)
-    for value in args[2:4]:
-        if isinstance(value, _Parameter):
-            numbers = coupling.bind(numbers, coupling.axis(value.name, 0), f"{module} reads what cannot shrink")
-    coupling.normalised.append(numbers)
-    shape = _shape(node)
-    coupling.operations.append(Operation("normalisation", (numbers,), (math.prod(shape[:-1]),), module))
-    return _spread(numbers, shape, -1)
-
-
-def _group_norm(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-    numbers = coupling.along(_tensor(coupling, args[0]), 1)
-    for value in args[2:4]:
-        if isinstance(value, _Parameter):
-            numbers = coupling.bind(numbers, coupling.axis(value.name, 0), f"{module} reads what cannot shrink")
-    if args[1] > 1:
-        coupling.rows.append(Rows(coupling.find(numbers).reshape(args[1], -1)))
-    coupling.normalised.append(numbers)
-    return _spread(numbers, _shape(node), 1)
-
-
-def _embedding(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-    if not _plain(coupling, args[0]):
-        return _unknown(coupling, node, "embedding", module, args, kwargs)
-    coupling.fix(coupling.axis(args[0].name, 0), "it is a vocabulary")
-    return _spread(coupling.axis(args[0].name, 1), _shape(node), -1)
-
-
-def _matmul(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-    """(..., M, K) @ (..., K, N): the channels along K are one; those along M and N go on."""
-    a, b = (coupling.find(_tensor(coupling, value)) for value in args[:2])
-    if a.ndim < 2 or b.ndim < 2:
-        return _unknown(coupling, node, "matmul of a vector", module, args, kwargs)
-    shape = _shape(node)
-    static = (math.prod(shape[:-2]), *shape[-2:], a.shape[-1])
-    coupling.operations.append(Operation("product", _lines(coupling, a) or _lines(coupling, b), static, module))
-    inner = a.ndim - 1 in coupling.varying(a), b.ndim - 2 in coupling.varying(b)
-    if all(inner):
-        coupling.unite(_shrunk(coupling, a, -2), _shrunk(coupling, b, -1))
-    elif any(inner):
-        coupling.fix(a if inner[0] else b, f"{module or 'the model'} multiplies it by what cannot shrink")
-    left = torch.zeros_like(a[..., :1]) if inner[0] else a[..., :1]  # (..., M, 1)
-    right = torch.zeros_like(b[..., :1, :]) if inner[1] else b[..., :1, :]  # (..., 1, N)
-    if not bool(left.any()) or not bool(right.any()):
-        return torch.maximum(left, right).expand(shape)
-    if a.ndim - 2 in coupling.varying(left) or b.ndim - 1 in coupling.varying(right):
-        why = f"{module or 'the model'} multiplies channels by channels"
-        coupling.fix(left, why)
-        coupling.fix(right, why)
-        return _blank(node.meta["val"])
-    return coupling.unite(left[..., :1, :], right[..., :1]).expand(shape)  # whole heads
-
-
-def _shrunk(coupling: Coupling, numbers: Tensor, axis: int) -> Tensor:
-    """One line instead of all along an axis that channels do not vary along; else what stands for them united."""
-    first = numbers.select(axis, 0)
-    for index in range(1, numbers.shape[axis] if (axis % numbers.ndim) in coupling.varying(numbers) else 1):
-        first = coupling.unite(first, numbers.select(axis, index))
-    return first
-
-
-def _attention(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-    """Scaled dot products: query and key share channels, the values' go on; all of one head are linked."""
-    query, key, value = (coupling.find(_tensor(coupling, a)) for a in args[:3])
-    if kwargs.get("enable_gqa") or query.ndim != key.ndim:
-        return _unknown(coupling, node, "grouped-query attention", module, args, kwargs)
-    q, k, v = (_shrunk(coupling, t, -2) for t in (query, key, value))
-    q = coupling.unite(q, k)
-    if coupling.heads:
-        coupling.unite(q[..., :1], v[..., :1])
-    else:
-        coupling.normalised.append(q)  # 1 / sqrt(width) changes
-    shape, keys = _shape(node), key.shape[-2]
-    coupling.operations.append(
-        Operation("attention", (*_lines(coupling, q), *_lines(coupling, v)), (*shape[:-1], keys), module)
-    )
-    return coupling.find(v).unsqueeze(-2).expand(shape)
-
-
-def _recurrence(gates: int) -> Callable[..., Any]:
-    def rule(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
-        x, states, weights, biased, layers, _, _, both, batch_first = args[:9]
-        if not all(isinstance(w, _Parameter) for w in weights):
-            return _unknown(coupling, node, "a recurrence of computed weights", module, args, kwargs)
-        count = (4 if biased else 2) * layers * (2 if both else 1)
-        if len(weights) != count or not isinstance(x, Tensor):
-            return _unknown(coupling, node, "a recurrence with projections", module, args, kwargs)
-        per, given, hidden = 4 if biased else 2, coupling.along(x, -1), []
-        sizes = _given(node)
-        steps = sizes[1] if batch_first else sizes[0]
-        for layer in range(layers):
-            made = []
-            for way in range(2 if both else 1):
-                index = (layer * (2 if both else 1) + way) * per
-                names = [w.name for w in weights[index : index + per]]
-                unit = coupling.axis(names[1], 1)
-                inputs = coupling.bind(given, coupling.axis(names[0], 1), f"{module} reads what cannot shrink")
-                for gate in (names[0], *names[1:]):
-                    coupling.unite(unit.repeat(gates), coupling.axis(gate, 0))
-                unit = coupling.find(unit)
-                coupling.operations.append(Operation("recurrence", (inputs, unit), (gates, int(steps)), module))
-                made.append(unit)
-            hidden += made
-            given = torch.cat(made)
-        stacked = torch.stack(hidden)
-        for state in states if isinstance(states, list | tuple) else [states]:
-            if isinstance(state, Tensor) and bool(state.any()):
-                coupling.unite(coupling.find(state), stacked[:, None])
-        if len(hidden) > 1:
-            coupling.rows.append(Rows(stacked))
-        shapes = [tuple(v.shape) for v in node.meta["val"]]
-        last = [stacked[:, None].expand(shape) if len(shape) == 3 else stacked for shape in shapes[1:]]
-        return [_spread(given, shapes[0], -1), *last]
-
-    return rule
-
-
-_Rule = Callable[[Coupling, torch.fx.Node, str, Any, Any], Any]
-_RULES: dict[str, _Rule] = {
-    "linear": _linear,
-    "batch_norm": _batch_norm,
-    "instance_norm": _batch_norm,
-    "layer_norm": _layer_norm,
-    "rms_norm": _layer_norm,
-    "group_norm": _group_norm,
-    "embedding": _embedding,
-    "matmul": _matmul,
-    "bmm": _matmul,
-    "scaled_dot_product_attention": _attention,
-    "lstm": _recurrence(4),
-    "gru": _recurrence(3),
-    "rnn_tanh": _recurrence(1),
-    "rnn_relu": _recurrence(1),
-    **{f"conv{n}d": _convolution(False, n) for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": _convolution(True, n) for n in (1, 2, 3)},
-}

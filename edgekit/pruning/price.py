@@ -30,17 +30,17 @@ def macs_of(operation: Operation, sizes: tuple[int, ...], whole: tuple[int, ...]
         grouping, space = static[:2]
         before, after, kernel = (static[2 + k * space : 2 + (k + 1) * space] for k in range(3))
         columns = 1.0 if grouping < 0 else sizes[0] / grouping
-        return int(sizes[1] * columns * math.prod(kernel) * math.prod(after if kind == "convolution" else before))
+        return round(sizes[1] * columns * math.prod(kernel) * math.prod(after if kind == "convolution" else before))
     if kind == "linear":
         return static[0] * sizes[0] * sizes[1] // SAMPLES
     if kind == "recurrence":
         gates, steps = static
         return gates * steps * sizes[1] * (sizes[0] + sizes[1])
     if kind == "attention":
-        return sum(sizes) * static[-2] * static[-1]
+        return sum(sizes) * static[-2] * static[-1] * static[0] // SAMPLES
     if kind == "product":
-        share = sizes[0] / whole[0] if sizes else 1.0
-        return int(math.prod(static) * share) // SAMPLES
+        share = math.prod(size / full for size, full in zip(sizes, whole, strict=True))
+        return round(math.prod(static) * share) // SAMPLES
     return 0
 
 

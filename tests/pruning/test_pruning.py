@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +11,10 @@ import torch
 from onnx import numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.models.cnn import Depthwise, Inverted, Residual, Textbook
-from edgekit.models.module import adopt_shapes
 from edgekit.models.module import load as load_module
-from edgekit.models.module import macs as macs_of
 from edgekit.pruning import prune
-from edgekit.pruning.groups import groups_of, remove_channels
-from edgekit.pruning.search import cut_path
 from edgekit.pruning.sparsity import Mask24, is_24
 from edgekit.runtime import Model, check_golden
-
-#: Few blocks: each step measures every group, and this family has many.
-SMALL_INVERTED = partial(Inverted, widths=(16, 32, 48), depths=(2, 1), head=64)
 
 
 def test_pruned_channels_are_gone_from_graph_and_weights(trained_bundle: Bundle, tmp_path: Path):
@@ -49,43 +39,6 @@ def test_a_pruned_bundle_can_be_pruned_again(trained_bundle: Bundle, tmp_path: P
     stages = [entry.stage for entry in twice.manifest.history]
     assert stages == ["train", "prune", "prune"]
     assert twice.manifest.history[-1].figures["macs"] < once.manifest.history[-1].figures["macs"]
-
-
-@pytest.mark.parametrize(
-    ("make", "channels", "size"),
-    [(Depthwise, 3, 64), (SMALL_INVERTED, 3, 32), (Residual, 3, 32), (Textbook, 1, 28)],
-    ids=["depthwise", "inverted", "residual", "textbook"],
-)
-def test_every_cut_runs_and_widths_stay_multiples_of_16(make: Callable[..., torch.nn.Module], channels: int, size: int):
-    module = make(7, channels, size, size)
-    samples = torch.randn(8, channels, size, size)
-    macs = macs_of(module, samples)
-    steps = list(cut_path(module, samples, frozenset({"classifier"})))
-    assert steps
-    for step in steps:
-        assert step.macs < macs
-        macs = step.macs
-        assert step.after % 16 == 0
-        assert step.module(samples).shape == (8, 7)
-    state = steps[-1].module.state_dict()
-    fresh = make(7, channels, size, size)
-    adopt_shapes(fresh, state)
-    fresh.load_state_dict(state)
-    assert torch.allclose(fresh.eval()(samples), steps[-1].module(samples))
-
-
-def test_removing_a_dead_channel_changes_nothing():
-    module = Textbook(10).eval()
-    with torch.no_grad():
-        module.features[0].weight[3] = 0
-        module.features[0].bias[3] = 0
-    x = torch.randn(4, 1, 28, 28)
-    expected = module(x)
-    weakest = next(g for g in groups_of(module, x, frozenset({"classifier"})) if g.root == "features.0").ranking[0]
-    assert weakest == 3
-    remove_channels(module, x, "features.0", [3])
-    assert module.features[0].out_channels == 31
-    assert torch.allclose(module(x), expected, atol=1e-5)
 
 
 def test_24_sparsity_is_in_the_exported_graph(trained_bundle: Bundle, tmp_path: Path):
