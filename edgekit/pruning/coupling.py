@@ -57,6 +57,7 @@ class Coupling:
     operations: list[Operation] = field(default_factory=list)
     fixed: dict[int, str] = field(default_factory=dict)  # number -> why it must stay
     makers: dict[tuple[str, int], None] = field(default_factory=dict)  # axes of weights that make channels, in order
+    grouped: set[tuple[str, int]] = field(default_factory=set)  # inputs of convolutions in groups; with one it is depthwise
     normalised: list[Tensor] = field(default_factory=list)  # what a zero is not the same as an absence for
     scaled: list[Tensor] = field(default_factory=list)  # what products sum over, and may scale by the number of
 

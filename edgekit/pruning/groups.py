@@ -129,6 +129,7 @@ def _groups(coupling: Coupling, channels: Mapping[int, Channel]) -> tuple[list[G
                 tuple(tuple(channels[n] for n in numbers) for numbers in apart.values()),
                 recurrent=any("weight_hh" in name for name, _ in axes),
                 makers=makers,
+                least=2 if any(axis in coupling.grouped for axis in axes) else 1,
                 normalised=any(number in normalised for numbers in apart.values() for number in numbers),
             )
         )

@@ -99,6 +99,7 @@ def _convolution(transposed: bool, space: int) -> Rule:
             for row in given.reshape(groups, -1):
                 columns = coupling.bind(row, columns, why)
             inputs = given
+            coupling.grouped.add((weight.name, 1))
             coupling.rows.append(Rows(coupling.find(outputs).reshape(groups, -1)))
         shape, kernel = shape_of(node), tuple(coupling.state[weight.name].shape[2:])
         before = given_shape(node)[-space:]

@@ -44,7 +44,7 @@ class Group:
 
     ``makers`` are the axes of weights that make the channels. ``heads``: a channel is a whole attention head, and
     ``attributes``, ``MODULE.NAME``, count them. ``normalised``: without a channel the others are not what they are with it
-    silent.
+    silent. ``least``: channels that a row must keep.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Group:
     attributes: tuple[str, ...] = ()
     makers: tuple[Axis, ...] = ()
     normalised: bool = False
+    least: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,9 +69,9 @@ class LatencyPrice:
         times = [self.table.microseconds(o, network.sizes(o), SAMPLES) for o in network.operations]
         return (sum(times) + BETWEEN_US * sum(1 for time in times if time) + CALL_US) / 1e3
 
-    def anchored(self, network: Network, measured_ms: float) -> LatencyPrice:
+    def anchored(self, network: Network, measured: float) -> LatencyPrice:
         """The same table, fitted to a network that was measured."""
-        return replace(self, scale=measured_ms / max(self.kernels(network), 1e-9))
+        return replace(self, scale=measured / max(self.kernels(network), 1e-9))
 
 
 @dataclass(frozen=True)

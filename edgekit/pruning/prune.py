@@ -154,6 +154,7 @@ class _Run:
         self.network = analyse(module, self.example, edits, options.freeze)
         self.judge = Judge.of(module, recovery.samples, recovery.targets, importance_named(options.importance))
         self.table, self.roofline = LatencyTable(), roofline
+        self.wanted = options.target  # a latency becomes a share of the original's, which is measured beside it
         self.price = self._price()
         self.whole = self.price(self.network)
         self.macs, self.parameters = macs(module, self.example), parameters(module)
@@ -166,12 +167,14 @@ class _Run:
         if kind in ("speedup", "latency"):
             say("timing layers on ONNX Runtime")
             price = LatencyPrice(self.table)
-            return price.anchored(self.network, self.meter(self.module)[1])
+            if kind == "latency" and self.wanted:
+                self.wanted = Target("speedup", min(self.wanted.value / self.meter(self.module)[0], 1.0))
+            return price.anchored(self.network, 1.0)
         return size_price if kind == "size" else macs_price
 
     def rounds(self) -> Cut:
         """Cut and fine-tune, in two rounds where much goes."""
-        wanted = self.options.target
+        wanted = self.wanted
         shares = _shares(wanted, self.whole)
         epochs = self.recovery.config.epochs
         cut = self.resume.load(self.module, len(shares)) or Cut(self.module, self.network.edits, [], 0, None, [])
@@ -190,14 +193,14 @@ class _Run:
 
     def cut(self, cut: Cut, target: Target | None, which: int) -> Cut:
         """One round of cutting, from where the last one ended."""
-        module, edits, steps, predicted = cut.module, cut.edits, list(cut.steps), cut.predicted_ms
+        module, edits, steps, predicted = cut.module, cut.edits, list(cut.steps), cut.predicted
         if target is not None:
             network = analyse(module, self.example, edits, self.options.freeze)
             reached = reach(network, self.judge, target, self.price, self.meter, self.whole, self.options.unit)
             module, edits = reached.network.module, reached.network.edits
             steps += [_row(step) for step in reached.steps]
-            predicted = reached.predicted_ms
-        if self.options.sparse and target is self.options.target:
+            predicted = reached.predicted
+        if self.options.sparse and target is self.wanted:
             groups = [g for g in analyse(module, self.example).groups if len(g.rows) == 1 and not g.heads]
             channels = [[{a: i.tolist() for a, i in c.slices.items()} for c in g.rows[0]] for g in groups]
             permute_channels(module, channels, self.example, seed=self.options.seed)
@@ -223,7 +226,7 @@ class _Run:
             "speedup": old_ms / new_ms,
             "latency_before_ms": old_ms,
             "latency_ms": new_ms,
-            "latency_predicted_ms": cut.predicted_ms,
+            "latency_predicted_ms": None if cut.predicted is None else cut.predicted * old_ms,
             "macs": now,
             "macs_share": now / self.macs,
             "parameters": parameters(cut.module),

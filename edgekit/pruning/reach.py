@@ -16,7 +16,7 @@ from edgekit.progress import say
 
 from .groups import Network
 from .latency import paired_latency
-from .price import LatencyPrice, Price, macs_price, size_price
+from .price import LatencyPrice, Price, RooflinePrice, macs_price, size_price
 from .search import Judge, Step, cut_path, narrowest
 from .target import Target
 
@@ -39,15 +39,16 @@ class Meter:
 
 
 class Reached(NamedTuple):
-    """``predicted_ms``: by the table, before the network was measured; None where no latency was asked for."""
+    """``predicted``: the share of the original's time that the table said before the network was measured; None where no
+    latency was asked for."""
 
     network: Network
     steps: list[Step]
-    predicted_ms: float | None
+    predicted: float | None
 
 
 def reach(network: Network, judge: Judge, target: Target, price: Price, meter: Meter, whole: float, unit: int) -> Reached:
-    """Cut ``network`` until it meets ``target``; ``whole`` is what the original costs by ``price``.
+    """Cut ``network`` until it meets ``target``; ``whole`` is what the original costs by ``price``, 1 by a `LatencyPrice`.
 
     Raises `UsageError` where what can be cut does not suffice, with how far it goes.
     """
@@ -63,18 +64,19 @@ def reach(network: Network, judge: Judge, target: Target, price: Price, meter: M
         return Reached(found, steps, None)
     if not network.groups and not network.blocks:
         _refuse(target, 1.0, network)
-    if least > target.limit(whole):
+    if least / whole > target.value:
         say(f"{target} is out of reach: all that can be cut gives {whole / least:.1f}x; the best found will be written")
     return _reach_latency(network, judge, target, price, meter, unit)
 
 
 def _reach_latency(network: Network, judge: Judge, target: Target, price: LatencyPrice, meter: Meter, unit: int) -> Reached:
+    """Everything in shares of the original's time, measured beside it: the machine's pace changes from minute to minute."""
     steps: list[Step] = []
     old, new = meter(network.module)
-    first = price = price.anchored(network, new)
+    first = price = price.anchored(network, new / old)
     for _ in range(CORRECTIONS):
-        limit = target.limit(old) / (SURPLUS if target.kind == "speedup" else 1.0)
-        if new <= limit:
+        limit = target.value / SURPLUS
+        if new / old <= limit:
             break
         walked = _walk(network, judge, price, limit, unit)
         if not walked:  # the best found
@@ -82,8 +84,8 @@ def _reach_latency(network: Network, judge: Judge, target: Target, price: Latenc
         steps += walked
         network = walked[-1].network
         old, new = meter(network.module)
-        say(f"measured {new:.3f} ms, {old / new:.2f}x; the table said {price(network):.3f} ms")
-        price = price.anchored(network, new)
+        say(f"measured {new:.3f} ms, {old / new:.2f}x; the table said {1 / price(network):.2f}x")
+        price = price.anchored(network, new / old)
     price.table.save()
     return Reached(network, steps, first(network))
 
@@ -101,7 +103,9 @@ def _walk(network: Network, judge: Judge, price: Price, limit: float, unit: int)
 def _shown(value: float, price: Callable[[Network], float]) -> str:
     if price is macs_price:
         return f"{value / 1e6:.2f} million MACs"
-    return f"{value / 1e3:,.0f} kB" if price is size_price else f"{value:.3f} ms predicted"
+    if price is size_price:
+        return f"{value / 1e3:,.0f} kB"
+    return f"{value:.4f} ms predicted" if isinstance(price, RooflinePrice) else f"{1 / value:.2f}x predicted"
 
 
 def _refuse(target: Target, left: float, network: Network) -> None:

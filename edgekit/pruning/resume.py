@@ -28,7 +28,7 @@ class Cut(NamedTuple):
     edits: ModelEdits
     steps: list[dict[str, Any]]
     round: int
-    predicted_ms: float | None
+    predicted: float | None
     curve: list[dict[str, float]]
     fitted: int = 0
     mask: Mask24 | None = None
@@ -51,7 +51,7 @@ class Resume:
                 "edits": msgspec.to_builtins(cut.edits),
                 "steps": cut.steps,
                 "round": cut.round,
-                "predicted_ms": cut.predicted_ms,
+                "predicted": cut.predicted,
                 "curve": cut.curve,
                 "fitted": cut.fitted,
             },
@@ -72,7 +72,7 @@ class Resume:
         adopt_shapes(cut, found["state"])
         cut.load_state_dict(found["state"])
         say(f"going on from the cut in {self._path.name}")
-        return Cut(cut, edits, found["steps"], found["round"], found["predicted_ms"], found["curve"], found["fitted"])
+        return Cut(cut, edits, found["steps"], found["round"], found["predicted"], found["curve"], found["fitted"])
 
     def forget(self) -> None:
         self.fitting.unlink(missing_ok=True)

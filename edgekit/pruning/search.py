@@ -118,19 +118,21 @@ def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, u
     while cost > limit:
         weights = judge.importance(network.module, judge.samples, judge.targets)
         moves = {(m.kind, m.name): m for m in _moves(network, weights, unit)}
-        best, score = None, math.inf
-        for key, move in moves.items():
-            saved = min(cost - price(move.masked(network)), cost - limit)
-            if saved <= 1e-9 * cost:
-                continue
-            if key not in losses:
-                losses[key] = max(judge.kl(move.make(network).module) - kl, 0.0)
-            # A loss of nothing is worth more the more it saves.
-            value = (losses[key] + 1e-6) / saved
-            if value < score:
-                best, score = key, value
-        if best is None:
+        saved = {key: min(cost - price(move.masked(network)), cost - limit) for key, move in moves.items()}
+        useful = [key for key in moves if saved[key] > 1e-9 * cost]
+        if not useful:
             return
+        now: set[tuple[str, str]] = set()
+        while True:
+            for key in useful:
+                if key not in losses:
+                    losses[key] = max(judge.kl(moves[key].make(network).module) - kl, 0.0)
+                    now.add(key)
+            # A loss of nothing is worth more the more it saves.
+            best = min(useful, key=lambda key: (losses[key] + 1e-6) / saved[key])
+            if best in now:
+                break
+            del losses[best]  # it was measured on a network that could bear more
         move = moves[best]
         network = move.make(network)
         _heal(network.module, judge)
@@ -145,7 +147,7 @@ def _moves(network: Network, weights: Mapping[str, Tensor], unit: int) -> Iterat
     for group in network.groups:
         before = network.width(group)
         after = _next(before, _unit(group, network, unit))
-        if after < 1:
+        if after < group.least:
             continue
         weakest = network.weakest(group, weights, before - after)
         yield _Move("heads" if group.heads else "channels", group.name, before, after, *_removal(weakest, group))
@@ -180,7 +182,7 @@ def narrowest(network: Network, unit: int = 16) -> Network:
         network = network.bypassed(name)
     for group in network.groups:
         step = 1 if group.heads else _unit(group, network, unit)
-        kept = min(network.width(group), max(step // 2, 1) if not group.heads else 1)
+        kept = min(network.width(group), max(step // 2 if not group.heads else 1, group.least))
         network = network.masked(channel for row in network.rows(group) for channel in row[kept:])
     return network
 
@@ -193,7 +195,8 @@ def sensitivity(network: Network, judge: Judge, unit: int = 16, points: int = 4)
         if group.heads:
             continue
         width, step = network.width(group), _unit(group, network, unit)
-        widths = sorted({max(round(width * k / (points + 1) / step) * step, min(step, width)) for k in range(1, points + 1)})
+        smallest = max(min(step, width), group.least)
+        widths = sorted({max(round(width * k / (points + 1) / step) * step, smallest) for k in range(1, points + 1)})
         curve = [(1.0, 0.0)]
         for left in reversed([w for w in widths if w < width]):
             cut = network.without(network.weakest(group, weights, width - left))
