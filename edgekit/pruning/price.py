@@ -56,7 +56,7 @@ def size_price(network: Network) -> float:
 
 @dataclass(frozen=True)
 class LatencyPrice:
-    """Milliseconds of one sample by a table of measured layers, scaled so that a measured network costs what it measured."""
+    """Share of the original's time by a table of measured layers, scaled so that a measured network has the share it measured."""
 
     table: LatencyTable
     scale: float = 1.0

@@ -30,7 +30,7 @@ from edgekit.training.teacher import load_teacher
 
 __all__ = ["Recovery"]
 
-SAMPLES = 512  # training samples that judge a cut
+SAMPLES = 256  # training samples that judge a cut
 TIMED = 3  # steps, to see how many epochs fit a time
 
 

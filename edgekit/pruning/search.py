@@ -25,8 +25,8 @@ from .price import Price
 
 __all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity"]
 
-HEALING, HEALED, HEALING_RATE = 24, 64, 1e-3  # steps after each cut, of so many samples
-LARGE = 8  # a step takes a part of this of a wide group, at least
+HEALING, HEALED, HEALING_RATE = 24, 32, 1e-3  # steps after each cut, of so many samples
+LARGE = 4  # a step takes a part of this of a wide group, at least
 
 
 class Step(NamedTuple):
