@@ -56,7 +56,7 @@ def size_price(network: Network) -> float:
 
 @dataclass(frozen=True)
 class LatencyPrice:
-    """Share of the original's time by a table of measured layers, scaled so that a measured network has the share it measured."""
+    """Share of the original's time by a table of measured layers, scaled so that a measured network has its measured share."""
 
     table: LatencyTable
     scale: float = 1.0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import edgekit
 from edgekit.bundle import FLOAT_GRAPH, Bundle
+from edgekit.errors import BudgetNotMet
 from edgekit.models.module import load as load_module
 from edgekit.pruning import prune, recover
 from edgekit.pruning.prune import _gate
@@ -186,7 +187,7 @@ def test_gates(trained_bundle: Bundle):
         (Target("speedup", 0.5), None, "1.90x faster, asked 2x"),
         (Target("latency", 5.0), None, "takes 5.200 ms, asked 5"),
     ):
-        with pytest.raises(edgekit.BudgetNotMet, match=words):
+        with pytest.raises(BudgetNotMet, match=words):
             _gate(trained_bundle, figures, target, drop)
 
 
