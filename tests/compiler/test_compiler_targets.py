@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.compiler import load_targets, target_named
 from edgekit.errors import EdgekitError, UsageError
-from edgekit.targets import TARGETS, JetPack
+from edgekit.targets import TARGETS, JetPack, load_targets, target_named
 
 
 def test_every_jetson_gets_a_kit_and_every_other_target_an_engine() -> None:
