@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from edgekit.errors import UsageError
 from edgekit.models.cnn import Depthwise, Inverted, Residual, Textbook
 from edgekit.models.module import adopt_shapes, edit, macs
-from edgekit.models.rnn import RowsRnn
+from edgekit.models.rnn import Crnn, RowsRnn
 from edgekit.models.transformer import Vit
 from edgekit.pruning.groups import analyse
 from edgekit.pruning.importance import importance_named
@@ -67,6 +67,16 @@ def test_every_step_is_cheaper_and_runs_and_is_kept_by_its_weights(make: Callabl
     adopt_shapes(fresh, last.module.state_dict())
     fresh.load_state_dict(last.module.state_dict())
     assert torch.allclose(fresh.eval()(samples), last.module(samples))
+
+
+def test_a_reader_loses_units_in_both_directions_of_both_layers():
+    module = Crnn(7, 1, 32, 64, widths=(16, 16, 32, 32, 32), hidden=32).eval()
+    samples = torch.randn(4, 1, 32, 64)
+    network = analyse(module, samples)
+    steps = list(cut_path(network, judge_of(module, samples), macs_price, 0.6 * macs_price(network)))
+    assert "rnn" in {step.name for step in steps}
+    assert steps[-1].network.module(samples).shape == (4, 16, 7)
+    assert steps[-1].price == macs(steps[-1].network.module, samples)
 
 
 def test_a_path_ends_where_the_limit_is_met():
