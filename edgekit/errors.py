@@ -58,7 +58,6 @@ _EXTRA_OF = {
     "tensorrt_rtx": "rtx",
     "tokenizers": "text",
     "torch": "train",
-    "torch_pruning": "train",
     "transformers": "finetune",
     "zxingcpp": "scan",
 }

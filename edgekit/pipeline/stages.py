@@ -127,8 +127,7 @@ class Prune(Stage, frozen=True):
         return (self.bundle,)
 
     def check(self, data: str | None) -> None:
-        targets = ("keep", "speedup", "latency_ms", "size")
-        if len(stated := [name for name in targets if getattr(self, name) is not None]) > 1:
+        if len(stated := [n for n in ("keep", "speedup", "latency_ms", "size") if getattr(self, n) is not None]) > 1:
             raise UsageError(f"{' and '.join(stated)} are both stated", "state one of them")
         if self.data:
             find(self.data)

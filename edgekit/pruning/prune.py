@@ -52,6 +52,11 @@ class Options(NamedTuple):
     unit: int
     seed: int
 
+    def record(self) -> dict[str, Any]:
+        """For the history; what it has of its own, the target and the seed, is left out."""
+        kept = ("on", "max_drop", "importance", "unit")
+        return {**{name: getattr(self, name) for name in kept}, "freeze": list(self.freeze)}
+
 
 def prune(
     bundle: Bundle | str | os.PathLike[str],
@@ -104,16 +109,17 @@ def prune(
     run = _Run(source, module, recovery, options, target, roofline)
     cut = run.rounds()
     figures = {**run.figures(cut), "seconds": round(time.perf_counter() - started, 1)}
-    written: dict[str, Any] = {
-        "keep": keep,
-        "speedup": speedup,
-        "latency_ms": latency_ms,
-        "size": size,
-        "on": on,
-        "max_drop": max_drop,
-    }
-    written |= {"sparsity": sparsity, "importance": importance, "freeze": list(freeze), "unit": unit}
-    written |= {"data": recovery.dataset.spec, **asdict(recovery.config), "data_digest": recovery.dataset.digest}
+    stated = {"keep": keep, "speedup": speedup, "latency_ms": latency_ms, "size": size, "sparsity": sparsity}
+    pruned = _write(target, source, cut, recovery, {**stated, **options.record()}, figures)
+    run.resume.forget()
+    _gate(pruned, figures, None if roofline else wanted, max_drop)
+    return pruned
+
+
+def _write(
+    target: Path, source: Bundle, cut: Cut, recovery: Recovery, settings: dict[str, Any], figures: dict[str, Any]
+) -> Bundle:
+    """The pruned module as a bundle that names its parent."""
     model = source.manifest.model
     assert model is not None
     edits = cut.edits if cut.edits != ModelEdits() else msgspec.UNSET
@@ -123,11 +129,9 @@ def prune(
         files={},
         model=msgspec.structs.replace(model, edits=edits),
     )
-    entry = source.entry("prune", written, figures)
-    pruned = write_model(target, cut.module, recovery.splits.held_out.x, manifest, entry, recovery.tokenizer)
-    run.resume.forget()
-    _gate(pruned, figures, None if roofline else wanted, max_drop)
-    return pruned
+    learnt = {"data": recovery.dataset.spec, **asdict(recovery.config), "data_digest": recovery.dataset.digest}
+    entry = source.entry("prune", {**settings, **learnt}, figures)
+    return write_model(target, cut.module, recovery.splits.held_out.x, manifest, entry, recovery.tokenizer)
 
 
 class _Run:
