@@ -159,7 +159,6 @@ def test_commands_for_pictures_refuse_the_rest(text_bundle: Bundle, cli, tmp_pat
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(image)
     for words in (
         ["explain", text_bundle.path, image, "--out", tmp_path / "why"],
-        ["prune", text_bundle.path, "--out", tmp_path / "p.edge"],
         ["scan", text_bundle.path, "--source", image, "--sink", f"jsonl:{tmp_path / 'o.jsonl'}"],
         ["eval", text_bundle.path, "--data", "digits"],
         ["quantize", text_bundle.path, "--out", tmp_path / "q.edge", "--calib", "digits"],
@@ -167,7 +166,7 @@ def test_commands_for_pictures_refuse_the_rest(text_bundle: Bundle, cli, tmp_pat
         outcome = cli(*words)
         assert outcome.code == 2, words
         assert len(outcome.err.strip().splitlines()) <= 2
-    assert not (tmp_path / "p.edge").exists()
+    assert not (tmp_path / "q.edge").exists()
 
 
 @pytest.mark.parametrize(
