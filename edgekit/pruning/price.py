@@ -18,7 +18,7 @@ from .table import LatencyTable
 __all__ = ["LatencyPrice", "Price", "RooflinePrice", "layer_rows", "macs_of", "macs_price", "size_price"]
 
 #: Of the table's units: between two layers, and a call; fitted to pruned digits nets, whose kernels are of a few.
-BETWEEN_US, CALL_US = 1.4, 6.0
+BETWEEN_US, CALL_US = 1.3, 1.5
 #: What a network costs, in the unit of the target.
 Price = Callable[[Network], float]
 

@@ -156,7 +156,8 @@ class _Run:
         edits = (source.manifest.model.edits if source.manifest.model else None) or ModelEdits()
         say("finding what goes together")
         self.network = analyse(module, self.example, edits, options.freeze)
-        self.judge = Judge.of(module, recovery.samples, recovery.targets, importance_named(options.importance))
+        ranked = importance_named(options.importance)
+        self.judge = Judge.of(module, recovery.samples, recovery.targets, ranked, recovery.taught)
         self.table, self.roofline = LatencyTable(), roofline
         self.wanted = options.target  # a latency becomes a share of the original's, which is measured beside it
         self.price = self._price()
@@ -215,7 +216,7 @@ class _Run:
     def figures(self, cut: Cut) -> dict[str, Any]:
         """What the pruned model is, beside what it was; latencies are taken in turns."""
         judged = self.recovery.judge(cut.module)
-        old_ms, new_ms = self.meter(cut.module, rounds=30)
+        old_ms, new_ms = self.meter(cut.module)
         after = analyse(cut.module, self.example)
         sparse = {"share": cut.mask.share} if cut.mask else {"share": 0.0}
         if cut.mask:

@@ -17,7 +17,7 @@ from edgekit.progress import say
 from .groups import Network
 from .latency import paired_latency
 from .price import LatencyPrice, Price, RooflinePrice, macs_price, size_price
-from .search import Judge, Step, cut_path, narrowest
+from .search import Judge, Step, cut_path, narrowest, spared
 from .target import Target
 
 __all__ = ["Meter", "Reached", "reach"]
@@ -32,10 +32,10 @@ class Meter:
     def __init__(self, graph: bytes, sample: NDArray[Any]) -> None:
         self.graph, self.sample = graph, sample
 
-    def __call__(self, module: nn.Module, rounds: int = 10) -> tuple[float, float]:
+    def __call__(self, module: nn.Module) -> tuple[float, float]:
         """Milliseconds of the original and of ``module``."""
         graph = export_onnx(module, torch.from_numpy(np.repeat(self.sample, 2, 0)))
-        return paired_latency(self.graph, graph, self.sample, rounds)
+        return paired_latency(self.graph, graph, self.sample)
 
 
 class Reached(NamedTuple):
@@ -71,33 +71,52 @@ def reach(network: Network, judge: Judge, target: Target, price: Price, meter: M
 
 def _reach_latency(network: Network, judge: Judge, target: Target, price: LatencyPrice, meter: Meter, unit: int) -> Reached:
     """Everything in shares of the original's time, measured beside it: the machine's pace changes from minute to minute."""
-    steps: list[Step] = []
-    old, new = meter(network.module)
-    first = price = price.anchored(network, new / old)
+    start, steps, limit = network, list[Step](), target.value / SURPLUS
+    share = _measured(meter, network)
+    first = price = price.anchored(network, share)
     for _ in range(CORRECTIONS):
-        limit = target.value / SURPLUS
-        if new / old <= limit:
+        if share <= limit:
             break
         walked = _walk(network, judge, price, limit, unit)
         if not walked:  # the best found
             break
         steps += walked
         network = walked[-1].network
-        old, new = meter(network.module)
-        say(f"measured {new:.3f} ms, {old / new:.2f}x; the table said {1 / price(network):.2f}x")
-        price = price.anchored(network, new / old)
+        share = _measured(meter, network)
+        say(f"measured {1 / share:.2f}x; the table said {1 / price(network):.2f}x")
+        price = price.anchored(network, share)
+    if steps and share <= limit:  # the table may have promised too little
+        fewer = _spared(start, steps, judge, price, limit)
+        if fewer and len(fewer) < len(steps) and _measured(meter, fewer[-1].network) <= limit:
+            steps, network = fewer, fewer[-1].network
     price.table.save()
     return Reached(network, steps, first(network))
+
+
+def _measured(meter: Meter, network: Network) -> float:
+    """Share of the original's time."""
+    old, new = meter(network.module)
+    return new / old
 
 
 def _walk(network: Network, judge: Judge, price: Price, limit: float, unit: int) -> list[Step]:
     steps = []
     for step in cut_path(network, judge, price, limit, unit):
         steps.append(step)
-        what = {"channels": "channels", "heads": "heads", "block": "the block"}[step.kind]
-        counts = f"{step.before} -> {step.after} {what}" if step.kind != "block" else "left out"
-        say(f"cut {step.name}: {counts}, KL {step.kl:.3f}, {_shown(step.price, price)}")
-    return steps
+        say(f"cut {_named(step)}, KL {step.kl:.3f}, {_shown(step.price, price)}")
+    return _spared(network, steps, judge, price, limit) if steps and steps[-1].price <= limit else steps
+
+
+def _spared(network: Network, steps: list[Step], judge: Judge, price: Price, limit: float) -> list[Step]:
+    kept, needless = spared(network, steps, judge, price, limit)
+    if needless:
+        say(f"not needed after all: {'; '.join(map(_named, needless))}")
+        say(f"without: KL {kept[-1].kl:.3f}, {_shown(kept[-1].price, price)}")
+    return kept
+
+
+def _named(step: Step) -> str:
+    return f"{step.name}: left out" if step.kind == "block" else f"{step.name}: {step.before} -> {step.after} {step.kind}"
 
 
 def _shown(value: float, price: Callable[[Network], float]) -> str:

@@ -30,13 +30,14 @@ from edgekit.training.teacher import load_teacher
 
 __all__ = ["Recovery"]
 
-SAMPLES = 256  # training samples that judge a cut
+SAMPLES, TAUGHT = 256, 1024  # training samples that judge a cut, and others that heal it
 TIMED = 3  # steps, to see how many epochs fit a time
 
 
 @dataclass
 class Recovery:
-    """``config.epochs`` is what all rounds have together; ``samples`` (N, ...) and ``targets`` judge a cut."""
+    """``config.epochs`` is what all rounds have together; ``samples`` (N, ...) and ``targets`` judge a cut, ``taught``
+    (M, ...) heal it."""
 
     dataset: Dataset
     splits: Splits
@@ -46,6 +47,7 @@ class Recovery:
     objective: Objective
     samples: Tensor
     targets: Tensor
+    taught: Tensor
     task: str
     tokenizer: bytes | None
 
@@ -62,15 +64,20 @@ class Recovery:
             config.augmentation, preprocessing, tokenizer, resizes=preset_named(model.name).resizes
         )
         splits = read_splits(dataset, preprocessing, augmentation, tokenizer)
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset.train))[:SAMPLES])
-        judged = dataset.train.take(chosen).tensors(make_preprocessor(preprocessing, tokenizer))
+        order = np.random.default_rng(seed).permutation(len(dataset.train))
+        count = min(SAMPLES, -(-len(order) // 2))
+        preprocess = make_preprocessor(preprocessing, tokenizer)
+        judged, taught = (
+            dataset.train.take(np.sort(part)).tensors(preprocess)
+            for part in (order[:count], order[count:][:TAUGHT] if len(order) > 1 else order)
+        )
         learnt = objective_for(dataset.task, len(dataset.labels), config.smoothing, policy_named(config.augmentation))
         objective: Objective = learnt
         if isinstance(learnt, Classification):
             objective = Distillation(learnt, *load_teacher(bundle, dataset.labels, preprocessing, tokenizer), share=0.5)
-        samples = torch.from_numpy(np.ascontiguousarray(judged.x[:]))
+        samples, others = (torch.from_numpy(np.ascontiguousarray(part.x[:])) for part in (judged, taught))
         found = cls(dataset, splits, preprocessing, augmentation, config, objective, samples,
-                    torch.from_numpy(judged.y), dataset.task, tokenizer)  # fmt: skip
+                    torch.from_numpy(judged.y), others, dataset.task, tokenizer)  # fmt: skip
         if minutes is not None:
             found._fit_into(minutes, bundle)
         return found

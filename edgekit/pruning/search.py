@@ -2,7 +2,9 @@
 
 The loss of a step is measured, not guessed: how far the KL divergence of the answers from the original's grows on
 training samples, with batch norms re-estimated (without that a small cut looks like ruin), on a model that has recovered
-from the cuts before. Steps remove channels down to the next multiple of ``unit``, because a width beside it costs as much
+from the cuts before. The most promising steps are compared once more after each was healed: a block that is left out ruins
+more than a few channels do, and more of it comes back. In the end, cuts that later ones made needless are taken back. Steps
+remove channels down to the next multiple of ``unit``, because a width beside it costs as much
 as the next multiple (blocked layouts on a CPU, tensor cores on a GPU), a whole attention head, or a whole block that a
 residual goes around.
 """
@@ -13,20 +15,22 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groups import Channel, Group, Network
+from .groups import Group, Network
 from .importance import Importance
 from .price import Price
 
-__all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity"]
+__all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity", "spared"]
 
 HEALING, HEALED, HEALING_RATE = 24, 32, 1e-3  # steps after each cut, of so many samples
 LARGE = 4  # a step takes a part of this of a wide group, at least
+SHORTLIST = 2  # cuts of channels that are compared after healing, beside one block
 
 
 class Step(NamedTuple):
@@ -46,40 +50,52 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """``samples`` (N, ...) with ``targets`` (N,) that judge a cut, and the original's ``reference`` log-probabilities."""
+    """``samples`` (N, ...) with ``targets`` (N,) that judge a cut, and ``taught`` (M, ...) that heal it: other ones, or a model
+    that learns them by heart would look well. With each go the original's log-probabilities."""
 
     samples: Tensor
     targets: Tensor
     reference: Tensor
+    taught: Tensor
+    wanted: Tensor
     importance: Importance
 
     @classmethod
-    def of(cls, module: nn.Module, samples: Tensor, targets: Tensor, importance: Importance) -> Judge:
+    def of(
+        cls, module: nn.Module, samples: Tensor, targets: Tensor, importance: Importance, taught: Tensor | None = None
+    ) -> Judge:
+        taught = samples if taught is None else taught
         with torch.no_grad():
-            return cls(samples, targets, F.log_softmax(module.eval()(samples), -1), importance)
+            module.eval()
+            reference = F.log_softmax(module(samples), -1)
+            wanted = torch.cat([F.log_softmax(module(part), -1) for part in torch.split(taught, len(samples))])
+        return cls(samples, targets, reference, taught, wanted, importance)
 
     def kl(self, module: nn.Module) -> float:
         """Nats by which the answers of ``module`` differ; its batch norms are re-estimated in place."""
         answers = F.log_softmax(_settled(module, self.samples), -1)
         return float(F.kl_div(answers, self.reference, reduction="sum", log_target=True)) / math.prod(answers.shape[:-1])
 
-
-def _heal(module: nn.Module, judge: Judge) -> None:
-    """A few steps towards the original's answers, in place. A ruined model bears anything: what the next cut costs can only
-    be seen on one that has recovered."""
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(module.parameters(), HEALING_RATE)
-    module.train()
-    for _ in range(HEALING):
-        chosen = torch.randint(len(judge.samples), (min(HEALED, len(judge.samples)),), generator=generator)
-        answers = F.log_softmax(module(judge.samples[chosen]), -1).flatten(0, -2)
-        wanted = judge.reference[chosen].flatten(0, -2)
-        loss = F.kl_div(answers, wanted, reduction="batchmean", log_target=True)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-    module.eval()
+    def heal(self, module: nn.Module) -> float:
+        """A few steps towards the original's answers, in place, taken back where they led away; `kl` after them. A ruined
+        model bears anything: what the next cut costs can only be seen on one that has recovered."""
+        before, state = self.kl(module), copy.deepcopy(module.state_dict())
+        generator = torch.Generator().manual_seed(0)
+        optimizer = torch.optim.AdamW(module.parameters(), HEALING_RATE)
+        module.train()
+        for _ in range(HEALING):
+            chosen = torch.randint(len(self.taught), (min(HEALED, len(self.taught)),), generator=generator)
+            answers = F.log_softmax(module(self.taught[chosen]), -1).flatten(0, -2)
+            loss = F.kl_div(answers, self.wanted[chosen].flatten(0, -2), reduction="batchmean", log_target=True)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+        module.eval()
+        if (after := self.kl(module)) <= before:
+            return after
+        module.load_state_dict(state)
+        return before
 
 
 def _settled(module: nn.Module, samples: Tensor) -> Tensor:
@@ -122,42 +138,116 @@ def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, u
         useful = [key for key in moves if saved[key] > 1e-9 * cost]
         if not useful:
             return
-        now: set[tuple[str, str]] = set()
-        while True:
-            for key in useful:
-                if key not in losses:
-                    losses[key] = max(judge.kl(moves[key].make(network).module) - kl, 0.0)
-                    now.add(key)
-            # A loss of nothing is worth more the more it saves.
-            best = min(useful, key=lambda key: (losses[key] + 1e-6) / saved[key])
-            if best in now:
-                break
-            del losses[best]  # it was measured on a network that could bear more
-        move = moves[best]
-        network = move.make(network)
-        _heal(network.module, judge)
-        kl, cost = judge.kl(network.module), price(network)
+        healed: dict[tuple[str, str], tuple[Network, float]] = {}
+        for key in _shortlist(useful, partial(_loss, network, kl, judge, moves), losses, saved):
+            cut = moves[key].make(network)
+            healed[key] = cut, judge.heal(cut.module)
+        best = min(healed, key=lambda key: _rank(healed[key][1] - kl, saved[key]))
+        move, (network, kl) = moves[best], healed[best]
+        cost = price(network)
         if move.kind == "block":
             losses.clear()
         losses = {key: loss for key, loss in losses.items() if key[1] != move.name}
         yield Step(network, move.kind, move.name, move.before, move.after, kl, cost)
 
 
+def _loss(network: Network, kl: float, judge: Judge, moves: Mapping[tuple[str, str], _Move], key: tuple[str, str]) -> float:
+    """How much further a cut takes the answers, before healing."""
+    return max(judge.kl(moves[key].make(network).module) - kl, 0.0)
+
+
+def _rank(loss: float, saved: float) -> float:
+    """Smaller is better. A loss of nothing is worth more the more it saves."""
+    return (max(loss, 0.0) + 1e-6) / saved
+
+
+def _shortlist(
+    useful: Sequence[tuple[str, str]],
+    loss: Callable[[tuple[str, str]], float],
+    losses: dict[tuple[str, str], float],
+    saved: Mapping[tuple[str, str], float],
+) -> list[tuple[str, str]]:
+    """The best cuts of channels and the best block, before healing. ``losses`` are of earlier networks: what ranks well by
+    one is measured anew, as a network that could bear more bears less by now."""
+    found: list[tuple[str, str]] = []
+    for keys, count in (
+        ([key for key in useful if key[0] != "block"], SHORTLIST),
+        ([key for key in useful if key[0] == "block"], 1),
+    ):
+        now: set[tuple[str, str]] = set()
+        while True:
+            for key in keys:
+                if key not in losses:
+                    losses[key] = loss(key)
+                    now.add(key)
+            best = sorted(keys, key=lambda key: _rank(losses[key], saved[key]))[:count]
+            stale = [key for key in best if key not in now]
+            if not stale:
+                break
+            for key in stale:
+                del losses[key]
+        found += best
+    return found
+
+
+def spared(network: Network, steps: Sequence[Step], judge: Judge, price: Price, limit: float) -> tuple[list[Step], list[Step]]:
+    """``steps`` from ``network`` on, made again without those that later ones made needless, and those; the price stays
+    within ``limit``. What lost most is spared first."""
+    growth = {id(step): step.kl - before for step, before in zip(steps, [0.0, *(s.kl for s in steps)], strict=False)}
+    kept = list(steps)
+    weights = judge.importance(network.module, judge.samples, judge.targets)
+    for step in sorted(steps, key=lambda step: -growth[id(step)]):
+        others = [one for one in kept if one is not step]
+        if others and price(_masked(network, others, weights)) <= limit:
+            kept = others
+    if len(kept) == len(steps):
+        return list(steps), []
+    again = []
+    for step in kept:
+        if (move := _same(step, network, judge.importance(network.module, judge.samples, judge.targets))) is None:
+            continue
+        network = move.make(network)
+        kl = judge.heal(network.module)
+        again.append(Step(network, move.kind, move.name, move.before, move.after, kl, price(network)))
+    return again, [step for step in steps if step not in kept]
+
+
+def _masked(network: Network, steps: Sequence[Step], weights: Mapping[str, Tensor]) -> Network:
+    """What ``steps`` would leave, for its price."""
+    for step in steps:
+        if (move := _same(step, network, weights)) is not None:
+            network = move.masked(network)
+    return network
+
+
+def _same(step: Step, network: Network, weights: Mapping[str, Tensor]) -> _Move | None:
+    """The cut of ``step`` on another network; None where what it cut went with a block."""
+    if step.kind == "block":
+        return _block(step.name)
+    group = next((g for g in network.groups if g.name == step.name and network.width(g)), None)
+    if group is None:
+        return None
+    return _narrower(network, group, max(network.width(group) - step.before + step.after, group.least), weights)
+
+
 def _moves(network: Network, weights: Mapping[str, Tensor], unit: int) -> Iterator[_Move]:
     for group in network.groups:
-        before = network.width(group)
-        after = _next(before, _unit(group, network, unit))
-        if after < group.least:
-            continue
-        weakest = network.weakest(group, weights, before - after)
-        yield _Move("heads" if group.heads else "channels", group.name, before, after, *_removal(weakest, group))
-    for name in network.blocks:
-        yield _Move("block", name, 1, 0, lambda n, b=name: n.skipping(b), lambda n, b=name: n.bypassed(b))  # type: ignore[misc]
+        after = _next(network.width(group), _unit(group, network, unit))
+        if after >= group.least:
+            yield _narrower(network, group, after, weights)
+    yield from map(_block, network.blocks)
 
 
-def _removal(channels: Sequence[Channel], group: Group) -> tuple[Callable[[Network], Network], Callable[[Network], Network]]:
+def _narrower(network: Network, group: Group, after: int, weights: Mapping[str, Tensor]) -> _Move:
+    before = network.width(group)
+    weakest = network.weakest(group, weights, before - after)
     attributes = group.attributes if group.heads else ()
-    return lambda n: n.without(channels, attributes), lambda n: n.masked(channels)
+    kind = "heads" if group.heads else "channels"
+    return _Move(kind, group.name, before, after, lambda n: n.without(weakest, attributes), lambda n: n.masked(weakest))
+
+
+def _block(name: str) -> _Move:
+    return _Move("block", name, 1, 0, lambda n: n.skipping(name), lambda n: n.bypassed(name))
 
 
 def _unit(group: Group, network: Network, unit: int) -> int:

@@ -19,7 +19,7 @@ from edgekit.models.transformer import Vit
 from edgekit.pruning.groups import analyse
 from edgekit.pruning.importance import importance_named
 from edgekit.pruning.price import LatencyPrice, RooflinePrice, macs_price, size_price
-from edgekit.pruning.search import Judge, cut_path, narrowest, sensitivity
+from edgekit.pruning.search import Judge, Step, cut_path, narrowest, sensitivity, spared
 from edgekit.pruning.table import LatencyTable
 from edgekit.pruning.target import Target, target_of
 from edgekit.targets import target_named
@@ -87,6 +87,34 @@ def test_a_path_ends_where_the_limit_is_met():
     steps = list(cut_path(network, judge_of(module, samples), macs_price, 0.6 * whole))
     assert steps[-1].price <= 0.6 * whole
     assert all(step.price > 0.6 * whole for step in steps[:-1])
+
+
+def test_cuts_that_later_ones_made_needless_are_taken_back():
+    module = Textbook(10).eval()
+    samples = torch.randn(8, 1, 28, 28)
+    network, judge = analyse(module, samples), judge_of(module, samples)
+    steps = list(cut_path(network, judge, macs_price, 0.5 * macs_price(network)))
+    assert spared(network, steps, judge, macs_price, steps[-1].price) == (steps, [])
+    limit = max(macs_price(network) - (macs_price(network) - steps[0].price) / 2, steps[0].price)  # one step would do
+    kept, needless = spared(network, steps, judge, macs_price, limit)
+    assert len(kept) == 1
+    assert len(needless) == len(steps) - 1
+    assert kept[0].price <= limit
+    assert kept[0].price == macs(kept[0].network.module, samples)
+    assert kept[0].before == network.width(next(g for g in network.groups if g.name == kept[0].name))
+
+
+def test_healing_learns_from_other_samples_than_those_that_judge():
+    module = Textbook(10).eval()
+    judged, taught = torch.randn(8, 1, 28, 28), torch.randn(32, 1, 28, 28)
+    judge = Judge.of(module, judged, torch.zeros(8, dtype=torch.long), importance_named("magnitude"), taught)
+    assert judge.wanted.shape == (32, 10)
+    step = next(cut_path(analyse(module, judged), judge, macs_price))
+    assert isinstance(step, Step)
+    other = Textbook(10).eval()
+    far = judge.kl(other)
+    assert judge.heal(other) <= far
+    assert judge.kl(other) <= far
 
 
 def test_what_bears_nothing_is_not_cut_first():
