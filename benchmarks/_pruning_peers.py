@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import msgspec
@@ -77,14 +76,11 @@ class Case:
             return replace(found, config=replace(found.config, seed=seed, lr=self.preset.lr), objective=objective)
         return replace(found, config=replace(found.config, seed=seed))
 
-    def speedup(self, module: nn.Module, times: int = 1) -> float:
-        """Of an export of ``module`` over the base, both timed in turns; the median of ``times`` such measurements."""
+    def speedup(self, module: nn.Module) -> float:
+        """Of an export of ``module`` over the base, both timed in turns."""
         graph = export_onnx(module, torch.from_numpy(np.repeat(self.sample, 2, 0)))
-        ratios = []
-        for _ in range(times):
-            before, after = paired_latency(self.graph, graph, self.sample)
-            ratios.append(before / after)
-        return median(ratios)
+        before, after = paired_latency(self.graph, graph, self.sample)
+        return before / after
 
 
 @dataclass(frozen=True)
@@ -171,7 +167,7 @@ def fast_enough(case: Case, tool: str, wanted: float, knob: dict[str, Any] | Non
         if shapes in seen:
             continue
         seen.add(shapes)
-        found = case.speedup(candidate.module, 3)
+        found = case.speedup(candidate.module)
         print(f"  {tool} {candidate.knob}: {found:.2f}x", flush=True)
         if found >= wanted * TOLERANCE:
             return candidate
