@@ -3,8 +3,9 @@
 The loss of a step is measured, not guessed: how far the KL divergence of the answers from the original's grows on
 training samples, with batch norms re-estimated (without that a small cut looks like ruin), on a model that has recovered
 from the cuts before. The most promising steps are compared once more after each was healed: a block that is left out ruins
-more than a few channels do, and more of it comes back. In the end, cuts that later ones made needless are taken back. Steps
-remove channels down to the next multiple of ``unit``, because a width beside it costs as much
+more than a few channels do, and more of it comes back. The share of the MACs that goes counts as a loss, too: between cuts that
+cost the same and save the same, the network that is left with more can learn more. In the end, cuts that later ones made
+needless are taken back. Steps remove channels down to the next multiple of ``unit``, because a width beside it costs as much
 as the next multiple (blocked layouts on a CPU, tensor cores on a GPU), a whole attention head, or a whole block that a
 residual goes around.
 """
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 
 from .groups import Group, Network
 from .importance import Importance
-from .price import Price
+from .price import Price, macs_price
 
 __all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity", "spared"]
 
 HEALING, HEALED, HEALING_RATE = 24, 32, 1e-3  # steps after each cut, of so many samples
 LARGE = 4  # a step takes a part of this of a wide group, at least
+CAPACITY = 1.0  # nats that all of the MACs count for: what fine-tuning cannot bring back is missing capacity
 SHORTLIST = 2  # cuts of channels that are compared after healing, beside one block
 
 
@@ -134,15 +136,18 @@ def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, u
     while cost > limit:
         weights = judge.importance(network.module, judge.samples, judge.targets)
         moves = {(m.kind, m.name): m for m in _moves(network, weights, unit)}
-        saved = {key: min(cost - price(move.masked(network)), cost - limit) for key, move in moves.items()}
+        masked = {key: move.masked(network) for key, move in moves.items()}
+        saved = {key: min(cost - price(left), cost - limit) for key, left in masked.items()}
+        work = macs_price(network)
+        shrunk = {key: CAPACITY * (1 - macs_price(left) / work) for key, left in masked.items()}
         useful = [key for key in moves if saved[key] > 1e-9 * cost]
         if not useful:
             return
         healed: dict[tuple[str, str], tuple[Network, float]] = {}
-        for key in _shortlist(useful, partial(_loss, network, kl, judge, moves), losses, saved):
+        for key in _shortlist(useful, partial(_loss, network, kl, judge, moves), losses, saved, shrunk):
             cut = moves[key].make(network)
             healed[key] = cut, judge.heal(cut.module)
-        best = min(healed, key=lambda key: _rank(healed[key][1] - kl, saved[key]))
+        best = min(healed, key=lambda key: _rank(healed[key][1] - kl + shrunk[key], saved[key]))
         move, (network, kl) = moves[best], healed[best]
         cost = price(network)
         if move.kind == "block":
@@ -166,6 +171,7 @@ def _shortlist(
     loss: Callable[[tuple[str, str]], float],
     losses: dict[tuple[str, str], float],
     saved: Mapping[tuple[str, str], float],
+    shrunk: Mapping[tuple[str, str], float],
 ) -> list[tuple[str, str]]:
     """The best cuts of channels and the best block, before healing. ``losses`` are of earlier networks: what ranks well by
     one is measured anew, as a network that could bear more bears less by now."""
@@ -180,7 +186,7 @@ def _shortlist(
                 if key not in losses:
                     losses[key] = loss(key)
                     now.add(key)
-            best = sorted(keys, key=lambda key: _rank(losses[key], saved[key]))[:count]
+            best = sorted(keys, key=lambda key: _rank(losses[key] + shrunk[key], saved[key]))[:count]
             stale = [key for key in best if key not in now]
             if not stale:
                 break
@@ -193,23 +199,23 @@ def _shortlist(
 def spared(network: Network, steps: Sequence[Step], judge: Judge, price: Price, limit: float) -> tuple[list[Step], list[Step]]:
     """``steps`` from ``network`` on, made again without those that later ones made needless, and those; the price stays
     within ``limit``. What lost most is spared first."""
-    growth = {id(step): step.kl - before for step, before in zip(steps, [0.0, *(s.kl for s in steps)], strict=False)}
-    kept = list(steps)
+    growth = [step.kl - before for step, before in zip(steps, [0.0, *(step.kl for step in steps)], strict=False)]
+    kept = list(range(len(steps)))
     weights = judge.importance(network.module, judge.samples, judge.targets)
-    for step in sorted(steps, key=lambda step: -growth[id(step)]):
-        others = [one for one in kept if one is not step]
-        if others and price(_masked(network, others, weights)) <= limit:
+    for index in sorted(kept, key=lambda index: -growth[index]):
+        others = [one for one in kept if one != index]
+        if others and price(_masked(network, [steps[one] for one in others], weights)) <= limit:
             kept = others
     if len(kept) == len(steps):
         return list(steps), []
     again = []
-    for step in kept:
-        if (move := _same(step, network, judge.importance(network.module, judge.samples, judge.targets))) is None:
+    for index in kept:
+        if (move := _same(steps[index], network, judge.importance(network.module, judge.samples, judge.targets))) is None:
             continue
         network = move.make(network)
         kl = judge.heal(network.module)
         again.append(Step(network, move.kind, move.name, move.before, move.after, kl, price(network)))
-    return again, [step for step in steps if step not in kept]
+    return again, [step for index, step in enumerate(steps) if index not in kept]
 
 
 def _masked(network: Network, steps: Sequence[Step], weights: Mapping[str, Tensor]) -> Network:

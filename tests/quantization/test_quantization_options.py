@@ -415,7 +415,7 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="VmHWM is Linux's")
 def test_memory_does_not_grow_with_the_samples(tiny_onnx: Path, tmp_path: Path) -> None:
-    """128 and 384 samples of a convolutional net, in processes of their own; 256 samples show 430 MB of activations.
+    """128 and 384 samples of a convolutional net, in processes of their own; 256 samples have 28 MB and show 430 MB of activations.
 
     Fewer than 128 fill what is bounded by bytes: samples that stay in memory, batches, the study.
     """
@@ -434,4 +434,4 @@ def test_memory_does_not_grow_with_the_samples(tiny_onnx: Path, tmp_path: Path) 
         arguments = [sys.executable, "-c", PEAK, str(bundle.path), str(tmp_path / f"{count}.edge"), str(folder)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 40
+    assert peaks[1] - peaks[0] < 100
