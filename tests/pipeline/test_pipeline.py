@@ -388,8 +388,8 @@ def test_a_missed_budget_is_told_again(cli, copy: tuple[Path, Path]):
 
 @pytest.mark.slow
 def test_the_built_in_recipe_reaches_its_figures(cli, tmp_path: Path):
-    """The main job in a fourth of its epochs or less: 98% float, at most half of the MACs, a drop of at most a point after pruning
-    and int8. All of its epochs are `make demo` and `benchmarks/digits.py`: 99%, and half a point."""
+    """The main job in a fourth of its epochs or less: 98% float, at most half of the MACs, a drop of at most a point after
+    pruning and int8. All of its epochs are `make demo` and `benchmarks/digits.py`: 99%, and half a point."""
     shorter = {"epochs = 24": "epochs = 6", "epochs = 40": "epochs = 12", "epochs = 80": "epochs = 10"}
     text = built_in_recipes()["digits"].read_text(encoding="utf-8")
     for long, short in shorter.items():

@@ -415,7 +415,7 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="VmHWM is Linux's")
 def test_memory_does_not_grow_with_the_samples(tiny_onnx: Path, tmp_path: Path) -> None:
-    """128 and 384 samples of a convolutional net, in processes of their own; 256 samples have 28 MB and show 430 MB of activations.
+    """128 and 384 samples of a convolutional net, in processes of their own; 256 are 28 MB, and have 430 MB of activations.
 
     Fewer than 128 fill what is bounded by bytes: samples that stay in memory, batches, the study.
     """
