@@ -5,8 +5,8 @@
                                  [--again | --judge] [--results FILE] [--merge FILE ...] [--prediction digits-depthwise ...]
 
 A row is a trained net and a speedup on ONNX Runtime, one thread, batch 1. Each tool makes a bundle; all are judged alike: on
-the held-out split by the runtime, in latency by bursts in turn with the unpruned graph (at the undisturbed pace, and beside it
-the ratio of medians). All are fine-tuned by edgekit's own
+the held-out split by the runtime, in latency by bursts in turn with the unpruned graph, at the undisturbed pace and beside it
+by the ratio of medians. All are fine-tuned by edgekit's own
 `Recovery`: its rate, its augmentation, its teacher (the base). Peers (`_pruning_peers.py`):
 
 - ``tp-uniform``, ``tp-global``: Torch-Pruning, L1, the same ratio in each layer or one ranking over all; ``-8``, ``-16``:

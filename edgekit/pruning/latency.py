@@ -24,7 +24,7 @@ def paired_latency(before: bytes, after: bytes, sample: NDArray[Any]) -> tuple[f
 
     The 1% quantile of the calls in alternating bursts. Who shares the core slows a call by half, and a small graph by more than
     a large one, but not in each millisecond: the ratio of these quantiles repeats to 1% where that of medians is off by up to
-    20%. On a machine of its own the two agree.
+    20% (two virtual cores, digits and groceries nets).
     """
     old, new = (float(np.quantile(taken, UNDISTURBED)) for taken in paired_times(before, after, sample, SECONDS))
     return old, new

@@ -434,4 +434,5 @@ def test_memory_does_not_grow_with_the_samples(tiny_onnx: Path, tmp_path: Path) 
         arguments = [sys.executable, "-c", PEAK, str(bundle.path), str(tmp_path / f"{count}.edge"), str(folder)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 100
+    samples = 256 * 3 * 96 * 96 * 4 / 2**20  # which may stay in memory
+    assert peaks[1] - peaks[0] - samples < 40
