@@ -192,10 +192,11 @@ def make(
         module = create(candidate.config)
     length = epochs + (case.epochs if tool == "scratch-long" else 0)
     recovery = case.recovery(seed, candidate.fresh)
+    recovery.config = replace(recovery.config, epochs=length)
     started = time.perf_counter()
     checkpoint = target.with_name(f"{target.name}.checkpoint")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    curve = recovery.fit(module, length, checkpoint, f"{tool}, seed {seed}")
+    curve = recovery.fit(module, checkpoint)
     seconds = round(time.perf_counter() - started, 1)
     settings = {"data": case.data, "data_digest": recovery.dataset.digest, "tool": tool, "seed": seed}
     manifest = msgspec.structs.replace(

@@ -73,9 +73,9 @@ _SCRATCH, _PEERS = ("scratch", "scratch-long"), TOOLS[1:]
 ROWS = {
     "digits-depthwise-2.5x": Row("digits-depthwise", 2.5, 0.3, peers=_PEERS),
     "digits-textbook-2.5x": Row("digits-textbook", 2.5, None, peers=_PEERS[:-2]),
-    "groceries-depthwise-m-2x": Row("groceries-depthwise-m", 2.0, 1.0, peers=_SCRATCH),
-    "groceries-residual-2x": Row("groceries-residual", 2.0, 0.7, peers=_PEERS),
-    "groceries-residual-3x": Row("groceries-residual", 3.0, 1.2, peers=_PEERS),
+    "groceries-depthwise-m-2x": Row("groceries-depthwise-m", 2.0, 0.7, epochs=60, peers=_SCRATCH),
+    "groceries-residual-2x": Row("groceries-residual", 2.0, 0.7, epochs=60, peers=_PEERS),
+    "groceries-residual-3x": Row("groceries-residual", 3.0, 1.2, epochs=60, peers=_PEERS),
     "digits-vit-1.8x": Row("digits-vit", 1.8, 0.5),
     "spam-lstm-1.8x": Row("spam-lstm", 1.8, 0.3, epochs=12),
     "labels-crnn-1.8x": Row("labels-crnn", 1.8, 0.3, epochs=4),

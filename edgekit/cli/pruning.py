@@ -17,9 +17,9 @@ class _Bytes(click.ParamType[float]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         text = str(value).strip().lower().removesuffix("b")
-        factor = {"k": 1e3, "m": 1e6}.get(text[-1:], 1.0)
+        factor = {"k": 1e3, "m": 1e6}.get(text[-1:])
         try:
-            return float(text.rstrip("km")) * factor
+            return float(text[:-1]) * factor if factor else float(text)
         except ValueError:
             self.fail(f"{value!r} is no size: wanted bytes, for example 100k or 1.5M", param, ctx)
 
@@ -41,7 +41,7 @@ class _Bytes(click.ParamType[float]):
 @click.option("--max-drop", type=float, metavar="POINTS", help="Points of top-1 (or CER) that may be lost; more: exit 3.")
 @click.option("--sparsity", type=click.Choice(["2:4"]), help="Zero two of every four weights (Ampere and later).")
 @click.option("--data", metavar="SPEC", help="Fine-tune on this.  [default: what B was trained on]")
-@click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Epochs of fine-tuning, in all.")
+@click.option("--epochs", type=click.IntRange(1), help="Epochs of fine-tuning.  [default: as many as B was trained for]")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Fewer epochs, if they would take longer than this.")
 @click.option(
     "--importance",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgekit.manifest import ModelEdits
 
 from .coupling import Coupling, couple, export
-from .network import Axis, Channel, Group, Network, layer_of
+from .network import Axis, Channel, Group, Network, inside, layer_of
 from .trial import Trial
 
 __all__ = ["SAMPLES", "Channel", "Group", "Network", "analyse"]
@@ -52,8 +52,30 @@ def analyse(module: nn.Module, example: Tensor, edits: ModelEdits | None = None,
                     found.append(result)
                 elif not group.heads:
                     kept[group.name] = result
-    blocks = [b for b in _blocks(module, example[:SAMPLES]) if not any(fnmatch.fnmatchcase(b, f) for f in frozen)]
-    return replace(network, groups=tuple(found), kept=kept, blocks=tuple(blocks))
+    network = replace(network, groups=tuple(found), kept=kept)
+    blocks = [b for b in _blocks(module, example[:SAMPLES]) if not _holds_frozen(module, b, frozen)]
+    return replace(network, blocks=tuple(b for b in blocks if _passes_channels(network, b, example[:SAMPLES])))
+
+
+def _holds_frozen(module: nn.Module, block: str, frozen: Sequence[str]) -> bool:
+    layers = {block, *(layer_of(name) for name, _ in module.named_parameters() if inside(name, block))}
+    return any(fnmatch.fnmatchcase(layer, pattern) for layer in layers for pattern in frozen)
+
+
+def _passes_channels(network: Network, block: str, example: Tensor) -> bool:
+    """Whether a residual goes around ``block``, so that what leaves it has the channels of what enters it: what lies on both
+    sides must still fit together after a cut. Of the same shape is not enough."""
+    bare = network.skipping(block)
+    touched = [group for group in bare.groups if not any(group is one for one in network.groups)]
+    with torch.no_grad():
+        for group in touched:
+            if network.width(group) < 2:
+                continue
+            try:
+                bare.without([row[0] for row in group.rows], group.attributes).module(example)
+            except RuntimeError:
+                return False
+    return True
 
 
 def _blocks(module: nn.Module, example: Tensor) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from .network import ByReaders
 
 __all__ = ["CRITERIA", "Importance", "importance_named"]
 
-#: (module, samples) -> name in the state -> importance, of the parameter's shape.
-Importance = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
+#: (module, samples, targets) -> name in the state -> importance, of the parameter's shape.
+Importance = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 _TIE = 1e-9  # of the magnitude, where a criterion says nothing of a channel
 
 
@@ -30,7 +30,10 @@ def taylor(module: nn.Module, samples: Tensor, targets: Tensor) -> dict[str, Ten
     The loss is the cross-entropy of ``targets`` (N,), or of the model's own answers where a line is read.
     """
     module.zero_grad()
-    with torch.enable_grad():
+    with (
+        torch.enable_grad(),
+        torch.backends.cudnn.flags(enabled=False),
+    ):  # which takes no gradients of a recurrence in eval mode
         logits = module(samples).flatten(0, -2)
         wanted = targets if len(targets) == len(logits) and targets.ndim == 1 else logits.argmax(1)
         torch.nn.functional.cross_entropy(logits, wanted).backward()  # type: ignore[no-untyped-call]

@@ -76,6 +76,8 @@ def _compact(result: Any) -> Any:
 def _move(coupling: Coupling, node: torch.fx.Node, name: str, module: str, args: Any, kwargs: Any) -> Any:
     if name == "getitem":
         return args[0][args[1]]
+    if any(isinstance(a, Parameter) for a in [*args[1:], *kwargs.values()]):  # a stored index, not channels
+        return unknown(coupling, node, name, module, args, kwargs)
     moved = [tensor_of(coupling, a) if isinstance(a, Parameter) else a for a in args]
     if name in _SPLITS:
         moved[0] = moved[0].contiguous()  # numbers that were spread lie otherwise in memory than the values did

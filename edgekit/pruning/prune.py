@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import copy
+import difflib
+import fnmatch
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,21 +25,19 @@ from edgekit.targets import target_named
 
 from .groups import Network, analyse
 from .importance import importance_named
+from .network import layer_of
 from .price import LatencyPrice, Price, RooflinePrice, layer_rows, macs_price, size_price
 from .reach import Meter, reach
 from .recover import Recovery
 from .resume import Cut, Resume
 from .search import Judge, Step, sensitivity
-from .sparsity import Mask24, check_exported, permute_channels
+from .sparsity import Mask24, check_exported, maskable, permute_channels
 from .table import LatencyTable
 from .target import Target, target_of
 
 __all__ = ["prune"]
 
-EPOCHS = 30
 UNIT = 16
-#: Below this share of the cost a model is cut in two rounds, the first of a quarter of the epochs.
-TWICE, FIRST_ROUND = 0.7, 0.25
 
 
 class Options(NamedTuple):
@@ -70,10 +70,10 @@ def prune(
     max_drop: float | None = None,
     sparsity: str | None = None,
     data: str | None = None,
-    epochs: int = EPOCHS,
+    epochs: int | None = None,
     minutes: float | None = None,
     importance: str = "magnitude",
-    freeze: Sequence[str] = (),
+    freeze: str | Sequence[str] = (),
     unit: int = UNIT,
     seed: int = 0,
 ) -> Bundle:
@@ -84,9 +84,9 @@ def prune(
     ``on`` a target's name predicted by the roofline model, with float16; both are recorded. What is lost
     least is cut first: KL divergence on training samples over the cost that goes. ``importance`` ranks the channels of a
     group (`CRITERIA`), ``freeze`` names layers (patterns) that keep their width, ``unit`` is what widths are multiples of: 16
-    suits a CPU and fp16 tensor cores, 32 those of int8. Then ``epochs`` of fine-tuning, fewer if they would take longer than
-    ``minutes``, on ``data`` (default: what the bundle was trained on), with the unpruned model as the teacher of a
-    classifier. A stopped run goes on from ``OUT.checkpoint``.
+    suits a CPU and fp16 tensor cores, 32 those of int8. Then ``epochs`` of fine-tuning (default: as many
+    as the bundle was trained for), fewer if they would take longer than ``minutes``, on ``data`` (default: what it was trained
+    on), with the unpruned model as the teacher of a classifier. A stopped run goes on from ``OUT.checkpoint``.
     ``max_drop``: points of top-1 (of the character error rate, of readers) on the held-out split that may be lost.
     Raises `BudgetNotMet` (exit 3) where ``speedup``, ``latency_ms`` (by more than 2%, which two measurements of one graph
     differ by) or ``max_drop`` is missed; the best found is written all the same. `UsageError` for a target that cannot be
@@ -100,14 +100,18 @@ def prune(
         raise UsageError(f"--max-drop {max_drop:g} is no number of points", "give points of top-1, for example 0.5")
     wanted = target_of(keep, size, speedup, latency_ms, whole=sparsity is not None)
     importance_named(importance)
-    options = Options(wanted, on, max_drop, sparsity is not None, importance, tuple(freeze), unit, seed)
+    patterns = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+    options = Options(wanted, on, max_drop, sparsity is not None, importance, patterns, unit, seed)
     roofline = None if on == "onnxruntime" else RooflinePrice(target_named(on), "fp16")
     module = load_module(source)
+    _check(module, options)
     recovery = Recovery.of(source, data, epochs, minutes, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    run = _Run(source, module, recovery, options, target, roofline)
-    cut = run.rounds()
+    # Epochs that fit into minutes are timed, and would be others in a run that goes on.
+    about = f"{source.digest} {options} {epochs} {minutes} {replace(recovery.config, epochs=1)} {recovery.dataset.digest}"
+    run = _Run(source, module, recovery, options, Resume(target, about), roofline)
+    cut = run.fitted(run.cut())
     figures = {**run.figures(cut), "seconds": round(time.perf_counter() - started, 1)}
     stated = {"keep": keep, "speedup": speedup, "latency_ms": latency_ms, "size": size, "sparsity": sparsity}
     pruned = _write(target, source, cut, recovery, {**stated, **options.record()}, figures)
@@ -135,7 +139,7 @@ def _write(
 
 
 class _Run:
-    """One `prune`: the network as it was, what it costs, and the rounds of cutting and fine-tuning."""
+    """One `prune`: the network as it was, what it costs, cutting and fine-tuning."""
 
     def __init__(
         self,
@@ -143,16 +147,16 @@ class _Run:
         module: nn.Module,
         recovery: Recovery,
         options: Options,
-        target: Path,
+        resume: Resume,
         roofline: RooflinePrice | None,
     ) -> None:
         self.recovery, self.options, self.module = recovery, options, module
         sample = recovery.splits.held_out.x[:1]
         self.example = recovery.samples[:2]
         if len(self.example) < 2:
-            raise UsageError(f"{recovery.dataset.spec} has one sample to train on", "add samples")
+            raise UsageError(f"{recovery.dataset.spec} has too few samples to train on", "add samples")
         self.meter = Meter(source.file(FLOAT_GRAPH).read_bytes(), sample)
-        self.resume = Resume(target, f"{source.digest} {options} {recovery.config} {recovery.dataset.digest}")
+        self.resume = resume
         edits = (source.manifest.model.edits if source.manifest.model else None) or ModelEdits()
         say("finding what goes together")
         self.network = analyse(module, self.example, edits, options.freeze)
@@ -177,41 +181,32 @@ class _Run:
             return price.anchored(self.network, 1.0)
         return size_price if kind == "size" else macs_price
 
-    def rounds(self) -> Cut:
-        """Cut and fine-tune, in two rounds where much goes."""
-        wanted = self.wanted
-        shares = _shares(wanted, self.whole)
-        epochs = self.recovery.config.epochs
-        cut = self.resume.load(self.module, len(shares)) or Cut(self.module, self.network.edits, [], 0, None, [])
-        for index in range(cut.fitted, len(shares)):
-            last = index == len(shares) - 1
-            if index >= cut.round:
-                cut = self.cut(cut, wanted if last else _partly(wanted, shares[index]), index + 1)
-            first = max(round(epochs * FIRST_ROUND), 1) if len(shares) > 1 else 0
-            mask = Mask24(cut.module) if last and self.options.sparse else None
-            label = "fine-tuning" if last and not index else f"fine-tuning, round {index + 1} of {len(shares)}"
-            curve = self.recovery.fit(cut.module, max(epochs - first, 1) if last else first, self.resume.fitting, label, mask)
-            cut = cut._replace(curve=[*cut.curve, *curve], fitted=index + 1, mask=mask)
-            if not last:
-                self.resume.save(cut)
-        return cut
-
-    def cut(self, cut: Cut, target: Target | None, which: int) -> Cut:
-        """One round of cutting, from where the last one ended."""
-        module, edits, steps, predicted = cut.module, cut.edits, list(cut.steps), cut.predicted
-        if target is not None:
-            network = analyse(module, self.example, edits, self.options.freeze)
-            reached = reach(network, self.judge, target, self.price, self.meter, self.whole, self.options.unit)
-            module, edits = reached.network.module, reached.network.edits
-            steps += [_row(step) for step in reached.steps]
-            predicted = reached.predicted
-        if self.options.sparse and target is self.wanted:
+    def cut(self) -> Cut:
+        """The network within the target, before fine-tuning; that of a stopped run, if there is one."""
+        if (kept := self.resume.load(self.module)) is not None:
+            self.recovery.config = replace(self.recovery.config, epochs=kept.epochs)
+            return kept
+        module, edits, steps, predicted = copy.deepcopy(self.module), self.network.edits, list[dict[str, Any]](), None
+        if self.wanted is not None:
+            reached = reach(self.network, self.judge, self.wanted, self.price, self.meter, self.whole, self.options.unit)
+            predicted, steps = reached.predicted, [_row(step) for step in reached.steps]
+            if steps:
+                module, edits = reached.network.module, reached.network.edits
+            else:
+                say(f"nothing is cut: it meets {self.options.target} as it is")
+        if self.options.sparse:
             groups = [g for g in analyse(module, self.example).groups if len(g.rows) == 1 and not g.heads]
             channels = [[{a: i.tolist() for a, i in c.slices.items()} for c in g.rows[0]] for g in groups]
             permute_channels(module, channels, self.example, seed=self.options.seed)
-        found = Cut(module, edits, steps, which, predicted, cut.curve, cut.fitted)
+        found = Cut(module, edits, steps, predicted, self.recovery.config.epochs, [])
         self.resume.save(found)
         return found
+
+    def fitted(self, cut: Cut) -> Cut:
+        """The same after fine-tuning."""
+        mask = Mask24(cut.module) if self.options.sparse else None
+        curve = self.recovery.fit(cut.module, self.resume.fitting, mask)
+        return cut._replace(curve=curve, mask=mask)
 
     def figures(self, cut: Cut) -> dict[str, Any]:
         """What the pruned model is, beside what it was; latencies are taken in turns."""
@@ -256,18 +251,16 @@ class _Run:
         return {"on": {**named, "before_ms": before_ms, "ms": ms, "speedup": before_ms / ms}}
 
 
-def _shares(target: Target | None, whole: float) -> list[float]:
-    """What each round leaves of the whole cost."""
-    if target is None:
-        return [1.0]
-    share = target.limit(whole) / whole if whole else 1.0
-    return [math.sqrt(share), share] if share < TWICE else [share]
-
-
-def _partly(target: Target | None, share: float) -> Target | None:
-    if target is None:
-        return None
-    return Target("speedup" if target.kind in ("speedup", "latency") else "macs", share)
+def _check(module: nn.Module, options: Options) -> None:
+    """Raises `UsageError` for what no training would make possible."""
+    layers = sorted({layer_of(name) for name, _ in module.named_parameters()})
+    names = [name for name, _ in module.named_modules() if name]
+    for pattern in options.freeze:
+        if not fnmatch.filter([*layers, *names], pattern):
+            near = difflib.get_close_matches(pattern, [*layers, *names], n=3, cutoff=0.4) or layers
+            raise UsageError(f"--freeze {pattern}: there is no such layer", f"layers are: {', '.join(near[:8])}")
+    if options.sparse and not maskable(module):
+        raise UsageError("no layer has input channels in multiples of four: none can be 2:4", "leave --sparsity out")
 
 
 def _row(step: Step) -> dict[str, Any]:

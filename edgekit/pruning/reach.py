@@ -23,7 +23,7 @@ from .target import Target
 __all__ = ["Meter", "Reached", "reach"]
 
 CORRECTIONS = 8
-SURPLUS = 1.02  # of the speed-up, so that another measurement finds it, too
+ERROR = 1.005  # of a measurement: what meets the target within it is not cut further, as a cut may cost a point
 
 
 class Meter:
@@ -50,7 +50,8 @@ class Reached(NamedTuple):
 def reach(network: Network, judge: Judge, target: Target, price: Price, meter: Meter, whole: float, unit: int) -> Reached:
     """Cut ``network`` until it meets ``target``; ``whole`` is what the original costs by ``price``, 1 by a `LatencyPrice`.
 
-    Raises `UsageError` where what can be cut does not suffice, with how far it goes.
+    Raises `UsageError` where what can be cut does not suffice, with how far it goes. A latency is only predicted by then: it is
+    refused where layers are frozen, and else tried.
     """
     least = price(narrowest(network, unit))
     if not isinstance(price, LatencyPrice):
@@ -65,13 +66,15 @@ def reach(network: Network, judge: Judge, target: Target, price: Price, meter: M
     if not network.groups and not network.blocks:
         _refuse(target, 1.0, network)
     if least / whole > target.value:
+        if _forced(network):
+            _refuse(target, least / whole, network)
         say(f"{target} is out of reach: all that can be cut gives {whole / least:.1f}x; the best found will be written")
     return _reach_latency(network, judge, target, price, meter, unit)
 
 
 def _reach_latency(network: Network, judge: Judge, target: Target, price: LatencyPrice, meter: Meter, unit: int) -> Reached:
     """Everything in shares of the original's time, measured beside it: the machine's pace changes from minute to minute."""
-    start, steps, limit = network, list[Step](), target.value / SURPLUS
+    start, steps, limit = network, list[Step](), target.value * ERROR
     share = _measured(meter, network)
     first = price = price.anchored(network, share)
     for _ in range(CORRECTIONS):
@@ -127,11 +130,14 @@ def _shown(value: float, price: Callable[[Network], float]) -> str:
     return f"{value:.4f} ms predicted" if isinstance(price, RooflinePrice) else f"{1 / value:.2f}x predicted"
 
 
+def _forced(network: Network) -> list[str]:
+    return [name for name, why in network.kept.items() if "frozen" in why]
+
+
 def _refuse(target: Target, left: float, network: Network) -> None:
-    forced = [name for name, why in network.kept.items() if "frozen" in why]
     held = sorted(network.kept.items(), key=lambda item: "output" in item[1])[:2]
     reasons = "; ".join(f"{name} stays: {why}" for name, why in held)
     raise UsageError(
         f"{target} cannot be reached: all that can be cut leaves {left:.0%} ({reasons})",
-        "freeze less (--freeze)" if forced else "ask for less, or train a smaller model",
+        "freeze less (--freeze)" if _forced(network) else "ask for less, or train a smaller model",
     )

@@ -23,21 +23,22 @@ from edgekit.models import preset_named
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say
 from edgekit.training import FitConfig, fit
+from edgekit.training.devices import Devices
 from edgekit.training.fit import ANSWERED, outputs_of
 from edgekit.training.objective import Classification, Distillation, Objective, objective_for
-from edgekit.training.plan import Splits, read_splits
+from edgekit.training.plan import Splits, class_weights, read_splits
 from edgekit.training.teacher import load_teacher
 
 __all__ = ["Recovery"]
 
 SAMPLES, TAUGHT = 256, 1024  # training samples that judge a cut, and others that heal it
+EPOCHS = 30  # of a bundle that does not say for how many it was trained
 TIMED = 3  # steps, to see how many epochs fit a time
 
 
 @dataclass
 class Recovery:
-    """``config.epochs`` is what all rounds have together; ``samples`` (N, ...) and ``targets`` judge a cut, ``taught``
-    (M, ...) heal it."""
+    """``samples`` (N, ...) and ``targets`` (N,) judge a cut, ``taught`` (M, ...) heal it."""
 
     dataset: Dataset
     splits: Splits
@@ -52,7 +53,7 @@ class Recovery:
     tokenizer: bytes | None
 
     @classmethod
-    def of(cls, bundle: Bundle, data: str | None, epochs: int, minutes: float | None, seed: int) -> Recovery:
+    def of(cls, bundle: Bundle, data: str | None, epochs: int | None, minutes: float | None, seed: int) -> Recovery:
         """Raises `DataError` for data that is missing or other than what ``bundle`` was trained on."""
         dataset = _dataset(bundle, data)
         preprocessing, model = bundle.manifest.preprocessing, bundle.manifest.model
@@ -72,6 +73,8 @@ class Recovery:
             for part in (order[:count], order[count:][:TAUGHT] if len(order) > 1 else order)
         )
         learnt = objective_for(dataset.task, len(dataset.labels), config.smoothing, policy_named(config.augmentation))
+        if isinstance(learnt, Classification) and _known(bundle).get("balance"):
+            learnt.weigh(class_weights(splits.train.y, len(dataset.labels), True))
         objective: Objective = learnt
         if isinstance(learnt, Classification):
             objective = Distillation(learnt, *load_teacher(bundle, dataset.labels, preprocessing, tokenizer), share=0.5)
@@ -86,8 +89,10 @@ class Recovery:
         """Fewer epochs, if all would take longer than ``minutes``."""
         from edgekit.models.module import load as load_module
 
-        module, batch = load_module(bundle).train(), self.config.batch
-        x, y = self.samples[:batch], self.targets[:batch]
+        device, batch = Devices().device, self.config.batch
+        module = load_module(bundle).to(device).train()
+        x, y = self.samples[:batch].to(device), self.targets[:batch].to(device)
+        self.objective.loss(module, x, y)  # the first one takes longer
         started = time.perf_counter()
         for _ in range(TIMED):
             self.objective.loss(module, x, y).backward()  # type: ignore[no-untyped-call]
@@ -99,9 +104,7 @@ class Recovery:
             say(f"{fitting} epochs fit into {minutes:g} minutes")
             self.config = replace(self.config, epochs=fitting)
 
-    def fit(
-        self, module: nn.Module, epochs: int, checkpoint: Path, label: str, mask: Callable[[], None] | None = None
-    ) -> list[dict[str, float]]:
+    def fit(self, module: nn.Module, checkpoint: Path, mask: Callable[[], None] | None = None) -> list[dict[str, float]]:
         """Fine-tune ``module`` in place; ``mask`` keeps pruned weights at zero. Returns the curve."""
         if mask is not None:
             mask()
@@ -109,12 +112,12 @@ class Recovery:
             module,
             self.splits.train,
             self.splits.held_out,
-            replace(self.config, epochs=epochs),
+            self.config,
             objective=self.objective,
             augmentation=self.augmentation,
             checkpoint=checkpoint,
             about=f"{self.dataset.digest} {self.preprocessing}",
-            label=label,
+            label="fine-tuning",
             after_step=mask,
         )
 
@@ -131,8 +134,7 @@ class Recovery:
 
 
 def _dataset(bundle: Bundle, data: str | os.PathLike[str] | None) -> Dataset:
-    trained = bundle.last("train")
-    spec = data or (trained.config.get("data") if trained else None)
+    spec = data or _known(bundle).get("data")
     if not spec:
         raise DataError(f"{bundle.path} does not say what it was trained on", "name the data: --data SPEC")
     try:
@@ -148,11 +150,19 @@ def _dataset(bundle: Bundle, data: str | os.PathLike[str] | None) -> Dataset:
     return dataset
 
 
-def _fit_config(bundle: Bundle, dataset: Dataset, epochs: int, seed: int) -> FitConfig:
+def _fit_config(bundle: Bundle, dataset: Dataset, epochs: int | None, seed: int) -> FitConfig:
     assert bundle.manifest.model is not None
-    trained = bundle.last("train")
-    known = trained.config if trained else {}
-    rate = preset_named(bundle.manifest.model.name).lr * 0.6  # high, as pruned nets need it; not so high that it starts anew
+    known = _known(bundle)
+    rate = float(known.get("lr", preset_named(bundle.manifest.model.name).lr))  # pruned nets lose points at lower ones
+    same = {name: known[name] for name in ("weight_decay", "optimizer") if name in known}
     augmentation = str(known.get("augmentation", dataset.augmentation))
     smoothing = float(known.get("smoothing", FitConfig.smoothing))
-    return FitConfig(epochs, rate, int(known.get("batch", 128)), smoothing=smoothing, seed=seed, augmentation=augmentation)
+    epochs = int(known.get("epochs", EPOCHS)) if epochs is None else epochs
+    batch = int(known.get("batch", FitConfig.batch))
+    return FitConfig(epochs, rate, batch, smoothing=smoothing, seed=seed, augmentation=augmentation, **same)
+
+
+def _known(bundle: Bundle) -> dict[str, Any]:
+    """What the bundle was trained with; nothing where it does not say."""
+    trained = bundle.last("train")
+    return dict(trained.config) if trained else {}

@@ -21,16 +21,15 @@ __all__ = ["Cut", "Resume"]
 
 
 class Cut(NamedTuple):
-    """A module after ``round`` rounds of cutting; ``steps`` are the cuts, ``fitted`` how many of the rounds were fine-tuned,
-    ``curve`` the epochs of these."""
+    """A module after ``steps``, its cuts. ``predicted``: its share of the original's time by the table, before it was measured;
+    ``epochs``: for how many it is fine-tuned; ``curve``: a row for each of these that is done; ``mask``: of its 2:4 weights."""
 
     module: nn.Module
     edits: ModelEdits
     steps: list[dict[str, Any]]
-    round: int
     predicted: float | None
+    epochs: int
     curve: list[dict[str, float]]
-    fitted: int = 0
     mask: Mask24 | None = None
 
 
@@ -50,19 +49,17 @@ class Resume:
                 "state": cut.module.state_dict(),
                 "edits": msgspec.to_builtins(cut.edits),
                 "steps": cut.steps,
-                "round": cut.round,
                 "predicted": cut.predicted,
-                "curve": cut.curve,
-                "fitted": cut.fitted,
+                "epochs": cut.epochs,
+                "curve": [],  # what tells a checkpoint from other files
             },
         )
-        if cut.fitted == cut.round:  # the next round's is another run
-            self.fitting.unlink(missing_ok=True)
+        self.fitting.unlink(missing_ok=True)  # of another cut
 
-    def load(self, module: nn.Module, rounds: int) -> Cut | None:
+    def load(self, module: nn.Module) -> Cut | None:
         """The cut that a stopped run of the same settings had come to, as a copy of ``module``; None where there is none."""
         found = load_checkpoint(self._path, self._key)
-        if found is None or not 1 <= found["round"] <= rounds:
+        if found is None:
             return None
         edits = msgspec.convert(found["edits"], ModelEdits)
         cut = copy.deepcopy(module)
@@ -72,8 +69,9 @@ class Resume:
         adopt_shapes(cut, found["state"])
         cut.load_state_dict(found["state"])
         say(f"going on from the cut in {self._path.name}")
-        return Cut(cut, edits, found["steps"], found["round"], found["predicted"], found["curve"], found["fitted"])
+        return Cut(cut, edits, found["steps"], found["predicted"], found["epochs"], [])
 
     def forget(self) -> None:
-        self.fitting.unlink(missing_ok=True)
-        self._path.unlink(missing_ok=True)
+        for path in (self.fitting, self._path):
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.name}.old").unlink(missing_ok=True)

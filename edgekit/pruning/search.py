@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgekit.training.devices import Devices
+
 from .groups import Group, Network
 from .importance import Importance
 from .price import Price, macs_price
@@ -53,7 +55,8 @@ class Step(NamedTuple):
 @dataclass(frozen=True)
 class Judge:
     """``samples`` (N, ...) with ``targets`` (N,) that judge a cut, and ``taught`` (M, ...) that heal it: other ones, or a model
-    that learns them by heart would look well. With each go the original's log-probabilities."""
+    that learns them by heart would look well. With each go the original's log-probabilities. All lie on the device that
+    trains, where a module goes for as long as it is judged."""
 
     samples: Tensor
     targets: Tensor
@@ -66,27 +69,48 @@ class Judge:
     def of(
         cls, module: nn.Module, samples: Tensor, targets: Tensor, importance: Importance, taught: Tensor | None = None
     ) -> Judge:
-        taught = samples if taught is None else taught
+        device = Devices().device
+        module.to(device).eval()
+        samples, targets = samples.to(device), targets.to(device)
+        taught = samples if taught is None else taught.to(device)
         with torch.no_grad():
-            module.eval()
             reference = F.log_softmax(module(samples), -1)
             wanted = torch.cat([F.log_softmax(module(part), -1) for part in torch.split(taught, len(samples))])
+        module.cpu()
         return cls(samples, targets, reference, taught, wanted, importance)
 
     def kl(self, module: nn.Module) -> float:
         """Nats by which the answers of ``module`` differ; its batch norms are re-estimated in place."""
-        answers = F.log_softmax(_settled(module, self.samples), -1)
+        answers = F.log_softmax(_settled(module.to(self.samples.device), self.samples), -1)
+        module.cpu()
         return float(F.kl_div(answers, self.reference, reduction="sum", log_target=True)) / math.prod(answers.shape[:-1])
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The importance of each weight of ``module``."""
+        found = self.importance(module.to(self.samples.device), self.samples, self.targets)
+        module.cpu()
+        for name, value in found.items():
+            found[name] = value.cpu()
+        return found
 
     def heal(self, module: nn.Module) -> float:
         """A few steps towards the original's answers, in place, taken back where they led away; `kl` after them. A ruined
         model bears anything: what the next cut costs can only be seen on one that has recovered."""
         before, state = self.kl(module), copy.deepcopy(module.state_dict())
-        generator = torch.Generator().manual_seed(0)
+        module.to(self.samples.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # dropout, too: the same model is healed the same way
+            self._heal(module)
+        if (after := self.kl(module)) <= before:
+            return after
+        module.load_state_dict(state)
+        return before
+
+    def _heal(self, module: nn.Module) -> None:
         optimizer = torch.optim.AdamW(module.parameters(), HEALING_RATE)
         module.train()
         for _ in range(HEALING):
-            chosen = torch.randint(len(self.taught), (min(HEALED, len(self.taught)),), generator=generator)
+            chosen = torch.randint(len(self.taught), (min(HEALED, len(self.taught)),)).to(self.samples.device)
             answers = F.log_softmax(module(self.taught[chosen]), -1).flatten(0, -2)
             loss = F.kl_div(answers, self.wanted[chosen].flatten(0, -2), reduction="batchmean", log_target=True)
             optimizer.zero_grad()
@@ -94,10 +118,6 @@ class Judge:
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
         module.eval()
-        if (after := self.kl(module)) <= before:
-            return after
-        module.load_state_dict(state)
-        return before
 
 
 def _settled(module: nn.Module, samples: Tensor) -> Tensor:
@@ -134,7 +154,7 @@ def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, u
     kl, cost = judge.kl(copy.deepcopy(network.module)), price(network)
     losses: dict[tuple[str, str], float] = {}
     while cost > limit:
-        weights = judge.importance(network.module, judge.samples, judge.targets)
+        weights = judge.weights(network.module)
         moves = {(m.kind, m.name): m for m in _moves(network, weights, unit)}
         masked = {key: move.masked(network) for key, move in moves.items()}
         saved = {key: min(cost - price(left), cost - limit) for key, left in masked.items()}
@@ -201,7 +221,7 @@ def spared(network: Network, steps: Sequence[Step], judge: Judge, price: Price, 
     within ``limit``. What lost most is spared first."""
     growth = [step.kl - before for step, before in zip(steps, [0.0, *(step.kl for step in steps)], strict=False)]
     kept = list(range(len(steps)))
-    weights = judge.importance(network.module, judge.samples, judge.targets)
+    weights = judge.weights(network.module)
     for index in sorted(kept, key=lambda index: -growth[index]):
         others = [one for one in kept if one != index]
         if others and price(_masked(network, [steps[one] for one in others], weights)) <= limit:
@@ -210,7 +230,7 @@ def spared(network: Network, steps: Sequence[Step], judge: Judge, price: Price, 
         return list(steps), []
     again = []
     for index in kept:
-        if (move := _same(steps[index], network, judge.importance(network.module, judge.samples, judge.targets))) is None:
+        if (move := _same(steps[index], network, judge.weights(network.module))) is None:
             continue
         network = move.make(network)
         kl = judge.heal(network.module)
@@ -230,7 +250,8 @@ def _same(step: Step, network: Network, weights: Mapping[str, Tensor]) -> _Move 
     """The cut of ``step`` on another network; None where what it cut went with a block."""
     if step.kind == "block":
         return _block(step.name)
-    group = next((g for g in network.groups if g.name == step.name and network.width(g)), None)
+    heads = step.kind == "heads"
+    group = next((g for g in network.groups if (g.name, g.heads) == (step.name, heads) and network.width(g)), None)
     if group is None:
         return None
     return _narrower(network, group, max(network.width(group) - step.before + step.after, group.least), weights)
@@ -238,7 +259,8 @@ def _same(step: Step, network: Network, weights: Mapping[str, Tensor]) -> _Move 
 
 def _moves(network: Network, weights: Mapping[str, Tensor], unit: int) -> Iterator[_Move]:
     for group in network.groups:
-        after = _next(network.width(group), _unit(group, network, unit))
+        width = network.width(group)
+        after = width - 1 if group.heads else _next(width, _unit(group, network, unit))  # heads go one at a time
         if after >= group.least:
             yield _narrower(network, group, after, weights)
     yield from map(_block, network.blocks)
@@ -285,7 +307,7 @@ def narrowest(network: Network, unit: int = 16) -> Network:
 
 def sensitivity(network: Network, judge: Judge, unit: int = 16, points: int = 4) -> dict[str, list[tuple[float, float]]]:
     """Group -> (share of its channels that is left, KL in nats), each group cut alone."""
-    weights = judge.importance(network.module, judge.samples, judge.targets)
+    weights = judge.weights(network.module)
     found: dict[str, list[tuple[float, float]]] = {}
     for group in network.groups:
         if group.heads:

@@ -53,25 +53,24 @@ class LatencyTable:
         name = "".join(c if c.isalnum() else "-" for c in self.device)
         self.path = (folder or _cache()) / f"{name}.json"
         self.measured = 0
-        try:
-            self._entries: dict[str, float] = {k: float(v) for k, v in json.loads(self.path.read_bytes()).items()}
-        except (OSError, ValueError, AttributeError, TypeError):
-            self._entries = {}
+        self._entries = _read(self.path)
 
     def microseconds(self, operation: Operation, sizes: tuple[int, ...], samples: int) -> float:
         """Kernel time of an operator with ``sizes`` channels, for one of the ``samples`` that it was traced with."""
         if 0 in sizes:
             return 0.0
-        key = " ".join(map(str, (operation.kind, *sizes, "-", *_static(operation, samples))))
+        static = _static(operation, sizes, samples)
+        key = " ".join(map(str, (operation.kind, *sizes, "-", *static)))
         if key not in self._entries:
-            self._entries[key] = _measure(_MODELS[operation.kind](sizes, _static(operation, samples)))
+            self._entries[key] = _measure(_MODELS[operation.kind](sizes, static))
             self.measured += 1
             if self.measured % SAVED_EVERY == 0:
                 self.save()
         return self._entries[key]
 
     def save(self) -> None:
-        """Keep what was measured; where the cache cannot be written, it is measured again next time."""
+        """Keep what was measured, beside what others have by now; where the cache cannot be written, it is measured anew."""
+        self._entries = _read(self.path) | self._entries
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.path, json.dumps(self._entries, indent=0).encode())
@@ -83,11 +82,28 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit" / "latency"
 
 
-def _static(operation: Operation, samples: int) -> tuple[int, ...]:
-    """The shape for one sample."""
+def _read(path: Path) -> dict[str, float]:
+    try:
+        return {k: float(v) for k, v in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _static(operation: Operation, sizes: tuple[int, ...], samples: int) -> tuple[int, ...]:
+    """The shape for one sample, with ``sizes`` channels left.
+
+    Attention has as many heads as hold the less narrowed of query and value; products by hand, whose heads cannot be told
+    from their width, are fewer.
+    """
     if operation.kind in ("convolution", "deconvolution", "recurrence"):
         return operation.shape
     first, *others = operation.shape
+    whole = tuple(len(numbers) for numbers in operation.dims)
+    if operation.kind == "attention" and len(sizes) == 2:
+        heads = others[0]
+        others[0] = max(-(-size * heads // full) for size, full in zip(sizes, whole, strict=True))
+    elif operation.kind in ("pointwise", "transcendental", "product") and sizes:
+        first = -(-first * sizes[0] // whole[0])
     return (-(-first // samples), *others)
 
 

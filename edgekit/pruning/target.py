@@ -1,4 +1,4 @@
-"""What pruning is to reach, and whether it can: a share of the work, a size, or a latency that is measured."""
+"""What pruning is to reach: a share of the work, a size, or a latency that is measured."""
 
 from __future__ import annotations
 

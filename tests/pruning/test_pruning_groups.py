@@ -387,12 +387,38 @@ def test_a_block_that_is_left_out_after_a_cut_takes_its_channels_along():
     assert equal(reloaded(tower, both), both.module, example)
 
 
+def test_a_block_without_a_residual_stays():
+    """Its answer has the shape of its input, and other channels."""
+    inner = nn.Sequential(conv(8, 8), nn.ReLU(), conv(8, 8))
+    plain = nn.Sequential(conv(3, 8), nn.ReLU(), inner, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    network = analyse(plain, torch.randn(IMAGE))
+    assert network.blocks == ()
+    assert [g.name for g in network.groups] == ["0", "2.0", "2.2"]
+
+
+def test_a_stored_index_keeps_what_it_picks_from():
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(3, 8), conv(8, 4)
+            self.register_buffer("order", torch.arange(7, -1, -1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return pooled(self.b(torch.index_select(self.a(x), 1, self.order)))
+
+    network = analyse(Shuffled(), torch.randn(IMAGE))
+    assert "aten.index_select" in network.kept["a"]
+
+
 def test_a_frozen_layer_keeps_its_width():
     example = torch.randn(IMAGE)
+    network = analyse(tower(), example, frozen=("1.a",))
+    assert network.kept["1.a"] == "1.a is frozen"
+    assert [g.name for g in network.groups] == ["0", "3.a"]
+    assert network.blocks == ("3",)  # without block 1, its layer would be gone
     network = analyse(tower(), example, frozen=("1.*", "3"))
-    assert network.kept["1.a"] == "1.* is frozen"
     assert [g.name for g in network.groups] == ["3.a"]  # 1.b is added to what 0 makes
-    assert network.blocks == ("1",)
+    assert network.blocks == ()
     assert analyse(transposed(), example, frozen=("2",)).kept["2"] == "2 is frozen"
     assert analyse(Positions(), example_of((2, 5)), frozen=("embed",)).kept["embed"] == "embed is frozen"
 
@@ -423,7 +449,7 @@ def test_a_branch_on_data_is_named_in_one_line():
     assert "Traceback" not in message
 
 
-def test_a_parameter_of_two_names_stays_one():
+def test_a_parameter_of_two_names_is_cut_under_both():
     network, _ = analysed("tied")
     cut = network.without(some(network, network.groups[0], 3))
     assert cut.module.a.weight.shape == cut.module.b.weight.shape == (5, 5)

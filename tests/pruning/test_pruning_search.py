@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from edgekit.models.cnn import Depthwise, Inverted, Residual, Textbook
 from edgekit.models.module import adopt_shapes, edit, macs
 from edgekit.models.rnn import Crnn, RowsRnn
 from edgekit.models.transformer import Vit
+from edgekit.pruning.coupling import Operation
 from edgekit.pruning.groups import analyse
 from edgekit.pruning.importance import importance_named
 from edgekit.pruning.price import LatencyPrice, RooflinePrice, macs_price, size_price
@@ -104,6 +106,39 @@ def test_cuts_that_later_ones_made_needless_are_taken_back():
     assert kept[0].before == network.width(next(g for g in network.groups if g.name == kept[0].name))
 
 
+def test_heads_go_one_at_a_time_and_again_where_a_path_is_made_anew():
+    samples = torch.randn(4, 1, 28, 28)
+    network = analyse(Vit(7, dim=64, depth=1, heads=8).eval(), samples)
+    judge = judge_of(network.module, samples)
+    steps = list(cut_path(network, judge, macs_price))
+    heads = [step for step in steps if step.kind == "heads"]
+    assert heads
+    assert all(step.before - step.after == 1 for step in heads)
+    last = heads[-1].network
+    counts = {name.rpartition(".")[2]: count for name, count in last.edits.attributes.items()}
+    assert counts == {"heads": heads[-1].after}
+    first = next(i for i, step in enumerate(steps) if step.kind == "heads")
+    before = steps[first - 1].network if first else network
+    limit = steps[first].price + 1e-3 * macs_price(network)
+    again, _ = spared(before, steps[first : first + 2], judge, macs_price, limit)
+    assert [(step.kind, step.before, step.after) for step in again][:1] == [("heads", heads[0].before, heads[0].after)]
+    assert again[0].price == macs(again[0].network.module, samples)
+
+
+def test_healing_is_the_same_each_time():
+    samples = torch.randn(8, 1, 28, 28)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4))
+    judge = judge_of(module, samples)
+    healed = []
+    for _ in range(2):
+        torch.rand(3)  # whoever else draws
+        other = copy.deepcopy(module)
+        nn.init.zeros_(other[1].weight[:8])
+        judge.heal(other)
+        healed.append(other[1].weight)
+    assert torch.equal(*healed)
+
+
 def test_healing_learns_from_other_samples_than_those_that_judge():
     original, judged, taught = Textbook(10).eval(), torch.randn(8, 1, 28, 28), torch.randn(32, 1, 28, 28)
     judge = Judge.of(original, judged, torch.zeros(8, dtype=torch.long), importance_named("magnitude"), taught)
@@ -148,6 +183,22 @@ def test_the_table_times_a_shape_once_and_keeps_it(tmp_path: Path):
     assert again.measured == 0
     assert len(json.loads(table.path.read_bytes())) == 6
     assert price.anchored(network, 3.0)(network) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("kind", ["transcendental", "product", "attention"])
+def test_what_is_narrower_is_timed_as_such(tmp_path: Path, kind: str):
+    dims = {"product": 2, "attention": 2}.get(kind, 1)
+    numbers = tuple(torch.arange(64) for _ in range(dims))
+    shape = {"attention": (2, 4, 49, 49), "product": (8, 49, 49, 16)}.get(kind, (2 * 49 * 64,))
+    operation = Operation(kind, numbers, shape)
+    table = LatencyTable(tmp_path)
+    wide, narrow = (table.microseconds(operation, (width,) * dims, 2) for width in (64, 16))
+    assert table.measured == 2
+    table.save()
+    keys = json.loads(table.path.read_bytes())
+    shapes = {key.partition(" - ")[2] for key in keys}
+    assert len(shapes) == 2
+    assert min(wide, narrow) > 0
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"a": null}'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def test_blocks_that_are_left_out_stay_out(cli, trained_bundle: Bundle, tmp_path
 
 def test_heads_are_cut_and_the_bundle_says_so(few_digits: str, tmp_path: Path):
     trained = train(data=few_digits, out=tmp_path / "v.edge", model="vit", width=0.34, epochs=1, batch=32)
-    pruned = prune(trained, out=tmp_path / "p.edge", keep=0.5, epochs=1, max_drop=100)
+    pruned = prune(trained, out=tmp_path / "p.edge", keep=0.5, max_drop=100)
+    assert len(last(pruned)["curve"]) == 1  # as many epochs as it was trained for
     kinds = {cut["kind"] for cut in last(pruned)["cuts"]}
     assert "channels" in kinds
     module = load_module(pruned)
@@ -130,7 +132,23 @@ def test_frozen_layers_keep_their_width(cli, trained_bundle: Bundle, tmp_path: P
     assert outcome.code == 2
     assert "is frozen" in outcome.err
     assert "freeze less" in outcome.err
+    outcome = cli("prune", trained_bundle.path, "--out", tmp_path / "q.edge", "--speedup", "9", "--freeze", "*")
+    assert outcome.code == 2
+    assert "freeze less" in outcome.err
+    outcome = cli("prune", trained_bundle.path, "--out", tmp_path / "q.edge", "--freeze", "stmm.0")
+    assert outcome.code == 2
+    assert "there is no such layer" in outcome.err
+    assert "stem.0" in outcome.err
     assert not (tmp_path / "q.edge").exists()
+
+
+def test_what_meets_its_latency_is_not_cut(trained_bundle: Bundle, tmp_path: Path, capfd):
+    pruned = prune(trained_bundle, out=tmp_path / "p.edge", latency_ms=1e4, epochs=1, freeze="stem.*")
+    assert "nothing is cut: it meets --latency-ms 10000 as it is" in capfd.readouterr().err
+    assert last(pruned)["cuts"] == []
+    assert last(pruned)["parameters"] == last(pruned)["parameters_before"]
+    faster = prune(trained_bundle, out=tmp_path / "q.edge", latency_ms=0.7 * last(pruned)["latency_before_ms"], epochs=1)
+    assert last(faster)["cuts"]
 
 
 def test_more_than_can_go_is_refused_before_anything_is_trained(cli, trained_bundle: Bundle, tmp_path: Path):
@@ -141,16 +159,15 @@ def test_more_than_can_go_is_refused_before_anything_is_trained(cli, trained_bun
 
 
 def test_a_stopped_run_goes_on_from_its_cut(trained_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
-    calls = []
+    epochs = []
 
-    def stopping(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["label"])
-        if len(calls) == 2:
+    def stopping(epoch: int, score: float) -> None:
+        epochs.append(epoch)
+        if epochs == [0, 1]:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
 
     real = recover.fit
-    monkeypatch.setattr(recover, "fit", stopping)
+    monkeypatch.setattr(recover, "fit", partial(real, on_epoch=stopping))
     options = {"keep": 0.5, "epochs": 4}
     with pytest.raises(KeyboardInterrupt):
         prune(trained_bundle, out=tmp_path / "p.edge", **options)
@@ -160,7 +177,7 @@ def test_a_stopped_run_goes_on_from_its_cut(trained_bundle: Bundle, tmp_path: Pa
     said = capfd.readouterr().err
     assert "going on from the cut" in said
     assert "cut blocks" not in said
-    assert calls == ["fine-tuning, round 1 of 2", "fine-tuning, round 2 of 2", "fine-tuning, round 2 of 2"]
+    assert epochs == [0, 1, 2, 3]
     whole = prune(trained_bundle, out=tmp_path / "q.edge", **options)
     weights = [b.file("weights.safetensors").read_bytes() for b in (pruned, whole)]
     assert weights[0] == weights[1]
