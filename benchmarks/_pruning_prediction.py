@@ -20,6 +20,7 @@ from edgekit.runtime.golden import load_golden
 
 #: Every other net has widths in multiples of the first, which `prune` takes by itself; the rest in multiples of the second.
 UNITS = (16, 8)
+WANTED = 0.15  # relative error that 90% of the nets should stay within
 
 
 def predicted_ms(table: LatencyTable, base: Network, net: Network, base_ms: float) -> float:
@@ -65,4 +66,7 @@ def prediction(path: Path, nets: int) -> dict[str, Any]:
 
 def _errors(found: list[dict[str, Any]], unit: int) -> dict[str, float]:
     errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in found if row["unit"] == unit]
-    return {"median": float(np.median(errors)), "p90": float(np.quantile(errors, 0.9))} if errors else {}
+    if not errors:
+        return {}
+    share = sum(error <= WANTED for error in errors) / len(errors)
+    return {"median": float(np.median(errors)), "p90": float(np.quantile(errors, 0.9)), "within_15_percent": share}

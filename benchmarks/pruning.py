@@ -151,6 +151,8 @@ def summary(row: Row, runs: list[Run]) -> dict[str, Any]:
             "fast_enough": speedup >= row.speedup * TOLERANCE,
             "met": None if row.most is None else speedup >= row.speedup * TOLERANCE and mean(drops) <= row.most + 1e-9,
         }
+        if tool != "edgekit" and (ours := found.get(f"edgekit, {epochs} epochs")) and "drop" in ours:
+            found[name]["behind_edgekit"] = round(found[name]["drop"] - ours["drop"], 3)  # points; each at its own speedup
     return found
 
 

@@ -30,7 +30,7 @@ __all__ = ["Maker", "Setting", "Space"]
 WIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5)
 SIDES = (0.5, 0.7, 0.85, 1.0, 1.25)  # of the data set's own
 KEEPS = (1.0, 0.75, 0.5, 0.25)
-#: Of the epochs of a training: what `edgekit.prune` has beside `edgekit.train`.
+#: Of the epochs of a training: a front tries many nets, and ranks them after less than `edgekit.prune` takes by itself.
 FINE_TUNING = 0.75
 
 

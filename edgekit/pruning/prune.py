@@ -105,6 +105,8 @@ def prune(
     roofline = None if on == "onnxruntime" else RooflinePrice(target_named(on), "fp16")
     module = load_module(source)
     _check(module, options)
+    if (former := source.last("prune")) and former.figures.get("sparse_layers") and not options.sparse:
+        say("its 2:4 zeros are trained away: --sparsity 2:4 keeps the pattern")
     recovery = Recovery.of(source, data, epochs, minutes, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

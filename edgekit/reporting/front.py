@@ -75,7 +75,7 @@ def front_file(path: Path) -> Path | None:
 
 
 def read_front(file: Path) -> Front:
-    """Raises `DataError` for what is no front, and where there is no bundle on it."""
+    """Raises `DataError` for what is no front."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")

@@ -92,7 +92,7 @@ def test_heads_are_cut_and_the_bundle_says_so(few_digits: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_text_and_series_models_are_pruned_to_a_latency(tmp_path: Path):
+def test_text_models_are_pruned(tmp_path: Path):
     texts = [(f"{'cheap pills offer' if i % 2 else 'meeting notes attached'} {i % 7}", i % 2) for i in range(60)]
     path = tmp_path / "mails.csv"
     path.write_text("text,label\n" + "\n".join(f"{text},{'spam' if y else 'ham'}" for text, y in texts) + "\n")
