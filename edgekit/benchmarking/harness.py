@@ -245,6 +245,13 @@ def _batches(runner: Runner, one: Feeds, golden: Feeds | None, asked: int | None
     for batch in [asked] if asked else _BATCHES:
         if not asked and batch * size > _MAX_BATCH_BYTES:
             continue
+        if runner.batches and not runner.batches[0] <= batch <= runner.batches[1]:
+            if asked:
+                least, most = runner.batches
+                raise UsageError(
+                    f"--batch {asked}: the engine takes {least} to {most}", "build one for more: edgekit build B --batch 1..N"
+                )
+            continue
         try:
             _batch_call(runner, golden, batch)()
         except BackendError as error:  # an axis that claims to be dynamic, before a reshape that is not
