@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import threading
@@ -14,7 +15,7 @@ from . import rtx_cache
 from .cuda import Cuda, Device, open_cuda
 from .engines import Choice, choose
 
-__all__ = ["Engine", "Log", "load_library"]
+__all__ = ["Engine", "load_library"]
 
 
 def load_library(module: str) -> Any:
@@ -42,18 +43,9 @@ class Log:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def make(self, trt: Any) -> Any:
-        lines = self.lines
-
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if int(severity) <= int(trt.ILogger.ERROR) and len(lines) < 100:
-                    lines.append(message)
-
-        return Logger()
+    def add(self, severity: int, worst: int, message: str) -> None:
+        if severity <= worst and len(self.lines) < 100:
+            self.lines.append(message)
 
     def take(self) -> str:
         """The first error: those after it follow from it."""
@@ -62,19 +54,33 @@ class Log:
         return text
 
 
+@functools.cache
+def registered_logger(trt: Any) -> tuple[Any, Log]:
+    """(the logger of a TensorRT module, what it logs). TensorRT keeps the first that a process gives it, and only that one."""
+    log = Log()
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.add(int(severity), int(trt.ILogger.ERROR), message)
+
+    return Logger(), log
+
+
 class Engine:
     """A loaded engine, which the contexts of several runners share; unloaded with the last of them."""
 
     def __init__(self, bundle: Bundle, graph: str, module: str) -> None:
         self.cuda: Cuda = open_cuda()
         self.trt = load_library(module)
-        self.log = Log()
         self._lock = threading.Lock()
         self._users = 0
         with self.cuda.current():
             self.device: Device = self.cuda.device()
-            self._logger = self.log.make(self.trt)
-            self._runtime = self.trt.Runtime(self._logger)
+            logger, self.log = registered_logger(self.trt)
+            self._runtime = self.trt.Runtime(logger)
             validity = self._valid if hasattr(self._runtime, "get_engine_validity") else None
             version = str(self.trt.__version__)
             self.choice: Choice = choose(bundle, graph, module, version, self.device, validity)
@@ -87,9 +93,10 @@ class Engine:
             self._config, self._cache = rtx_cache.restore(self.engine, self.choice, self.device)
 
     def _valid(self, plan: bytes) -> tuple[bool, str]:
-        validity, reasons = self._runtime.get_engine_validity(plan)
-        members = self.trt.EngineValidity
-        words = _line(f"{validity.name}: {reasons}") if validity != members.VALID else ""
+        validity, bits = self._runtime.get_engine_validity(plan)
+        members, reasons = self.trt.EngineValidity, self.trt.EngineInvalidityDiagnostics.__members__
+        named = [name for name, bit in reasons.items() if int(bits) & int(bit)]
+        words = ", ".join([validity.name, *named]) if validity != members.VALID else ""
         return validity != members.INVALID, words
 
     def context(self) -> Any:
