@@ -203,6 +203,8 @@ class TensorRtRunner:
         self._bound = None
         self._no_graph = "" if self._wish[0] else "switched off"
         context = self._context
+        if self._engine is not None:
+            self._engine.log.lines.clear()  # what it said of other calls would mislead
         for tensor in self._ins:
             if not context.set_input_shape(tensor.name, tuple(arrays[tensor.name].shape)):
                 raise self._failed(f"TensorRT refuses input {tensor.name} of shape {_shape(arrays[tensor.name].shape)}")

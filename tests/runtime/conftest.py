@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
+from edgekit.errors import EdgekitError
 from edgekit.manifest import ImagePreprocessing
 from edgekit.trust import trust_engine
 
@@ -63,14 +64,21 @@ class Simulation:
     """A GPU (`cuda`), its CUDA module (`runtime`) and a TensorRT (`trt`), which the process imports as the real ones."""
 
     def __init__(self, patch: pytest.MonkeyPatch, release: str, cuda: Any) -> None:
-        self.cuda, self.release, self.runtime = cuda, release, cuda.module()
+        self.cuda, self.release = cuda, release
         self.trt = simulated_tensorrt.make_module(release, cuda)
         self.backend = "tensorrt-rtx" if release == simulated_tensorrt.RTX else "tensorrt"
+        self._pretend(patch, {self.trt.__name__: self.trt})
+        if not isinstance(cuda, simulated_cuda.SimulatedCuda):
+            return  # a real GPU, with the CUDA that is installed
+        self.runtime = cuda.module()
         bindings: Any = types.ModuleType("cuda.bindings")
         bindings.__version__ = "13.0.0"
         bindings.runtime = self.runtime
-        modules = {"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": self.runtime}
-        for name, module in {**modules, self.trt.__name__: self.trt}.items():
+        package = types.ModuleType("cuda")
+        self._pretend(patch, {"cuda": package, "cuda.bindings": bindings, "cuda.bindings.runtime": self.runtime})
+
+    def _pretend(self, patch: pytest.MonkeyPatch, modules: dict[str, types.ModuleType]) -> None:
+        for name, module in modules.items():
             module.__spec__ = importlib.machinery.ModuleSpec(name, None)
             patch.setitem(sys.modules, name, module)
 
@@ -117,6 +125,26 @@ def simulate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., S
         return Simulation(monkeypatch, release, simulated_cuda.SimulatedCuda(**gpu))
 
     return make
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Simulation:
+    """A real GPU with a simulated TensorRT: its "engines" copy input to output on the device, on the runner's stream.
+
+    Skips, with the reason, where there is no GPU.
+    """
+    from edgekit.runtime.cuda import open_cuda
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    try:
+        device = open_cuda().device()
+    except EdgekitError as error:
+        pytest.skip(f"no GPU to use: {error.message}")
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    simulation = Simulation(monkeypatch, simulated_tensorrt.RTX, types.SimpleNamespace(sm=device.sm))
+    simulation.trt.execute = simulated_tensorrt.device_copy(runtime)
+    return simulation
 
 
 RELEASES: list[str] = simulated_tensorrt.VERSIONS

@@ -81,11 +81,24 @@ def make_module(release: str, cuda: Any) -> types.ModuleType:
         trt.EngineValidity, trt.EngineInvalidityDiagnostics = EngineValidity, EngineInvalidityDiagnostics
     trt.logger = None  # the first that the process registers stays; later ones are ignored
     trt.Runtime = lambda logger: _Runtime(trt, logger)
+    trt.execute = None  # (name -> (address, shape, dtype), stream) -> bool: what runs instead, where the CUDA is a real one
     trt.capturable = True  # what RTX answers to is_stream_capturable
     trt.breaks_capture = False  # whether execution does something that a capture forbids
     trt.alive = 0  # engines and contexts that exist
     trt.compiled = 0  # kernels that RTX had to compile for want of a cache
     return trt  # type: ignore[no-any-return]
+
+
+def device_copy(runtime: Any) -> Any:
+    """For ``trt.execute``: y = x by a copy on the device, with a real ``cuda.bindings.runtime``."""
+
+    def execute(places: dict[str, Any], stream: int) -> bool:
+        (source, shape, dtype), (target, _, _) = places["x"], places["y"]
+        size = int(np.prod(shape)) * dtype.itemsize
+        (error,) = runtime.cudaMemcpyAsync(target, source, size, runtime.cudaMemcpyKind.cudaMemcpyDefault, stream)
+        return int(error) == 0
+
+    return execute
 
 
 class _Runtime(_Guarded):
@@ -250,12 +263,14 @@ class _Context(_Guarded):
                 return self._error(f"enqueueV3: Error Code 3: API Usage Error (Address is not set for tensor {name})")
         if self.infer_shapes():
             return self._error("enqueueV3: Error Code 3: API Usage Error (not all shapes are specified)")
-        if self._trt.breaks_capture:
-            cuda._forbidden()
         places = {
             name: (self._addresses[name], self.get_tensor_shape(name), np.dtype(_NUMPY[engine.get_tensor_dtype(name).name]))
             for name in engine._values
         }
+        if self._trt.execute is not None:
+            return bool(self._trt.execute(places, stream))
+        if self._trt.breaks_capture:
+            cuda._forbidden()
 
         def work() -> None:
             feeds = {}
