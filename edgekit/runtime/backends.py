@@ -16,7 +16,7 @@ from edgekit.manifest import TensorSpec, Tolerance
 
 from .engines import engine_graphs
 
-__all__ = ["BACKENDS", "Runner", "open_runner", "runnable_graphs"]
+__all__ = ["BACKENDS", "ENGINE_MODULES", "Runner", "open_runner", "runnable_graphs"]
 
 #: name -> (module, class), in the order that ``auto`` tries them.
 BACKENDS: dict[str, tuple[str, str]] = {
@@ -25,7 +25,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "onnxruntime": ("edgekit.runtime.onnxruntime", "OnnxRuntimeRunner"),
 }
 #: Backends that run a bundle's engines, and the Python module of each.
-_ENGINES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+ENGINE_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 class Runner(Protocol):
@@ -86,17 +86,19 @@ def open_runner(bundle: Bundle, backend: str = "auto", graph: str | None = None,
 
 def runnable_graphs(bundle: Bundle, backend: str) -> tuple[str, ...]:
     """The graphs of a bundle that a backend can run, the float one first: all that it has, or those that have an engine."""
-    if backend in _ENGINES:
-        return engine_graphs(bundle, _ENGINES[backend])
+    if backend in ENGINE_MODULES:
+        return engine_graphs(bundle, ENGINE_MODULES[backend])
     return tuple(graph for graph in (FLOAT_GRAPH, INT8_GRAPH) if bundle.has(graph))
 
 
 def _plausible(bundle: Bundle, backend: str, graph: str) -> bool:
     """Whether a backend is worth a try: its library is installed and the bundle has an engine. Nothing is loaded to see."""
-    if backend not in _ENGINES:
+    if backend not in ENGINE_MODULES:
         return True
     engines = any(name.startswith("engines/") for name in bundle.manifest.files)
-    return engines and importlib.util.find_spec(_ENGINES[backend]) is not None and graph in runnable_graphs(bundle, backend)
+    return (
+        engines and importlib.util.find_spec(ENGINE_MODULES[backend]) is not None and graph in runnable_graphs(bundle, backend)
+    )
 
 
 class _FirstThatWorks:

@@ -67,6 +67,7 @@ class Simulation:
         self.cuda, self.release = cuda, release
         self.trt = simulated_tensorrt.make_module(release, cuda)
         self.backend = "tensorrt-rtx" if release == simulated_tensorrt.RTX else "tensorrt"
+        self.plan = simulated_tensorrt.plan
         self._pretend(patch, {self.trt.__name__: self.trt})
         if not isinstance(cuda, simulated_cuda.SimulatedCuda):
             return  # a real GPU, with the CUDA that is installed

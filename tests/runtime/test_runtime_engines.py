@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.deployment import install, pack
 from edgekit.errors import BackendError, BudgetNotMet, BundleError, GoldenError, MissingExtra
 from edgekit.runtime import Model, check_golden, open_runner
+from edgekit.runtime.selftest import tiny_plan
 from edgekit.trust import TRUST_ALL, check_private, is_trusted, local_builds, trust_engine
 
 Cli = Callable[..., Any]
@@ -332,3 +334,32 @@ def test_an_int8_engine_runs_the_int8_graph(
     error = pytest.raises(BackendError, match=r"has no tensorrt_rtx engine of model\.onnx")
     with error, open_runner(bundle, "tensorrt-rtx", FLOAT_GRAPH):
         pass
+
+
+# doctor
+
+
+def test_a_tiny_engine_is_compiled_for_the_gpu_at_hand() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert len(tiny_plan(trt, "8.6")) > 1000
+    with pytest.raises(BackendError, match=r"does not run on SM 9\.0"):
+        tiny_plan(trt, "9.0")
+
+
+def test_doctor_runs_the_gpu_and_writes_what_it_found(
+    simulate: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = simulate()
+    addition = b64decode("CAc6NQoOCgF4CgF4EgF5IgNBZGQSAWdaDwoBeBIKCggIARIECgIIAmIPCgF5EgoKCAgBEgQKAggCQgQKABAN")
+    plan = simulation.plan(addition, simulation.trt, sm="8.6", profiles={})
+    monkeypatch.setattr("edgekit.runtime.selftest.tiny_plan", lambda trt, sm: plan)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    done = cli("doctor", "--selftest", tmp_path / "machine.json", "--json")
+    rows = {row["backend"]: row for row in json.loads((tmp_path / "machine.json").read_text())["backends"]}
+    assert rows == {row["backend"]: row for row in done.json["backends"]}
+    assert rows["tensorrt-rtx"]["works"], rows
+    assert rows["tensorrt-rtx"]["latency_ms"] > 0
+    assert not rows["tensorrt"]["works"]
+    assert "JetPack brings it" in rows["tensorrt"]["install"]
+    assert cli("doctor", "--selftest", tmp_path / "machine.json" / "x").code == 2
+    assert simulation.cuda.left == {}
