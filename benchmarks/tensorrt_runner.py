@@ -1,8 +1,10 @@
 """The TensorRT runner on a real GPU: answers against the golden outputs and ONNX Runtime, latency, threads, refusals.
 
-    python benchmarks/tensorrt_runner.py BUNDLE...        writes results/tensorrt_runner.json
+    python benchmarks/tensorrt_runner.py BUNDLE...                          writes results/tensorrt_runner.json
+    python benchmarks/tensorrt_runner.py BUNDLE... --without-tensorrt       and the runner's own cost, see _tensorrt_stand_in
 
-Bundles must hold an engine for this GPU (edgekit build). For each: cold start with an empty and with a filled runtime
+Bundles should hold an engine for this GPU (edgekit build); one that is refused is recorded with the words of the refusal, and
+with TensorRT's own. For each other: cold start with an empty and with a filled runtime
 cache, the golden check, `edgekit compare`'s error against ONNX Runtime, and latency of `run` for batch 1 with CUDA graph,
 without, and with zero-copy memory, interleaved; GPU time of upload, compute and download by CUDA events; throughput of 1, 2
 and 4 threads with a context each on one engine. Then what is refused, with the words of the refusal.
@@ -24,14 +26,18 @@ import msgspec
 import numpy as np
 from _machine import save
 
+from edgekit.benchmarking import doctor
 from edgekit.benchmarking.inputs import feeds_for, golden_or_none
 from edgekit.benchmarking.statistics import percentiles
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgekitError
 from edgekit.runtime import Model, check_golden, compare_arrays, open_runner
+from edgekit.runtime.cuda import open_cuda
 from edgekit.runtime.engines import records
 from edgekit.runtime.golden import load_golden, run_samples
 from edgekit.runtime.tensorrt import TensorRtRtxRunner, TensorRtRunner
+from edgekit.runtime.tensorrt_engine import load_library, registered_logger
+from edgekit.trust import is_trusted
 
 RUNNERS = {"tensorrt": TensorRtRunner, "tensorrt-rtx": TensorRtRtxRunner}
 ROUNDS, RUNS, WARM_UP = 20, 50, 50
@@ -117,7 +123,7 @@ def latency(bundle: Bundle, backend: str, batch: int) -> dict[str, Any]:
     finally:
         for runner in variants.values():
             runner.__exit__(None, None, None)
-    answer["ms"] = {name: rounded(percentiles(found)) for name, found in samples.items()}
+    answer["ms"] = {name: rounded(percentiles(np.array(found))) for name, found in samples.items()}
     answer["device_ms_p50"] = {key: round(float(np.median([row[key] for row in device])), 4) for key in device[0]}
     return answer
 
@@ -201,6 +207,37 @@ def refusals(bundle: Bundle, backend: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def tensorrt_says(bundle: Bundle, backend: str) -> list[str]:
+    """Why TensorRT itself does not load the engines for this graph, which were built here; empty where it does."""
+    try:
+        trt = load_library(RUNNERS[backend].module)
+    except EdgekitError as error:
+        return [error.message]
+    logger, log = registered_logger(trt)
+    said = []
+    for record in records(bundle, RUNNERS[backend].module):
+        if record.graph == bundle.graph and is_trusted(record.engine_sha256):
+            log.lines.clear()
+            if trt.Runtime(logger).deserialize_cuda_engine(bundle.read(record.file)) is None:
+                said.append(f"{record.target}: {log.take()}")
+    return said
+
+
+def without_tensorrt() -> dict[str, Any]:
+    """The runner's own cost, by the size of input and output, and its refusals, with a device copy for an engine."""
+    import _tensorrt_stand_in
+
+    stand_in = _tensorrt_stand_in.install()
+    with tempfile.TemporaryDirectory() as folder:
+        made = [_tensorrt_stand_in.bundle(Path(folder), stand_in, size) for size in (28, 224, 640)]
+        rows = [measure(bundle.path, "tensorrt-rtx") for bundle in made]
+        for row in rows:
+            del row["onnxruntime"]  # a copy beside a copy says nothing
+            for found in row["latency"]:
+                del found["ms"]["onnxruntime"]
+        return {"engine": "y = x, a copy on the device", "models": rows, "refusals": refusals(made[0], "tensorrt-rtx")}
+
+
 def measure(path: Path, backend: str) -> dict[str, Any]:
     bundle = Bundle.open(path)
     row: dict[str, Any] = {"bundle": path.stem, "graph": bundle.graph}
@@ -209,18 +246,19 @@ def measure(path: Path, backend: str) -> dict[str, Any]:
             row |= runner.describe()
             row["batches"] = runner.batches
     except EdgekitError as error:
-        return row | {"refused": {"error": error.message, "hint": error.hint}}
+        return row | {"refused": {"error": error.message, "hint": error.hint}, "tensorrt_says": tensorrt_says(bundle, backend)}
     row["cold_start"] = cold_start(bundle, backend)
     row |= answers(bundle, backend)
     most = runner.batches[1] if runner.batches else 1
     row["latency"] = [latency(bundle, backend, batch) for batch in dict.fromkeys((1, most))]
-    row["threads"] = threads(bundle, backend)
+    row["contexts"] = threads(bundle, backend)
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("bundles", nargs="+", type=Path)
+    parser.add_argument("bundles", nargs="*", type=Path)
+    parser.add_argument("--without-tensorrt", action="store_true", help="Also measure with a device copy in TensorRT's place.")
     parser.add_argument("--backend", default="tensorrt-rtx", choices=list(RUNNERS))
     options = parser.parse_args()
     rows = [measure(path, options.backend) for path in options.bundles]
@@ -230,7 +268,11 @@ def main() -> None:
         "protocol": f"{ROUNDS} interleaved rounds of {RUNS} runs after {WARM_UP}; perf_counter_ns around run(), outputs copied",
         "models": rows,
         "refusals": refusals(Bundle.open(works[0]), options.backend) if works else None,
+        "doctor": doctor()["backends"],
+        "gpu": open_cuda().device()._asdict(),
     }
+    if options.without_tensorrt:  # last: it takes the place of TensorRT in this process
+        figures["without_tensorrt"] = without_tensorrt()
     print(save("tensorrt_runner", figures))
 
 
