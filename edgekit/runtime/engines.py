@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def choose(bundle: Bundle, graph: str, module: str, version: str, device: Device
     if not fitting:
         raise BackendError(
             f"{bundle.path} has no {module} engine of {graph}",
-            f"build one: edgekit build {_quoted(bundle.path)} --target {_target_for(device, module)}",
+            f"build one: edgekit build {_quoted(bundle.path)} --target {_target_for(device, module) or 'NAME'}",
         )
     refusals: list[BackendError] = []
     for record in sorted(fitting, key=lambda record: record.compute_capability != device.sm):
@@ -175,22 +175,21 @@ def _compile_command(bundle: Bundle, record: Record) -> str:
 
 
 def _other_device(bundle: Bundle, record: Record, device: Device) -> BackendError:
+    target = _target_for(device, record.module)
     return BackendError(
         f"the engine for {record.target} is for SM {record.compute_capability}, this {device.name} is SM {device.sm}",
-        f"build for this one: edgekit build {_quoted(bundle.path)} --target {_target_for(device, record.module)}",
+        f"build for this one: edgekit build {_quoted(bundle.path)} --target {target}"
+        if target
+        else f"edgekit has no {record.module} target of SM {device.sm}: choose --backend onnxruntime, or another GPU",
     )
 
 
 def _target_for(device: Device, module: str) -> str:
-    """The targets that fit a GPU, as the word after ``--target``."""
+    """The first target that fits a GPU; empty where none does."""
     from edgekit.targets import load_targets  # only where something is refused
 
     kind = "rtx" if module == "tensorrt_rtx" else "device"
-    return _first(name for name, target in load_targets().items() if target.kind == kind and target.sm == device.sm)
-
-
-def _first(names: Iterable[str]) -> str:
-    return next(iter(names), "NAME (edgekit targets lists them; none has this GPU's SM)")
+    return next((name for name, target in load_targets().items() if target.kind == kind and target.sm == device.sm), "")
 
 
 def _quoted(path: Path) -> str:

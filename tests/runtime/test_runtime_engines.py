@@ -48,7 +48,7 @@ def refusal(simulation: Any, bundle: Bundle) -> BackendError:
         (
             {"compute_capability": "8.9", "plan": {"sm": "8.9"}},
             r"is for SM 8\.9, this Simulated GPU is SM 8\.6",
-            "build for this one: edgekit build",
+            "",
         ),
     ],
 )
@@ -66,7 +66,7 @@ def test_the_hint_names_the_target_of_this_gpu(simulate: Any, tiny_bundle: Bundl
     bundle = simulation.engine(tiny_bundle, compute_capability="8.6", plan={"sm": "8.6"}, target="rtx-ampere")
     assert refusal(simulation, bundle).hint.endswith("--target rtx-ada")
     other = simulate(sm="9.0")
-    assert "none has this GPU's SM" in refusal(other, bundle).hint
+    assert "no tensorrt_rtx target of SM 9.0: choose --backend onnxruntime" in refusal(other, bundle).hint
 
 
 def test_of_several_engines_the_one_for_this_gpu_runs(simulate: Any, tiny_bundle: Bundle) -> None:
