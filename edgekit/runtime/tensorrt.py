@@ -7,6 +7,7 @@ captured as one CUDA graph once the shapes stay the same. What a run does is in 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from itertools import pairwise
@@ -130,12 +131,16 @@ class TensorRtRunner:
             self._close()
 
     def _close(self) -> None:
-        self._drop_graph()
+        """Give everything back. After a fault CUDA refuses even this; the fault's own error is the one to be seen."""
+        with contextlib.suppress(BackendError):
+            self._drop_graph()
         for tensor in self._tensors:
-            self._release(tensor)
+            with contextlib.suppress(BackendError):
+                self._release(tensor)
         self._tensors = []
         if self._stream:
-            self._cuda.free_stream(self._stream)
+            with contextlib.suppress(BackendError):
+                self._cuda.free_stream(self._stream)
             self._stream = 0
         self._bound = self._context = None
         engine, self._engine = self._engine, None

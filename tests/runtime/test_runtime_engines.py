@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import zipfile
 from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,8 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.deployment import install, pack
 from edgekit.errors import BackendError, BudgetNotMet, BundleError, GoldenError, MissingExtra
 from edgekit.runtime import Model, check_golden, open_runner
+from edgekit.runtime.cuda import Device
+from edgekit.runtime.engines import choose
 from edgekit.runtime.selftest import tiny_plan
 from edgekit.trust import TRUST_ALL, check_private, is_trusted, local_builds, trust_engine
 
@@ -258,6 +262,30 @@ def test_a_local_build_that_others_could_write_is_refused(kit: Any) -> None:
     error = refusal(simulation, bundle)
     assert "can be written by another user" in error.message
     assert error.hint.startswith("chmod go-w")
+
+
+def test_what_the_kits_own_script_writes_is_found(simulate: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """The real kit, compiled by its script where the runtime's hint says; TensorRT-RTX stands for the device's TensorRT."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    from edgekit.compiler import build
+
+    made = build(tiny_bundle, target="jetson-orin-nano")
+    bundle, key = made.bundle, json.loads(made.bundle.read("engines/jetson-orin-nano.json"))["key"]
+    device = Device("Orin", "8.7", "12.6", True, 8 << 30)
+    with pytest.raises(BackendError, match="not compiled yet") as caught:
+        choose(bundle, FLOAT_GRAPH, "tensorrt", trt.__version__, device)
+    out = caught.value.hint.rpartition("--out ")[2]
+    assert Path(out) == local_builds(key)[0]
+    zipfile.ZipFile(bundle.file("engines/jetson-orin-nano.kit.zip")).extractall(tmp_path / "kit")
+    script = [sys.executable, tmp_path / "kit/build_engine.py", "--out", out]
+    options = ["--module", "tensorrt_rtx", "--compute-capability", "8.6", "--no-check"]
+    subprocess.run([*script, *options], check=True, capture_output=True)
+    choice = choose(bundle, FLOAT_GRAPH, "tensorrt", trt.__version__, device)
+    assert choice.plan == (Path(out) / "jetson-orin-nano.engine").read_bytes()
+    with pytest.raises(BackendError, match=r"was built by TensorRT 1\.7.*, here is 10\.3\.0"):
+        choose(bundle, FLOAT_GRAPH, "tensorrt", "10.3.0", device)
+    with pytest.raises(BackendError, match=r"is for SM 8\.7, this Orin is SM 11\.0"):
+        choose(bundle, FLOAT_GRAPH, "tensorrt", trt.__version__, device._replace(sm="11.0"))
 
 
 # auto, compare, bench, golden outputs

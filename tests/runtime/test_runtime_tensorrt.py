@@ -202,11 +202,14 @@ def test_an_address_that_is_not_set_is_refused(simulate: Any, tiny_bundle: Bundl
 
 def test_freed_memory_is_an_illegal_address(simulate: Any, tiny_bundle: Bundle) -> None:
     simulation = simulate()
-    runner = runner_of(simulation, simulation.engine(tiny_bundle), cuda_graph=False).__enter__()
-    runner.run({"x": samples(1)})
-    simulation.cuda.memory.clear()
-    with pytest.raises(BackendError, match="cudaErrorIllegalAddress"):
+    with runner_of(simulation, simulation.engine(tiny_bundle), cuda_graph=False) as runner:
         runner.run({"x": samples(1)})
+        simulation.cuda.memory.clear()
+        for _ in range(2):  # it stays: a CUDA context does not recover
+            with pytest.raises(BackendError, match="cudaErrorIllegalAddress"):
+                runner.run({"x": samples(1)})
+    gc.collect()
+    assert simulation.trt.alive == 0  # closing goes to its end all the same
 
 
 # Inputs that do not fit
