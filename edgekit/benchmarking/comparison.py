@@ -57,13 +57,11 @@ def compare(
     ``relative`` that of the others, ``snr_db`` all over those, and beside float outputs no tolerance is held. With
     ``layers`` also what `layers.compare_layers` returns, with ``plot`` its path.
 
-    TensorRT backends run the graphs that have an engine, and owe what its build states.
-
-    Raises `UsageError` for an unknown backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg,
-    `OutputExists` for another file at ``plot``, `BackendError` and `MissingExtra` where one cannot run here, `DataError` for
-    samples that do not fit, `InputError` where ``other`` takes other inputs, `BundleError` without golden outputs or, for
-    ``layers``, an int8 graph, `GraphError` where no layer has its like, `BudgetNotMet` with all rows where one misses its
-    tolerance.
+    TensorRT backends run the graphs that have an engine, and owe what its build states. Raises `UsageError` for an unknown
+    backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg, `OutputExists` for another file at ``plot``,
+    `BackendError` and `MissingExtra` where one cannot run here, `DataError` for samples that do not fit, `InputError` where
+    ``other`` takes other inputs, `BundleError` without golden outputs or, for ``layers``, an int8 graph, `GraphError` where
+    no layer has its like, `BudgetNotMet` with all rows where one misses its tolerance.
     """
     names = _backends(backends)
     layers = layers or plot is not None

@@ -148,6 +148,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Simulation:
     return simulation
 
 
+@pytest.fixture
+def simulated_pycuda() -> Any:
+    """The module of that name."""
+    return _helper("simulated_pycuda")
+
+
 RELEASES: list[str] = simulated_tensorrt.VERSIONS
 
 

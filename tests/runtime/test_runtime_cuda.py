@@ -87,106 +87,13 @@ def test_cuda_bindings(simulate: Any) -> None:
 # pycuda
 
 
-def fake_pycuda(simulated: Any) -> types.ModuleType:
-    """``pycuda.driver`` over the same simulated GPU: objects that free themselves, errors as exceptions."""
-    driver: Any = types.ModuleType("pycuda.driver")
-    driver.Error = type("Error", (Exception,), {})
-    driver.depth = 0  # contexts pushed; nothing works without one
-
-    def call(name: str, *arguments: Any) -> Any:
-        if not driver.depth:
-            raise driver.Error(f"{name} failed: invalid device context")
-        error, *results = getattr(simulated, name)(*arguments)
-        if error:
-            raise driver.Error(f"{name} failed: {error.name}\nmore")
-        return results[0] if results else None
-
-    class Stream:
-        def __init__(self) -> None:
-            self.handle = call("cudaStreamCreateWithFlags", 1)
-
-        def synchronize(self) -> None:
-            call("cudaStreamSynchronize", self.handle)
-
-        def __del__(self) -> None:
-            simulated.cudaStreamDestroy(self.handle)
-
-    class Event:
-        def record(self, stream: Stream) -> None:
-            self.stream = stream
-
-        def synchronize(self) -> None:
-            self.stream.synchronize()
-
-        def time_till(self, other: Event) -> float:
-            return 0.5
-
-    class Memory:
-        def __init__(self, size: int) -> None:
-            self.address = call("cudaMalloc", size)
-
-        def __int__(self) -> int:
-            return int(self.address)
-
-        def free(self) -> None:
-            call("cudaFree", self.address)
-
-    class Base:
-        def __init__(self, host: int) -> None:
-            self.host = host
-
-        def get_device_pointer(self) -> int:
-            return int(call("cudaHostGetDevicePointer", self.host, 0))
-
-        def free(self) -> None:
-            call("cudaFreeHost", self.host)
-
-    class Pages(np.ndarray[Any, Any]):
-        base: Any = None  # numpy's own is read-only
-
-    def pagelocked_empty(shape: tuple[int], dtype: Any, mem_flags: int = 0) -> Any:
-        host = call("cudaHostAlloc", shape[0], mem_flags)
-        pages = simulated.pinned[host].view(Pages)
-        pages.base = Base(host)
-        return pages
-
-    def push() -> None:
-        driver.depth += 1
-
-    def pop() -> None:
-        driver.depth -= 1
-
-    device = types.SimpleNamespace(
-        retain_primary_context=lambda: types.SimpleNamespace(push=push),
-        compute_capability=lambda: tuple(map(int, simulated.sm.split("."))),
-        name=lambda: "Simulated GPU",
-        get_attribute=lambda attribute: int(simulated.integrated),
-        total_memory=lambda: simulated.limit,
-    )
-    driver.init = lambda: None
-    driver.Device = type("Device", (), {"__new__": lambda cls, index: device, "count": staticmethod(lambda: simulated.count)})
-    driver.Context = types.SimpleNamespace(pop=pop)
-    driver.device_attribute = types.SimpleNamespace(INTEGRATED=18)
-    driver.host_alloc_flags = types.SimpleNamespace(DEVICEMAP=2)
-    driver.get_driver_version = lambda: 12060
-    driver.Stream, driver.Event, driver.mem_alloc, driver.pagelocked_empty = Stream, Event, Memory, pagelocked_empty
-    kinds = simulated.cudaMemcpyKind
-    driver.memcpy_htod_async = lambda target, source, stream: call(
-        "cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kinds.cudaMemcpyHostToDevice, stream.handle
-    )
-    driver.memcpy_dtoh_async = lambda target, source, stream: call(
-        "cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kinds.cudaMemcpyDeviceToHost, stream.handle
-    )
-    return driver  # type: ignore[no-any-return]
-
-
 @pytest.fixture
-def pycuda(simulate: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def pycuda(simulate: Any, simulated_pycuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A simulation in which cuda-bindings is absent and pycuda is there."""
     simulation = simulate("10.3", sm="8.7")
     package: Any = types.ModuleType("pycuda")
     package.VERSION_TEXT = "2026.1"
-    simulation.driver = fake_pycuda(simulation.cuda)
+    simulation.driver = simulated_pycuda.Driver(simulation.cuda)
     for name, module in {"cuda.bindings.runtime": None, "pycuda": package, "pycuda.driver": simulation.driver}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return simulation
