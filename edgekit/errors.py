@@ -44,6 +44,7 @@ _EXTRA_OF = {
     "accelerate": "distributed",
     "biip": "scan",
     "cryptography": "sign",
+    "cuda": "cuda",
     "jinja2": "report",
     "onnx": "onnx",
     "onnx_ir": "train",

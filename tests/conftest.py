@@ -39,9 +39,10 @@ Cli = Callable[..., Outcome]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Layers that are timed in tests, on a busy machine, must not reach the user's table."""
+    """Layers that are timed in tests, and engines that are trusted there, must not reach the user's folders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
 
 

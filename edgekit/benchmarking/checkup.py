@@ -12,6 +12,7 @@ import tempfile
 from base64 import b64decode
 from importlib import metadata
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ import numpy as np
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.errors import EdgekitError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance
-from edgekit.runtime import BACKENDS, check_golden
+from edgekit.runtime import BACKENDS, check_golden, open_runner
+from edgekit.runtime.backends import ENGINE_MODULES
 from edgekit.runtime.golden import save_golden
 from edgekit.version import __version__
 
@@ -46,8 +48,9 @@ def doctor(root: str | os.PathLike[str] = "/") -> dict[str, Any]:
 
     Returns ``edgekit``, ``python``, ``platform``, ``device`` (see `fingerprint`), ``tensorrt`` (versions of what is
     there), ``disk_free_gb`` (10^9 bytes, where the command runs), ``extras`` (``extra``, ``ready``, ``installed`` name ->
-    version, ``missing``, ``install``: the pip command or None), ``backends`` (``backend``, ``works``, ``reason``: each
-    runs a two-number graph) and ``checks``: rows of ``check``, ``ok``, ``found``, ``hint``, the answer as a list.
+    version, ``missing``, ``install``: the pip command or None), ``backends`` (``backend``, ``works``, ``reason``,
+    ``latency_ms``: each runs a two-number graph) and ``checks``: rows of ``check``, ``ok``, ``found``, ``hint``, the answer
+    as a list.
     ``root`` is the tree that device facts are read from.
     """
     device = fingerprint(root)
@@ -72,7 +75,10 @@ def doctor(root: str | os.PathLike[str] = "/") -> dict[str, Any]:
         _check("tensorrt", bool(tensorrt), _pairs(tensorrt) or "none", "pip install 'edgekit[rtx]', or JetPack's on a Jetson"),
         _check("disk", free > _LOW_DISK, f"{free / 1e9:.1f} GB free", "bundles and engines need room: free some space"),
     ]
-    checks += [_check(f"backend {b['backend']}", b["works"], b["reason"] or "runs", b["install"]) for b in backends]
+    checks += [
+        _check(f"backend {b['backend']}", b["works"], b["reason"] or f"runs, {b['latency_ms']:.3f} ms a call", b["install"])
+        for b in backends
+    ]
     checks += [_check(f"extra {e['extra']}", e["ready"], _extra_words(e), e["install"]) for e in extras]
     return {
         "edgekit": __version__,
@@ -116,20 +122,37 @@ def _tensorrt(tree: Path) -> dict[str, str]:
 
 
 def _backends() -> list[dict[str, Any]]:
-    """Each backend runs a tiny bundle and is held to its golden output."""
+    """Each backend runs a tiny bundle, an engine compiled on the spot, and is held to its golden output."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="edgekit-doctor-") as folder:
-        bundle = _tiny_bundle(Path(folder) / "tiny.edge")
         for name in BACKENDS:
-            row: dict[str, Any] = {"backend": name, "works": True, "reason": None, "install": None}
+            row: dict[str, Any] = {"backend": name, "works": True, "reason": None, "install": None, "latency_ms": None}
+            bundle = _tiny_bundle(Path(folder) / f"{name}.edge")
             try:
+                if name in ENGINE_MODULES:
+                    from edgekit.runtime.selftest import add_tiny_engine
+
+                    bundle = add_tiny_engine(bundle, ENGINE_MODULES[name])
                 check_golden(bundle, FLOAT_GRAPH, name)
+                row["latency_ms"] = _latency_ms(bundle, name)
             except EdgekitError as error:
                 row |= {"works": False, "reason": error.message, "install": error.hint}
             except Exception as error:  # noqa: BLE001  a broken installation fails in its own ways; doctor reports it
                 row |= {"works": False, "reason": f"{type(error).__name__}: {error}", "install": "install it again"}
             rows.append(row)
     return rows
+
+
+def _latency_ms(bundle: Bundle, backend: str) -> float:
+    """The median of 100 runs of two numbers: what a call costs before any model."""
+    x = np.zeros(2, np.float32)
+    with open_runner(bundle, backend) as runner:
+        samples = []
+        for _ in range(120):
+            start = perf_counter_ns()
+            runner.run({"x": x})
+            samples.append((perf_counter_ns() - start) / 1e6)
+    return float(np.median(samples[20:]))
 
 
 def _tiny_bundle(path: Path) -> Bundle:

@@ -16,6 +16,7 @@ from edgekit.errors import BudgetNotMet, BundleError, InputError, UsageError
 from edgekit.files import atomic_write
 from edgekit.manifest import Tolerance
 from edgekit.runtime import BACKENDS, compare_arrays, open_runner
+from edgekit.runtime.backends import runnable_graphs
 from edgekit.runtime.golden import compare_choices, is_choice, load_golden, run_samples, signal_names
 
 from .chart import check_picture, layer_chart
@@ -56,11 +57,11 @@ def compare(
     ``relative`` that of the others, ``snr_db`` all over those, and beside float outputs no tolerance is held. With
     ``layers`` also what `layers.compare_layers` returns, with ``plot`` its path.
 
-    Raises `UsageError` for an unknown backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg,
-    `OutputExists` for another file at ``plot``, `BackendError` and `MissingExtra` where one cannot run here, `DataError` for
-    samples that do not fit, `InputError` where ``other`` takes other inputs, `BundleError` without golden outputs or, for
-    ``layers``, an int8 graph, `GraphError` where no layer has its like, `BudgetNotMet` with all rows where one misses its
-    tolerance.
+    TensorRT backends run the graphs that have an engine, and owe what its build states. Raises `UsageError` for an unknown
+    backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg, `OutputExists` for another file at ``plot``,
+    `BackendError` and `MissingExtra` where one cannot run here, `DataError` for samples that do not fit, `InputError` where
+    ``other`` takes other inputs, `BundleError` without golden outputs or, for ``layers``, an int8 graph, `GraphError` where
+    no layer has its like, `BudgetNotMet` with all rows where one misses its tolerance.
     """
     names = _backends(backends)
     layers = layers or plot is not None
@@ -111,14 +112,15 @@ def _output_rows(
     bundle: Bundle, backend: str, inputs: Feeds, golden: Feeds, tolerances: Mapping[str, Tolerance], threads: int
 ) -> list[dict[str, Any]]:
     rows = []
-    for graph in filter(bundle.has, (FLOAT_GRAPH, INT8_GRAPH)):
+    for graph in runnable_graphs(bundle, backend) or (bundle.graph,):  # without an engine the runner says how to make one
         with open_runner(bundle, backend, graph, threads) as runner:
             found = run_samples(runner, inputs)
+            stated = runner.tolerance if tolerances else None
         about = {"backend": backend, "graph": graph}
         quantized = graph == INT8_GRAPH
         owed = signal_names(golden, quantized=quantized)
         for name, truth in golden.items():
-            tolerance = tolerances.get(graph) if name in owed else None
+            tolerance = (stated or tolerances.get(graph)) if name in owed else None
             rows.append({**about, **_row(name, truth, found.get(name), tolerance, quantized and is_choice(truth))})
     return rows
 

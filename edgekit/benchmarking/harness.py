@@ -153,7 +153,7 @@ def _opened(bundle: Bundle, backend: str, precision: Precision, threads: int) ->
     before, start = resident_mb(), time.perf_counter()
     with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
         loaded = time.perf_counter()
-        feeds = feeds_for(model.inputs, golden_or_none(bundle), 1)
+        feeds = feeds_for(model.inputs, golden_or_none(bundle), _least(model.runner))
         first = time.perf_counter()
         model.runner.run(feeds)
         cold_start = loaded - start + time.perf_counter() - first
@@ -165,7 +165,7 @@ def _opened(bundle: Bundle, backend: str, precision: Precision, threads: int) ->
 def _measure(model: Model, scenario: str, seconds: float, batch: int | None, rate: float | None) -> dict[str, Any]:
     """Warm up, run the scenario, and judge the run."""
     runner, golden = model.runner, golden_or_none(model.bundle)
-    feeds = feeds_for(runner.inputs, golden, 1)
+    feeds = feeds_for(runner.inputs, golden, _least(runner))
     run_model = runner.run
     say(f"warming up {model.bundle.manifest.name} on {runner.name}")
     warm = warm_up(lambda: run_model(feeds), limit_s=min(2.0, max(0.2, seconds)))
@@ -183,7 +183,7 @@ def _measure(model: Model, scenario: str, seconds: float, batch: int | None, rat
     reasons = [*_doubts(run, warm), *load.reasons(cores, threads), *([after.slow_governor] if after.slow_governor else [])]
     return {
         "scenario": scenario,
-        "batch": 1,
+        "batch": _least(runner),
         **runner.describe(),
         "latency_ms": percentiles(run.samples_ms),
         "throughput": run.throughput,
@@ -226,6 +226,11 @@ def _doubts(run: Run, warm: WarmUp) -> list[str]:
     return reasons
 
 
+def _least(runner: Runner) -> int:
+    """The samples of one run: one, but of an engine that takes no fewer than some."""
+    return runner.batches[0] if runner.batches else 1
+
+
 def _batch_call(runner: Runner, golden: Feeds | None, batch: int) -> Call:
     feeds = feeds_for(runner.inputs, golden, batch)
     return lambda: runner.run(feeds)
@@ -244,6 +249,13 @@ def _batches(runner: Runner, one: Feeds, golden: Feeds | None, asked: int | None
     taken = []
     for batch in [asked] if asked else _BATCHES:
         if not asked and batch * size > _MAX_BATCH_BYTES:
+            continue
+        if runner.batches and not runner.batches[0] <= batch <= runner.batches[1]:
+            if asked:
+                least, most = runner.batches
+                raise UsageError(
+                    f"--batch {asked}: the engine takes {least} to {most}", "build one for more: edgekit build B --batch 1..N"
+                )
             continue
         try:
             _batch_call(runner, golden, batch)()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,25 @@ def compare(bundle: Path, **options: Any) -> Answer:
 
 
 @click.command("doctor")
+@click.option("--selftest", metavar="FILE", type=click.Path(path_type=Path), help="Also write all of it to this JSON file.")
 @answers
-def doctor() -> Answer:
+def doctor(selftest: Path | None) -> Answer:
     """Show what works on this machine, what is missing, and the command that installs it.
+
+    Each backend runs a tiny model, on a GPU an engine compiled on the spot, and is held to its golden output.
 
     \b
     Example:
       edgekit doctor
+      edgekit doctor --selftest machine.json
     """
     from edgekit.benchmarking import doctor as look_over
 
     result = look_over()
+    if selftest is not None:
+        from edgekit.files import atomic_write
+
+        atomic_write(selftest, json.dumps(result, indent=1).encode() + b"\n")
     lines = [f"edgekit {result['edgekit']}"]
     width = max(len(check["check"]) for check in result["checks"])
     for check in result["checks"]:

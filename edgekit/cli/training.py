@@ -11,6 +11,7 @@ from .common import SEED, Answer, answers, bundle_argument, out_option
 
 #: What people see of a training or an evaluation, in this order, where it is there.
 FIGURES = ("top1", "macro_f1", "cer", "parameters", "macs", "seconds")
+BACKENDS = "auto | tensorrt | tensorrt-rtx | onnxruntime"
 DATA = "digits | spam | labels | watch | folder:PATH | csv:PATH | npz:PATH | validation:SHARE:SPEC"
 
 
@@ -102,7 +103,7 @@ def train(**options: Any) -> Answer:
 @bundle_argument()
 @click.option("--data", required=True, metavar="SPEC", help=DATA)
 @click.option("--beam", default=1, show_default=True, type=click.IntRange(1, 1000), help="Beam width of a text reader.")
-@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto | onnxruntime")
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help=BACKENDS)
 @click.option("--save/--no-save", default=True, show_default=True, help="Record the figures in B's history, for the report.")
 @answers
 def eval_(bundle: Path, data: str, beam: int, backend: str, save: bool) -> Answer:

@@ -333,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
             "size_bytes": len(plan),
             "engine_sha256": hashlib.sha256(plan).hexdigest(),
             "graph_sha256": spec["files"][name],
+            "key": spec["key"],
             "golden": checked,
         }
         out = options.out or options.kit

@@ -21,6 +21,7 @@ from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, MissingExtra, UsageError
 from edgekit.manifest import Tolerance
 from edgekit.targets import PRECISIONS, JetPack, Target, target_named
+from edgekit.trust import trust_engine
 from edgekit.version import __version__
 
 from . import child
@@ -102,6 +103,8 @@ def build(
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
     entry = opened.entry("build", {"target": target, "precision": precision, "batch": batch}, figures)
     updated = opened.extend(files, entry)
+    if "engine_sha256" in record:
+        trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
     return _result(updated, chosen, record, cached=False, seconds=time.perf_counter() - started)
 
 

@@ -27,6 +27,7 @@ from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureErro
 from edgekit.files import atomic_write, locked, sync_path
 from edgekit.progress import say
 from edgekit.runtime import check_golden
+from edgekit.trust import trust_engine
 
 from .archive import Archive, open_archive
 from .packing import open_pack
@@ -105,6 +106,7 @@ def install(
             fresh = work / "bundle"
             fresh.mkdir()
             archive.extract(fresh)
+        _trust(fresh)
         golden = _self_test(fresh, backend)
         slot: Slot = "b" if running == "a" else "a"
         record = _place(folder, fresh, slot, key_id)
@@ -182,6 +184,13 @@ def _incoming(root: Path) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _trust(bundle: Path) -> None:
+    """The pack's signature was checked, or the user vouched for it: its engines may be loaded on this machine."""
+    for name, digest in Bundle.open(bundle).manifest.files.items():
+        if name.endswith(".engine"):
+            trust_engine(digest)
 
 
 def _self_test(bundle: Path, backend: str) -> dict[str, float]:

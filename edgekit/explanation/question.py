@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.runtime import Model
+from edgekit.runtime.golden import run_samples
 
 __all__ = ["Attribution", "Question"]
 
@@ -45,12 +46,9 @@ class Question:
         return self.x.shape[2], self.x.shape[3]
 
     def logits(self, batch: Float) -> Float:
-        """(N, C, H, W) -> (N, classes), in one run where the graph's first axis is dynamic."""
+        """(N, C, H, W) -> (N, classes), in as few runs as the model takes."""
         source, output = self.model.inputs[0], self.model.outputs[0].name
-        if isinstance(source.shape[0], str):
-            rows = self.model.run({source.name: batch})[output]
-        else:
-            rows = np.concatenate([self.model.run({source.name: batch[i : i + 1]})[output] for i in range(len(batch))])
+        rows = run_samples(self.model.runner, {source.name: batch})[output]
         logits: Float = rows.reshape(len(batch), -1).astype(np.float32)
         return logits
 

@@ -38,7 +38,7 @@ __all__ = [
 
 Positive = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, lt=1 << 32)]
-Backend = Literal["auto", "onnxruntime"]
+Backend = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
 Names = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 

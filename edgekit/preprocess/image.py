@@ -128,19 +128,30 @@ class Preprocessor:
 
     def __call__(self, frame: Frame) -> Float:
         """uint8 frame, any size -> float32 (1, C, H, W). Raises `InputError` for what is no frame."""
-        frame = canonical_frame(frame)
         spec = self.spec
+        sized = self._sized(frame)
         out = np.empty((1, spec.channels, spec.height, spec.width), np.float32)
-        plan = self._plan(frame.shape[0], frame.shape[1])
-        if plan is not None:
-            frame = plan(_luma(frame) if spec.channels == 1 else frame)
-        elif spec.channels == 1:
-            frame = _luma(frame)
         for channel in range(spec.channels):  # one plane at a time: no transposed copy of the frame
-            plane = frame if frame.ndim == 2 else frame[:, :, channel]
+            plane = sized if sized.ndim == 2 else sized[:, :, channel]
             np.multiply(plane, self._scale[channel], out=out[0, channel], dtype=np.float32)
             out[0, channel] += self._shift[channel]
         return out
+
+    def pixels(self, frame: Frame) -> NDArray[np.uint8]:
+        """uint8 frame, any size -> uint8 (1, C, H, W), for a graph that normalises by itself. Raises as the call does."""
+        sized = self._sized(frame)
+        if sized.dtype != np.uint8:
+            sized = np.clip(np.rint(sized), 0, 255).astype(np.uint8)
+        planes = sized[None] if sized.ndim == 2 else sized.transpose(2, 0, 1)
+        return np.ascontiguousarray(planes)[None]
+
+    def _sized(self, frame: Frame) -> NDArray[Any]:
+        """A frame at the model's size and number of channels, 0..255: (H, W) or (H, W, 3)."""
+        frame = canonical_frame(frame)
+        plan = self._plan(frame.shape[0], frame.shape[1])
+        if plan is not None:
+            return plan(_luma(frame) if self.spec.channels == 1 else frame)
+        return _luma(frame) if self.spec.channels == 1 else frame
 
     def _plan(self, height: int, width: int) -> _Plan | None:
         key = (height, width)

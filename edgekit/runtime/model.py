@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, TOKENIZER, Bundle
 from edgekit.errors import InputError, UsageError
 from edgekit.manifest import TensorSpec
-from edgekit.preprocess import Preprocess, make_preprocessor
+from edgekit.preprocess import Preprocess, Preprocessor, make_preprocessor
 
 from .backends import Runner, open_runner
 from .ctc import read_line
+from .golden import run_samples
 
 __all__ = ["Model", "Prediction"]
 
@@ -49,6 +50,7 @@ class Model:
         self.beam = 1
         self._reads = bundle.manifest.task == "text-recognition"
         self._preprocess: Preprocess | None = None
+        self._bytes: Preprocess | None = None
         self._open = False
 
     @classmethod
@@ -87,6 +89,8 @@ class Model:
         except BaseException:
             self.runner.__exit__(None, None, None)
             raise
+        if isinstance(self._preprocess, Preprocessor) and self.runner.inputs[0].dtype == "uint8":
+            self._bytes = self._preprocess.pixels  # the graph normalises: the frame goes up as bytes
         self._input = self.runner.inputs[0].name
         self._output = self.runner.outputs[0].name
         self._open = True
@@ -110,11 +114,13 @@ class Model:
     def preprocess(self, sample: Any) -> NDArray[Any]:
         """One sample -> the model's input, the batch axis in front, exactly as training saw it.
 
-        uint8 (H, W, 3) RGB or (H, W) grey, any size -> float32 (1, C, H, W); str -> int64 (1, T); float32 (T, C) -> float32
-        (1, T', C + 1).
+        uint8 (H, W, 3) RGB or (H, W) grey, any size -> float32 (1, C, H, W), or uint8 where the graph takes bytes; str ->
+        int64 (1, T); float32 (T, C) -> float32 (1, T', C + 1).
         """
         if self._preprocess is None and (spec := self.bundle.manifest.preprocessing) is not None:
             self._preprocess = make_preprocessor(spec, self._tokenizer())
+        if self._bytes is not None:
+            return self._bytes(sample)
         if self._preprocess is None:
             raise InputError(
                 f"{self.bundle.path} takes raw tensors: it has no preprocessing",
@@ -139,8 +145,18 @@ class Model:
             return [self(sample) for sample in samples]
         start = perf_counter_ns()
         batch = np.concatenate([self.preprocess(sample) for sample in samples])
-        rows = self.run({self._input: batch})[self._output]
+        rows = run_samples(self.runner, {self._input: batch})[self._output]
         return [self._decode(row, start, len(samples)) for row in rows]
+
+    def share(self) -> Model:
+        """Another `Model` for another thread, on the same weights; a context manager of its own.
+
+        With TensorRT it has a context, a stream and memory of its own, so that several cameras share one engine. Raises
+        `BackendError` where this one is not open.
+        """
+        model = Model(self.bundle, self.runner.share())
+        model.beam = self.beam
+        return model
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Raw tensors by name, zero preprocessing. Raises `InputError` that names the input which does not fit."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import INT8_GRAPH, Bundle
-from edgekit.errors import BackendError, BundleError, InputError, MissingExtra
-from edgekit.manifest import TensorSpec
+from edgekit.errors import BackendError, BundleError, MissingExtra
+from edgekit.manifest import TensorSpec, Tolerance
 
+from .feeds import check_feeds
 from .onnx_wire import holds_external_data
 
 try:
@@ -79,25 +79,39 @@ class OnnxRuntimeRunner:
     """Runs one graph of a bundle with ONNX Runtime on ``threads`` cores (0: all)."""
 
     name = "onnxruntime"
+    batches: tuple[int, int] | None = None
+    tolerance: Tolerance | None = None
 
     def __init__(self, bundle: Bundle, graph: str, threads: int) -> None:
         self.bundle, self.graph, self.threads = bundle, graph, threads
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
+        self._shared: Any = None
         self._session: Any = None
 
+    def share(self) -> OnnxRuntimeRunner:
+        """Another runner on the same session, which threads may share."""
+        if self._session is None:
+            raise BackendError("the model is not open", "share it inside: with Model.open(path) as model")
+        other = OnnxRuntimeRunner(self.bundle, self.graph, self.threads)
+        other._shared = self._session
+        return other
+
     def __enter__(self) -> OnnxRuntimeRunner:
+        self._session = self._shared or self._loaded()
+        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self._names = [spec.name for spec in self.outputs]
+        return self
+
+    def _loaded(self) -> Any:
         graph = self.bundle.read(self.graph)
         if holds_external_data(graph):
             raise BundleError(
                 f"{self.bundle.path / self.graph} keeps weights in other files, which no hash covers",
                 "do not trust this bundle",
             )
-        self._session = session(graph, self.threads)
-        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
-        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
-        self._names = [spec.name for spec in self.outputs]
-        return self
+        return session(graph, self.threads)
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         self._session = None
@@ -122,23 +136,3 @@ class OnnxRuntimeRunner:
 def _spec(value: Any) -> TensorSpec:
     shape = tuple(axis if isinstance(axis, int) else str(axis) for axis in value.shape)
     return TensorSpec(value.name, DTYPES.get(value.type, value.type), shape)
-
-
-def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, NDArray[Any]]) -> None:
-    """Raise `InputError` that names the first input which does not fit the model."""
-    expected = {spec.name: spec for spec in inputs}
-    if set(feeds) != set(expected):
-        raise InputError(f"inputs {sorted(feeds)} arrived, {sorted(expected)} were expected", "name every input of the model")
-    for name, spec in expected.items():
-        array = np.asarray(feeds[name])
-        shape = "x".join(map(str, spec.shape))
-        if str(array.dtype) != spec.dtype and spec.dtype != "str":
-            raise InputError(
-                f"input {name} is {array.dtype}, the model takes {spec.dtype} {shape}", f"convert: x.astype('{spec.dtype}')"
-            )
-        fits = array.ndim == len(spec.shape) and all(
-            isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
-        )
-        if not fits:
-            got = "x".join(map(str, array.shape))
-            raise InputError(f"input {name} has shape {got}, the model takes {spec.dtype} {shape}", "reshape it")

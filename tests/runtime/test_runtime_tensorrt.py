@@ -1,0 +1,376 @@
+"""The TensorRT runner on a simulated GPU and TensorRT: the calls are the real ones, and so are the rules."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
+from edgekit.errors import BackendError, InputError
+from edgekit.manifest import FORMAT, ImagePreprocessing, Manifest, TensorSpec, history_entry
+from edgekit.runtime import Model, check_golden, open_runner
+from edgekit.runtime.golden import save_golden
+from edgekit.runtime.onnxruntime import session
+from edgekit.runtime.tensorrt import TensorRtRtxRunner, TensorRtRunner
+
+
+def truth(bundle: Bundle, x: Any) -> Any:
+    return session(bundle.read(FLOAT_GRAPH)).run(None, {"x": x})[0]
+
+
+def samples(count: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=(count, 3, 32, 32)).astype(np.float32)
+
+
+def nothing_left(simulation: Any) -> None:
+    gc.collect()
+    assert simulation.cuda.left == {}
+    assert simulation.trt.alive == 0
+
+
+def runner_of(simulation: Any, bundle: Bundle, **options: Any) -> TensorRtRunner:
+    kind = TensorRtRtxRunner if simulation.backend == "tensorrt-rtx" else TensorRtRunner
+    return kind(bundle, FLOAT_GRAPH, 1, **options)
+
+
+def write(path: Path, nodes: list[Any], x: Any, y: tuple[int, list[Any]], axes: list[Any], **manifest: Any) -> Bundle:
+    """A bundle around a graph from ``x`` (shape ``axes``) to ``y``; golden outputs by ONNX Runtime."""
+    inputs = [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(x.dtype), axes)]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", *y)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    data = model.SerializeToString()
+    golden = session(data).run(None, {"x": x})[0]
+    with Bundle.create(path) as draft:
+        draft.write(FLOAT_GRAPH, data)
+        draft.write(GOLDEN, save_golden({"x": x}, {"y": golden}))
+        draft.manifest = Manifest(
+            format=FORMAT,
+            name=path.stem,
+            inputs=(TensorSpec("x", str(x.dtype), tuple(axes)),),
+            outputs=(TensorSpec("y", str(golden.dtype), tuple(y[1])),),
+            history=(history_entry("import", {}, {}),),
+            **{"task": "tensor", **manifest},
+        )
+    return Bundle.open(path)
+
+
+# What it answers, on every TensorRT
+
+
+def test_every_release_answers_as_the_graph_does(simulation: Any, tiny_bundle: Bundle) -> None:
+    bundle = simulation.engine(tiny_bundle)
+    with open_runner(bundle, simulation.backend) as runner:
+        assert [(s.name, s.dtype, s.shape) for s in runner.inputs] == [("x", "float32", ("n", 3, 32, 32))]
+        assert runner.outputs[0].shape == ("n", 10)
+        assert runner.batches == (1, 4)
+        for count in (1, 1, 1, 4, 2, 2, 2, 4):  # up and down: memory grows once, graphs are made anew
+            x = samples(count, seed=count)
+            np.testing.assert_allclose(runner.run({"x": x})["y"], truth(tiny_bundle, x), rtol=1e-6)
+        about = runner.describe()
+        assert about["version"] == simulation.trt.__version__
+        assert about["gpu"] == "Simulated GPU"
+        assert about["sm"] == "8.6"
+    nothing_left(simulation)
+    assert check_golden(bundle, backend=simulation.backend).snr_db > 100  # 4 samples in one run
+    nothing_left(simulation)
+
+
+def test_every_release_is_given_what_it_has(simulation: Any, tiny_bundle: Bundle) -> None:
+    """The calls that matter were made, whatever the release: names it lacks raise `AttributeError` in the simulation."""
+    with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
+        runner.run({"x": samples(1)})
+    used = {name for _, name in simulation.trt.used}
+    assert {"execute_async_v3", "set_input_shape", "set_tensor_address", "deserialize_cuda_engine"} <= used
+    rtx = simulation.backend == "tensorrt-rtx"
+    assert ({"get_engine_validity", "is_stream_capturable", "set_runtime_cache"} <= used) == rtx
+    assert ("create_runtime_config" in used) == (simulation.release in ("10.13", "10.16", "11.4", "rtx1.7"))
+
+
+def test_answers_are_the_callers_own(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
+        first = runner.run({"x": samples(1, 1)})["y"]
+        kept = first.copy()
+        runner.run({"x": samples(1, 2)})
+        np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(first, kept)
+
+
+# CUDA graphs
+
+
+def test_the_second_run_of_a_shape_is_a_graph(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
+        assert "second run" in runner.describe()["cuda_graph"]
+        runner.run({"x": samples(1)})
+        assert runner.describe()["cuda_graph"] is True
+        simulation.cuda.log.clear()
+        x = samples(1, 7)
+        np.testing.assert_allclose(runner.run({"x": x})["y"], truth(tiny_bundle, x), rtol=1e-6)
+        assert simulation.cuda.log == ["GraphLaunch"]
+        runner.run({"x": samples(2)})  # another shape: no graph of the old one may run
+        assert simulation.cuda.log[1:3] == ["HostToDevice", "DeviceToHost"]
+        assert len(simulation.cuda.graphs) == 1
+    nothing_left(simulation)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("capturable", "TensorRT says"), ("breaks_capture", "cudaErrorStreamCaptureInvalidated"), ("off", "switched off")],
+)
+def test_without_a_graph_it_says_why_and_runs(simulate: Any, tiny_bundle: Bundle, case: str, words: str) -> None:
+    simulation = simulate()
+    simulation.trt.capturable = case != "capturable"
+    simulation.trt.breaks_capture = case == "breaks_capture"
+    with runner_of(simulation, simulation.engine(tiny_bundle), cuda_graph=case != "off") as runner:
+        for seed in range(3):
+            x = samples(1, seed)
+            np.testing.assert_allclose(runner.run({"x": x})["y"], truth(tiny_bundle, x), rtol=1e-6)
+        assert words in runner.describe()["cuda_graph"]
+        assert "GraphLaunch" not in simulation.cuda.log
+    nothing_left(simulation)
+
+
+# Memory
+
+
+def test_an_integrated_gpu_copies_nothing(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate("10.3", sm="8.7", integrated=True)
+    with open_runner(simulation.engine(tiny_bundle), "tensorrt") as runner:
+        for count in (1, 1, 4):
+            x = samples(count, count)
+            np.testing.assert_allclose(runner.run({"x": x})["y"], truth(tiny_bundle, x), rtol=1e-6)
+        assert set(simulation.cuda.log) == {"GraphLaunch"}
+        assert not simulation.cuda.memory
+        assert runner.describe()["zero_copy"] is True
+    nothing_left(simulation)
+
+
+def test_a_full_gpu_is_one_line_and_leaves_nothing(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
+        runner.run({"x": samples(1)})
+        simulation.cuda.limit = 1 << 12
+        with pytest.raises(BackendError, match="cudaErrorMemoryAllocation") as caught:
+            runner.run({"x": samples(4)})
+        assert "smaller batch" in caught.value.hint
+        del caught  # its traceback holds the context
+        simulation.cuda.limit = 1 << 30
+        x = samples(1, 3)
+        np.testing.assert_allclose(runner.run({"x": x})["y"], truth(tiny_bundle, x), rtol=1e-6)  # and goes on
+    nothing_left(simulation)
+
+
+def test_no_context_for_want_of_memory(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    runner = open_runner(simulation.engine(tiny_bundle, plan={"no_context": True}), simulation.backend)
+    with pytest.raises(BackendError, match=r"no context.*OutOfMemory"):
+        runner.__enter__()
+    nothing_left(simulation)
+
+
+# The simulation has the rules: a runner that breaks one is found out
+
+
+def test_reading_before_synchronizing_gives_garbage(
+    simulate: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = simulate()
+    monkeypatch.setattr("edgekit.runtime.cuda._Bindings.synchronize", lambda self, stream: None)
+    with runner_of(simulation, simulation.engine(tiny_bundle), cuda_graph=False) as runner:
+        found = runner.run({"x": samples(1)})["y"]
+    assert set(found.view(np.uint8).ravel()) == {0xA5}
+
+
+def test_an_address_that_is_not_set_is_refused(simulate: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = simulate()
+    with runner_of(simulation, simulation.engine(tiny_bundle)) as runner:
+        monkeypatch.setattr(type(runner._context), "set_tensor_address", lambda self, name, address: True)
+        with pytest.raises(BackendError, match="Address is not set for tensor"):
+            runner.run({"x": samples(1)})
+    nothing_left(simulation)
+
+
+def test_freed_memory_is_an_illegal_address(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    with runner_of(simulation, simulation.engine(tiny_bundle), cuda_graph=False) as runner:
+        runner.run({"x": samples(1)})
+        simulation.cuda.memory.clear()
+        for _ in range(2):  # it stays: a CUDA context does not recover
+            with pytest.raises(BackendError, match="cudaErrorIllegalAddress"):
+                runner.run({"x": samples(1)})
+    gc.collect()
+    assert simulation.trt.alive == 0  # closing goes to its end all the same
+
+
+# Inputs that do not fit
+
+
+@pytest.mark.parametrize(
+    ("feeds", "words"),
+    [
+        ({"x": samples(5)}, "x has shape 5x3x32x32, the engine takes 1x3x32x32 to 4x3x32x32"),
+        ({"x": samples(0)}, "x has shape 0x3x32x32"),
+        ({"x": samples(1).astype(np.float16)}, "x is float16, the model takes float32"),
+        ({"x": samples(1)[0]}, "x has shape 3x32x32"),
+        ({"z": samples(1)}, r"inputs \['z'\] arrived, \['x'\] were expected"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_named(simulation: Any, tiny_bundle: Bundle, feeds: Any, words: str) -> None:
+    with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
+        runner.run({"x": samples(1)})
+        with pytest.raises(InputError, match=words):
+            runner.run(feeds)
+        x = samples(1, 9)
+        np.testing.assert_allclose(runner.run({"x": x})["y"], truth(tiny_bundle, x), rtol=1e-6)
+    with pytest.raises(BackendError, match="not open"):
+        runner.run({"x": samples(1)})
+
+
+def test_a_batch_larger_than_the_engine_takes_goes_in_parts(simulate: Any, digits_bundle: Bundle) -> None:
+    simulation = simulate()
+    bundle = simulation.engine(digits_bundle)
+    frames = [np.random.default_rng(i).integers(0, 256, (28, 28), np.uint8) for i in range(11)]
+    with Model.open(bundle.path, simulation.backend) as gpu, Model.open(bundle.path, "onnxruntime") as cpu:
+        found, expected = gpu.predict_batch(frames), cpu.predict_batch(frames)
+    assert [p.label for p in found] == [p.label for p in expected]
+    np.testing.assert_allclose([p.scores for p in found], [p.scores for p in expected], atol=1e-5)
+
+
+def test_an_engine_of_at_least_some_samples_gets_the_last_one_again(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    profile = {"x": [[3, 3, 32, 32], [3, 3, 32, 32], [3, 3, 32, 32]]}
+    bundle = simulation.engine(tiny_bundle, plan={"profiles": profile})
+    assert check_golden(bundle, backend=simulation.backend).snr_db > 100  # 4 golden samples: 3, and 1 with 2 to fill up
+
+
+def test_int64_of_an_engine_before_tensorrt_10(simulate: Any, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Add", ["x", "x"], ["y"])]
+    x = np.array([[3, -4, 5]], np.int64)
+    bundle = write(tmp_path / "ids.edge", nodes, x, (TensorProto.INT64, ["n", 3]), ["n", 3])
+    simulation = simulate("8.6.1")
+    with open_runner(simulation.engine(bundle), "tensorrt") as runner:
+        assert runner.inputs[0].dtype == "int64"
+        found = runner.run({"x": x})["y"]
+        assert found.dtype == np.int64
+        np.testing.assert_array_equal(found, 2 * x)
+        with pytest.raises(InputError, match="holds -4 to 4294967296, which this engine's int32 cannot"):
+            runner.run({"x": np.array([[1 << 32, -4, 5]], np.int64)})
+
+
+def test_a_graph_that_takes_bytes_is_given_the_frame(simulate: Any, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT), helper.make_node("GlobalAveragePool", ["f"], ["p"])]
+    nodes.append(helper.make_node("Flatten", ["p"], ["y"]))
+    x = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8), np.uint8)
+    spec = ImagePreprocessing(8, 8, 3, mean=(0.5,) * 3, std=(0.1,) * 3)
+    kinds: dict[str, Any] = {"task": "image-classification", "labels": tuple("rgb"), "preprocessing": spec}
+    bundle = write(tmp_path / "bytes.edge", nodes, x, (TensorProto.FLOAT, ["n", 3]), ["n", 3, 8, 8], **kinds)
+    frame = np.zeros((8, 8, 3), np.uint8)
+    frame[:, :, 1] = 9
+    simulation = simulate()
+    bundle = simulation.engine(bundle)
+    for backend in (simulation.backend, "onnxruntime"):
+        with Model.open(bundle.path, backend) as model:
+            assert model.preprocess(frame).dtype == np.uint8
+            assert model(frame).label == "g"
+            assert model(np.repeat(np.repeat(frame, 2, 0), 2, 1)).label == "g"
+
+
+@pytest.mark.parametrize(
+    ("inside", "words"), [({"host": ["x"]}, "x decides shapes"), ({"dtypes": {"y": "BF16"}}, "y has type BF16")]
+)
+def test_what_it_cannot_feed_is_named(simulate: Any, tiny_bundle: Bundle, inside: dict[str, Any], words: str) -> None:
+    simulation = simulate()
+    runner = open_runner(simulation.engine(tiny_bundle, plan=inside), simulation.backend)
+    with pytest.raises(BackendError, match=words):
+        runner.__enter__()
+    nothing_left(simulation)
+
+
+def test_an_output_whose_size_depends_on_the_data_is_named(simulate: Any, tmp_path: Path) -> None:
+    nodes = [helper.make_node("NonZero", ["x"], ["y"])]
+    bundle = write(tmp_path / "nz.edge", nodes, np.ones((1, 3), np.float32), (TensorProto.INT64, [2, "found"]), ["n", 3])
+    simulation = simulate()
+    runner = open_runner(simulation.engine(bundle), simulation.backend)
+    with runner, pytest.raises(BackendError, match=r"output y depends on the data \(2x-1\)"):
+        runner.run({"x": np.ones((1, 3), np.float32)})
+
+
+# Several cameras
+
+
+def test_contexts_share_an_engine_and_outlive_the_first(simulate: Any, digits_bundle: Bundle) -> None:
+    simulation = simulate()
+    bundle = simulation.engine(digits_bundle)
+    frames = [np.random.default_rng(i).integers(0, 256, (28, 28), np.uint8) for i in range(3)]
+    with Model.open(bundle.path, "onnxruntime") as cpu:
+        expected = [cpu(frame).label for frame in frames]
+        with cpu.share() as other:
+            assert [other(frame).label for frame in frames] == expected
+    first = Model.open(bundle.path, simulation.backend).__enter__()
+    second, third = first.share().__enter__(), first.share()
+    assert len(simulation.cuda.streams) == 2
+    assert [first(frames[0]).label, second(frames[1]).label, first(frames[2]).label] == expected
+    first.__exit__(None, None, None)
+    assert [second(frame).label for frame in frames] == expected
+    second.__exit__(None, None, None)
+    with pytest.raises(BackendError, match="was closed"):
+        third.__enter__()
+    nothing_left(simulation)
+    assert [name for _, name in simulation.trt.used].count("deserialize_cuda_engine") == 1
+
+
+def test_the_gpu_times_its_own_steps(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    with runner_of(simulation, simulation.engine(tiny_bundle)) as runner:
+        assert runner.device_ms({"x": samples(1)}) == {"upload": 0.25, "compute": 0.25, "download": 0.25}
+    nothing_left(simulation)
+
+
+# TensorRT-RTX's runtime cache
+
+
+@pytest.fixture
+def cached(simulate: Callable[..., Any], tiny_bundle: Bundle) -> tuple[Any, Callable[[], int]]:
+    """(simulation, a function that opens the bundle, runs it, and says how many kernels had to be compiled)."""
+    simulation = simulate()
+    bundle = simulation.engine(tiny_bundle)
+
+    def compiled() -> int:
+        simulation.trt.compiled = 0
+        with open_runner(bundle, simulation.backend) as runner:
+            runner.run({"x": samples(1)})
+        return int(simulation.trt.compiled)
+
+    return simulation, compiled
+
+
+def test_the_second_start_compiles_nothing(cached: Any, tmp_path: Path) -> None:
+    _, compiled = cached
+    assert [compiled(), compiled()] == [1, 0]
+    (file,) = (tmp_path / "cache/edgekit/rtx").iterdir()
+    file.chmod(0o666)  # anyone could have put machine code in: not read, and written anew
+    assert [compiled(), compiled()] == [1, 1]
+    file.unlink()
+    assert [compiled(), compiled()] == [1, 0]
+
+
+def test_a_cache_that_cannot_be_kept_costs_time_only(cached: Any, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file in the way")
+    assert [cached[1](), cached[1]()] == [1, 1]
+
+
+def test_less_than_full_speed_is_said(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    bundle = simulation.engine(tiny_bundle, plan={"validity": "SUBOPTIMAL"})
+    with open_runner(bundle, simulation.backend) as runner:
+        assert "SUBOPTIMAL" in runner.describe()["suboptimal"]
