@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -167,7 +168,8 @@ def refused(call: Callable[[], Any]) -> dict[str, str]:
     try:
         call()
     except EdgekitError as error:
-        return {"kind": type(error).__name__, "error": error.message, "hint": error.hint}
+        folders = re.compile(rf"{re.escape(tempfile.gettempdir())}/[^/ ]+/")  # whose names say nothing
+        return {"kind": type(error).__name__, "error": folders.sub("", error.message), "hint": folders.sub("", error.hint)}
     return {"kind": "none", "error": "it was not refused", "hint": ""}
 
 
