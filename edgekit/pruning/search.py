@@ -282,8 +282,9 @@ def _unit(group: Group, network: Network, unit: int) -> int:
     """Channels of a row that make up ``unit``s."""
     if group.heads:
         return 1
-    rows = len(network.rows(group))
-    return unit if group.recurrent else max(unit // math.gcd(unit, rows), 1)
+    if group.recurrent:
+        return max(unit // 2, 1)  # the product that makes all gates is three or four times as wide
+    return max(unit // math.gcd(unit, len(network.rows(group))), 1)
 
 
 def _next(width: int, unit: int) -> int:

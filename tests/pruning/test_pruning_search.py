@@ -58,7 +58,8 @@ def test_every_step_is_cheaper_and_runs_and_is_kept_by_its_weights(make: Callabl
     for step in steps:
         assert step.price < cost
         cost = step.price
-        assert step.kind != "channels" or step.after % 8 == 0 or step.name.endswith(("query", "value"))
+        multiple = 4 if step.name.endswith("rnn") else 8  # half of the unit, where it is narrow
+        assert step.kind != "channels" or step.after % multiple == 0 or step.name.endswith(("query", "value"))
         assert step.network.module(samples).shape == (4, 7)
     last = steps[-1].network
     assert cost == pytest.approx(least)
