@@ -3,11 +3,11 @@
 The loss of a step is measured, not guessed: how far the KL divergence of the answers from the original's grows on
 training samples, with batch norms re-estimated (without that a small cut looks like ruin), on a model that has recovered
 from the cuts before. The most promising steps are compared once more after each was healed: a block that is left out ruins
-more than a few channels do, and more of it comes back. The share of the MACs that goes counts as a loss, too: between cuts that
-cost the same and save the same, the network that is left with more can learn more. In the end, cuts that later ones made
-needless are taken back. Steps remove channels down to the next multiple of ``unit``, because a width beside it costs as much
-as the next multiple (blocked layouts on a CPU, tensor cores on a GPU), a whole attention head, or a whole block that a
-residual goes around.
+more than a few channels do, and more of it comes back. The share of the capacity that goes, of MACs and weights alike,
+counts as a loss, too: between cuts that cost the same and save the same, the network that is left with more can learn more.
+In the end, cuts that later ones made needless are taken back. Steps remove channels down to the next multiple of ``unit``,
+because a width beside it costs as much as the next multiple (blocked layouts on a CPU, tensor cores on a GPU), a whole
+attention head, or a whole block that a residual goes around.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from edgekit.training.devices import Devices
 
 from .groups import Group, Network
 from .importance import Importance
-from .price import Price, macs_price
+from .price import Price, macs_price, size_price
 
 __all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity", "spared"]
 
 HEALING, HEALED, HEALING_RATE = 24, 32, 1e-3  # steps after each cut, of so many samples
 LARGE = 4  # a step takes a part of this of a wide group, at least
-CAPACITY = 1.0  # nats that all of the MACs count for: what fine-tuning cannot bring back is missing capacity
+CAPACITY = 1.0  # nats that all MACs and weights count for: what fine-tuning cannot bring back is missing capacity
 SHORTLIST = 2  # cuts of channels that are compared after healing, beside one block
 
 
@@ -158,8 +158,8 @@ def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, u
         moves = {(m.kind, m.name): m for m in _moves(network, weights, unit)}
         masked = {key: move.masked(network) for key, move in moves.items()}
         saved = {key: min(cost - price(left), cost - limit) for key, left in masked.items()}
-        work = macs_price(network)
-        shrunk = {key: CAPACITY * (1 - macs_price(left) / work) for key, left in masked.items()}
+        whole = _capacity(network)
+        shrunk = {key: CAPACITY * (1 - _capacity(left) / whole) for key, left in masked.items()}
         useful = [key for key in moves if saved[key] > 1e-9 * cost]
         if not useful:
             return
@@ -174,6 +174,12 @@ def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, u
             losses.clear()
         losses = {key: loss for key, loss in losses.items() if key[1] != move.name}
         yield Step(network, move.kind, move.name, move.before, move.after, kl, cost)
+
+
+def _capacity(network: Network) -> float:
+    """What a network can learn with, as one number: multiply-accumulates and weights alike. An embedding is nearly all
+    weights, and little of its words is in the samples that judge a cut; a first convolution is nearly all arithmetic."""
+    return math.sqrt(macs_price(network) * size_price(network))
 
 
 def _loss(network: Network, kl: float, judge: Judge, moves: Mapping[tuple[str, str], _Move], key: tuple[str, str]) -> float:
