@@ -386,9 +386,9 @@ def test_layers_need_an_int8_graph_and_onnxruntime(
     with pytest.raises(BundleError, match=r"no model\.int8\.onnx") as caught:
         edgekit.compare(tiny_bundle, layers=True)
     assert "quantize" in caught.value.hint
-    done = cli("compare", int8.path, "--layers", "--backends", "onnxruntime,tensorrt")
+    done = cli("compare", int8.path, "--layers", "--backends", "onnxruntime,abaci")
     assert done.code == 2
-    assert "'tensorrt'" in done.err
+    assert "'abaci'" in done.err
     assert "onnxruntime" in done.err
     from edgekit.runtime import BACKENDS
 
