@@ -14,7 +14,7 @@ from edgekit.manifest import ModelEdits
 
 from .coupling import Coupling, couple, export
 from .network import Axis, Channel, Group, Network, inside, layer_of
-from .trial import Trial
+from .trial import CODE_ERRORS, Trial
 
 __all__ = ["SAMPLES", "Channel", "Group", "Network", "analyse"]
 
@@ -73,7 +73,7 @@ def _passes_channels(network: Network, block: str, example: Tensor) -> bool:
                 continue
             try:
                 bare.without([row[0] for row in group.rows], group.attributes).module(example)
-            except RuntimeError:
+            except CODE_ERRORS:
                 return False
     return True
 

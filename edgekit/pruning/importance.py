@@ -30,10 +30,8 @@ def taylor(module: nn.Module, samples: Tensor, targets: Tensor) -> dict[str, Ten
     The loss is the cross-entropy of ``targets`` (N,), or of the model's own answers where a line is read.
     """
     module.zero_grad()
-    with (
-        torch.enable_grad(),
-        torch.backends.cudnn.flags(enabled=False),
-    ):  # which takes no gradients of a recurrence in eval mode
+    # cuDNN takes no gradients of a recurrence in eval mode.
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
         logits = module(samples).flatten(0, -2)
         wanted = targets if len(targets) == len(logits) and targets.ndim == 1 else logits.argmax(1)
         torch.nn.functional.cross_entropy(logits, wanted).backward()  # type: ignore[no-untyped-call]

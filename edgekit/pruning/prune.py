@@ -104,9 +104,7 @@ def prune(
     options = Options(wanted, on, max_drop, sparsity is not None, importance, patterns, unit, seed)
     roofline = None if on == "onnxruntime" else RooflinePrice(target_named(on), "fp16")
     module = load_module(source)
-    _check(module, options)
-    if (former := source.last("prune")) and former.figures.get("sparse_layers") and not options.sparse:
-        say("its 2:4 zeros are trained away: --sparsity 2:4 keeps the pattern")
+    _check(source, module, options)
     recovery = Recovery.of(source, data, epochs, minutes, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -253,8 +251,10 @@ class _Run:
         return {"on": {**named, "before_ms": before_ms, "ms": ms, "speedup": before_ms / ms}}
 
 
-def _check(module: nn.Module, options: Options) -> None:
+def _check(source: Bundle, module: nn.Module, options: Options) -> None:
     """Raises `UsageError` for what no training would make possible."""
+    if (former := source.last("prune")) and former.figures.get("sparse_layers") and not options.sparse:
+        say("its 2:4 zeros are trained away: --sparsity 2:4 keeps the pattern")
     layers = sorted({layer_of(name) for name, _ in module.named_parameters()})
     names = [name for name, _ in module.named_modules() if name]
     for pattern in options.freeze:

@@ -14,9 +14,11 @@ from edgekit.errors import EdgekitError
 from .coupling import Coupling
 from .network import Axis, Channel, Group, Network
 
-__all__ = ["Trial"]
+__all__ = ["CODE_ERRORS", "Trial"]
 
 TOLERANCE = 1e-3  # of the largest answer
+#: What a module's own code raises where it does not follow a cut.
+CODE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError, EdgekitError)
 JOINTLY = 9  # so many groups are fewer runs together than one by one
 
 
@@ -59,7 +61,7 @@ class Trial:
         for attributes in dict.fromkeys(orders):
             try:
                 cut = self.network.without(channels, attributes).module(self.example)
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError, EdgekitError) as error:
+            except CODE_ERRORS as error:
                 reason = (str(error).strip().splitlines() or [reason])[0]
                 continue
             if cut.shape != self.wanted.shape or not bool(torch.isfinite(cut).all()):

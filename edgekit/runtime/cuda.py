@@ -328,13 +328,16 @@ class _PyCuda:
         self._driver.memcpy_dtoh_async(pinned.host[:size], address, self._held[stream])
 
     def capture(self, work: Callable[[], None], stream: int) -> Any:
-        raise CaptureRefused(f"{self.library} cannot capture CUDA graphs; cuda-bindings can")
+        raise self._no_graphs()
 
     def launch(self, graph: Any, stream: int) -> None:
-        raise NotImplementedError("no graph comes out of `capture`")
+        raise self._no_graphs()
 
     def free_graph(self, graph: Any) -> None:
-        raise NotImplementedError("no graph comes out of `capture`")
+        raise self._no_graphs()
+
+    def _no_graphs(self) -> CaptureRefused:
+        return CaptureRefused(f"{self.library} cannot capture CUDA graphs; cuda-bindings can")
 
 
 def _text(value: Any) -> str:
