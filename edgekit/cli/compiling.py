@@ -19,11 +19,18 @@ target_option = click.option("--target", required=True, metavar="NAME", help="A 
 @out_option("The bundle to write.")
 @click.option("--shape", multiple=True, metavar="NAME:AxBxC", help="Fix an input's shape; once for each input.")
 @click.option("--dynamic", multiple=True, metavar="NAME:A..BxC", help="Keep axes dynamic, each with its range.")
+@click.option("--constant", "constants", multiple=True, metavar="NAME:V,V", help="Give an input its values for good: axes:0,2.")
 @click.option("--name", help="The model's name; the file's if not given.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=600, show_default=True, help="Seconds at most.")
 @answers
 def import_(
-    model: Path, out: Path, shape: tuple[str, ...], dynamic: tuple[str, ...], name: str | None, timeout_s: float
+    model: Path,
+    out: Path,
+    shape: tuple[str, ...],
+    dynamic: tuple[str, ...],
+    constants: tuple[str, ...],
+    name: str | None,
+    timeout_s: float,
 ) -> Answer:
     """Take a foreign ONNX file into a bundle.
 
@@ -34,10 +41,11 @@ def import_(
     Example:
       edgekit import ocr.onnx --out ocr.edge --shape x:1x3x48x320
       edgekit import ocr.onnx --out ocr.edge --dynamic x:1..8x3x48x320
+      edgekit import pool.onnx --out pool.edge --constant axes:2,3
     """
     from edgekit.compiler import import_onnx
 
-    bundle = import_onnx(model, out=out, shape=shape, dynamic=dynamic, name=name, timeout_s=timeout_s)
+    bundle = import_onnx(model, out=out, shape=shape, dynamic=dynamic, constants=constants, name=name, timeout_s=timeout_s)
     entry = bundle.manifest.history[-1]
     inputs = {spec.name: f"{spec.dtype} {'x'.join(map(str, spec.shape))}" for spec in bundle.manifest.inputs}
     return Answer({"bundle": str(bundle.path), "inputs": inputs, **entry.figures})

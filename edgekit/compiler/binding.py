@@ -1,18 +1,20 @@
-"""Binding the input shapes that a user states: exactly those, and the symbols they stand for."""
+"""Binding what a user states of inputs: shapes, exactly those and the symbols they stand for, and values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from edgekit.errors import GraphError, UsageError
 
 from .passes import dims
-from .shapes import Axis, shape_text
+from .shapes import Axis, Constant, shape_text
 
-__all__ = ["Binding", "bind_inputs"]
+__all__ = ["Binding", "bind_constants", "bind_inputs"]
 
 Stated = Mapping[str, tuple[Axis, ...]]
 
@@ -25,6 +27,45 @@ class Binding(NamedTuple):
     ranges: dict[str, Axis]
     notes: list[str]
     changed: bool
+
+
+def bind_constants(model: onnx.ModelProto, values: Mapping[str, Constant]) -> None:
+    """Turn inputs into constants, in place: axes, shapes and pads that a graph asks for at run time, TensorRT at build time.
+
+    Raises `UsageError` for a name that is no input, values that its shape or type cannot hold, and where no input is left.
+    """
+    known = {value.name: value for value in model.graph.input}
+    for name, numbers in values.items():
+        if name not in known:
+            raise UsageError(f"the graph has no input {name!r}", f"its inputs: {', '.join(known)}")
+        model.graph.initializer.append(numpy_helper.from_array(_constant(known[name], numbers), name))
+        model.graph.input.remove(known[name])
+    if values and not model.graph.input:
+        raise UsageError("every input was made a constant", "leave one for the runtime to feed")
+
+
+def _constant(value: onnx.ValueInfoProto, numbers: Constant) -> np.ndarray[Any, Any]:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+    known = value.type.tensor_type.HasField("shape")
+    shape = [axis if isinstance(axis, int) else -1 for axis in dims(value)] if known else [-1]
+    try:
+        array = np.array(numbers, np.float64 if any(isinstance(n, float) for n in numbers) else np.int64)
+        return _exactly(array.reshape(shape if shape.count(-1) < 2 else [-1]), dtype)
+    except (ValueError, OverflowError):
+        have = f"{np.dtype(dtype).name} {shape_text('?' if axis == -1 else axis for axis in shape) or 'scalar'}"
+        raise UsageError(
+            f"input {value.name} is {have}; {len(numbers)} numbers were stated: {', '.join(map(str, numbers[:8]))}",
+            f"state what it can hold: --constant {value.name}:VALUES",
+        ) from None
+
+
+def _exactly(array: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
+    """``array`` as ``dtype``; `ValueError` where an integer type would change its numbers."""
+    with np.errstate(all="ignore"):
+        cast = array.astype(dtype)
+    if np.dtype(dtype).kind != "f" and not np.array_equal(cast.astype(array.dtype), array):
+        raise ValueError("not a number of this type")
+    return cast
 
 
 def bind_inputs(model: onnx.ModelProto, fixed: Stated, dynamic: Stated) -> Binding:

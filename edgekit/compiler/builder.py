@@ -26,7 +26,7 @@ from edgekit.version import __version__
 
 from . import child
 from .kit import SCRIPT, make_kit
-from .shapes import Profiles, profiles_for
+from .shapes import Profiles, assumed_sizes, profiles_for
 
 __all__ = ["BuildResult", "build"]
 
@@ -98,6 +98,7 @@ def build(
         folder = Path(name)
         answer = child.call("compilation:compile_graph", _request(opened, chosen, spec), folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
+        answer["notes"] += _assumptions(opened)
         files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder)
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
@@ -106,6 +107,12 @@ def build(
     if "engine_sha256" in record:
         trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
     return _result(updated, chosen, record, cached=False, seconds=time.perf_counter() - started)
+
+
+def _assumptions(bundle: Bundle) -> list[str]:
+    """A note where the engine takes sizes that nobody stated."""
+    sizes = ", ".join(f"{symbol}={size}" for symbol, size in assumed_sizes(bundle).items())
+    return [f"takes {sizes} only, at which its golden outputs were made: import it with --shape or --dynamic"] if sizes else []
 
 
 def _check_precision(bundle: Bundle, target: Target, precision: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -22,7 +23,7 @@ from edgekit.runtime.golden import parse_golden
 from edgekit.runtime.onnxruntime import session
 
 from . import build_engine, passes, precision
-from .recurrences import reverse_forward_layers
+from .remedies import Refusal, remedies
 
 __all__ = ["MIN_FP16_SNR_DB", "compile_graph"]
 
@@ -40,6 +41,7 @@ INT8_MARGIN_DB = 3.0
 SAME = 2e-3
 #: The builder flag that lets TensorRT look for the 2:4 pattern in the weights, and try sparse kernels where it finds it.
 SPARSE = "SPARSE_WEIGHTS"
+_REFUSED = "TensorRT refuses the graph: "
 #: By `Bundle.form`.
 _HELD = {
     "int8": "int8 inputs and weights",
@@ -105,21 +107,45 @@ def _described(graph: bytes) -> dict[str, Any]:
 
 
 def _built(graph: bytes, wanted: Mapping[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """Write ``plan.engine``; returns the graph that TensorRT took, and ``tensorrt``, ``seconds``, ``notes``."""
-    notes = []
-    try:
-        plan, version, seconds = _engine(graph, wanted)
-    except GraphError:
-        model = onnx.load_model_from_string(graph)
-        if not reverse_forward_layers(model):
-            raise
-        say("refused; trying again with forward recurrences as reverse ones")
-        graph, before = model.SerializeToString(deterministic=True), graph
-        _check_same(before, graph, Path(wanted["golden"]), quantized=wanted["precision"] == "int8")
-        plan, version, seconds = _engine(graph, wanted)
-        notes = ["recurrences run in reverse over the reversed sequence, which is the same"]
+    """Write ``plan.engine``; returns the graph that TensorRT took, and ``tensorrt``, ``seconds``, ``notes``.
+
+    A graph that is refused is tried again with what `remedies` change, as long as they change something.
+    """
+    notes: list[str] = []
+    first: GraphError | None = None
+    while True:
+        try:
+            plan, version, seconds = _engine(graph, wanted)
+            break
+        except GraphError as refusal:
+            first = first or refusal
+            mended = _mended(graph, refusal.message.removeprefix(_REFUSED), wanted, notes)
+            if mended is None:
+                raise first from None
+            graph = mended
     (folder / "plan.engine").write_bytes(plan)
     return graph, {"tensorrt": version, "seconds": seconds, "notes": notes}
+
+
+def _mended(graph: bytes, refusal: str, wanted: Mapping[str, Any], notes: list[str]) -> bytes | None:
+    """The graph after the first remedy that changes it and not its answers; None where none does. ``notes`` gets its note."""
+    golden, quantized = Path(wanted["golden"]), wanted["precision"] == "int8"
+    refused = Refusal(refusal, wanted["profiles"], partial(_runs, golden=golden))
+    for remedy, note in remedies():
+        model = onnx.load_model_from_string(graph)
+        if not remedy(model, refused):
+            continue
+        passes.simplify(model)
+        mended: bytes = model.SerializeToString(deterministic=True)
+        try:
+            _check_same(graph, mended, golden, quantized=quantized)
+        except EdgekitError as reason:  # such as a branch that cannot run beside the one that is taken
+            say(f"refused, and one remedy does not hold: {reason.message}")
+            continue
+        notes.append(note.format(refusal.split(" ", 1)[0]))
+        say(f"refused; trying again: {notes[-1]}")
+        return mended
+    return None
 
 
 def _since(started: float) -> float:
@@ -188,14 +214,38 @@ def _half_noise(model: onnx.ModelProto, peaks: Mapping[str, float], inputs: Mapp
     return precision.against_golden(twin, inputs, truth, quantized=True).snr_db
 
 
-def _check_same(before: bytes, after: bytes, golden: Path, *, quantized: bool) -> None:
-    """Raise `GoldenError` where a rewritten graph answers the golden inputs otherwise than before."""
+def _golden_inputs(run: Any, golden: Path) -> dict[str, NDArray[Any]]:
+    """The golden inputs; where the graph has smaller axes, the first of them."""
     inputs, _ = parse_golden(golden.read_bytes())
-    run = session(before)
-    old = dict(zip([o.name for o in run.get_outputs()], run.run(None, inputs), strict=True))
-    worst = precision.against_golden(after, inputs, old, quantized=quantized).relative
+    for value in run.get_inputs():
+        sizes = zip(value.shape, inputs[value.name].shape, strict=True)
+        part = tuple(slice(wanted if isinstance(wanted, int) else have) for wanted, have in sizes)
+        inputs[value.name] = np.asarray(inputs[value.name][part])  # of a scalar numpy gives a number
+    return inputs
+
+
+def _runs(model: onnx.ModelProto, golden: Path) -> bool:
+    try:
+        run = session(model.SerializeToString())
+        run.run(None, _golden_inputs(run, golden))
+    except Exception:  # noqa: BLE001  ONNX Runtime raises many types of its own
+        return False
+    return True
+
+
+def _check_same(before: bytes, after: bytes, golden: Path, *, quantized: bool) -> None:
+    """Raise `EdgekitError` where a rewritten graph answers the golden inputs otherwise than before, or not at all."""
+    run, rewritten = session(before), session(after)
+    inputs = _golden_inputs(rewritten, golden)
+    try:
+        old = dict(zip([o.name for o in run.get_outputs()], run.run(None, inputs), strict=True))
+        worst = precision.against_golden(after, inputs, old, quantized=quantized).relative
+    except EdgekitError:
+        raise
+    except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
+        raise GoldenError(f"it does not run: {' '.join(str(error).split())}"[:300], "report this with the model") from None
     if worst > SAME:
-        raise GoldenError(f"the rewritten recurrences differ by {worst:.2g} relative", "report this with the model")
+        raise GoldenError(f"the rewritten graph differs by {worst:.2g} relative", "report this with the model")
 
 
 def _advance(bar: Any, phase: str, share: float) -> bool:
@@ -220,6 +270,6 @@ def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[bytes, str, float
             plan = build_engine.build(trt, graph, dict(request), partial(_advance, bar))
     except build_engine.BuildError as error:
         raise GraphError(
-            f"TensorRT refuses the graph: {error}"[:500], "import it again with fixed shapes (--shape), or change this node"
+            f"{_REFUSED}{error}"[:500], "import it again with fixed shapes (--shape), or change this node"
         ) from None
     return plan, trt.__version__, _since(started)

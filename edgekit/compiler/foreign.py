@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from numpy.typing import NDArray
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN
 from edgekit.errors import BackendError, EdgekitError, GraphError
 from edgekit.graphs import exact_reference, float_biases, is_explicit, quantized_nodes, to_float
+from edgekit.graphs.control import drop_branches
+from edgekit.graphs.narrow import to_signed
 from edgekit.runtime.golden import compare_arrays, save_golden
 from edgekit.runtime.onnxruntime import DTYPES, session
 
 from . import passes
-from .binding import bind_inputs
+from .binding import bind_constants, bind_inputs
+from .evaluator import Evaluator
 from .reading import check_model, read_model
 from .shapes import Axis
 
@@ -32,7 +36,7 @@ MIN_SNR_DB = 10.0  # between a quantized original and its float form: only round
 EXACT_SNR_DB = 25.0  # with the rounding emulated, ties and the order of sums remain: 45 to 200 dB are usual
 SEEDS = 3  # the first becomes golden, all are compared
 SAMPLES = (4, 1)  # golden samples tried along a dynamic first axis
-SIZES = (64, 32, 128, 224, 256, 16, 8, 1)  # tried for dynamic axes without a range
+SIZES = (64, 32, 128, 224, 256, 16, 8, 1, 512, 640)  # tried for dynamic axes without a range
 MAX_GOLDEN_AXIS = 640
 OLDEST_RUN = 7  # the oldest opset that ONNX Runtime states to run
 Feeds = dict[str, NDArray[Any]]
@@ -62,6 +66,9 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     fixed = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["shape"].items()}
     ranges = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["dynamic"].items()}
     source = read_model(path)
+    if constants := request.get("constants"):
+        bind_constants(source.model, constants)
+        source = source._replace(data=None, changed=True)
     bound = onnx.ModelProto()
     bound.CopyFrom(source.model)
     binding = bind_inputs(bound, fixed, ranges)
@@ -70,12 +77,17 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     original = _reference(source.model, notes)
     trials = _feeds(original, bound, binding.ranges, notes)
     truths = [_outputs(original, feeds) for feeds in trials]
-    changed, quantized = binding.changed or source.changed, {}
+    changed, quantized = binding.changed or source.changed or _signed(bound, original, trials, truths, notes), {}
     if quantized_nodes(bound):
         quantized = _unquantized(bound, trials, truths, notes)
         changed = changed or bool(quantized)
-    graph, model, error = _rewritten(source.data, bound, changed, trials, truths, notes)
-    run = session(graph, 0)
+    fits = isinstance(original, Evaluator) or _runs(bound, trials)
+    if not fits and drop_branches(bound, partial(_runs, trials=trials)):
+        notes.append("a branch of If that does not run at these shapes was left out")
+        changed = True
+    agree = partial(_agreement, trials=trials, truths=truths, like=original)
+    graph, model, error = _rewritten(source.data, bound, changed, agree, notes)
+    run = _runner(graph, original)
     (folder / FLOAT_GRAPH).write_bytes(graph)
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
     return {
@@ -90,6 +102,7 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "nodes_before": len(source.model.graph.node),
             "parameters": sum(int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type in passes.WEIGHT_TYPES),
             "relative_error": error,
+            **_sizes_run(bound, trials[0]),
             **quantized,
         },
     }
@@ -106,9 +119,60 @@ def _reference(model: onnx.ModelProto, notes: list[str]) -> Any:
         raised = onnx.ModelProto()
         raised.CopyFrom(model)
         if passes.opset(model) >= OLDEST_RUN or not passes.raise_opset(raised, []):
-            raise GraphError(error.message, "export the model again, with opset 17") from None
+            return _evaluator(model, error, notes)
         notes.append(f"ONNX Runtime does not run opset {passes.opset(model)}: golden outputs are of the converted graph")
         return session(raised.SerializeToString(), 0)
+
+
+def _sizes_run(bound: onnx.ModelProto, feeds: Feeds) -> dict[str, dict[str, int]]:
+    """``sizes``: symbol -> size of the golden inputs' dynamic axes; nothing where there are none."""
+    axes = {d: size for v in bound.graph.input for d, size in zip(passes.dims(v), feeds[v.name].shape, strict=True)}
+    found = {symbol: size for symbol, size in axes.items() if isinstance(symbol, str)}
+    return {"sizes": found} if found else {}
+
+
+def _signed(bound: onnx.ModelProto, original: Any, trials: list[Feeds], truths: list[Feeds], notes: list[str]) -> bool:
+    """Bring integer types that TensorRT lacks to int32 and int64, with what goes in and comes out; whether it was done."""
+    form = onnx.ModelProto()
+    form.CopyFrom(bound)
+    if quantized_nodes(bound) or not to_signed(form):
+        return False
+    wanted = {value.name: value.type.tensor_type.elem_type for value in (*form.graph.input, *form.graph.output)}
+
+    def cast(tensors: Feeds) -> Feeds:
+        return {name: value.astype(onnx.helper.tensor_dtype_to_np_dtype(wanted[name])) for name, value in tensors.items()}
+
+    fed, expected = list(map(cast, trials)), list(map(cast, truths))
+    try:
+        run = _runner(form.SerializeToString(), original)
+        answers = [_outputs(run, feeds) for feeds in fed]
+    except EdgekitError:
+        return False
+    if any(
+        not np.array_equal(answer[name], truth[name], equal_nan=True)
+        for answer, truth in zip(answers, expected, strict=True)
+        for name in truth
+    ):
+        return False  # it counts on numbers that wrap around
+    notes.append("16-bit and unsigned integers became int32 and int64, which TensorRT has")
+    bound.CopyFrom(form)
+    trials[:], truths[:] = fed, expected
+    return True
+
+
+def _evaluator(model: onnx.ModelProto, refusal: BackendError, notes: list[str]) -> Evaluator:
+    """ONNX's own evaluator, slow and in numpy, for graphs that ONNX Runtime has no kernels for."""
+    try:
+        found = Evaluator(model)
+    except Exception:  # noqa: BLE001  it raises anything for what it does not know
+        raise GraphError(refusal.message, "export the model again, with opset 17") from None
+    notes.append(f"golden outputs are of ONNX's reference evaluator, for {_first(refusal)[:160]}")
+    return found
+
+
+def _runner(graph: bytes, like: Any) -> Any:
+    """What runs ``graph`` as the original was run, by ``like``."""
+    return Evaluator(onnx.load_model_from_string(graph)) if isinstance(like, Evaluator) else session(graph, 0)
 
 
 def _unquantized(bound: onnx.ModelProto, trials: list[Feeds], truths: list[Feeds], notes: list[str]) -> dict[str, float]:
@@ -175,7 +239,7 @@ def _distance(truths: list[Feeds], answers: list[Feeds]) -> float:
 
 
 def _rewritten(
-    data: bytes | None, bound: onnx.ModelProto, changed: bool, trials: list[Feeds], truths: list[Feeds], notes: list[str]
+    data: bytes | None, bound: onnx.ModelProto, changed: bool, agree: Callable[[bytes], float], notes: list[str]
 ) -> tuple[bytes, onnx.ModelProto, float]:
     """The most rewritten form that still agrees: all passes, else only the bound inputs. ``data``: the file, self-contained."""
     better = onnx.ModelProto()
@@ -187,7 +251,7 @@ def _rewritten(
     for model, said in candidates:
         whole = data if data is not None and model is bound and not changed else model.SerializeToString(deterministic=True)
         try:
-            error = _agreement(whole, trials, truths)
+            error = agree(whole)
         except EdgekitError as reason:
             reasons.append(reason.message)
             continue
@@ -198,14 +262,22 @@ def _rewritten(
     raise GraphError(reasons[-1], "the graph may hold random operators; export it in inference mode")
 
 
-def _agreement(graph: bytes, trials: list[Feeds], truths: list[Feeds]) -> float:
+def _agreement(graph: bytes, trials: list[Feeds], truths: list[Feeds], like: Any) -> float:
     """The largest relative error of a graph over all trials and outputs."""
-    run = session(graph, 0)
+    run = _runner(graph, like)
     worst = 0.0
     for feeds, truth in zip(trials, truths, strict=True):
         found = _outputs(run, feeds)
         worst = max([worst, *(compare_arrays(truth[name], found[name]).relative for name in truth)])
     return worst
+
+
+def _runs(model: onnx.ModelProto, trials: list[Feeds]) -> bool:
+    try:
+        _outputs(session(model.SerializeToString(), 0), trials[0])
+    except EdgekitError:
+        return False
+    return True
 
 
 def _outputs(run: Any, feeds: Feeds) -> Feeds:
@@ -222,10 +294,12 @@ def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[dict[
     """Sizes to try for the symbols of the inputs, likeliest first."""
     first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} - {None}
     symbols = {d for i in model.graph.input for d in passes.dims(i) if isinstance(d, str)}
-    for samples, size in itertools.product(SAMPLES, SIZES):
+    nameless = {f"{i.name}_{axis}" for i in model.graph.input for axis in range(1, len(passes.dims(i)))} & symbols
+    like_batch = [set[str](), *({name} for name in sorted(nameless)), nameless] if nameless else [set()]
+    for batched, samples, size in itertools.product(like_batch, SAMPLES, SIZES):
         chosen = {}
         for symbol in sorted(symbols):
-            wanted = samples if symbol in first else size
+            wanted = samples if symbol in first or symbol in batched else size
             if symbol in ranges:
                 low, high = ranges[symbol]
                 wanted = min(high, samples if symbol in first else MAX_GOLDEN_AXIS)
@@ -240,7 +314,7 @@ def _feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], notes: 
     """Seeded random inputs on which the original runs, repeats itself and stays finite: `SEEDS` of them."""
     failure: EdgekitError | None = None
     for sizes in _sizes(model, ranges):
-        for kind in ("normal", "uniform", "small"):
+        for kind in ("normal", "uniform", "small", "above"):
             trials = [_random(model, sizes, kind, seed) for seed in range(SEEDS)]
             try:
                 truths = [_outputs(run, feeds) for feeds in trials]
@@ -263,19 +337,37 @@ def _feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], notes: 
 
 
 def _random(model: onnx.ModelProto, sizes: Mapping[str, int], kind: str, seed: int) -> Feeds:
-    """One set of inputs. Floats: standard normal, or 0..1; integers: 0..7, or 0..1 (indices must stay small); bools."""
-    random = np.random.default_rng(seed)
+    """One set of inputs. Floats: standard normal, 0..1, or 1..2 (logarithms, roots); integers: 0..7, 0..1 (indices must stay
+    small), 1..7 (divisors), or the number that the graph compares them with (a sampling rate); bools."""
+    random, known = np.random.default_rng(seed), _compared(model.graph)
     feeds: Feeds = {}
     for value in model.graph.input:
         shape = tuple(sizes[d] if isinstance(d, str) else int(d or 1) for d in passes.dims(value))
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
         if dtype.kind == "f":
-            floats = random.normal(size=shape) if kind == "normal" else random.uniform(size=shape)
+            floats = random.normal(size=shape) if kind == "normal" else random.uniform(size=shape) + (kind == "above")
             feeds[value.name] = np.asarray(floats).astype(dtype)
         else:
             high = 2 if dtype.kind == "b" or kind == "small" else 8
-            feeds[value.name] = np.asarray(random.integers(0, high, size=shape)).astype(dtype)
+            low = int(kind == "above" and dtype.kind != "b")
+            feeds[value.name] = np.asarray(random.integers(low, high, size=shape)).astype(dtype)
+            if value.name in known:
+                feeds[value.name][...] = known[value.name]
     return feeds
+
+
+def _compared(graph: onnx.GraphProto) -> dict[str, int]:
+    """Integer inputs that an Equal holds against a constant -> the first such constant."""
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    known |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute}
+    inputs = {value.name for value in graph.input}
+    found: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type == "Equal" and (names := inputs & set(node.input)) and (others := known.keys() & set(node.input)):
+            values = onnx.numpy_helper.to_array(known[others.pop()])
+            if values.size == 1 and values.dtype.kind in "iu":
+                found.setdefault(names.pop(), int(values.ravel()[0]))
+    return found
 
 
 def _spec(value: Any) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,7 +17,10 @@ from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_en
 from edgekit.progress import say
 
 from . import child
-from .shapes import parse_shapes, shape_text
+from .shapes import Constant, parse_constants, parse_shapes, shape_text
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 __all__ = ["import_onnx"]
 
@@ -30,13 +34,15 @@ def import_onnx(
     out: str | os.PathLike[str],
     shape: Iterable[str] | str = (),
     dynamic: Iterable[str] | str = (),
+    constants: Mapping[str, ArrayLike] | Iterable[str] | str = (),
     name: str | None = None,
     timeout_s: float = 600,
 ) -> Bundle:
     """Read ``model`` (ONNX, with external data only inside its folder) into a new bundle of task ``tensor``.
 
     ``shape``: texts as ``x:1x3x48x320``, which fix an input's axes. ``dynamic``: ``x:1..8x3x48x320``, which keeps axes
-    dynamic with the range that `build` compiles for. Inputs that neither names keep the axes of the file.
+    dynamic with the range that `build` compiles for. Inputs that neither names keep the axes of the file. ``constants``:
+    name -> values (or texts as ``axes:0,2``) of inputs that are parameters; they stop being inputs.
 
     The graph is raised to opset 13 or later, shapes are inferred, constants folded; a file that needs none of it is kept
     byte for byte. ONNX Runtime must give the original's outputs on seeded random inputs within 1e-4 (relative to the
@@ -54,10 +60,13 @@ def import_onnx(
     ranges = parse_shapes([dynamic] if isinstance(dynamic, str) else dynamic, "--dynamic", ranges=True)
     if both := sorted(set(fixed) & set(ranges)):
         raise UsageError(f"{both[0]} is in --shape and in --dynamic", "state an input once")
+    values = _constants(constants)
+    if both := sorted(set(values) & (set(fixed) | set(ranges))):
+        raise UsageError(f"{both[0]} is a constant and has a shape stated", "leave its --shape or --dynamic out")
     with Bundle.create(out) as draft, tempfile.TemporaryDirectory(prefix="edgekit-import-") as work:
         digest = _checked_file(path)
         say(f"importing {path.name}")
-        request = {"model": str(path.resolve()), "shape": fixed, "dynamic": ranges}
+        request = {"model": str(path.resolve()), "shape": fixed, "dynamic": ranges, "constants": values}
         answer = child.call("foreign:import_graph", request, Path(work), timeout_s)
         for file in (FLOAT_GRAPH, GOLDEN):
             draft.write(file, (Path(work) / file).read_bytes())
@@ -66,6 +75,7 @@ def import_onnx(
             "sha256": digest,
             "shape": {k: shape_text(v) for k, v in answer["shape"].items()},
             "dynamic": answer["dynamic"],
+            **({"constants": values} if values else {}),
         }
         for note in answer["notes"]:
             say(f"note: {note}")
@@ -79,6 +89,14 @@ def import_onnx(
             history=(history_entry("import", config, {**answer["figures"], "notes": answer["notes"]}),),
         )
     return Bundle.open(out, verify=False)
+
+
+def _constants(stated: Mapping[str, ArrayLike] | Iterable[str] | str) -> dict[str, Constant]:
+    if not isinstance(stated, Mapping):
+        return parse_constants([stated] if isinstance(stated, str) else stated)
+    import numpy as np
+
+    return {name: np.asarray(value).ravel().tolist() for name, value in stated.items()}
 
 
 def _checked_file(path: Path) -> str:

@@ -9,6 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from edgekit.graphs.control import inline_constant_branches
 from edgekit.graphs.editing import all_nodes, subgraphs
 from edgekit.graphs.opset import MIN_OPSET, opset
 from edgekit.graphs.opset import raise_opset as raise_to_wanted
@@ -67,7 +68,7 @@ def simplify(model: onnx.ModelProto) -> tuple[bool, list[str]]:
     changed |= not all(output.type.tensor_type.HasField("shape") for output in model.graph.output)
     infer_shapes(model)
     for _ in range(MAX_ROUNDS):
-        if not fold_constants(model):
+        if not (fold_constants(model) | inline_constant_branches(model)):
             break
         changed = True
         infer_shapes(model)

@@ -14,6 +14,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_m
 
 from edgekit.errors import GraphError
 from edgekit.graphs import MICROSOFT_OPERATORS
+from edgekit.graphs.narrow import plain_border
 
 from .passes import all_nodes, opset
 
@@ -62,10 +63,12 @@ def read_model(path: Path) -> Source:
         model.graph.input.extend(real)
         model.ir_version = max(model.ir_version, 8)
         changed = True
+    border = plain_border(model)
+    changed = changed or bool(border)
     _check_types(model)
     refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in _UNBUILDABLE})
     notes = [f"TensorRT does not build {', '.join(refused[:4])}; ONNX Runtime runs it"] if refused else []
-    return Source(model, None if external else data, changed, notes)
+    return Source(model, None if external else data, changed, [*border, *notes])
 
 
 def check_model(model: onnx.ModelProto) -> None:

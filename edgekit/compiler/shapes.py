@@ -1,4 +1,4 @@
-"""The shapes a user states: ``x:1x3x48x320`` binds axes, ``x:1..8x3x48x320`` gives them ranges."""
+"""What a user states of inputs: ``x:1x3x48x320`` binds axes, ``x:1..8x3x48x320`` gives them ranges, ``axes:0,2`` values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
 from edgekit.manifest import TensorSpec
 
-__all__ = ["Axis", "Profiles", "parse_batch", "parse_shapes", "profiles_for", "shape_text"]
+__all__ = [
+    "Axis",
+    "Constant",
+    "Profiles",
+    "assumed_sizes",
+    "parse_batch",
+    "parse_constants",
+    "parse_shapes",
+    "profiles_for",
+    "shape_text",
+]
 
 MAX_AXIS = 1 << 24
 #: input -> [min, opt, max] shapes, as TensorRT's optimization profile takes them
 Profiles = dict[str, list[list[int]]]
+#: The values of an input, in row-major order; the input says their type and shape.
+Constant = list[float | int]
 _AXIS = re.compile(r"^(\d{1,9})(?:\.\.(\d{1,9}))?$", re.ASCII)
 
 
@@ -57,6 +69,35 @@ def parse_shapes(texts: Iterable[str], option: str = "--shape", ranges: bool = F
     return found
 
 
+def parse_constants(texts: Iterable[str]) -> dict[str, Constant]:
+    """``NAME:V,V`` texts -> name -> numbers; ``NAME:`` is an input without elements. A name may hold colons.
+
+    Raises `UsageError` for anything else, and for a name stated twice.
+    """
+    found: dict[str, Constant] = {}
+    for text in texts:
+        name, colon, values = text.rpartition(":")
+        if not colon or not name:
+            raise UsageError(f"--constant {text!r} has no input name", f"write --constant NAME:{text.lstrip(':') or '0,2'}")
+        if name in found:
+            raise UsageError(f"--constant states {name} twice", "state each input once")
+        found[name] = [_number(part.strip(), text) for part in values.split(",") if values.strip()]
+    return found
+
+
+def _number(text: str, whole: str) -> float | int:
+    if text.lower() in ("true", "false"):
+        return int(text.lower() == "true")
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--constant {whole}: {text!r} is not a number", "write for example --constant axes:0,2") from None
+
+
 def parse_batch(batch: int | str | None) -> Axis | None:
     """``4`` -> exactly 4 samples at once; ``1..8`` -> one engine for 1 to 8, fastest at 8."""
     if batch is None:
@@ -87,14 +128,28 @@ def _stated_ranges(bundle: Bundle) -> dict[str, Axis]:
     }
 
 
+def assumed_sizes(bundle: Bundle) -> dict[str, int]:
+    """Axis symbol -> the size at which the import found that the graph runs, for those that nobody stated; not the batch."""
+    entry = bundle.last("import")
+    found = entry.figures.get("sizes") if entry else None
+    if not isinstance(found, Mapping):
+        return {}
+    stated = _stated_ranges(bundle)
+    axes = {axis for spec in bundle.manifest.inputs for axis in spec.shape[1:]}
+    first = {spec.shape[0] for spec in bundle.manifest.inputs if spec.shape}
+    return {name: int(size) for name, size in found.items() if name in axes - first - set(stated)}
+
+
 def profiles_for(bundle: Bundle, batch: int | str | None = None) -> Profiles:
     """The optimization profile of a bundle's graph: empty where every axis is fixed.
 
     A dynamic first axis is the batch: ``batch`` if given, else the range stated at import, else 1. Other dynamic axes
-    need a range from the import. The fastest (opt) shape is the largest: a device's worst case is what it must bear.
-    Raises `UsageError` for an axis without a range, and for a batch that the graph cannot take.
+    have the range from the import, else the one size at which its golden outputs were made (`assumed_sizes`). The fastest
+    (opt) shape is the largest: a device's worst case is what it must bear. Raises `UsageError` for an axis of which nothing
+    is known, and for a batch that the graph cannot take.
     """
     wanted, stated = parse_batch(batch), _stated_ranges(bundle)
+    stated |= {symbol: Axis(size, size) for symbol, size in assumed_sizes(bundle).items()}
     first = next((spec.shape[0] for spec in bundle.manifest.inputs if spec.shape and isinstance(spec.shape[0], str)), None)
     if wanted and first is None:
         fixed = {spec.shape[0] for spec in bundle.manifest.inputs if spec.shape}
@@ -124,7 +179,7 @@ def _profile_axis(spec: TensorSpec, index: int, batch: Axis | None, first: objec
         return batch
     if axis in stated:
         return stated[axis]
-    if index == 0:
+    if index == 0 or axis == first:
         return Axis(1, 1)
     shape = shape_text(spec.shape)
     raise UsageError(

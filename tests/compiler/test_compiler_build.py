@@ -439,3 +439,15 @@ def test_a_float16_graph_owes_its_choices_too(tmp_path: Path) -> None:
     with pytest.raises(GoldenError, match="fp16"):
         build(bundle, target="rtx-ada", precision="fp16")
     assert build(bundle, target="rtx-ada", precision="best").precision == "fp32"
+
+
+def test_an_operator_that_tensorrt_refuses_is_written_out(tmp_path: Path) -> None:
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "mean")]
+    norm = helper.make_node("LayerNormalization", ["x", "scale"], ["y", "mean"], name="norm")  # TensorRT gives no mean
+    graph = helper.make_graph([norm], "g", inputs, outputs, [numpy_helper.from_array(np.ones(4, np.float32), "scale")])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "norm.onnx").write_bytes(made.SerializeToString())
+    result = build(import_onnx(tmp_path / "norm.onnx", out=tmp_path / "norm.edge"), target="rtx-ada", precision="fp32")
+    assert result.engine is not None
+    assert "LayerNormalization written out by its ONNX definition" in result.note

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from edgekit.bundle import Bundle
 from edgekit.compiler import child, foreign, import_onnx, passes
 from edgekit.compiler.passes import drop_dead, fold_constants, opset, simplify
 from edgekit.compiler.reading import check_model, read_model
+from edgekit.compiler.shapes import parse_constants
 from edgekit.errors import EdgekitError, GraphError, OutputExists, UsageError
 from edgekit.runtime import Model, check_golden
 from edgekit.runtime.onnxruntime import session
@@ -502,3 +504,52 @@ def test_without_onnx_each_command_names_the_extra(tiny_bundle: Any, tiny_onnx: 
             True,
         )
         assert "defect" not in done.stderr
+
+
+def pooled(**extra: Any) -> onnx.ModelProto:
+    """Sums over the axes that an input names."""
+    inputs = [helper.make_tensor_value_info("x", F, [2, 3, 4]), helper.make_tensor_value_info("axes", TensorProto.INT64, [1])]
+    return model([helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=0)], inputs=inputs, y=[None, None], **extra)
+
+
+def test_an_input_that_is_a_parameter_becomes_a_constant(cli: Callable[..., Any], tmp_path: Path) -> None:
+    path = saved(tmp_path / "pool.onnx", pooled())
+    bundle = import_onnx(path, out=tmp_path / "a.edge", constants={"axes": np.array([2])})
+    assert [spec.name for spec in bundle.manifest.inputs] == ["x"]
+    assert bundle.manifest.outputs[0].shape == (2, 3)
+    with Model.open(bundle.path, backend="onnxruntime") as opened:
+        x = np.ones((2, 3, 4), np.float32)
+        np.testing.assert_array_equal(opened.run({"x": x})["y"], x.sum(2))
+    answer = cli("import", path, "--out", tmp_path / "b.edge", "--constant", "axes:2", "--json").json
+    assert answer["inputs"] == {"x": "float32 2x3x4"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "why"),
+    [
+        ("axes:1,2", "1 axes|2 numbers were stated"),
+        ("axes:one", "not a number"),
+        ("axes:1.5", "int64"),
+        ("shape:1", "no input 'shape'"),
+        ("1", "no input name"),
+    ],
+)
+def test_a_constant_that_does_not_fit_is_refused(tmp_path: Path, stated: str, why: str) -> None:
+    path = saved(tmp_path / "pool.onnx", pooled())
+    with pytest.raises(UsageError, match=why):
+        import_onnx(path, out=tmp_path / "b.edge", constants=stated)
+    with pytest.raises(UsageError, match="every input was made a constant"):
+        import_onnx(path, out=tmp_path / "b.edge", constants={"axes": [1], "x": np.ones((2, 3, 4))})
+    assert not (tmp_path / "b.edge").exists()
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=6), st.text("abc:/.", min_size=1, max_size=6))
+def test_constants_are_read_as_they_are_written(values: list[int], name: str) -> None:
+    assert parse_constants([f"{name}:{','.join(map(str, values))}"]) == {name: values}
+
+
+def test_what_onnx_runtime_has_no_kernel_for_is_held_against_onnx_itself(tmp_path: Path) -> None:
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT16, [4]) for name in "ab"]
+    made = model([helper.make_node("Max", ["a", "b"], ["y"])], inputs=inputs, y=[4], y_type=TensorProto.INT16)
+    bundle = import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge")
+    assert any("reference evaluator" in note for note in bundle.manifest.history[0].figures["notes"])
