@@ -31,8 +31,8 @@ class _Window(NamedTuple):
 def expand_dilated_pools(model: onnx.ModelProto) -> bool:
     """`MaxPool` and `AveragePool` with dilations become the maximum, or the mean, of strided slices, in place.
 
-    The result is that of ONNX's definition of these operators. Left alone: outputs of indices, unknown shapes, and windows
-    of more than `MAX_TAPS` values. Returns whether there was any.
+    Left alone: outputs of indices, unknown shapes, windows of more than `MAX_TAPS` values, and ``SAME`` padding, for which
+    ONNX Runtime forgets the dilations. Returns whether there was any.
     """
     inferred = onnx.shape_inference.infer_shapes(model).graph
     shapes = {
@@ -59,18 +59,14 @@ def _window(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> _Window | Non
     kernel = list(attribute(node, "kernel_shape", []))
     dilations = list(attribute(node, "dilations", [1] * len(kernel)))
     size, out = shapes.get(node.input[0], [])[2:], shapes.get(node.output[0], [])[2:]
-    if all(d == 1 for d in dilations) or np.prod(kernel) > MAX_TAPS:
+    same = attribute(node, "auto_pad", b"NOTSET").startswith(b"SAME")
+    if same or all(d == 1 for d in dilations) or np.prod(kernel) > MAX_TAPS:
         return None
     if len(size) != len(kernel) or len(out) != len(kernel) or not all(size + out):
         return None
     strides = list(attribute(node, "strides", [1] * len(kernel)))
     pads = list(attribute(node, "pads", [0] * 2 * len(kernel)))
     begin, end = pads[: len(kernel)], pads[len(kernel) :]
-    if (how := attribute(node, "auto_pad", b"NOTSET")) in (b"SAME_UPPER", b"SAME_LOWER"):
-        spans = zip(size, out, kernel, strides, dilations, strict=True)
-        total = [max((o - 1) * s + (k - 1) * d + 1 - n, 0) for n, o, k, s, d in spans]
-        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
-        begin, end = (small, large) if how == b"SAME_UPPER" else (large, small)
     return _Window(size, out, kernel, strides, dilations, begin, end)
 
 
