@@ -48,9 +48,10 @@ def import_(
 @target_option
 @click.option("--precision", default="best", show_default=True, metavar="P", help="fp32, fp16, int8 or best.")
 @click.option("--batch", metavar="N|A..B", help="Samples at once, or a range; for graphs with a dynamic first axis.")
+@click.option("--workspace-mb", type=click.IntRange(1), metavar="N", help="MiB of scratch memory that one kernel may use.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds at most.")
 @answers
-def build(bundle: Path, target: str, precision: str, batch: str | None, timeout_s: float) -> Answer:
+def build(bundle: Path, target: str, **options: Any) -> Answer:
     """Compile a bundle: an engine for RTX targets, a build kit for Jetson.
 
     best is int8 where the bundle is quantized (float16 outside its Q/DQ, or float32 where that loses too much), else fp16
@@ -64,7 +65,7 @@ def build(bundle: Path, target: str, precision: str, batch: str | None, timeout_
     """
     from edgekit.compiler import build as build_bundle
 
-    result = build_bundle(bundle, target=target, precision=precision, batch=batch, timeout_s=timeout_s)
+    result = build_bundle(bundle, target=target, **options)
     return Answer(result.figures())
 
 

@@ -1,4 +1,4 @@
-"""Build a TensorRT engine from a build kit: this file, build.json, the graph, golden.npz.
+"""Build a TensorRT engine from a build kit: this file, build_options.py, build.json, the graph, golden.npz.
 
     python3 build_engine.py                      on the device, with the TensorRT of its JetPack
     python3 build_engine.py --module tensorrt_rtx --compute-capability 8.9 --no-check     anywhere, without a GPU
@@ -22,6 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING or __package__:
+    from .build_options import BuildError, configure
+else:  # in a kit, whose folder is not on the path where Python runs with -P
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from build_options import BuildError, configure
+
 __all__ = ["BuildError", "build", "check", "main", "network_flags", "precision_flags", "strongly_typed"]
 
 if TYPE_CHECKING:
@@ -29,10 +35,6 @@ if TYPE_CHECKING:
 
     #: (phase, share done in 0..1) -> go on?
     Progress = Callable[[str, float], bool]
-
-
-class BuildError(Exception):
-    """TensorRT refused the graph; the message names the node and the operator where the parser does."""
 
 
 def network_flags(trt: Any) -> int:
@@ -121,8 +123,8 @@ def build(
     """An ONNX graph and its build.json -> a serialized engine, with the TensorRT module ``trt``.
 
     ``spec`` holds ``precision``, ``profiles`` ({input: [min, opt, max] shapes}), ``flags`` (names of builder flags; one
-    that this TensorRT lacks is left out) and, for TensorRT-RTX, ``compute_capability``. ``progress(phase, share)`` is
-    called where TensorRT reports progress; returning False cancels. Raises `BuildError`.
+    that this TensorRT lacks is left out), ``options`` (see `build_options`) and, for TensorRT-RTX, ``compute_capability``.
+    ``progress(phase, share)`` is called where TensorRT reports progress; returning False cancels. Raises `BuildError`.
     """
     lines: list[str] = []
     logger = _logger(trt, lines)
@@ -135,6 +137,7 @@ def build(
     for name in [*spec["flags"], *precision_flags(trt, spec["precision"])]:
         if hasattr(trt.BuilderFlag, name):
             config.set_flag(getattr(trt.BuilderFlag, name))
+    configure(trt, config, spec.get("options", {}))
     capability = spec.get("compute_capability")
     if capability and hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1

@@ -25,7 +25,8 @@ from edgekit.trust import trust_engine
 from edgekit.version import __version__
 
 from . import child
-from .kit import SCRIPT, make_kit
+from .kit import SCRIPTS, make_kit
+from .options import Options
 from .shapes import Profiles, profiles_for
 
 __all__ = ["BuildResult", "build"]
@@ -70,6 +71,7 @@ def build(
     target: str,
     precision: str = "best",
     batch: int | str | None = None,
+    workspace_mb: int | None = None,
     timeout_s: float = 1800,
 ) -> BuildResult:
     """Compile a bundle's graph for ``target`` (see ``edgekit targets``) into ``engines/`` of the same bundle.
@@ -81,8 +83,9 @@ def build(
     Outside of int8 an int8 engine computes in float16, but for nodes whose range needs float32, and but for graphs in which
     float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8", for graphs with a dynamic first axis;
     1 if not given. Where the graph has 2:4 weights and the target sparse tensor cores, the builder tries them.
+    ``workspace_mb``: scratch memory in MiB that one kernel may use, without a limit if not given.
 
-    Raises `UsageError` for an unknown target, a precision the target lacks or a batch the graph cannot take,
+    Raises `UsageError` for an unknown target, a precision or an option the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for and does not hold, `GraphError` where
     TensorRT refuses the graph (named by node and operator), `MissingExtra` without TensorRT-RTX.
     """
@@ -90,7 +93,9 @@ def build(
     chosen = target_named(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check_precision(opened, chosen, precision)
-    spec = _specification(opened, chosen, precision, profiles_for(opened, batch))
+    options = Options(workspace_mb)
+    options.check(chosen)
+    spec = _specification(opened, chosen, precision, profiles_for(opened, batch), options)
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
     if (found := _cached(opened, chosen, key)) is not None:
         return _result(opened, chosen, found, cached=True, seconds=time.perf_counter() - started)
@@ -101,7 +106,7 @@ def build(
         files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder)
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
-    entry = opened.entry("build", {"target": target, "precision": precision, "batch": batch}, figures)
+    entry = opened.entry("build", {"target": target, "precision": precision, "batch": batch, **spec["options"]}, figures)
     updated = opened.extend(files, entry)
     if "engine_sha256" in record:
         trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
@@ -168,20 +173,21 @@ def _readers(target: Target, opset: int, untyped: int | None = None) -> tuple[tu
     return able, notes
 
 
-def _specification(bundle: Bundle, target: Target, precision: str, profiles: Profiles) -> dict[str, Any]:
+def _specification(bundle: Bundle, target: Target, precision: str, profiles: Profiles, options: Options) -> dict[str, Any]:
     """Everything that decides the engine, the builder's flags too, which follow from it; its digest is the cache's key."""
     manifest = bundle.manifest
     sources = {name: manifest.files[name] for name in (FLOAT_GRAPH, INT8_GRAPH, GOLDEN) if name in manifest.files}
     return {
         "recipe": RECIPE,
         "edgekit": __version__,
-        "script": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
+        "script": hashlib.sha256(b"".join(script.read_bytes() for script in SCRIPTS)).hexdigest(),
         "target": msgspec.to_builtins(target),
         "requested": precision,
         "tensorrt": _tensorrt_version(target),
         "sources": sources,
         "golden": msgspec.to_builtins(manifest.golden),
         "profiles": profiles,
+        "options": options.decides(),
     }
 
 
@@ -204,6 +210,7 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any]) -> dict[st
         "extra": "rtx",
         "compute_capability": target.sm,
         "profiles": spec["profiles"],
+        "options": spec["options"],
         "sparse": target.sparse,
     }
 
@@ -227,7 +234,7 @@ def _outputs(
     graph = (folder / "graph.onnx").read_bytes()
     used = bundle.form if answer["precision"] == "int8" else answer["precision"]
     record = {
-        **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles")},
+        **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles", "options")},
         **{k: answer[k] for k in ("flags", "sparse_layers")},
         "target": target.name,
         "kind": target.kind,

@@ -13,9 +13,10 @@ import msgspec
 
 from edgekit.targets import JetPack, Target
 
-__all__ = ["SCRIPT", "make_kit"]
+__all__ = ["SCRIPTS", "make_kit"]
 
-SCRIPT = Path(__file__).with_name("build_engine.py")
+#: What runs on the device: the first is called, the others lie beside it.
+SCRIPTS = tuple(Path(__file__).with_name(name) for name in ("build_engine.py", "build_options.py"))
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can state: the same inputs give the same bytes
 _GRAPH, _UNTYPED = "graph.onnx", "untyped.onnx"
 
@@ -33,13 +34,13 @@ def make_kit(
     ``readers``: the JetPacks whose TensorRT reads the graph. ``untyped``: the graph that a weakly typed TensorRT (8.6)
     takes instead, where it does not read the typed one; left out where no reader is one.
     """
-    files = {_GRAPH: graph, "build_engine.py": SCRIPT.read_bytes()}
+    files = {_GRAPH: graph, **{script.name: script.read_bytes() for script in SCRIPTS}}
     if golden is not None:
         files["golden.npz"] = golden
     if untyped is not None and not all(entry.strongly_typed for entry in readers):
         files[_UNTYPED] = untyped
     spec = {
-        **{k: record[k] for k in ("target", "precision", "profiles", "flags", "golden", "key")},
+        **{k: record[k] for k in ("target", "precision", "profiles", "flags", "options", "golden", "key")},
         "graph": _GRAPH,
         "untyped_graph": _UNTYPED if _UNTYPED in files else _GRAPH,
         "compute_capability": target.sm,
@@ -63,6 +64,8 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
         shapes = ",".join(f"{name}:{'x'.join(map(str, shape[index]))}" for name, shape in spec["profiles"].items())
         words += [f"--{word}Shapes={shapes}"] if shapes else []
     words += ["--sparsity=enable"] if "SPARSE_WEIGHTS" in spec["flags"] else []
+    options = spec["options"]
+    words += [f"--memPoolSize=workspace:{options['workspace_mb']}"] if "workspace_mb" in options else []
     return " ".join(words)
 
 
