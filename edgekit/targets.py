@@ -49,6 +49,7 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cuda: str
     python: str
     source: Annotated[str, msgspec.Meta(min_length=8)]
+    dla: bool = True  #: whether this TensorRT drives the device's DLA, where it has one
 
     @property
     def opset(self) -> int:

@@ -49,6 +49,14 @@ def import_(
 @click.option("--precision", default="best", show_default=True, metavar="P", help="fp32, fp16, int8 or best.")
 @click.option("--batch", metavar="N|A..B", help="Samples at once, or a range; for graphs with a dynamic first axis.")
 @click.option("--workspace-mb", type=click.IntRange(1), metavar="N", help="MiB of scratch memory that one kernel may use.")
+@click.option(
+    "--dla",
+    type=click.IntRange(0),
+    is_flag=False,
+    flag_value=0,
+    metavar="[CORE]",
+    help="Run on the deep learning accelerator what it can (fp16 or int8, one shape), the rest on the GPU. Core 0 by default.",
+)
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds at most.")
 @answers
 def build(bundle: Path, target: str, **options: Any) -> Answer:

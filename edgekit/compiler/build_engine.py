@@ -18,23 +18,30 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from .build_options import BuildError, configure
+    from .build_options import BuildError, configure, fallback, fallback_text, load
 else:  # in a kit, whose folder is not on the path where Python runs with -P
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from build_options import BuildError, configure
+    from build_options import BuildError, configure, fallback, fallback_text, load
 
-__all__ = ["BuildError", "build", "check", "main", "network_flags", "precision_flags", "strongly_typed"]
+__all__ = ["BuildError", "Built", "build", "check", "main", "network_flags", "precision_flags", "strongly_typed"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     #: (phase, share done in 0..1) -> go on?
     Progress = Callable[[str, float], bool]
+
+
+class Built(NamedTuple):
+    """A serialized engine, and which layers fall back from the DLA where one was asked for (`build_options.fallback`)."""
+
+    plan: bytes
+    dla: dict[str, Any] | None = None
 
 
 def network_flags(trt: Any) -> int:
@@ -119,7 +126,7 @@ def build(
     spec: dict[str, Any],
     progress: Progress | None = None,
     timing_cache: Path | None = None,
-) -> bytes:
+) -> Built:
     """An ONNX graph and its build.json -> a serialized engine, with the TensorRT module ``trt``.
 
     ``spec`` holds ``precision``, ``profiles`` ({input: [min, opt, max] shapes}), ``flags`` (names of builder flags; one
@@ -137,7 +144,8 @@ def build(
     for name in [*spec["flags"], *precision_flags(trt, spec["precision"])]:
         if hasattr(trt.BuilderFlag, name):
             config.set_flag(getattr(trt.BuilderFlag, name))
-    configure(trt, config, spec.get("options", {}))
+    options = spec.get("options", {})
+    configure(trt, builder, config, options)
     capability = spec.get("compute_capability")
     if capability and hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1
@@ -161,7 +169,7 @@ def build(
         raise BuildError(" ".join(" ".join(lines[-1:]).split()) or "TensorRT gave no reason")
     if cache is not None and timing_cache is not None:
         timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return bytes(plan)
+    return Built(bytes(plan), fallback(config, network) if options.get("dla") is not None else None)
 
 
 class _Cuda:
@@ -244,16 +252,23 @@ def _errors(truth: Any, found: Any, quantized: bool) -> tuple[float, float]:
 
 
 def check(
-    trt: Any, plan: bytes, golden: Path, tolerance: dict[str, Any], cuda: Any = None, quantized: bool = False
+    trt: Any,
+    plan: bytes,
+    golden: Path,
+    tolerance: dict[str, Any],
+    cuda: Any = None,
+    quantized: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Run the engine on the golden inputs, one profile-sized batch at a time; returns the worst output's errors.
 
     Of a ``quantized`` engine, integer outputs beside float ones are choices, and are not held against the golden ones.
 
-    Raises `BuildError` where the engine does not load or misses ``tolerance`` ({"kind": "snr_db" | "relative", "limit"}).
+    ``options``: those of build.json. Raises `BuildError` where the engine does not load or misses ``tolerance``
+    ({"kind": "snr_db" | "relative", "limit"}).
     """
     cuda = cuda or _Cuda()
-    engine = trt.Runtime(_logger(trt, [])).deserialize_cuda_engine(plan)
+    engine = load(trt, _logger(trt, []), plan, options or {})
     if engine is None:
         raise BuildError("the engine does not load on this device")
     with np.load(golden, allow_pickle=False) as file:
@@ -304,8 +319,7 @@ def _print_progress(phase: str, share: float) -> bool:
     return True
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line of a kit; prints one JSON object, returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Build the TensorRT engine of this kit.")
     parser.add_argument("--kit", type=Path, default=here, help="folder with build.json (default: beside this file)")
@@ -314,40 +328,61 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute-capability", metavar="X.Y", help="tensorrt_rtx only: which GPUs to compile for")
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and write timings: later builds are faster")
     parser.add_argument("--no-check", action="store_true", help="do not run the engine on the golden inputs")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"\n{text}\n")
+
+
+def _compiled(options: argparse.Namespace) -> dict[str, Any]:
+    """Build, check, write; returns what TARGET.json says, and ``engine``, the path."""
+    spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
+    _verify(options.kit, spec)
+    trt = importlib.import_module(options.module)
+    name = spec["graph" if strongly_typed(trt) else "untyped_graph"]
+    graph = (options.kit / name).read_bytes()
+    spec["compute_capability"] = options.compute_capability
+    start = time.perf_counter()
+    built = build(trt, graph, spec, _print_progress, options.timing_cache)
+    if built.dla:
+        _say(fallback_text(built.dla))
+    checked = None
+    if not options.no_check:
+        golden, limit = options.kit / "golden.npz", spec["golden"]
+        checked = check(trt, built.plan, golden, limit, None, quantized(spec["precision"]), spec["options"])
+    answer = {
+        "target": spec["target"],
+        "precision": spec["precision"],
+        "tensorrt": trt.__version__,
+        "module": options.module,
+        "seconds": round(time.perf_counter() - start, 3),
+        "size_bytes": len(built.plan),
+        "engine_sha256": hashlib.sha256(built.plan).hexdigest(),
+        "graph_sha256": spec["files"][name],
+        "key": spec["key"],
+        "options": spec["options"],
+        "golden": checked,
+        "dla": built.dla,
+    }
+    out = options.out or options.kit
+    out.mkdir(parents=True, exist_ok=True)
+    engine = out / (spec["target"] + ".engine")
+    _write(engine, built.plan)
+    _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
+    return {**answer, "engine": str(engine)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of a kit; prints one JSON object, returns the exit code."""
+    options = _parser().parse_args(arguments)
     try:
-        spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
-        _verify(options.kit, spec)
-        trt = importlib.import_module(options.module)
-        name = spec["graph" if strongly_typed(trt) else "untyped_graph"]
-        graph = (options.kit / name).read_bytes()
-        spec["compute_capability"] = options.compute_capability
-        start = time.perf_counter()
-        plan = build(trt, graph, spec, _print_progress, options.timing_cache)
-        checked = None
-        if not options.no_check:
-            checked = check(trt, plan, options.kit / "golden.npz", spec["golden"], quantized(spec["precision"]))
-        answer = {
-            "target": spec["target"],
-            "precision": spec["precision"],
-            "tensorrt": trt.__version__,
-            "module": options.module,
-            "seconds": round(time.perf_counter() - start, 3),
-            "size_bytes": len(plan),
-            "engine_sha256": hashlib.sha256(plan).hexdigest(),
-            "graph_sha256": spec["files"][name],
-            "key": spec["key"],
-            "golden": checked,
-        }
-        out = options.out or options.kit
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out / (spec["target"] + ".engine"), plan)
-        _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
-    except (BuildError, OSError, ImportError, LookupError, ValueError) as error:
-        sys.stderr.write(f"\nerror: {type(error).__name__}: {error}\n")
+        answer = _compiled(options)
+    except (BuildError, OSError, ImportError, LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        _say(f"error: {type(error).__name__}: {error}")
         return 1
     sys.stderr.write("\n")
-    sys.stdout.write(json.dumps({**answer, "engine": str(out / (spec["target"] + ".engine"))}) + "\n")
+    sys.stdout.write(json.dumps(answer) + "\n")
     return 0
 
 

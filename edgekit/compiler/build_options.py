@@ -3,9 +3,10 @@ features by name, never by version; Python 3.8 and nothing else."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-__all__ = ["BuildError", "configure"]
+__all__ = ["BuildError", "configure", "counted", "fallback", "fallback_text", "load"]
 
 
 class BuildError(Exception):
@@ -21,8 +22,49 @@ def _member(trt: Any, enumeration: str, name: str, option: str) -> Any:
     return found
 
 
-def configure(trt: Any, config: Any, options: dict[str, Any]) -> None:
+def configure(trt: Any, builder: Any, config: Any, options: dict[str, Any]) -> None:
     """Set on a builder's configuration what ``options`` of a build.json asks for. Raises `BuildError`."""
     if options.get("workspace_mb") is not None:
         pool = _member(trt, "MemoryPoolType", "WORKSPACE", "--workspace-mb")
         config.set_memory_pool_limit(pool, options["workspace_mb"] << 20)
+    if options.get("dla") is not None:
+        if options["dla"] >= builder.num_DLA_cores:
+            cores = f"{builder.num_DLA_cores} DLA cores" if builder.num_DLA_cores else "no DLA"
+            raise BuildError(f"--dla {options['dla']}: this device, with this TensorRT, has {cores}; build without --dla")
+        config.default_device_type = _member(trt, "DeviceType", "DLA", "--dla")
+        config.DLA_core = options["dla"]
+        config.set_flag(_member(trt, "BuilderFlag", "GPU_FALLBACK", "--dla"))
+
+
+def fallback(config: Any, network: Any) -> dict[str, Any]:
+    """Which layers of a network the DLA does not take, by TensorRT's own word; ``on_gpu`` is None where it is not asked.
+
+    Said of each layer alone, before fusion: TensorRT may move more to the GPU, where a core has no room for another part.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    ask = getattr(config, "can_run_on_DLA", None)
+    left = None if ask is None else [{"name": item.name, "type": item.type.name} for item in layers if not ask(item)]
+    return {"core": config.DLA_core, "layers": len(layers), "on_gpu": left}
+
+
+def counted(words: Any) -> str:
+    """``3 CONVOLUTION, 1 SOFTMAX``: how often each occurs, the most frequent first."""
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
+
+
+def fallback_text(found: dict[str, Any]) -> str:
+    """What `fallback` found, in one line."""
+    if found["on_gpu"] is None:
+        return f"DLA core {found['core']}: this TensorRT does not say which layers fall back to the GPU"
+    left = len(found["on_gpu"])
+    which = counted(layer["type"] for layer in found["on_gpu"])
+    text = f"DLA core {found['core']}: {left} of {found['layers']} layers fall back to the GPU"
+    return f"{text}: {which}" if left else text
+
+
+def load(trt: Any, logger: Any, plan: bytes, options: dict[str, Any]) -> Any:
+    """A serialized engine, loaded; None where this device does not take it."""
+    runtime = trt.Runtime(logger)
+    if options.get("dla") is not None:
+        runtime.DLA_core = options["dla"]
+    return runtime.deserialize_cuda_engine(plan)

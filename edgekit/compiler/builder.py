@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.errors import BundleError, MissingExtra, UsageError
+from edgekit.errors import BundleError, GoldenError, MissingExtra, UsageError
 from edgekit.manifest import Tolerance
 from edgekit.targets import PRECISIONS, JetPack, Target, target_named
 from edgekit.trust import trust_engine
@@ -72,6 +72,7 @@ def build(
     precision: str = "best",
     batch: int | str | None = None,
     workspace_mb: int | None = None,
+    dla: int | None = None,
     timeout_s: float = 1800,
 ) -> BuildResult:
     """Compile a bundle's graph for ``target`` (see ``edgekit targets``) into ``engines/`` of the same bundle.
@@ -83,19 +84,20 @@ def build(
     Outside of int8 an int8 engine computes in float16, but for nodes whose range needs float32, and but for graphs in which
     float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8", for graphs with a dynamic first axis;
     1 if not given. Where the graph has 2:4 weights and the target sparse tensor cores, the builder tries them.
-    ``workspace_mb``: scratch memory in MiB that one kernel may use, without a limit if not given.
+    ``workspace_mb``: scratch memory in MiB that one kernel may use, without a limit if not given. ``dla``: the core of the
+    deep learning accelerator that runs what it can, in fp16 or int8; the GPU runs the rest.
 
     Raises `UsageError` for an unknown target, a precision or an option the target lacks or a batch the graph cannot take,
-    `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for and does not hold, `GraphError` where
-    TensorRT refuses the graph (named by node and operator), `MissingExtra` without TensorRT-RTX.
+    `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for, or is needed by the DLA, and does not hold,
+    `GraphError` where TensorRT refuses the graph (named by node and operator), `MissingExtra` without TensorRT-RTX.
     """
     started = time.perf_counter()
     chosen = target_named(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check_precision(opened, chosen, precision)
-    options = Options(workspace_mb)
-    options.check(chosen)
-    spec = _specification(opened, chosen, precision, profiles_for(opened, batch), options)
+    options, profiles = Options(workspace_mb, dla), profiles_for(opened, batch)
+    options.check(chosen, precision, profiles)
+    spec = _specification(opened, chosen, precision, profiles, options)
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
     if (found := _cached(opened, chosen, key)) is not None:
         return _result(opened, chosen, found, cached=True, seconds=time.perf_counter() - started)
@@ -103,6 +105,8 @@ def build(
         folder = Path(name)
         answer = child.call("compilation:compile_graph", _request(opened, chosen, spec), folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
+        _check_chosen(options, answer)
+        answer["notes"] += options.notes(answer["precision"])
         files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder)
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
@@ -138,6 +142,15 @@ def _check_precision(bundle: Bundle, target: Target, precision: str) -> None:
         raise BundleError(f"{bundle.path} holds no graph to build", "make it again with edgekit train or edgekit import")
 
 
+def _check_chosen(options: Options, answer: Mapping[str, Any]) -> None:
+    """Whether what ``best`` came to is something that the DLA runs."""
+    if options.dla is not None and answer["precision"] == "fp32":
+        raise GoldenError(
+            f"the DLA runs fp16 and int8 only, and this graph came to fp32: {'; '.join(answer['notes'])}"[:400],
+            "leave --dla out, or quantize the bundle",
+        )
+
+
 def _tensorrt_version(target: Target) -> str:
     """The version that will compile: installed TensorRT-RTX here, the JetPacks' on a device."""
     if target.kind == "device":
@@ -154,23 +167,30 @@ def _listed(entries: Iterable[JetPack]) -> str:
     return ", ".join(f"{entry.tensorrt} (JetPack {entry.jetpack})" for entry in entries)
 
 
-def _readers(target: Target, opset: int, untyped: int | None = None) -> tuple[tuple[JetPack, ...], list[str]]:
+def _readers(
+    target: Target, opset: int, untyped: int | None = None, dla: bool = False
+) -> tuple[tuple[JetPack, ...], list[str]]:
     """(the JetPacks whose TensorRT reads a graph of this opset, a note for each of the others).
 
-    ``untyped``: opset of the graph that a weakly typed TensorRT takes instead.
+    ``untyped``: opset of the graph that a weakly typed TensorRT takes instead. ``dla``: whether one is needed.
     """
 
     def read(entry: JetPack) -> int:
         return opset if entry.strongly_typed or untyped is None else untyped
 
-    able = tuple(entry for entry in target.tensorrt if read(entry) <= entry.opset)
+    able = tuple(entry for entry in target.tensorrt if read(entry) <= entry.opset and (entry.dla or not dla))
     notes = [
-        f"not for JetPack {entry.jetpack}: TensorRT {entry.tensorrt} "
-        + (f"reads opset {entry.opset} at most, the graph has {read(entry)}" if entry.opset else "is older than the kit's 8.6")
+        f"not for JetPack {entry.jetpack}: TensorRT {entry.tensorrt} " + _inability(entry, read(entry))
         for entry in target.tensorrt
         if entry not in able
     ]
     return able, notes
+
+
+def _inability(entry: JetPack, opset: int) -> str:
+    if not entry.opset:
+        return "is older than the kit's 8.6"
+    return f"reads opset {entry.opset} at most, the graph has {opset}" if opset > entry.opset else "has no DLA"
 
 
 def _specification(bundle: Bundle, target: Target, precision: str, profiles: Profiles, options: Options) -> dict[str, Any]:
@@ -257,7 +277,7 @@ def _outputs(
             record["notes"].append("TensorRT-RTX documents int8 for weights only: expect no int8 speed")
     else:
         golden = bundle.file(GOLDEN).read_bytes() if bundle.has(GOLDEN) else None
-        able, unable = _readers(target, answer["opset"], answer["untyped_opset"])
+        able, unable = _readers(target, answer["opset"], answer["untyped_opset"], "dla" in spec["options"])
         record["tensorrt"] = _listed(able) or "none"
         record["notes"] += unable
         untyped = (folder / "untyped.onnx").read_bytes() if answer["untyped_opset"] else None

@@ -217,7 +217,7 @@ def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[bytes, str, float
     started = time.perf_counter()
     try:
         with click.progressbar(length=1000, label="building", file=sys.stderr) as bar:
-            plan = build_engine.build(trt, graph, dict(request), partial(_advance, bar))
+            plan = build_engine.build(trt, graph, dict(request), partial(_advance, bar)).plan
     except build_engine.BuildError as error:
         raise GraphError(
             f"TensorRT refuses the graph: {error}"[:500], "import it again with fixed shapes (--shape), or change this node"

@@ -65,6 +65,7 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
         words += [f"--{word}Shapes={shapes}"] if shapes else []
     words += ["--sparsity=enable"] if "SPARSE_WEIGHTS" in spec["flags"] else []
     options = spec["options"]
+    words += [f"--useDLACore={options['dla']}", "--allowGPUFallback"] if "dla" in options else []
     words += [f"--memPoolSize=workspace:{options['workspace_mb']}"] if "workspace_mb" in options else []
     return " ".join(words)
 

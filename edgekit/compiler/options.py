@@ -6,21 +6,38 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgekit.errors import UsageError
-from edgekit.targets import Target
+from edgekit.targets import Target, load_targets
+
+from .shapes import Profiles, shape_text
 
 __all__ = ["Options"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """``workspace_mb``: scratch memory in MiB that one kernel may use; None leaves it to TensorRT (all there is)."""
+    """``workspace_mb``: scratch memory in MiB that one kernel may use; None leaves it to TensorRT (all there is).
+
+    ``dla``: the core of the deep learning accelerator that runs what it can; the GPU runs the rest.
+    """
 
     workspace_mb: int | None = None
+    dla: int | None = None
 
-    def check(self, target: Target) -> None:
-        """Raises `UsageError` for what the target cannot do."""
+    def check(self, target: Target, precision: str, profiles: Profiles) -> None:
+        """Raises `UsageError` for what the target cannot do, and for options that contradict each other."""
         if self.workspace_mb is not None:
             _check_workspace(self.workspace_mb, target)
+        if self.dla is not None:
+            _check_dla(self.dla, target, precision, profiles)
+
+    def notes(self, precision: str) -> list[str]:
+        """What the user should know of these options before relying on them; ``precision`` as it was chosen."""
+        said = []
+        if self.dla is not None:
+            said.append(f"DLA core {self.dla}; what it cannot run falls back to the GPU, and the device's record lists it")
+            if precision == "int8":
+                said.append("before TensorRT 11 a DLA takes no Q/DQ and int8 layers fall back: compare --precision fp16")
+        return said
 
     def decides(self) -> dict[str, Any]:
         """What of this decides the engine, as JSON: part of the cache's key, of the record and of a kit's build.json."""
@@ -35,3 +52,21 @@ def _check_workspace(workspace_mb: int, target: Target) -> None:
             f"--workspace-mb {workspace_mb} is more than the {target.memory_gb.value:g} GB of {target.name}",
             "give less; a quarter of the memory is plenty",
         )
+
+
+def _check_dla(core: int, target: Target, precision: str, profiles: Profiles) -> None:
+    if not target.dla:
+        having = ", ".join(name for name, other in load_targets().items() if other.dla)
+        raise UsageError(f"{target.name} has no DLA", f"leave --dla out; these have one: {having}")
+    if not 0 <= core < target.dla:
+        raise UsageError(
+            f"--dla {core}: {target.name} has {target.dla} DLA cores", f"choose {' or '.join(map(str, range(target.dla)))}"
+        )
+    if precision == "fp32":
+        raise UsageError("the DLA runs fp16 and int8, not fp32", "choose --precision fp16 or int8, or leave --dla out")
+    for name, (least, _, most) in profiles.items():
+        if least != most:
+            raise UsageError(
+                f"the DLA runs one shape only; {name} goes from {shape_text(least)} to {shape_text(most)}",
+                "give one --batch, such as --batch 1; other dynamic axes are fixed by edgekit import --shape",
+            )

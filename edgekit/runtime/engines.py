@@ -26,6 +26,12 @@ __all__ = ["Choice", "Record", "choose", "engine_graphs", "records"]
 _FLOATS = ("fp32", "fp16")
 
 
+class Options(msgspec.Struct, frozen=True):
+    """What of `build`'s options matters when an engine is loaded."""
+
+    dla: int | None = None
+
+
 class Record(msgspec.Struct, frozen=True):
     """What ``engines/TARGET.json`` says, as far as running it needs; `build` writes more."""
 
@@ -41,6 +47,7 @@ class Record(msgspec.Struct, frozen=True):
     sources: dict[str, str]
     golden: Tolerance
     engine_sha256: str = ""
+    options: Options = Options()
 
     @property
     def graph(self) -> str:

@@ -84,6 +84,8 @@ class Engine:
             validity = self._valid if hasattr(self._runtime, "get_engine_validity") else None
             version = str(self.trt.__version__)
             self.choice: Choice = choose(bundle, graph, module, version, self.device, validity)
+            if self.choice.record.options.dla is not None:
+                self._runtime.DLA_core = self.choice.record.options.dla  # else it runs on core 0, whatever it was built for
             self.engine = self._runtime.deserialize_cuda_engine(self.choice.plan)
             if self.engine is None:
                 raise BackendError(

@@ -102,8 +102,8 @@ SPEC = {"precision": "int8", "profiles": {"x": [[1, 4], [2, 4], [8, 4]]}, "flags
 )
 def test_each_version_gets_the_flags_it_knows(version: str, network: int, flags: list[str]) -> None:
     calls: list[tuple[str, Any]] = []
-    plan = build_engine.build(fake(version, calls), b"graph", dict(SPEC), lambda phase, share: True)
-    assert plan == b"plan"
+    built = build_engine.build(fake(version, calls), b"graph", dict(SPEC), lambda phase, share: True)
+    assert built.plan == b"plan"
     assert [a for n, a in calls if n == "create_network"] == [(network,)]
     assert [a[0] for n, a in calls if n == "set_flag"] == flags
     assert [a for n, a in calls if n == "set_shape"] == [("x", (1, 4), (2, 4), (8, 4))]

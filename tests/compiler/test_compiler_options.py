@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.compiler import build, build_engine
-from edgekit.errors import UsageError
+from edgekit.compiler.build_options import counted, fallback_text
+from edgekit.errors import GoldenError, UsageError
 
 Builder = Callable[..., Any]
 
@@ -66,4 +68,64 @@ def test_a_workspace_larger_than_the_device_is_refused(tiny_bundle: Bundle) -> N
     for target, megabytes, why in (("jetson-orin-nano", 8193, "8 GB"), ("rtx-ada", 0, "no memory")):
         with pytest.raises(UsageError, match=why):
             build(tiny_bundle, target=target, workspace_mb=megabytes)
+    assert Bundle.open(tiny_bundle.path).last("build") is None
+
+
+# DLA
+
+
+def test_the_dla_is_set_and_what_falls_back_is_named(release: str, simulated_builder: Builder, tiny_bundle: Bundle) -> None:
+    simulated = simulated_builder(release, cores=2, gpu_only="RELU FLATTEN")
+    built = compile_with(simulated, tiny_bundle, options={"dla": 1})
+    assert (simulated.told["default_device_type"], simulated.told["DLA_core"]) == ("DLA", 1)
+    assert "GPU_FALLBACK" in simulated.told["flags"]
+    nodes = [node.op_type.upper() for node in onnx.load_model_from_string(tiny_bundle.read(FLOAT_GRAPH)).graph.node]
+    left = [layer["type"] for layer in built.dla["on_gpu"]]
+    assert left == [node for node in nodes if node in ("RELU", "FLATTEN")] != []
+    assert (built.dla["core"], built.dla["layers"]) == (1, len(nodes))
+    text = fallback_text(built.dla)
+    assert text == f"DLA core 1: {len(left)} of {len(nodes)} layers fall back to the GPU: {counted(left)}"
+
+
+def test_a_device_without_that_dla_refuses_the_kit(simulated_builder: Builder, tiny_bundle: Bundle) -> None:
+    for cores, why in ((0, "has no DLA"), (1, "has 1 DLA cores")):
+        with pytest.raises(build_engine.BuildError, match=why):
+            compile_with(simulated_builder("10.16", cores=cores), tiny_bundle, options={"dla": 1})
+
+
+def test_a_tensorrt_that_cannot_tell_is_not_made_to(simulated_builder: Builder, tiny_bundle: Bundle) -> None:
+    assert "does not say" in fallback_text({"core": 0, "layers": 3, "on_gpu": None})
+
+
+def test_a_kit_for_the_dla(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    made = cli("build", tiny_bundle.path, "--target", "jetson-agx-orin", "--dla", "--json")
+    assert json.loads(in_kit(Path(made.json["kit"])))["options"] == {"dla": 0}
+    assert "--useDLACore=0 --allowGPUFallback" in in_kit(Path(made.json["kit"]), "README.txt")
+    assert made.json["precision"] == "fp16"
+    assert "falls back to the GPU" in made.json["note"]
+    assert "not for JetPack 7.2: TensorRT 10.16.2 has no DLA" in made.json["note"]
+    assert "11.4.1 (JetPack 7.2.2 and later)" in made.json["tensorrt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"target": "jetson-orin-nano", "dla": 0}, "jetson-orin-nano has no DLA"),
+        ({"target": "rtx-ada", "dla": 0}, "rtx-ada has no DLA"),
+        ({"target": "jetson-orin-nx", "dla": 2}, "has 2 DLA cores"),
+        ({"target": "jetson-orin-nx", "dla": 0, "precision": "fp32"}, "fp16 and int8, not fp32"),
+        ({"target": "jetson-orin-nx", "dla": 0, "batch": "1..4"}, "one shape only; x goes from 1x3x32x32 to 4x3x32x32"),
+    ],
+)
+def test_what_no_dla_does_is_refused(tiny_bundle: Bundle, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        build(tiny_bundle, **options)
+    assert Bundle.open(tiny_bundle.path).last("build") is None
+
+
+def test_best_that_comes_to_fp32_is_not_given_to_the_dla(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"precision": "fp32", "notes": ["fp32, because fp16 did not hold: 20 dB"]}
+    monkeypatch.setattr("edgekit.compiler.child.call", lambda *_, **__: dict(answer))
+    with pytest.raises(GoldenError, match="came to fp32: fp32, because fp16 did not hold"):
+        build(tiny_bundle, target="jetson-orin-nx", dla=0)
     assert Bundle.open(tiny_bundle.path).last("build") is None

@@ -105,6 +105,7 @@ class _Runtime(_Guarded):
     def __init__(self, trt: Any, logger: Any) -> None:
         super().__init__("Runtime", trt)
         trt.logger = self._logger = trt.logger or logger
+        self.DLA_core = 0
 
     def _read(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         about, _, onnx = data.removeprefix(_MAGIC).partition(b"\n")
@@ -127,6 +128,8 @@ class _Runtime(_Guarded):
             return self._logger.log(1, "Error Code 6: The engine plan file is not compatible with this version of TensorRT")
         if about["sm"] != self._trt.cuda.sm:
             return self._logger.log(1, "Error Code 6: The engine plan file is generated on an incompatible device")
+        if about.get("dla", 0) != self.DLA_core:
+            return self._logger.log(1, f"simulated: this engine is for DLA core {about['dla']}")
         return _Engine(self._trt, self._logger, about, onnx)
 
 

@@ -255,6 +255,12 @@ def test_what_the_device_compiled_for_something_else_is_refused(kit: Any, change
         raise refusal(simulation, bundle)
 
 
+def test_an_engine_for_a_dla_runs_on_the_core_it_was_built_for(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate("10.3", sm="8.7", integrated=True)
+    bundle = simulation.engine(tiny_bundle, target="jetson-agx-orin", options={"dla": 1}, plan={"dla": 1})
+    assert check_golden(bundle, backend="tensorrt").snr_db > 100
+
+
 def test_a_local_build_that_others_could_write_is_refused(kit: Any) -> None:
     simulation, bundle, made, plan = kit
     folder = compile_here(made, plan)
