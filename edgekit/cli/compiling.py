@@ -50,6 +50,12 @@ def import_(
 @click.option("--batch", metavar="N|A..B", help="Samples at once, or a range; for graphs with a dynamic first axis.")
 @click.option("--workspace-mb", type=click.IntRange(1), metavar="N", help="MiB of scratch memory that one kernel may use.")
 @click.option(
+    "--compatible",
+    type=click.Choice(["hardware", "version"]),
+    help="hardware: for other GPUs from Ampere on as well, slower. version: for later TensorRT as well (devices only); can be "
+    "slower, larger, and loading it runs code out of the file.",
+)
+@click.option(
     "--dla",
     type=click.IntRange(0),
     is_flag=False,

@@ -145,12 +145,7 @@ def build(
         if hasattr(trt.BuilderFlag, name):
             config.set_flag(getattr(trt.BuilderFlag, name))
     options = spec.get("options", {})
-    configure(trt, builder, config, options)
-    capability = spec.get("compute_capability")
-    if capability and hasattr(config, "set_compute_capability"):
-        config.num_compute_capabilities = 1
-        if not config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), 0):
-            raise BuildError(f"this TensorRT does not compile for compute capability {capability}")
+    configure(trt, builder, config, options, spec.get("compute_capability"))
     if spec["profiles"]:
         profile = builder.create_optimization_profile()
         for name, shapes in spec["profiles"].items():

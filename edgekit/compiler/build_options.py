@@ -22,8 +22,21 @@ def _member(trt: Any, enumeration: str, name: str, option: str) -> Any:
     return found
 
 
-def configure(trt: Any, builder: Any, config: Any, options: dict[str, Any]) -> None:
-    """Set on a builder's configuration what ``options`` of a build.json asks for. Raises `BuildError`."""
+def configure(trt: Any, builder: Any, config: Any, options: dict[str, Any], capability: str | None) -> None:
+    """Set on a builder's configuration what ``options`` of a build.json asks for, and for which GPU. Raises `BuildError`.
+
+    ``capability``: "8.9"; for TensorRT-RTX, which compiles for GPUs that are not there.
+    """
+    hardware = options.get("compatible") == "hardware"
+    if capability and hasattr(config, "set_compute_capability"):
+        _compile_for(trt, config, capability, hardware)
+    elif hardware:
+        level = _member(trt, "HardwareCompatibilityLevel", "AMPERE_PLUS", "--compatible hardware")
+        config.hardware_compatibility_level = level
+        if config.hardware_compatibility_level != level:  # some releases only log that they do not support it
+            raise BuildError("--compatible hardware: this TensorRT does not support it here; build without --compatible")
+    if options.get("compatible") == "version":
+        config.set_flag(_member(trt, "BuilderFlag", "VERSION_COMPATIBLE", "--compatible version"))
     if options.get("workspace_mb") is not None:
         pool = _member(trt, "MemoryPoolType", "WORKSPACE", "--workspace-mb")
         config.set_memory_pool_limit(pool, options["workspace_mb"] << 20)
@@ -34,6 +47,18 @@ def configure(trt: Any, builder: Any, config: Any, options: dict[str, Any]) -> N
         config.default_device_type = _member(trt, "DeviceType", "DLA", "--dla")
         config.DLA_core = options["dla"]
         config.set_flag(_member(trt, "BuilderFlag", "GPU_FALLBACK", "--dla"))
+
+
+def _compile_for(trt: Any, config: Any, capability: str, later: bool) -> None:
+    """One compute capability, or it and all others from Ampere on that this TensorRT knows."""
+    wanted = ["SM" + capability.replace(".", "")]
+    if later:
+        numbers = {name: int(name[2:]) for name in trt.ComputeCapability.__members__ if name[2:].isdigit()}
+        wanted += sorted(name for name, number in numbers.items() if number >= 80 and name not in wanted)
+    config.num_compute_capabilities = len(wanted)
+    for index, name in enumerate(wanted):
+        if not config.set_compute_capability(_member(trt, "ComputeCapability", name, "--target"), index):
+            raise BuildError(f"this TensorRT does not compile for compute capability {name[2:]}")
 
 
 def fallback(config: Any, network: Any) -> dict[str, Any]:
@@ -67,4 +92,6 @@ def load(trt: Any, logger: Any, plan: bytes, options: dict[str, Any]) -> Any:
     runtime = trt.Runtime(logger)
     if options.get("dla") is not None:
         runtime.DLA_core = options["dla"]
+    if options.get("compatible") == "version":
+        runtime.engine_host_code_allowed = True  # such an engine brings a runtime of its own; here it was built just now
     return runtime.deserialize_cuda_engine(plan)

@@ -73,6 +73,7 @@ def build(
     batch: int | str | None = None,
     workspace_mb: int | None = None,
     dla: int | None = None,
+    compatible: str | None = None,
     timeout_s: float = 1800,
 ) -> BuildResult:
     """Compile a bundle's graph for ``target`` (see ``edgekit targets``) into ``engines/`` of the same bundle.
@@ -85,7 +86,8 @@ def build(
     float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8", for graphs with a dynamic first axis;
     1 if not given. Where the graph has 2:4 weights and the target sparse tensor cores, the builder tries them.
     ``workspace_mb``: scratch memory in MiB that one kernel may use, without a limit if not given. ``dla``: the core of the
-    deep learning accelerator that runs what it can, in fp16 or int8; the GPU runs the rest.
+    deep learning accelerator that runs what it can, in fp16 or int8; the GPU runs the rest. ``compatible``: "hardware" for
+    an engine that other GPUs run as well, "version" for one that later TensorRT runs; what each costs is in the answer's note.
 
     Raises `UsageError` for an unknown target, a precision or an option the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for, or is needed by the DLA, and does not hold,
@@ -95,7 +97,7 @@ def build(
     chosen = target_named(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check_precision(opened, chosen, precision)
-    options, profiles = Options(workspace_mb, dla), profiles_for(opened, batch)
+    options, profiles = Options(workspace_mb, dla, compatible), profiles_for(opened, batch)
     options.check(chosen, precision, profiles)
     spec = _specification(opened, chosen, precision, profiles, options)
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
@@ -106,7 +108,7 @@ def build(
         answer = child.call("compilation:compile_graph", _request(opened, chosen, spec), folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
         _check_chosen(options, answer)
-        answer["notes"] += options.notes(answer["precision"])
+        answer["notes"] += options.notes(chosen, answer["precision"])
         files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder)
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}

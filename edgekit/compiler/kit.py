@@ -66,6 +66,9 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
     words += ["--sparsity=enable"] if "SPARSE_WEIGHTS" in spec["flags"] else []
     options = spec["options"]
     words += [f"--useDLACore={options['dla']}", "--allowGPUFallback"] if "dla" in options else []
+    words += {"hardware": ["--hardwareCompatibilityLevel=ampere+"], "version": ["--versionCompatible"]}.get(
+        options.get("compatible"), []
+    )
     words += [f"--memPoolSize=workspace:{options['workspace_mb']}"] if "workspace_mb" in options else []
     return " ".join(words)
 

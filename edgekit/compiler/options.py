@@ -12,16 +12,28 @@ from .shapes import Profiles, shape_text
 
 __all__ = ["Options"]
 
+#: (--compatible, kind of target) -> what it brings and what it costs, by NVIDIA's documentation of TensorRT and TensorRT-RTX.
+COMPATIBLE = {
+    ("hardware", "rtx"): "one engine for all GPUs of TensorRT-RTX from Ampere on; NVIDIA advises one of its own for each "
+    "where speed matters, and every layer must be of a precision that all of them have",
+    ("hardware", "device"): "runs on other GPUs from Ampere on (AMPERE_PLUS); slower: 48 KiB of shared memory, fewer kernels "
+    "and fusions. NVIDIA (8.6) calls it unsupported on JetPack: the device refuses the kit where it is",
+    ("version", "device"): "runs with later TensorRT too (8 with 10, 10 with 11); can be slower, the file is larger by a "
+    "runtime, and loading it runs code out of that file",
+}
+
 
 @dataclass(frozen=True)
 class Options:
     """``workspace_mb``: scratch memory in MiB that one kernel may use; None leaves it to TensorRT (all there is).
 
-    ``dla``: the core of the deep learning accelerator that runs what it can; the GPU runs the rest.
+    ``dla``: the core of the deep learning accelerator that runs what it can; the GPU runs the rest. ``compatible``:
+    "hardware", for GPUs other than the target's, or "version", for later releases of TensorRT.
     """
 
     workspace_mb: int | None = None
     dla: int | None = None
+    compatible: str | None = None
 
     def check(self, target: Target, precision: str, profiles: Profiles) -> None:
         """Raises `UsageError` for what the target cannot do, and for options that contradict each other."""
@@ -29,10 +41,12 @@ class Options:
             _check_workspace(self.workspace_mb, target)
         if self.dla is not None:
             _check_dla(self.dla, target, precision, profiles)
+        if self.compatible is not None:
+            _check_compatible(self.compatible, target)
 
-    def notes(self, precision: str) -> list[str]:
+    def notes(self, target: Target, precision: str) -> list[str]:
         """What the user should know of these options before relying on them; ``precision`` as it was chosen."""
-        said = []
+        said = [COMPATIBLE[self.compatible, target.kind]] if self.compatible else []
         if self.dla is not None:
             said.append(f"DLA core {self.dla}; what it cannot run falls back to the GPU, and the device's record lists it")
             if precision == "int8":
@@ -70,3 +84,18 @@ def _check_dla(core: int, target: Target, precision: str, profiles: Profiles) ->
                 f"the DLA runs one shape only; {name} goes from {shape_text(least)} to {shape_text(most)}",
                 "give one --batch, such as --batch 1; other dynamic axes are fixed by edgekit import --shape",
             )
+
+
+def _check_compatible(kind: str, target: Target) -> None:
+    if kind not in ("hardware", "version"):
+        raise UsageError(f"--compatible {kind!r} is not known", "choose hardware (other GPUs) or version (later TensorRT)")
+    if kind == "version" and target.kind == "rtx":
+        raise UsageError(
+            "TensorRT-RTX builds no version-compatible engine without a GPU: it asks for a library that it does not bring",
+            "leave it out, and build again after an upgrade of TensorRT-RTX: that takes seconds",
+        )
+    if kind == "hardware" and not target.ampere:
+        raise UsageError(
+            f"{target.name} is SM {target.sm}; engines for several GPUs exist from SM 8.0 (Ampere) on",
+            "leave --compatible out, and build for each target",
+        )

@@ -40,7 +40,8 @@ class Part:
         if not _offers(self._kind, name, self._trt.release):
             raise AttributeError(f"TensorRT {self._trt.release} has no {self._kind}.{name}")
         self._trt.told[name] = value
-        self.__dict__[name] = value
+        if name not in self._trt.ignored:
+            self.__dict__[name] = value
 
 
 def _enumeration(name: str, release: str) -> Any:
@@ -68,6 +69,7 @@ class SimulatedBuilder:
         self.release, self.cores, self.gpu_only, self.timings = release, cores, gpu_only.split(), timings
         self.told: dict[str, Any] = {"flags": []}
         self.network: Any = None
+        self.ignored: set[str] = set()  # attributes that are taken, logged as unsupported, and left as they were
         module: Any = types.ModuleType("tensorrt")
         self.module = module
         module.__version__ = release
@@ -126,9 +128,14 @@ class SimulatedBuilder:
             set_timing_cache=lambda cache, ignore_mismatch: not cache._data.startswith(b"other"),
             get_timing_cache=lambda: self.part("ITimingCache", serialize=lambda: self.timings),
             hardware_compatibility_level="NONE",
+            set_compute_capability=self._compile_for,
         )
         self.config = config
         return config
+
+    def _compile_for(self, capability: str, index: int) -> bool:
+        self.told.setdefault("gpus", []).append(capability)
+        return index < self.told["num_compute_capabilities"]
 
     def _create_cache(self, data: bytes) -> Any:
         self.told["timing_cache"] = data

@@ -129,3 +129,68 @@ def test_best_that_comes_to_fp32_is_not_given_to_the_dla(tiny_bundle: Bundle, mo
     with pytest.raises(GoldenError, match="came to fp32: fp32, because fp16 did not hold"):
         build(tiny_bundle, target="jetson-orin-nx", dla=0)
     assert Bundle.open(tiny_bundle.path).last("build") is None
+
+
+# Compatibility
+
+
+def test_version_compatibility_is_a_flag_of_every_tensorrt(
+    release: str, simulated_builder: Builder, tiny_bundle: Bundle
+) -> None:
+    simulated = simulated_builder(release)
+    compile_with(simulated, tiny_bundle, options={"compatible": "version"})
+    assert "VERSION_COMPATIBLE" in simulated.told["flags"]
+
+
+def test_hardware_compatibility_is_ampere_plus_or_several_gpus(
+    release: str, simulated_builder: Builder, tiny_bundle: Bundle
+) -> None:
+    simulated = simulated_builder(release)
+    compile_with(simulated, tiny_bundle, options={"compatible": "hardware"}, compute_capability="8.9")
+    if hasattr(simulated.module, "ComputeCapability"):
+        assert simulated.told["gpus"] == ["SM89", "SM120", "SM121", "SM80", "SM86"]
+    else:
+        assert simulated.told["hardware_compatibility_level"] == "AMPERE_PLUS"
+
+
+def test_what_a_tensorrt_lacks_or_ignores_is_named(simulated_builder: Builder, tiny_bundle: Bundle) -> None:
+    lacking, ignoring = simulated_builder("10.3"), simulated_builder("10.3")
+    del lacking.module.HardwareCompatibilityLevel
+    ignoring.ignored.add("hardware_compatibility_level")
+    for simulated, why in ((lacking, "10.3 has no HardwareCompatibilityLevel.AMPERE_PLUS"), (ignoring, "does not support it")):
+        with pytest.raises(build_engine.BuildError, match=f"--compatible hardware: .*{why}"):
+            compile_with(simulated, tiny_bundle, options={"compatible": "hardware"})
+
+
+def test_one_rtx_engine_for_all_gpus(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    made = cli("build", tiny_bundle.path, "--target", "rtx-ada", "--compatible", "hardware", "--json")
+    assert made.code == 0
+    assert "one engine for all GPUs" in made.json["note"]
+    assert record(tiny_bundle, "rtx-ada")["options"] == {"compatible": "hardware"}
+
+
+def test_a_kit_states_what_compatibility_costs(tiny_bundle: Bundle) -> None:
+    for kind, price, word in (
+        ("version", "can be slower, the file is larger", "--versionCompatible"),
+        ("hardware", "slower: 48 KiB", "--hardwareCompatibilityLevel=ampere+"),
+    ):
+        made = build(tiny_bundle, target="jetson-agx-orin", precision="fp32", compatible=kind)
+        assert price in made.note
+        assert any(price in note for note in record(tiny_bundle, "jetson-agx-orin")["notes"])
+        assert word in in_kit(made.kit, "README.txt")
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "why"),
+    [
+        ("rtx-ada", "version", "no version-compatible engine without a GPU"),
+        ("rtx-turing", "hardware", r"is SM 7\.5"),
+        ("jetson-xavier-nx", "hardware", r"is SM 7\.2"),
+        ("jetson-thor", "both", "is not known"),
+    ],
+)
+def test_compatibility_that_cannot_be_is_refused(tiny_bundle: Bundle, target: str, kind: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        build(tiny_bundle, target=target, compatible=kind)
+    assert Bundle.open(tiny_bundle.path).last("build") is None
