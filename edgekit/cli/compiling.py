@@ -63,6 +63,12 @@ def import_(
     metavar="[CORE]",
     help="Run on the deep learning accelerator what it can (fp16 or int8, one shape), the rest on the GPU. Core 0 by default.",
 )
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Put this timing cache into the kit, so that the device builds faster; for RTX it does nothing.",
+)
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds at most.")
 @answers
 def build(bundle: Path, target: str, **options: Any) -> Answer:

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from .build_options import BuildError, configure, fallback, fallback_text, load
+    from . import build_options as asked
 else:  # in a kit, whose folder is not on the path where Python runs with -P
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from build_options import BuildError, configure, fallback, fallback_text, load
+    import build_options as asked
 
-__all__ = ["BuildError", "Built", "build", "check", "main", "network_flags", "precision_flags", "strongly_typed"]
+BuildError = asked.BuildError
+
+__all__ = ["BuildError", "Built", "build", "check", "main"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,47 +40,13 @@ if TYPE_CHECKING:
 
 
 class Built(NamedTuple):
-    """A serialized engine, and which layers fall back from the DLA where one was asked for (`build_options.fallback`)."""
+    """A serialized engine; which layers fall back from the DLA where one was asked for (`build_options.fallback`); the timing
+    cache as it is now, and why the given one was not used."""
 
     plan: bytes
     dla: dict[str, Any] | None = None
-
-
-def network_flags(trt: Any) -> int:
-    """Bits for ``create_network``: EXPLICIT_BATCH must be set in 8.6 and is gone in 11; STRONGLY_TYPED came with 10."""
-    members = getattr(trt, "NetworkDefinitionCreationFlag", None)
-    wanted = [getattr(members, name, None) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED")]
-    return sum(1 << int(flag) for flag in wanted if flag is not None)
-
-
-def strongly_typed(trt: Any) -> bool:
-    """Whether the graph decides the types (TensorRT 10 and later, TensorRT-RTX)."""
-    return hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
-
-
-def quantized(precision: str) -> bool:
-    """Whether the graph has Q/DQ: int8, fp8, or weights alone."""
-    return precision not in ("fp32", "fp16")
-
-
-def precision_flags(trt: Any, precision: str) -> list[str]:
-    """Builder flags that allow a precision. Only weakly typed TensorRT needs them; a strongly typed one rejects them."""
-    if strongly_typed(trt):
-        return []
-    wanted = ["INT8", "FP16"] if quantized(precision) else ["FP16"] if precision == "fp16" else []
-    return [name for name in wanted if hasattr(trt.BuilderFlag, name)]
-
-
-def _logger(trt: Any, lines: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.ERROR):
-                lines.append(message)
-
-    return Logger()
+    timings: bytes | None = None
+    unused: str = ""
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
@@ -125,46 +93,44 @@ def build(
     graph: bytes,
     spec: dict[str, Any],
     progress: Progress | None = None,
-    timing_cache: Path | None = None,
+    timings: bytes | None = None,
 ) -> Built:
     """An ONNX graph and its build.json -> a serialized engine, with the TensorRT module ``trt``.
 
     ``spec`` holds ``precision``, ``profiles`` ({input: [min, opt, max] shapes}), ``flags`` (names of builder flags; one
     that this TensorRT lacks is left out), ``options`` (see `build_options`) and, for TensorRT-RTX, ``compute_capability``.
-    ``progress(phase, share)`` is called where TensorRT reports progress; returning False cancels. Raises `BuildError`.
+    ``progress(phase, share)`` is called where TensorRT reports progress; returning False cancels. ``timings``: a timing
+    cache, or nothing yet (empty); None for none. Raises `BuildError`.
     """
     lines: list[str] = []
-    logger = _logger(trt, lines)
+    warnings: list[str] = []
+    logger = asked.make_logger(trt, lines, warnings)
     builder = trt.Builder(logger)
-    network = builder.create_network(network_flags(trt))
+    network = builder.create_network(asked.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
         raise BuildError(_parser_error(parser))
     config = builder.create_builder_config()
-    for name in [*spec["flags"], *precision_flags(trt, spec["precision"])]:
+    for name in [*spec["flags"], *asked.precision_flags(trt, spec["precision"])]:
         if hasattr(trt.BuilderFlag, name):
             config.set_flag(getattr(trt.BuilderFlag, name))
     options = spec.get("options", {})
-    configure(trt, builder, config, options, spec.get("compute_capability"))
+    asked.configure(trt, builder, config, options, spec.get("compute_capability"))
     if spec["profiles"]:
         profile = builder.create_optimization_profile()
         for name, shapes in spec["profiles"].items():
             profile.set_shape(name, *[tuple(shape) for shape in shapes])
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"the profile does not fit the graph: {' '.join(lines[-1:]) or spec['profiles']}")
-    cache = None
-    if timing_cache is not None:
-        cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+    unused = "" if timings is None else asked.use_timings(trt, config, timings, warnings)
     if progress is not None and hasattr(trt, "IProgressMonitor"):
         monitor = _monitor(trt, progress)
         config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(" ".join(" ".join(lines[-1:]).split()) or "TensorRT gave no reason")
-    if cache is not None and timing_cache is not None:
-        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return Built(bytes(plan), fallback(config, network) if options.get("dla") is not None else None)
+    dla = asked.fallback(config, network) if options.get("dla") is not None else None
+    return Built(bytes(plan), dla, asked.timings_of(config) if timings is not None else None, unused)
 
 
 class _Cuda:
@@ -263,7 +229,7 @@ def check(
     ({"kind": "snr_db" | "relative", "limit"}).
     """
     cuda = cuda or _Cuda()
-    engine = load(trt, _logger(trt, []), plan, options or {})
+    engine = asked.load(trt, asked.make_logger(trt), plan, options or {})
     if engine is None:
         raise BuildError("the engine does not load on this device")
     with np.load(golden, allow_pickle=False) as file:
@@ -296,16 +262,25 @@ def check(
     return {"snr_db": snr, "relative": relative}
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _verify(folder: Path, spec: dict[str, Any]) -> None:
     for name, expected in spec["files"].items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+        if _digest((folder / name).read_bytes()) != expected:
             raise BuildError(f"{name} is damaged: its sha256 is not that of build.json")
 
 
 def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing: a full disk leaves what was there."""
     temporary = path.with_name("." + path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(str(temporary), str(path))
+    try:
+        temporary.write_bytes(data)
+        os.replace(str(temporary), str(path))
+    finally:
+        if temporary.exists():
+            temporary.unlink()
 
 
 def _print_progress(phase: str, share: float) -> bool:
@@ -322,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--module", default="tensorrt", choices=["tensorrt", "tensorrt_rtx"])
     parser.add_argument("--compute-capability", metavar="X.Y", help="tensorrt_rtx only: which GPUs to compile for")
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and write timings: later builds are faster")
+    parser.add_argument("--timing-cache-read-only", action="store_true", help="never write it, as for CI")
     parser.add_argument("--no-check", action="store_true", help="do not run the engine on the golden inputs")
     return parser
 
@@ -335,17 +311,21 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
     _verify(options.kit, spec)
     trt = importlib.import_module(options.module)
-    name = spec["graph" if strongly_typed(trt) else "untyped_graph"]
+    name = spec["graph" if asked.strongly_typed(trt) else "untyped_graph"]
     graph = (options.kit / name).read_bytes()
     spec["compute_capability"] = options.compute_capability
+    shipped = options.kit / asked.TIMINGS if asked.TIMINGS in spec["files"] else None
+    timings = asked.read_timings(options.timing_cache, options.timing_cache_read_only, shipped)
     start = time.perf_counter()
-    built = build(trt, graph, spec, _print_progress, options.timing_cache)
+    built = build(trt, graph, spec, _print_progress, timings)
+    if built.unused:
+        _say(f"warning: the timing cache was not used, all was timed anew: {built.unused}")
     if built.dla:
-        _say(fallback_text(built.dla))
+        _say(asked.fallback_text(built.dla))
     checked = None
     if not options.no_check:
         golden, limit = options.kit / "golden.npz", spec["golden"]
-        checked = check(trt, built.plan, golden, limit, None, quantized(spec["precision"]), spec["options"])
+        checked = check(trt, built.plan, golden, limit, None, asked.quantized(spec["precision"]), spec["options"])
     answer = {
         "target": spec["target"],
         "precision": spec["precision"],
@@ -353,19 +333,26 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
         "module": options.module,
         "seconds": round(time.perf_counter() - start, 3),
         "size_bytes": len(built.plan),
-        "engine_sha256": hashlib.sha256(built.plan).hexdigest(),
+        "engine_sha256": _digest(built.plan),
         "graph_sha256": spec["files"][name],
         "key": spec["key"],
         "options": spec["options"],
         "golden": checked,
         "dla": built.dla,
+        "timing_cache": None if timings is None else {"sha256": _digest(timings), "unused": built.unused},
     }
     out = options.out or options.kit
     out.mkdir(parents=True, exist_ok=True)
     engine = out / (spec["target"] + ".engine")
     _write(engine, built.plan)
     _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
-    return {**answer, "engine": str(engine)}
+    answer["engine"] = str(engine)
+    if built.timings and options.timing_cache and not options.timing_cache_read_only:
+        try:
+            _write(options.timing_cache, built.timings)
+        except OSError as error:  # the engine is worth more than the time that the next build would have saved
+            answer["error"] = f"{engine} is written, the timing cache is not: {error}"
+    return answer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -378,7 +365,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     sys.stderr.write("\n")
     sys.stdout.write(json.dumps(answer) + "\n")
-    return 0
+    if "error" in answer:
+        _say(f"error: {answer['error']}")
+    return int("error" in answer)
 
 
 if __name__ == "__main__":

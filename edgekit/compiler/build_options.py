@@ -3,10 +3,32 @@ features by name, never by version; Python 3.8 and nothing else."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["BuildError", "configure", "counted", "fallback", "fallback_text", "load"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = [
+    "TIMINGS",
+    "BuildError",
+    "configure",
+    "counted",
+    "fallback",
+    "fallback_text",
+    "load",
+    "make_logger",
+    "network_flags",
+    "precision_flags",
+    "quantized",
+    "read_timings",
+    "strongly_typed",
+    "timings_of",
+    "use_timings",
+]
+
+TIMINGS = "timing.cache"  # the file of a kit
 
 
 class BuildError(Exception):
@@ -20,6 +42,46 @@ def _member(trt: Any, enumeration: str, name: str, option: str) -> Any:
         version = getattr(trt, "__version__", "")
         raise BuildError(f"{option}: TensorRT {version} has no {enumeration}.{name}; build the kit again without {option}")
     return found
+
+
+def network_flags(trt: Any) -> int:
+    """Bits for ``create_network``: EXPLICIT_BATCH must be set in 8.6 and is gone in 11; STRONGLY_TYPED came with 10."""
+    members = getattr(trt, "NetworkDefinitionCreationFlag", None)
+    wanted = [getattr(members, name, None) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED")]
+    return sum(1 << int(flag) for flag in wanted if flag is not None)
+
+
+def strongly_typed(trt: Any) -> bool:
+    """Whether the graph decides the types (TensorRT 10 and later, TensorRT-RTX)."""
+    return hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
+
+
+def quantized(precision: str) -> bool:
+    """Whether the graph has Q/DQ: int8, fp8, or weights alone."""
+    return precision not in ("fp32", "fp16")
+
+
+def precision_flags(trt: Any, precision: str) -> list[str]:
+    """Builder flags that allow a precision. Only weakly typed TensorRT needs them; a strongly typed one rejects them."""
+    if strongly_typed(trt):
+        return []
+    wanted = ["INT8", "FP16"] if quantized(precision) else ["FP16"] if precision == "fp16" else []
+    return [name for name in wanted if hasattr(trt.BuilderFlag, name)]
+
+
+def make_logger(trt: Any, errors: list[str] | None = None, warnings: list[str] | None = None) -> Any:
+    """TensorRT's calls answer False or None; why is said to a logger only."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            kept = errors if int(severity) <= int(trt.ILogger.ERROR) else warnings
+            if kept is not None and int(severity) <= int(trt.ILogger.WARNING):
+                kept.append(message)
+
+    return Logger()
 
 
 def configure(trt: Any, builder: Any, config: Any, options: dict[str, Any], capability: str | None) -> None:
@@ -95,3 +157,50 @@ def load(trt: Any, logger: Any, plan: bytes, options: dict[str, Any]) -> Any:
     if options.get("compatible") == "version":
         runtime.engine_host_code_allowed = True  # such an engine brings a runtime of its own; here it was built just now
     return runtime.deserialize_cuda_engine(plan)
+
+
+def read_timings(path: Path | None, read_only: bool, shipped: Path | None) -> bytes | None:
+    """The timing cache to start from: the user's file, else the kit's, else empty; None where nobody wants one.
+
+    Raises `BuildError` now for a file that could not be written in the end.
+    """
+    if path is None:
+        if read_only:
+            raise BuildError("--timing-cache-read-only needs --timing-cache FILE")
+        return None if shipped is None else shipped.read_bytes()
+    if path.exists():
+        if not read_only and not os.access(str(path), os.W_OK):
+            raise BuildError(f"the timing cache {path} cannot be written; add --timing-cache-read-only to only read it")
+        return path.read_bytes()
+    if read_only:
+        raise BuildError(f"there is no timing cache {path}; a build without --timing-cache-read-only makes one")
+    if not os.access(str(path.parent), os.W_OK):
+        raise BuildError(f"the timing cache {path} cannot be made: its folder is not there or cannot be written")
+    return b"" if shipped is None else shipped.read_bytes()
+
+
+def use_timings(trt: Any, config: Any, timings: bytes, warnings: list[str]) -> str:
+    """Start from a timing cache, editable where TensorRT has that; returns why not, and then starts from an empty one."""
+    if hasattr(config, "set_compute_capability"):
+        return "TensorRT-RTX times nothing while it builds, a cache is documented to do nothing"
+    if hasattr(trt.BuilderFlag, "EDITABLE_TIMING_CACHE"):
+        config.set_flag(trt.BuilderFlag.EDITABLE_TIMING_CACHE)
+    before = len(warnings)
+    cache = config.create_timing_cache(timings)
+    said = [" ".join(line.split()) for line in warnings[before:] if "timing cache" in line]  # damage is only logged
+    if cache is None or said:
+        reason = said[0] if said else "TensorRT cannot read it"
+    elif config.set_timing_cache(cache, ignore_mismatch=False):
+        return ""
+    else:
+        reason = "it was made by another TensorRT or CUDA, or on another GPU"
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return reason
+
+
+def timings_of(config: Any) -> bytes | None:
+    """The timing cache after a build; None where there is none."""
+    if hasattr(config, "set_compute_capability"):
+        return None
+    cache = config.get_timing_cache()
+    return bytes(cache.serialize()) if cache is not None else None

@@ -26,7 +26,7 @@ from edgekit.version import __version__
 
 from . import child
 from .kit import SCRIPTS, make_kit
-from .options import Options
+from .options import Options, read_timings
 from .shapes import Profiles, profiles_for
 
 __all__ = ["BuildResult", "build"]
@@ -74,6 +74,7 @@ def build(
     workspace_mb: int | None = None,
     dla: int | None = None,
     compatible: str | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
     timeout_s: float = 1800,
 ) -> BuildResult:
     """Compile a bundle's graph for ``target`` (see ``edgekit targets``) into ``engines/`` of the same bundle.
@@ -88,6 +89,7 @@ def build(
     ``workspace_mb``: scratch memory in MiB that one kernel may use, without a limit if not given. ``dla``: the core of the
     deep learning accelerator that runs what it can, in fp16 or int8; the GPU runs the rest. ``compatible``: "hardware" for
     an engine that other GPUs run as well, "version" for one that later TensorRT runs; what each costs is in the answer's note.
+    ``timing_cache``: a file that the kit's script wrote on such a device; it goes into the kit, which then builds faster.
 
     Raises `UsageError` for an unknown target, a precision or an option the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for, or is needed by the DLA, and does not hold,
@@ -97,26 +99,27 @@ def build(
     chosen = target_named(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check_precision(opened, chosen, precision)
-    options, profiles = Options(workspace_mb, dla, compatible), profiles_for(opened, batch)
+    timings, remarks = read_timings(None if timing_cache is None else Path(timing_cache), chosen)
+    options, profiles = Options(workspace_mb, dla, compatible, timings), profiles_for(opened, batch)
     options.check(chosen, precision, profiles)
     spec = _specification(opened, chosen, precision, profiles, options)
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
     if (found := _cached(opened, chosen, key)) is not None:
-        return _result(opened, chosen, found, cached=True, seconds=time.perf_counter() - started)
+        return _result(opened, chosen, found, remarks, cached=True, seconds=time.perf_counter() - started)
     with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
         folder = Path(name)
         answer = child.call("compilation:compile_graph", _request(opened, chosen, spec), folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
         _check_chosen(options, answer)
         answer["notes"] += options.notes(chosen, answer["precision"])
-        files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder)
+        files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder, timings)
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
     entry = opened.entry("build", {"target": target, "precision": precision, "batch": batch, **spec["options"]}, figures)
     updated = opened.extend(files, entry)
     if "engine_sha256" in record:
         trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
-    return _result(updated, chosen, record, cached=False, seconds=time.perf_counter() - started)
+    return _result(updated, chosen, record, remarks, cached=False, seconds=time.perf_counter() - started)
 
 
 def _check_precision(bundle: Bundle, target: Target, precision: str) -> None:
@@ -250,7 +253,12 @@ def _tolerance(bundle: Bundle, precision: str, golden_snr_db: float | None) -> T
 
 
 def _outputs(
-    bundle: Bundle, target: Target, spec: Mapping[str, Any], answer: Mapping[str, Any], folder: Path
+    bundle: Bundle,
+    target: Target,
+    spec: Mapping[str, Any],
+    answer: Mapping[str, Any],
+    folder: Path,
+    timings: bytes | None,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(files for the bundle, the record for ``engines/TARGET.json``)."""
     graph = (folder / "graph.onnx").read_bytes()
@@ -283,7 +291,7 @@ def _outputs(
         record["tensorrt"] = _listed(able) or "none"
         record["notes"] += unable
         untyped = (folder / "untyped.onnx").read_bytes() if answer["untyped_opset"] else None
-        data = make_kit(target, able, record, graph, golden, untyped)
+        data = make_kit(target, able, record, graph, golden, untyped, timings)
         name, record["kit_sha256"] = f"engines/{target.name}.kit.zip", hashlib.sha256(data).hexdigest()
         if able:
             record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")
@@ -305,7 +313,9 @@ def _cached(bundle: Bundle, target: Target, key: str) -> dict[str, Any] | None:
     return record
 
 
-def _result(bundle: Bundle, target: Target, record: Mapping[str, Any], *, cached: bool, seconds: float) -> BuildResult:
+def _result(
+    bundle: Bundle, target: Target, record: Mapping[str, Any], remarks: list[str], *, cached: bool, seconds: float
+) -> BuildResult:
     file = bundle.path / record["file"]
     return BuildResult(
         bundle=bundle,
@@ -318,5 +328,5 @@ def _result(bundle: Bundle, target: Target, record: Mapping[str, Any], *, cached
         seconds=round(seconds, 4),
         size_bytes=record["size_bytes"],
         sparse_layers=record["sparse_layers"],
-        note="; ".join(record["notes"]),
+        note="; ".join([*record["notes"], *remarks]),
     )

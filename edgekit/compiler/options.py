@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from edgekit.errors import UsageError
@@ -28,12 +30,14 @@ class Options:
     """``workspace_mb``: scratch memory in MiB that one kernel may use; None leaves it to TensorRT (all there is).
 
     ``dla``: the core of the deep learning accelerator that runs what it can; the GPU runs the rest. ``compatible``:
-    "hardware", for GPUs other than the target's, or "version", for later releases of TensorRT.
+    "hardware", for GPUs other than the target's, or "version", for later releases of TensorRT. ``timings``: a timing cache
+    for the kit, see `read_timings`.
     """
 
     workspace_mb: int | None = None
     dla: int | None = None
     compatible: str | None = None
+    timings: bytes | None = field(default=None, repr=False)
 
     def check(self, target: Target, precision: str, profiles: Profiles) -> None:
         """Raises `UsageError` for what the target cannot do, and for options that contradict each other."""
@@ -55,7 +59,31 @@ class Options:
 
     def decides(self) -> dict[str, Any]:
         """What of this decides the engine, as JSON: part of the cache's key, of the record and of a kit's build.json."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        said = {name: value for name, value in asdict(self).items() if value is not None and name != "timings"}
+        if self.timings is not None:
+            said["timing_cache"] = hashlib.sha256(self.timings).hexdigest()
+        return said
+
+
+def read_timings(path: str | Path | None, target: Target) -> tuple[bytes | None, list[str]]:
+    """(the timing cache for a device's kit, remarks). TensorRT-RTX has no use for one: its builder times nothing.
+
+    Raises `UsageError` where the file is missing, empty or unreadable.
+    """
+    if path is None:
+        return None, []
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"--timing-cache {path}: {error.strerror}",
+            "give a file that a kit's build_engine.py --timing-cache wrote on such a device, or leave it out",
+        ) from None
+    if not data:
+        raise UsageError(f"--timing-cache {path} is empty", "make it on the device: build_engine.py --timing-cache FILE")
+    if target.kind == "rtx":
+        return None, ["--timing-cache does nothing for TensorRT-RTX, which times nothing while it builds (NVIDIA documents it)"]
+    return data, []
 
 
 def _check_workspace(workspace_mb: int, target: Target) -> None:

@@ -126,7 +126,7 @@ class SimulatedBuilder:
             can_run_on_DLA=lambda layer: layer.type.name not in self.gpu_only,
             create_timing_cache=self._create_cache,
             set_timing_cache=lambda cache, ignore_mismatch: not cache._data.startswith(b"other"),
-            get_timing_cache=lambda: self.part("ITimingCache", serialize=lambda: self.timings),
+            get_timing_cache=lambda: self.part("ITimingCache", serialize=lambda: self.told["timing_cache"] + self.timings),
             hardware_compatibility_level="NONE",
             set_compute_capability=self._compile_for,
         )

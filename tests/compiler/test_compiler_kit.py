@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from edgekit.bundle import INT8_GRAPH, Bundle
-from edgekit.compiler import build, build_engine
+from edgekit.compiler import build, build_engine, build_options
 from edgekit.compiler.builder import _readers
 from edgekit.compiler.kit import SCRIPTS
 from edgekit.quantization import quantize
@@ -192,7 +192,7 @@ def test_the_script_is_python_3_8_with_numpy_only() -> None:
         tree = ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 8))
         modules |= {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         modules |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert modules - set(sys.stdlib_module_names) - {"__future__"} == {"numpy", *(script.stem for script in SCRIPTS[1:])}
+    assert modules - set(sys.stdlib_module_names) - {"__future__", ""} == {"numpy", *(script.stem for script in SCRIPTS[1:])}
 
 
 class Gpu:
@@ -393,4 +393,4 @@ def test_a_scalar_input_goes_along_with_every_batch(tmp_path: Path, monkeypatch:
 
 def test_a_tensorrt_without_network_flags_gets_no_precision_flags_it_lacks() -> None:
     trt = types.SimpleNamespace(BuilderFlag=types.SimpleNamespace(FP16=1))
-    assert build_engine.precision_flags(trt, "int8") == ["FP16"]
+    assert build_options.precision_flags(trt, "int8") == ["FP16"]
