@@ -69,6 +69,7 @@ def import_(
     metavar="FILE",
     help="Put this timing cache into the kit, so that the device builds faster; for RTX it does nothing.",
 )
+@click.option("--verbose", is_flag=True, help="Report the layers, in engines/TARGET.layers.json; a device reports its own.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds at most.")
 @answers
 def build(bundle: Path, target: str, **options: Any) -> Answer:

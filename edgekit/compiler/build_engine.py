@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 
 class Built(NamedTuple):
     """A serialized engine; which layers fall back from the DLA where one was asked for (`build_options.fallback`); the timing
-    cache as it is now, and why the given one was not used."""
+    cache as it is now, and why the given one was not used; the network's layers, for a verbose build."""
 
     plan: bytes
     dla: dict[str, Any] | None = None
     timings: bytes | None = None
     unused: str = ""
+    layers: list[Any] | None = None
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
@@ -130,7 +131,8 @@ def build(
     if plan is None:
         raise BuildError(" ".join(" ".join(lines[-1:]).split()) or "TensorRT gave no reason")
     dla = asked.fallback(config, network) if options.get("dla") is not None else None
-    return Built(bytes(plan), dla, asked.timings_of(config) if timings is not None else None, unused)
+    layers = asked.network_layers(network) if options.get("verbose") else None
+    return Built(bytes(plan), dla, asked.timings_of(config) if timings is not None else None, unused, layers)
 
 
 class _Cuda:
@@ -306,6 +308,16 @@ def _say(text: str) -> None:
     sys.stderr.write(f"\n{text}\n")
 
 
+def _layer_report(trt: Any, built: Built, spec: dict[str, Any]) -> bytes:
+    """By the engine itself, after fusion, where it loads here; else by the network that it was made from."""
+    of_engine = asked.engine_layers(trt, asked.load(trt, asked.make_logger(trt), built.plan, spec["options"]))
+    layers, source = (of_engine, "engine") if of_engine is not None else (built.layers or [], "network")
+    summary = asked.layers_text(layers)
+    _say(f"{source}: {summary}")
+    report = {"target": spec["target"], "key": spec["key"], "source": source, "summary": summary, "layers": layers}
+    return json.dumps(report, indent=1).encode()
+
+
 def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     """Build, check, write; returns what TARGET.json says, and ``engine``, the path."""
     spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
@@ -345,6 +357,8 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     engine = out / (spec["target"] + ".engine")
     _write(engine, built.plan)
+    if built.layers is not None:
+        _write(out / (spec["target"] + ".layers.json"), _layer_report(trt, built, spec))
     _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
     answer["engine"] = str(engine)
     if built.timings and options.timing_cache and not options.timing_cache_read_only:

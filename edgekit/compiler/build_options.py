@@ -3,6 +3,7 @@ features by name, never by version; Python 3.8 and nothing else."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,14 @@ __all__ = [
     "BuildError",
     "configure",
     "counted",
+    "engine_layers",
     "fallback",
     "fallback_text",
+    "layers_text",
     "load",
     "make_logger",
     "network_flags",
+    "network_layers",
     "precision_flags",
     "quantized",
     "read_timings",
@@ -109,6 +113,8 @@ def configure(trt: Any, builder: Any, config: Any, options: dict[str, Any], capa
         config.default_device_type = _member(trt, "DeviceType", "DLA", "--dla")
         config.DLA_core = options["dla"]
         config.set_flag(_member(trt, "BuilderFlag", "GPU_FALLBACK", "--dla"))
+    if options.get("verbose") and not hasattr(config, "set_compute_capability"):  # no GPU, nobody to inspect the engine
+        config.profiling_verbosity = _member(trt, "ProfilingVerbosity", "DETAILED", "--verbose")
 
 
 def _compile_for(trt: Any, config: Any, capability: str, later: bool) -> None:
@@ -147,6 +153,44 @@ def fallback_text(found: dict[str, Any]) -> str:
     which = counted(layer["type"] for layer in found["on_gpu"])
     text = f"DLA core {found['core']}: {left} of {found['layers']} layers fall back to the GPU"
     return f"{text}: {which}" if left else text
+
+
+def _shape(tensor: Any) -> list[int] | None:
+    try:
+        return [int(axis) for axis in tensor.shape]
+    except ValueError:  # not even the number of axes is known
+        return None
+
+
+def network_layers(network: Any) -> list[dict[str, Any]]:
+    """Name, type, precision (of the first output) and shapes of a network's layers, as the parser made them: before fusion."""
+    found = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        inputs = [tensor for tensor in map(layer.get_input, range(layer.num_inputs)) if tensor is not None]
+        outputs = [tensor for tensor in map(layer.get_output, range(layer.num_outputs)) if tensor is not None]
+        about = {"name": layer.name, "type": layer.type.name, "precision": outputs[0].dtype.name.lower() if outputs else ""}
+        found.append({**about, "inputs": [_shape(tensor) for tensor in inputs], "outputs": [_shape(t) for t in outputs]})
+    return found
+
+
+def engine_layers(trt: Any, engine: Any) -> list[Any] | None:
+    """What the engine's inspector says of its layers, after fusion; None where there is no engine or no such answer."""
+    if engine is None:
+        return None
+    try:
+        said = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+        return list(said["Layers"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def layers_text(layers: list[Any]) -> str:
+    """A report of layers in one line. An engine that was not built for it has names only."""
+    known = [layer for layer in layers if isinstance(layer, dict)]
+    types = counted(layer.get("LayerType") or layer.get("type") or "?" for layer in known)
+    precisions = counted(layer["precision"] for layer in known if layer.get("precision"))
+    return ": ".join(filter(None, [f"{len(layers)} layers", "; ".join(filter(None, [types, precisions]))]))
 
 
 def load(trt: Any, logger: Any, plan: bytes, options: dict[str, Any]) -> Any:

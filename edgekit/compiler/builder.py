@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import tempfile
 import time
@@ -18,15 +19,16 @@ from typing import Any
 import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.errors import BundleError, GoldenError, MissingExtra, UsageError
+from edgekit.errors import BundleError, MissingExtra
 from edgekit.manifest import Tolerance
-from edgekit.targets import PRECISIONS, JetPack, Target, target_named
+from edgekit.targets import JetPack, Target, target_named
 from edgekit.trust import trust_engine
 from edgekit.version import __version__
 
 from . import child
+from .build_options import layers_text
 from .kit import SCRIPTS, make_kit
-from .options import Options, read_timings
+from .options import Options, check_precision, read_timings
 from .shapes import Profiles, profiles_for
 
 __all__ = ["BuildResult", "build"]
@@ -35,7 +37,6 @@ RECIPE = 4  # raise it where the same inputs would now give another engine
 #: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
-_FP8_SM = "8.9"  # the first with E4M3 in its tensor cores, as `targets.toml` has it
 _INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 
 
@@ -43,7 +44,8 @@ _INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 class BuildResult:
     """What `build` made. ``seconds`` is the time inside `build`; ``tensorrt`` the version used, or expected on a device.
 
-    ``sparse_layers``: layers with 2:4 weights, for which sparse kernels are tried where the target has them.
+    ``sparse_layers``: layers with 2:4 weights, for which sparse kernels are tried where the target has them. ``layers``: the
+    report of a verbose build.
     """
 
     bundle: Bundle
@@ -56,12 +58,14 @@ class BuildResult:
     seconds: float
     size_bytes: int
     sparse_layers: int = 0
+    layers: Path | None = None
+    layer_summary: str = ""
     note: str = ""
 
     def figures(self) -> dict[str, Any]:
         """JSON-plain, paths as text."""
         plain = {key: value for key, value in asdict(self).items() if key != "bundle"}
-        paths = {key: None if plain[key] is None else str(plain[key]) for key in ("engine", "kit")}
+        paths = {key: None if plain[key] is None else str(plain[key]) for key in ("engine", "kit", "layers")}
         return {"bundle": str(self.bundle.path), **plain, **paths}
 
 
@@ -75,6 +79,7 @@ def build(
     dla: int | None = None,
     compatible: str | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
+    verbose: bool = False,
     timeout_s: float = 1800,
 ) -> BuildResult:
     """Compile a bundle's graph for ``target`` (see ``edgekit targets``) into ``engines/`` of the same bundle.
@@ -90,6 +95,8 @@ def build(
     deep learning accelerator that runs what it can, in fp16 or int8; the GPU runs the rest. ``compatible``: "hardware" for
     an engine that other GPUs run as well, "version" for one that later TensorRT runs; what each costs is in the answer's note.
     ``timing_cache``: a file that the kit's script wrote on such a device; it goes into the kit, which then builds faster.
+    ``verbose``: report the layers in ``engines/TARGET.layers.json``: for RTX those of the network, before fusion, for nothing
+    can look into its engines without a GPU; a device writes its engine's own beside it.
 
     Raises `UsageError` for an unknown target, a precision or an option the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for, or is needed by the DLA, and does not hold,
@@ -98,19 +105,21 @@ def build(
     started = time.perf_counter()
     chosen = target_named(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    _check_precision(opened, chosen, precision)
-    timings, remarks = read_timings(None if timing_cache is None else Path(timing_cache), chosen)
-    options, profiles = Options(workspace_mb, dla, compatible, timings), profiles_for(opened, batch)
+    check_precision(opened, chosen, precision)
+    profiles = profiles_for(opened, batch)
+    timings, remarks = read_timings(timing_cache, chosen)
+    options = Options(workspace_mb, dla, compatible, timings, verbose or opened.has(_layers(chosen)))
     options.check(chosen, precision, profiles)
     spec = _specification(opened, chosen, precision, profiles, options)
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
-    if (found := _cached(opened, chosen, key)) is not None:
+    if (found := _cached(opened, chosen, key, options)) is not None:
         return _result(opened, chosen, found, remarks, cached=True, seconds=time.perf_counter() - started)
     with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
         folder = Path(name)
-        answer = child.call("compilation:compile_graph", _request(opened, chosen, spec), folder, timeout_s, address_space=0)
+        request = _request(opened, chosen, spec, options)
+        answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
-        _check_chosen(options, answer)
+        options.check_chosen(answer)
         answer["notes"] += options.notes(chosen, answer["precision"])
         files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder, timings)
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
@@ -120,40 +129,6 @@ def build(
     if "engine_sha256" in record:
         trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
     return _result(updated, chosen, record, remarks, cached=False, seconds=time.perf_counter() - started)
-
-
-def _check_precision(bundle: Bundle, target: Target, precision: str) -> None:
-    if precision not in ("best", *target.precisions):
-        raise UsageError(
-            f"{target.name} does not run {precision!r}; it runs {', '.join(target.precisions)}",
-            f"choose --precision {', '.join(p for p in PRECISIONS if p in target.precisions)} or best",
-        )
-    if precision not in ("best", *PRECISIONS):
-        raise UsageError(
-            f"{target.name} runs {precision}, but edgekit does not make {precision} graphs",
-            f"choose --precision {', '.join(PRECISIONS)} or best",
-        )
-    if precision == "int8" and not bundle.has(INT8_GRAPH):
-        raise BundleError(
-            f"{bundle.path} has no int8 graph", f"quantize it first: edgekit quantize {bundle.path} --out B2 --calib SPEC"
-        )
-    quantized = bundle.has(INT8_GRAPH) and precision in ("best", "int8")
-    if quantized and bundle.form == "fp8" and "fp8" not in target.precisions:
-        raise UsageError(
-            f"{bundle.path} is fp8, which needs SM {_FP8_SM} (Ada Lovelace) or later; {target.name} is SM {target.sm}",
-            "quantize it to int8 for this target (--format int8), or build its float graph: --precision fp16",
-        )
-    if not bundle.has(FLOAT_GRAPH) and not bundle.has(INT8_GRAPH):
-        raise BundleError(f"{bundle.path} holds no graph to build", "make it again with edgekit train or edgekit import")
-
-
-def _check_chosen(options: Options, answer: Mapping[str, Any]) -> None:
-    """Whether what ``best`` came to is something that the DLA runs."""
-    if options.dla is not None and answer["precision"] == "fp32":
-        raise GoldenError(
-            f"the DLA runs fp16 and int8 only, and this graph came to fp32: {'; '.join(answer['notes'])}"[:400],
-            "leave --dla out, or quantize the bundle",
-        )
 
 
 def _tensorrt_version(target: Target) -> str:
@@ -212,11 +187,11 @@ def _specification(bundle: Bundle, target: Target, precision: str, profiles: Pro
         "sources": sources,
         "golden": msgspec.to_builtins(manifest.golden),
         "profiles": profiles,
-        "options": options.decides(),
+        "options": options.decides(target),
     }
 
 
-def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any]) -> dict[str, Any]:
+def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """What the child needs; taking a file's path checks its hash."""
 
     def path(name: str) -> str | None:
@@ -235,7 +210,7 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any]) -> dict[st
         "extra": "rtx",
         "compute_capability": target.sm,
         "profiles": spec["profiles"],
-        "options": spec["options"],
+        "options": {**spec["options"], "verbose": options.verbose},
         "sparse": target.sparse,
     }
 
@@ -261,6 +236,7 @@ def _outputs(
     timings: bytes | None,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(files for the bundle, the record for ``engines/TARGET.json``)."""
+    files: dict[str, bytes] = {}
     graph = (folder / "graph.onnx").read_bytes()
     used = bundle.form if answer["precision"] == "int8" else answer["precision"]
     record = {
@@ -283,6 +259,7 @@ def _outputs(
     if target.kind == "rtx":
         data = (folder / "plan.engine").read_bytes()
         name, record["engine_sha256"] = f"engines/{target.name}.engine", hashlib.sha256(data).hexdigest()
+        files |= _layer_report(target, spec["key"], folder / "layers.json")
         if used == "int8":
             record["notes"].append("TensorRT-RTX documents int8 for weights only: expect no int8 speed")
     else:
@@ -295,10 +272,23 @@ def _outputs(
         name, record["kit_sha256"] = f"engines/{target.name}.kit.zip", hashlib.sha256(data).hexdigest()
         if able:
             record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")
-    return {name: data}, {**record, "file": name, "size_bytes": len(data)}
+    return {name: data, **files}, {**record, "file": name, "size_bytes": len(data)}
 
 
-def _cached(bundle: Bundle, target: Target, key: str) -> dict[str, Any] | None:
+def _layers(target: Target) -> str:
+    return f"engines/{target.name}.layers.json"
+
+
+def _layer_report(target: Target, key: str, layers: Path) -> dict[str, bytes]:
+    """The report for the bundle, where the child wrote one."""
+    if not layers.is_file():
+        return {}
+    found = json.loads(layers.read_text(encoding="utf-8"))
+    report = {"target": target.name, "key": key, "source": "network", "summary": layers_text(found), "layers": found}
+    return {_layers(target): msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"}
+
+
+def _cached(bundle: Bundle, target: Target, key: str, options: Options) -> dict[str, Any] | None:
     """The record of an earlier build with the same key whose files are there and whole."""
     sidecar = f"engines/{target.name}.json"
     if not bundle.has(sidecar):
@@ -308,7 +298,9 @@ def _cached(bundle: Bundle, target: Target, key: str) -> dict[str, Any] | None:
         if record["key"] != key or not bundle.has(record["file"]):
             return None
         bundle.file(record["file"])
-    except (msgspec.DecodeError, KeyError, BundleError):
+        if options.verbose and target.kind == "rtx" and json.loads(bundle.read(_layers(target)))["key"] != key:
+            return None
+    except (msgspec.DecodeError, ValueError, KeyError, BundleError):
         return None  # a damaged derived file is made again
     return record
 
@@ -317,6 +309,7 @@ def _result(
     bundle: Bundle, target: Target, record: Mapping[str, Any], remarks: list[str], *, cached: bool, seconds: float
 ) -> BuildResult:
     file = bundle.path / record["file"]
+    report = _layers(target) if bundle.has(_layers(target)) else None
     return BuildResult(
         bundle=bundle,
         engine=file if target.kind == "rtx" else None,
@@ -328,5 +321,7 @@ def _result(
         seconds=round(seconds, 4),
         size_bytes=record["size_bytes"],
         sparse_layers=record["sparse_layers"],
+        layers=bundle.path / report if report else None,
+        layer_summary=json.loads(bundle.read(report))["summary"] if report else "",
         note="; ".join([*record["notes"], *remarks]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -108,7 +109,7 @@ def _built(graph: bytes, wanted: Mapping[str, Any], folder: Path) -> tuple[bytes
     """Write ``plan.engine``; returns the graph that TensorRT took, and ``tensorrt``, ``seconds``, ``notes``."""
     notes = []
     try:
-        plan, version, seconds = _engine(graph, wanted)
+        built, version, seconds = _engine(graph, wanted)
     except GraphError:
         model = onnx.load_model_from_string(graph)
         if not reverse_forward_layers(model):
@@ -116,9 +117,11 @@ def _built(graph: bytes, wanted: Mapping[str, Any], folder: Path) -> tuple[bytes
         say("refused; trying again with forward recurrences as reverse ones")
         graph, before = model.SerializeToString(deterministic=True), graph
         _check_same(before, graph, Path(wanted["golden"]), quantized=wanted["precision"] == "int8")
-        plan, version, seconds = _engine(graph, wanted)
+        built, version, seconds = _engine(graph, wanted)
         notes = ["recurrences run in reverse over the reversed sequence, which is the same"]
-    (folder / "plan.engine").write_bytes(plan)
+    (folder / "plan.engine").write_bytes(built.plan)
+    if built.layers is not None:
+        (folder / "layers.json").write_text(json.dumps(built.layers), encoding="utf-8")
     return graph, {"tensorrt": version, "seconds": seconds, "notes": notes}
 
 
@@ -203,8 +206,8 @@ def _advance(bar: Any, phase: str, share: float) -> bool:
     return True
 
 
-def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[bytes, str, float]:
-    """(plan, TensorRT version, seconds). Parser and builder errors become `GraphError`."""
+def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[build_engine.Built, str, float]:
+    """(what was built, TensorRT version, seconds). Parser and builder errors become `GraphError`."""
     try:
         trt: Any = importlib.import_module(request["module"])
     except ImportError:
@@ -217,9 +220,9 @@ def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[bytes, str, float
     started = time.perf_counter()
     try:
         with click.progressbar(length=1000, label="building", file=sys.stderr) as bar:
-            plan = build_engine.build(trt, graph, dict(request), partial(_advance, bar)).plan
+            built = build_engine.build(trt, graph, dict(request), partial(_advance, bar))
     except build_engine.BuildError as error:
         raise GraphError(
             f"TensorRT refuses the graph: {error}"[:500], "import it again with fixed shapes (--shape), or change this node"
         ) from None
-    return plan, trt.__version__, _since(started)
+    return built, trt.__version__, _since(started)

@@ -75,6 +75,7 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
         options.get("compatible"), []
     )
     words += [f"--timingCacheFile={TIMINGS}"] if "timing_cache" in options else []
+    words += ["--profilingVerbosity=detailed", "--dumpLayerInfo"] if "verbose" in options else []
     words += [f"--memPoolSize=workspace:{options['workspace_mb']}"] if "workspace_mb" in options else []
     return " ".join(words)
 

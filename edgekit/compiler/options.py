@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekit.errors import UsageError
-from edgekit.targets import Target, load_targets
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.errors import BundleError, GoldenError, UsageError
+from edgekit.targets import PRECISIONS, Target, load_targets
 
 from .shapes import Profiles, shape_text
 
-__all__ = ["Options"]
+__all__ = ["Options", "check_precision", "read_timings"]
+
+_FP8_SM = "8.9"  # the first with E4M3 in its tensor cores, as `targets.toml` has it
 
 #: (--compatible, kind of target) -> what it brings and what it costs, by NVIDIA's documentation of TensorRT and TensorRT-RTX.
 COMPATIBLE = {
@@ -31,13 +36,14 @@ class Options:
 
     ``dla``: the core of the deep learning accelerator that runs what it can; the GPU runs the rest. ``compatible``:
     "hardware", for GPUs other than the target's, or "version", for later releases of TensorRT. ``timings``: a timing cache
-    for the kit, see `read_timings`.
+    for the kit, see `read_timings`. ``verbose``: a report of the layers.
     """
 
     workspace_mb: int | None = None
     dla: int | None = None
     compatible: str | None = None
     timings: bytes | None = field(default=None, repr=False)
+    verbose: bool = False
 
     def check(self, target: Target, precision: str, profiles: Profiles) -> None:
         """Raises `UsageError` for what the target cannot do, and for options that contradict each other."""
@@ -48,6 +54,14 @@ class Options:
         if self.compatible is not None:
             _check_compatible(self.compatible, target)
 
+    def check_chosen(self, answer: Mapping[str, Any]) -> None:
+        """Whether what ``best`` came to is something that the DLA runs."""
+        if self.dla is not None and answer["precision"] == "fp32":
+            raise GoldenError(
+                f"the DLA runs fp16 and int8 only, and this graph came to fp32: {'; '.join(answer['notes'])}"[:400],
+                "leave --dla out, or quantize the bundle",
+            )
+
     def notes(self, target: Target, precision: str) -> list[str]:
         """What the user should know of these options before relying on them; ``precision`` as it was chosen."""
         said = [COMPATIBLE[self.compatible, target.kind]] if self.compatible else []
@@ -55,17 +69,50 @@ class Options:
             said.append(f"DLA core {self.dla}; what it cannot run falls back to the GPU, and the device's record lists it")
             if precision == "int8":
                 said.append("before TensorRT 11 a DLA takes no Q/DQ and int8 layers fall back: compare --precision fp16")
+        if self.verbose and target.kind == "device":
+            said.append(f"the device reports the engine's layers in {target.name}.layers.json")
         return said
 
-    def decides(self) -> dict[str, Any]:
-        """What of this decides the engine, as JSON: part of the cache's key, of the record and of a kit's build.json."""
-        said = {name: value for name, value in asdict(self).items() if value is not None and name != "timings"}
+    def decides(self, target: Target) -> dict[str, Any]:
+        """What of this decides the engine, as JSON: part of the cache's key, of the record and of a kit's build.json.
+
+        A verbose engine of a device carries what its inspector says; for RTX the report is of the network.
+        """
+        said = {name: value for name, value in asdict(self).items() if value is not None and name not in ("timings", "verbose")}
+        if self.verbose and target.kind == "device":
+            said["verbose"] = True
         if self.timings is not None:
             said["timing_cache"] = hashlib.sha256(self.timings).hexdigest()
         return said
 
 
-def read_timings(path: str | Path | None, target: Target) -> tuple[bytes | None, list[str]]:
+def check_precision(bundle: Bundle, target: Target, precision: str) -> None:
+    """Raises `UsageError` for a precision that the target lacks, `BundleError` where the bundle has no graph for it."""
+    if precision not in ("best", *target.precisions):
+        raise UsageError(
+            f"{target.name} does not run {precision!r}; it runs {', '.join(target.precisions)}",
+            f"choose --precision {', '.join(p for p in PRECISIONS if p in target.precisions)} or best",
+        )
+    if precision not in ("best", *PRECISIONS):
+        raise UsageError(
+            f"{target.name} runs {precision}, but edgekit does not make {precision} graphs",
+            f"choose --precision {', '.join(PRECISIONS)} or best",
+        )
+    if precision == "int8" and not bundle.has(INT8_GRAPH):
+        raise BundleError(
+            f"{bundle.path} has no int8 graph", f"quantize it first: edgekit quantize {bundle.path} --out B2 --calib SPEC"
+        )
+    quantized = bundle.has(INT8_GRAPH) and precision in ("best", "int8")
+    if quantized and bundle.form == "fp8" and "fp8" not in target.precisions:
+        raise UsageError(
+            f"{bundle.path} is fp8, which needs SM {_FP8_SM} (Ada Lovelace) or later; {target.name} is SM {target.sm}",
+            "quantize it to int8 for this target (--format int8), or build its float graph: --precision fp16",
+        )
+    if not bundle.has(FLOAT_GRAPH) and not bundle.has(INT8_GRAPH):
+        raise BundleError(f"{bundle.path} holds no graph to build", "make it again with edgekit train or edgekit import")
+
+
+def read_timings(path: str | os.PathLike[str] | None, target: Target) -> tuple[bytes | None, list[str]]:
     """(the timing cache for a device's kit, remarks). TensorRT-RTX has no use for one: its builder times nothing.
 
     Raises `UsageError` where the file is missing, empty or unreadable.

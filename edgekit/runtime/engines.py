@@ -83,7 +83,7 @@ def records(bundle: Bundle, module: str) -> list[Record]:
     """The engines and build kits of a bundle for one TensorRT module. Raises `BundleError` for a damaged record."""
     found = []
     for name in bundle.manifest.files:
-        if not (name.startswith("engines/") and name.endswith(".json")):
+        if not name.startswith("engines/") or not name.endswith(".json") or name.endswith(".layers.json"):
             continue
         try:
             record = msgspec.json.decode(bundle.read(name), type=Record)

@@ -112,7 +112,8 @@ class SimulatedBuilder:
             "ILayer",
             name=node.name or node.output[0],
             type=types.SimpleNamespace(name=node.op_type.upper()),
-            num_inputs=0,
+            num_inputs=1,
+            get_input=lambda index: None,
             num_outputs=len(tensors),
             get_output=tensors.__getitem__,
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import onnx
 import pytest
@@ -20,6 +21,7 @@ from edgekit.compiler import build, build_engine
 from edgekit.compiler.build_options import counted, fallback_text
 from edgekit.compiler.kit import make_kit
 from edgekit.errors import GoldenError, UsageError
+from edgekit.runtime.engines import records
 from edgekit.targets import target_named
 
 Builder = Callable[..., Any]
@@ -320,3 +322,50 @@ def test_a_timing_cache_for_rtx_is_a_stated_no_op(cli: Callable[..., Any], tiny_
     again = cli(*command, "--timing-cache", cache)
     assert again.json["cached"] is True
     assert "does nothing for TensorRT-RTX" in again.json["note"]
+
+
+# Layers
+
+
+def test_a_device_reports_the_layers_of_its_engine(
+    script: Callable[..., Any], tmp_path: Path, simulated_builder: Builder, release: str
+) -> None:
+    done = script(release=release, verbose=True)
+    report = json.loads((tmp_path / "kit/jetson-agx-orin.layers.json").read_text())
+    assert (report["source"], [layer["Name"] for layer in report["layers"]]) == ("engine", ["fused", "out"])
+    assert "2 layers: 1 CaskConvolution, 1 Reformat" in done.err
+    assert (done.told.get("profiling_verbosity") == "DETAILED") == (release != "rtx1.7")
+    blind = simulated_builder(release)
+    blind.module.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: None)
+    script(simulated=blind, verbose=True)
+    report = json.loads((tmp_path / "kit/jetson-agx-orin.layers.json").read_text())
+    assert report["source"] == "network"
+    assert report["layers"][0] == {"name": ANY, "type": "CONV", "precision": "half", "inputs": [], "outputs": [[-1, 4]]}
+
+
+def test_an_rtx_build_reports_the_layers_of_the_network(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    command = ("build", tiny_bundle.path, "--target", "rtx-ada", "--json")
+    plain = cli(*command)
+    assert (plain.json["layers"], plain.json["layer_summary"]) == (None, "")
+    engine = Path(plain.json["engine"]).read_bytes()
+    made = cli(*command, "--verbose").json
+    assert Path(made["layers"]).name == "rtx-ada.layers.json"
+    assert Path(made["engine"]).read_bytes() == engine  # a report changes nothing
+    report = json.loads(Path(made["layers"]).read_text())
+    assert (report["source"], report["summary"]) == ("network", made["layer_summary"])
+    convolution = next(layer for layer in report["layers"] if layer["type"] == "CONVOLUTION")
+    assert (convolution["precision"], convolution["inputs"][0]) == ("half", [-1, 3, 32, 32])
+    again = cli(*command, "--verbose").json
+    assert (again["cached"], again["layer_summary"]) == (True, made["layer_summary"])
+    other = cli(*command, "--precision", "fp32").json  # a report that is there is kept true
+    assert "float" in other["layer_summary"]
+    assert "half" not in other["layer_summary"]
+    assert [found.target for found in records(Bundle.open(tiny_bundle.path), "tensorrt_rtx")] == ["rtx-ada"]
+
+
+def test_a_kit_is_told_to_report(tiny_bundle: Bundle) -> None:
+    made = build(tiny_bundle, target="jetson-orin-nano", precision="fp32", verbose=True)
+    assert json.loads(in_kit(made.kit))["options"] == {"verbose": True}
+    assert "jetson-orin-nano.layers.json" in made.note
+    assert made.layers is None
