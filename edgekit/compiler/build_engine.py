@@ -328,6 +328,9 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     spec["compute_capability"] = options.compute_capability
     shipped = options.kit / asked.TIMINGS if asked.TIMINGS in spec["files"] else None
     timings = asked.read_timings(options.timing_cache, options.timing_cache_read_only, shipped)
+    memory = {"estimated": spec["memory"]["total"], "available": asked.memory_in(asked.MEMINFO, "MemAvailable")}
+    if warning := asked.memory_warning(memory["estimated"], memory["available"]):
+        _say(warning)
     start = time.perf_counter()
     built = build(trt, graph, spec, _print_progress, timings)
     if built.unused:
@@ -351,6 +354,7 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
         "options": spec["options"],
         "golden": checked,
         "dla": built.dla,
+        "memory": {**memory, "peak": asked.memory_in(asked.STATUS, "VmHWM")},
         "timing_cache": None if timings is None else {"sha256": _digest(timings), "unused": built.unused},
     }
     out = options.out or options.kit

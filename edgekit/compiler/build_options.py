@@ -22,6 +22,8 @@ __all__ = [
     "layers_text",
     "load",
     "make_logger",
+    "memory_in",
+    "memory_warning",
     "network_flags",
     "network_layers",
     "precision_flags",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 TIMINGS = "timing.cache"  # the file of a kit
+MEMINFO, STATUS = "/proc/meminfo", "/proc/self/status"
 
 
 class BuildError(Exception):
@@ -191,6 +194,26 @@ def layers_text(layers: list[Any]) -> str:
     types = counted(layer.get("LayerType") or layer.get("type") or "?" for layer in known)
     precisions = counted(layer["precision"] for layer in known if layer.get("precision"))
     return ": ".join(filter(None, [f"{len(layers)} layers", "; ".join(filter(None, [types, precisions]))]))
+
+
+def memory_in(path: str, name: str) -> int | None:
+    """Bytes by one line of /proc/meminfo or /proc/self/status; None where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = [line.split()[1] for line in file if line.startswith(name + ":")]
+        return int(found[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def memory_warning(needed: int, available: int | None) -> str:
+    """What to say before a build that may not fit; empty where it fits, or where nobody knows."""
+    if available is None or needed <= available:
+        return ""
+    return (
+        f"warning: this build needs about {needed >> 20} MB, by estimate, and {available >> 20} MB are available: "
+        "stop other programs, add swap, or make the kit with --workspace-mb or a smaller --batch"
+    )
 
 
 def load(trt: Any, logger: Any, plan: bytes, options: dict[str, Any]) -> Any:

@@ -120,7 +120,7 @@ def build(
         answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
         options.check_chosen(answer)
-        answer["notes"] += options.notes(chosen, answer["precision"])
+        answer["notes"] += options.notes(chosen, answer["precision"], answer.get("memory"))
         files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder, timings)
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
@@ -254,6 +254,7 @@ def _outputs(
         "opset": answer["opset"],
         "seconds": answer.get("seconds"),
         "graph_seconds": answer["graph_seconds"],
+        "memory": answer.get("memory"),
         "notes": list(answer["notes"]),
     }
     if target.kind == "rtx":

@@ -23,6 +23,7 @@ from edgekit.runtime.golden import parse_golden
 from edgekit.runtime.onnxruntime import session
 
 from . import build_engine, passes, precision
+from .memory import build_memory
 from .recurrences import reverse_forward_layers
 
 __all__ = ["MIN_FP16_SNR_DB", "compile_graph"]
@@ -57,7 +58,8 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     reads opset 17 at most, and chooses types by flags. Returns what was chosen: ``precision``, ``notes``,
     ``golden_snr_db`` (ONNX Runtime's, None where the graph is one that an earlier stage checked), ``tensorrt``,
     ``seconds`` in TensorRT, ``graph_sha256``, ``opset``, ``untyped_opset`` (None where there is none), ``sparse_layers`` (how
-    many are 2:4) and ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``).
+    many are 2:4), ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``) and, for a
+    device, ``memory`` (see `build_memory`).
     """
     started = time.perf_counter()
     graph, chosen = _typed_graph(request)
@@ -82,6 +84,8 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         (folder / "untyped.onnx").write_bytes(source.read_bytes())
         answer["untyped_opset"] = before
     (folder / "graph.onnx").write_bytes(graph)
+    if not request["engine"]:
+        answer["memory"] = build_memory(graph, request["profiles"], request["options"].get("workspace_mb"))
     return {**answer, "notes": [*answer["notes"], *note]}
 
 

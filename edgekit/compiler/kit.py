@@ -45,7 +45,7 @@ def make_kit(
     if untyped is not None and not all(entry.strongly_typed for entry in readers):
         files[_UNTYPED] = untyped
     spec = {
-        **{k: record[k] for k in ("target", "precision", "profiles", "flags", "options", "golden", "key")},
+        **{k: record[k] for k in ("target", "precision", "profiles", "flags", "options", "memory", "golden", "key")},
         "graph": _GRAPH,
         "untyped_graph": _UNTYPED if _UNTYPED in files else _GRAPH,
         "compute_capability": target.sm,

@@ -19,6 +19,7 @@ __all__ = ["Options", "check_precision", "read_timings"]
 
 _FP8_SM = "8.9"  # the first with E4M3 in its tensor cores, as `targets.toml` has it
 
+_FOR_A_BUILD = 0.75  # share of a device's memory that a build may take before `build` warns
 #: (--compatible, kind of target) -> what it brings and what it costs, by NVIDIA's documentation of TensorRT and TensorRT-RTX.
 COMPATIBLE = {
     ("hardware", "rtx"): "one engine for all GPUs of TensorRT-RTX from Ampere on; NVIDIA advises one of its own for each "
@@ -62,8 +63,8 @@ class Options:
                 "leave --dla out, or quantize the bundle",
             )
 
-    def notes(self, target: Target, precision: str) -> list[str]:
-        """What the user should know of these options before relying on them; ``precision`` as it was chosen."""
+    def notes(self, target: Target, precision: str, memory: Mapping[str, int] | None) -> list[str]:
+        """What the user should know before relying on these options: ``precision`` as it was chosen, ``memory`` to build."""
         said = [COMPATIBLE[self.compatible, target.kind]] if self.compatible else []
         if self.dla is not None:
             said.append(f"DLA core {self.dla}; what it cannot run falls back to the GPU, and the device's record lists it")
@@ -71,6 +72,8 @@ class Options:
                 said.append("before TensorRT 11 a DLA takes no Q/DQ and int8 layers fall back: compare --precision fp16")
         if self.verbose and target.kind == "device":
             said.append(f"the device reports the engine's layers in {target.name}.layers.json")
+        if memory is not None and target.memory_gb is not None:
+            said += _memory_note(memory["total"], target.memory_gb.value, self.workspace_mb)
         return said
 
     def decides(self, target: Target) -> dict[str, Any]:
@@ -174,3 +177,11 @@ def _check_compatible(kind: str, target: Target) -> None:
             f"{target.name} is SM {target.sm}; engines for several GPUs exist from SM 8.0 (Ampere) on",
             "leave --compatible out, and build for each target",
         )
+
+
+def _memory_note(needed: int, memory_gb: float, workspace_mb: int | None) -> list[str]:
+    """A warning where the device is too small; the rest of its memory is the system's and the application's."""
+    if needed <= _FOR_A_BUILD * memory_gb * 2**30:
+        return []
+    cure = "a smaller --batch" if workspace_mb else "a smaller --batch, --workspace-mb"
+    return [f"building needs about {needed / 2**30:.1f} GB, by estimate, of the device's {memory_gb:g}: {cure}, or swap"]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+
+from edgekit.bundle import FLOAT_GRAPH, Bundle
+from edgekit.compiler import build_engine
+from edgekit.compiler.kit import make_kit
+from edgekit.targets import target_named
 
 API: dict[str, Any] = json.loads((Path(__file__).parents[1] / "runtime/tensorrt_api.json").read_text(encoding="utf-8"))
 RELEASES: list[str] = API["versions"]
@@ -169,3 +177,24 @@ def release(request: pytest.FixtureRequest) -> str:
 def simulated_builder() -> Callable[..., SimulatedBuilder]:
     """``simulated_builder(release, cores=0, gpu_only="")``."""
     return SimulatedBuilder
+
+
+@pytest.fixture
+def script(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Any]:
+    """``script(*words, release=..., kit=..., **options)``: the kit's script as a device runs it, on a simulated TensorRT."""
+    target = target_named("jetson-agx-orin")
+
+    def run(*words: Any, simulated: Any = None, release: str = "10.16", kit: bytes | None = None, **options: Any) -> Any:
+        simulated = simulated or SimulatedBuilder(release, cores=2)
+        record = {"target": target.name, "precision": "fp32", "profiles": {}, "flags": [], "golden": None, "key": "k" * 64}
+        record |= {"memory": {"total": 1 << 30}}
+        data = kit or make_kit(target, target.tensorrt, {**record, "options": options}, tiny_bundle.read(FLOAT_GRAPH), None)
+        zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path / "kit")
+        monkeypatch.setitem(sys.modules, "tensorrt", simulated.module)
+        capsys.readouterr()
+        code = build_engine.main(["--kit", str(tmp_path / "kit"), "--no-check", *map(str, words)])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return types.SimpleNamespace(code=code, json=json.loads(out) if out else None, err=err, told=simulated.told)
+
+    return run

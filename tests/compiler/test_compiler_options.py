@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import ANY
 
 import onnx
 import pytest
@@ -19,10 +14,9 @@ import pytest
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.compiler import build, build_engine
 from edgekit.compiler.build_options import counted, fallback_text
-from edgekit.compiler.kit import make_kit
+from edgekit.compiler.memory import COPIES, build_memory
 from edgekit.errors import GoldenError, UsageError
 from edgekit.runtime.engines import records
-from edgekit.targets import target_named
 
 Builder = Callable[..., Any]
 
@@ -204,143 +198,7 @@ def test_compatibility_that_cannot_be_is_refused(tiny_bundle: Bundle, target: st
     assert Bundle.open(tiny_bundle.path).last("build") is None
 
 
-# Timing caches
-
-
-@pytest.fixture
-def script(
-    simulated_builder: Builder, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> Callable[..., Any]:
-    """``script(*words, release=..., kit=..., **options)``: the kit's script as a device runs it, on a simulated TensorRT."""
-    target = target_named("jetson-agx-orin")
-
-    def run(*words: Any, simulated: Any = None, release: str = "10.16", kit: bytes | None = None, **options: Any) -> Any:
-        simulated = simulated or simulated_builder(release, cores=2)
-        record = {"target": target.name, "precision": "fp32", "profiles": {}, "flags": [], "golden": None, "key": "k" * 64}
-        data = kit or make_kit(target, target.tensorrt, {**record, "options": options}, tiny_bundle.read(FLOAT_GRAPH), None)
-        zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path / "kit")
-        monkeypatch.setitem(sys.modules, "tensorrt", simulated.module)
-        capsys.readouterr()
-        code = build_engine.main(["--kit", str(tmp_path / "kit"), "--no-check", *map(str, words)])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return SimpleNamespace(code=code, json=json.loads(out) if out else None, err=err, told=simulated.told)
-
-    return run
-
-
-def engine_of(folder: Path) -> Path:
-    return folder / "jetson-agx-orin.engine"
-
-
-def test_a_timing_cache_is_read_and_written_and_editable_where_it_can_be(
-    script: Callable[..., Any], tmp_path: Path, release: str
-) -> None:
-    cache = tmp_path / "cache"
-    assert script("--timing-cache", cache, release=release).code == 0
-    second = script("--timing-cache", cache, release=release)
-    if release == "rtx1.7":
-        assert "does nothing" in second.err or "documented" in second.err
-        assert not cache.exists()
-        return
-    assert (second.told["timing_cache"], cache.read_bytes()) == (b"timings", b"timingstimings")
-    assert second.json["timing_cache"]["unused"] == ""
-    editable = release in ("10.13", "10.16", "11.4")
-    assert ("EDITABLE_TIMING_CACHE" in second.told["flags"]) == editable
-
-
-def test_a_read_only_timing_cache_is_never_written(script: Callable[..., Any], tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    missing = script("--timing-cache", cache, "--timing-cache-read-only")
-    assert missing.code == 1
-    assert f"there is no timing cache {cache}" in missing.err
-    assert not engine_of(tmp_path / "kit").exists()
-    cache.write_bytes(b"mine")
-    cache.chmod(0o444)
-    assert script("--timing-cache", cache, "--timing-cache-read-only").told["timing_cache"] == b"mine"
-    assert cache.read_bytes() == b"mine"
-    assert "needs --timing-cache FILE" in script("--timing-cache-read-only").err
-
-
-@pytest.mark.parametrize(("content", "why"), [(b"damaged", "Failed to deserialize"), (b"other", "another TensorRT")])
-def test_a_timing_cache_that_does_not_fit_is_named_and_made_again(
-    script: Callable[..., Any], tmp_path: Path, content: bytes, why: str
-) -> None:
-    cache = tmp_path / "cache"
-    cache.write_bytes(content)
-    done = script("--timing-cache", cache)
-    assert done.code == 0
-    assert why in done.err
-    assert why in done.json["timing_cache"]["unused"]
-    assert cache.read_bytes() == b"timings"
-
-
-def test_no_disk_for_the_timing_cache_costs_the_cache_only(
-    script: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache"
-    cache.write_bytes(b"before")
-    write = Path.write_bytes
-
-    def full(path: Path, data: bytes) -> int:
-        if path.name == ".cache.tmp":
-            write(path, data[:3])
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write(path, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    done = script("--timing-cache", cache)
-    assert done.code == 1
-    assert "is written, the timing cache is not" in done.json["error"]
-    assert "No space left on device" in done.err
-    assert engine_of(tmp_path / "kit").exists()
-    assert cache.read_bytes() == b"before"
-    assert not list(tmp_path.rglob("*.tmp"))
-    nowhere = script("--timing-cache", tmp_path / "nowhere" / "cache")
-    assert nowhere.code == 1
-    assert "its folder is not there" in nowhere.err
-
-
-def test_a_timing_cache_goes_along_with_the_kit(script: Callable[..., Any], tiny_bundle: Bundle, tmp_path: Path) -> None:
-    given = tmp_path / "given"
-    given.write_bytes(b"from the device")
-    made = build(tiny_bundle, target="jetson-agx-orin", precision="fp32", timing_cache=given).kit
-    assert "--timingCacheFile=timing.cache" in in_kit(made, "README.txt")
-    assert made is not None
-    for words in (("--timing-cache", tmp_path / "cache"), ()):
-        assert script(*words, kit=made.read_bytes()).told["timing_cache"] == b"from the device"
-    assert "timing_cache" not in script().told
-
-
-def test_a_timing_cache_for_rtx_is_a_stated_no_op(cli: Callable[..., Any], tiny_bundle: Bundle, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    cache = tmp_path / "cache"
-    command = ("build", tiny_bundle.path, "--target", "rtx-ada", "--precision", "fp32", "--json")
-    assert cli(*command, "--timing-cache", cache).code == 2
-    cache.write_bytes(b"x")
-    cli(*command)
-    again = cli(*command, "--timing-cache", cache)
-    assert again.json["cached"] is True
-    assert "does nothing for TensorRT-RTX" in again.json["note"]
-
-
 # Layers
-
-
-def test_a_device_reports_the_layers_of_its_engine(
-    script: Callable[..., Any], tmp_path: Path, simulated_builder: Builder, release: str
-) -> None:
-    done = script(release=release, verbose=True)
-    report = json.loads((tmp_path / "kit/jetson-agx-orin.layers.json").read_text())
-    assert (report["source"], [layer["Name"] for layer in report["layers"]]) == ("engine", ["fused", "out"])
-    assert "2 layers: 1 CaskConvolution, 1 Reformat" in done.err
-    assert (done.told.get("profiling_verbosity") == "DETAILED") == (release != "rtx1.7")
-    blind = simulated_builder(release)
-    blind.module.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: None)
-    script(simulated=blind, verbose=True)
-    report = json.loads((tmp_path / "kit/jetson-agx-orin.layers.json").read_text())
-    assert report["source"] == "network"
-    assert report["layers"][0] == {"name": ANY, "type": "CONV", "precision": "half", "inputs": [], "outputs": [[-1, 4]]}
 
 
 def test_an_rtx_build_reports_the_layers_of_the_network(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
@@ -369,3 +227,24 @@ def test_a_kit_is_told_to_report(tiny_bundle: Bundle) -> None:
     assert json.loads(in_kit(made.kit))["options"] == {"verbose": True}
     assert "jetson-orin-nano.layers.json" in made.note
     assert made.layers is None
+
+
+# Memory
+
+
+def test_the_estimate_grows_with_weights_shapes_and_workspace(tiny_bundle: Bundle) -> None:
+    graph = tiny_bundle.read(FLOAT_GRAPH)
+    one, eight = (build_memory(graph, {"x": [[1, 3, 32, 32], [n, 3, 32, 32], [n, 3, 32, 32]]}, None) for n in (1, 8))
+    assert one["weights"] == COPIES * len(graph)
+    assert eight["tensors"] == 8 * one["tensors"] == 8 * 3 * 16 * 32 * 32 * 4  # Add: two in, one out, 16 channels
+    assert eight["workspace"] == eight["tensors"]
+    limited = build_memory(graph, {}, 64)
+    assert limited["workspace"] == 64 << 20
+    assert limited["total"] == sum(size for name, size in limited.items() if name != "total")
+
+
+def test_a_kit_for_too_small_a_device_says_so(tiny_bundle: Bundle) -> None:
+    made = build(tiny_bundle, target="jetson-orin-nano", precision="fp32", workspace_mb=6000)
+    assert "building needs about 6.4 GB, by estimate, of the device's 8: a smaller --batch, or swap" in made.note
+    assert json.loads(in_kit(made.kit))["memory"] == record(tiny_bundle, "jetson-orin-nano")["memory"]
+    assert "building needs" not in build(tiny_bundle, target="jetson-orin-nano", precision="fp32").note
