@@ -359,6 +359,9 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     }
     out = options.out or options.kit
     out.mkdir(parents=True, exist_ok=True)
+    answer["changed"] = asked.changes(out / (spec["target"] + ".json"), answer)
+    if answer["changed"]:
+        _say("rebuilt: " + ", ".join(answer["changed"]))
     engine = out / (spec["target"] + ".engine")
     _write(engine, built.plan)
     if built.layers is not None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TIMINGS",
     "BuildError",
+    "changes",
     "configure",
     "counted",
     "engine_layers",
@@ -214,6 +215,20 @@ def memory_warning(needed: int, available: int | None) -> str:
         f"warning: this build needs about {needed >> 20} MB, by estimate, and {available >> 20} MB are available: "
         "stop other programs, add swap, or make the kit with --workspace-mb or a smaller --batch"
     )
+
+
+def changes(record: Path, answer: dict[str, Any]) -> list[str]:
+    """What differs from the engine that lies there already; nothing where there is none."""
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        names = ("key", "graph_sha256", "options", "module", "tensorrt", "timing_cache")
+        found = [f"{name} {before.get(name)} -> {answer[name]}" for name in names if before.get(name) != answer[name]]
+        same = before["engine_sha256"] == answer["engine_sha256"]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+    if found or same:
+        return found
+    return ["the same inputs gave another engine: kernels are chosen by timing, and --timing-cache FILE keeps the choice"]
 
 
 def load(trt: Any, logger: Any, plan: bytes, options: dict[str, Any]) -> Any:

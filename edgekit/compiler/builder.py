@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from edgekit.version import __version__
 
 from . import child
 from .build_options import layers_text
+from .changes import changes, difference
 from .kit import SCRIPTS, make_kit
 from .options import Options, check_precision, read_timings
 from .shapes import Profiles, profiles_for
@@ -45,7 +46,8 @@ class BuildResult:
     """What `build` made. ``seconds`` is the time inside `build`; ``tensorrt`` the version used, or expected on a device.
 
     ``sparse_layers``: layers with 2:4 weights, for which sparse kernels are tried where the target has them. ``layers``: the
-    report of a verbose build.
+    report of a verbose build. ``changed``: what differs from the build before; ``reproduced``: whether, where nothing of its
+    inputs does, the bytes are the same.
     """
 
     bundle: Bundle
@@ -60,6 +62,8 @@ class BuildResult:
     sparse_layers: int = 0
     layers: Path | None = None
     layer_summary: str = ""
+    changed: list[str] = field(default_factory=list)
+    reproduced: bool | None = None
     note: str = ""
 
     def figures(self) -> dict[str, Any]:
@@ -80,6 +84,7 @@ def build(
     compatible: str | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     verbose: bool = False,
+    again: bool = False,
     timeout_s: float = 1800,
 ) -> BuildResult:
     """Compile a bundle's graph for ``target`` (see ``edgekit targets``) into ``engines/`` of the same bundle.
@@ -97,6 +102,7 @@ def build(
     ``timing_cache``: a file that the kit's script wrote on such a device; it goes into the kit, which then builds faster.
     ``verbose``: report the layers in ``engines/TARGET.layers.json``: for RTX those of the network, before fusion, for nothing
     can look into its engines without a GPU; a device writes its engine's own beside it.
+    ``again``: build although nothing changed; the answer's ``reproduced`` says whether the bytes are those of the build before.
 
     Raises `UsageError` for an unknown target, a precision or an option the target lacks or a batch the graph cannot take,
     `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for, or is needed by the DLA, and does not hold,
@@ -112,23 +118,51 @@ def build(
     options.check(chosen, precision, profiles)
     spec = _specification(opened, chosen, precision, profiles, options)
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
-    if (found := _cached(opened, chosen, key, options)) is not None:
-        return _result(opened, chosen, found, remarks, cached=True, seconds=time.perf_counter() - started)
-    with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
-        folder = Path(name)
-        request = _request(opened, chosen, spec, options)
-        answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
-        answer.setdefault("tensorrt", spec["tensorrt"])
-        options.check_chosen(answer)
-        answer["notes"] += options.notes(chosen, answer["precision"], answer.get("memory"))
-        files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder, timings)
+    earlier = _earlier(opened, chosen)
+    if earlier is not None and not again and _serves(opened, chosen, earlier, key, options):
+        return _result(opened, chosen, earlier, remarks, cached=True, seconds=time.perf_counter() - started)
+    files, record = _compiled(opened, chosen, options, {**spec, "key": key}, timeout_s)
+    changed, reproduced = _compared(opened, earlier, record, files[record["file"]])
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
     entry = opened.entry("build", {"target": target, "precision": precision, "batch": batch, **spec["options"]}, figures)
     updated = opened.extend(files, entry)
     if "engine_sha256" in record:
         trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
-    return _result(updated, chosen, record, remarks, cached=False, seconds=time.perf_counter() - started)
+    if changed:
+        remarks = [f"rebuilt: {', '.join(changed)}", *remarks]
+    made = _result(updated, chosen, record, remarks, cached=False, seconds=time.perf_counter() - started)
+    return replace(made, changed=changed, reproduced=reproduced)
+
+
+def _compiled(
+    bundle: Bundle, target: Target, options: Options, spec: Mapping[str, Any], timeout_s: float
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(files for the bundle, the record for ``engines/TARGET.json``)."""
+    with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
+        folder = Path(name)
+        request = _request(bundle, target, spec, options)
+        answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
+        answer.setdefault("tensorrt", spec["tensorrt"])
+        options.check_chosen(answer)
+        answer["notes"] += options.notes(target, answer["precision"], answer.get("memory"))
+        return _outputs(bundle, target, spec, answer, folder, options.timings)
+
+
+def _compared(
+    bundle: Bundle, earlier: Mapping[str, Any] | None, record: Mapping[str, Any], made: bytes
+) -> tuple[list[str], bool | None]:
+    """(what differs from the build before, whether the same inputs gave the same bytes: None where they were not the same)."""
+    if earlier is None:
+        return [], None
+    if earlier.get("key") != record["key"]:
+        return changes(earlier.get("decided_by"), record["decided_by"]), None
+    try:
+        before = bundle.read(earlier["file"])
+    except (BundleError, KeyError):
+        return ["the file of the earlier build is gone or damaged"], None
+    words = difference(before, made, same_graph=earlier.get("graph_sha256") == record["graph_sha256"])
+    return [words] if words else [], not words
 
 
 def _tensorrt_version(target: Target) -> str:
@@ -242,6 +276,7 @@ def _outputs(
     record = {
         **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles", "options")},
         **{k: answer[k] for k in ("flags", "sparse_layers")},
+        "decided_by": _decided_by(spec),
         "target": target.name,
         "kind": target.kind,
         "compute_capability": target.sm,
@@ -276,6 +311,12 @@ def _outputs(
     return {name: data, **files}, {**record, "file": name, "size_bytes": len(data)}
 
 
+def _decided_by(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What the next build is compared with: all that the key is made of, the target's description as a digest."""
+    digest = hashlib.sha256(msgspec.json.encode(spec["target"], order="sorted")).hexdigest()
+    return {**{name: value for name, value in spec.items() if name != "key"}, "target": digest}
+
+
 def _layers(target: Target) -> str:
     return f"engines/{target.name}.layers.json"
 
@@ -289,21 +330,27 @@ def _layer_report(target: Target, key: str, layers: Path) -> dict[str, bytes]:
     return {_layers(target): msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"}
 
 
-def _cached(bundle: Bundle, target: Target, key: str, options: Options) -> dict[str, Any] | None:
-    """The record of an earlier build with the same key whose files are there and whole."""
+def _earlier(bundle: Bundle, target: Target) -> dict[str, Any] | None:
+    """The record of the build before, if there is one and it can be read."""
     sidecar = f"engines/{target.name}.json"
     if not bundle.has(sidecar):
         return None
     try:
-        record: dict[str, Any] = msgspec.json.decode(bundle.file(sidecar).read_bytes(), type=dict[str, Any])
-        if record["key"] != key or not bundle.has(record["file"]):
-            return None
-        bundle.file(record["file"])
-        if options.verbose and target.kind == "rtx" and json.loads(bundle.read(_layers(target)))["key"] != key:
-            return None
-    except (msgspec.DecodeError, ValueError, KeyError, BundleError):
+        return msgspec.json.decode(bundle.read(sidecar), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, BundleError):
         return None  # a damaged derived file is made again
-    return record
+
+
+def _serves(bundle: Bundle, target: Target, record: Mapping[str, Any], key: str, options: Options) -> bool:
+    """Whether an earlier build has the same key, and files that are there and whole."""
+    try:
+        if record["key"] != key or not bundle.has(record["file"]):
+            return False
+        bundle.file(record["file"])
+        reported = not options.verbose or target.kind == "device"
+        return reported or json.loads(bundle.read(_layers(target)))["key"] == key
+    except (ValueError, KeyError, BundleError):
+        return False
 
 
 def _result(

@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.compiler import build_engine
+from edgekit.compiler import build_engine, child
 from edgekit.compiler.kit import make_kit
 from edgekit.targets import target_named
 
@@ -198,3 +198,16 @@ def script(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         return types.SimpleNamespace(code=code, json=json.loads(out) if out else None, err=err, told=simulated.told)
 
     return run
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`build` without its child process, which imports onnx anew each time: a second that a test of options need not wait."""
+
+    def call(function: str, request: Any, folder: Path, timeout_s: float, address_space: int) -> Any:
+        from edgekit.compiler.compilation import compile_graph
+
+        assert function == "compilation:compile_graph"
+        return json.loads(json.dumps(compile_graph(json.loads(json.dumps(request)), folder)))
+
+    monkeypatch.setattr(child, "call", call)

@@ -12,13 +12,15 @@ import onnx
 import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.compiler import build, build_engine
+from edgekit.compiler import build, build_engine, builder
 from edgekit.compiler.build_options import counted, fallback_text
+from edgekit.compiler.changes import changes, difference
 from edgekit.compiler.memory import COPIES, build_memory
 from edgekit.errors import GoldenError, UsageError
 from edgekit.runtime.engines import records
 
 Builder = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def record(bundle: Bundle, target: str) -> dict[str, Any]:
@@ -248,3 +250,74 @@ def test_a_kit_for_too_small_a_device_says_so(tiny_bundle: Bundle) -> None:
     assert "building needs about 6.4 GB, by estimate, of the device's 8: a smaller --batch, or swap" in made.note
     assert json.loads(in_kit(made.kit))["memory"] == record(tiny_bundle, "jetson-orin-nano")["memory"]
     assert "building needs" not in build(tiny_bundle, target="jetson-orin-nano", precision="fp32").note
+
+
+# Builds compared
+
+
+def test_what_changed_since_the_build_before_is_named(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    command = ("build", tiny_bundle.path, "--target", "jetson-orin-nano", "--precision", "fp32", "--json")
+    assert cli(*command, "--batch", 1).json["changed"] == []
+    changed = cli(*command, "--batch", "1..8", "--workspace-mb", 64).json
+    assert changed["changed"] == ["profile of x 1x3x32x32 -> 1..8x3x32x32", "--workspace-mb none -> 64"]
+    assert changed["note"].rpartition("rebuilt: ")[2] == ", ".join(changed["changed"])
+    assert cli(*command, "--batch", "1..8", "--workspace-mb", 64).json["changed"] == []
+    fp16 = cli(*command[:4], "--batch", "1..8", "--json").json
+    assert fp16["changed"] == ["--precision fp32 -> best", "--workspace-mb 64 -> none"]
+
+
+def test_every_input_of_a_build_has_words() -> None:
+    before: dict[str, Any] = {"tensorrt": "1.7.0", "edgekit": "0.1", "recipe": 4, "requested": "fp16"}
+    before |= {"sources": {"model.onnx": "a" * 64}, "profiles": {}, "options": {"timing_cache": "c" * 64}}
+    before |= {"script": "s", "golden": {}, "target": "t"}
+    after = {"tensorrt": "1.7.1", "edgekit": "0.2", "recipe": 5, "requested": "int8"}
+    after |= {"sources": {"model.onnx": "b" * 64, "model.int8.onnx": "d" * 64}, "profiles": {"x": [[1, 4], [2, 4], [2, 4]]}}
+    after |= {"options": {"dla": 0}, "script": "S", "golden": {"model.onnx": 1}, "target": "T"}
+    assert changes(before, before) == []
+    assert changes(before, after) == [
+        "TensorRT 1.7.0 -> 1.7.1",
+        "edgekit 0.1 -> 0.2",
+        "recipe 4 -> 5",
+        "--precision fp16 -> int8",
+        "model.int8.onnx none -> dddddddd",
+        "model.onnx aaaaaaaa -> bbbbbbbb",
+        "profile of x fixed -> 1..2x4",
+        "--dla none -> 0",
+        "--timing-cache cccccccc -> none",
+        "the kit's script changed",
+        "golden outputs' tolerances changed",
+        "the target's description changed",
+    ]
+    assert "did not write down" in changes(None, after)[0]
+
+
+def test_the_same_inputs_give_the_same_bytes(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    command = ("build", tiny_bundle.path, "--target", "rtx-ada", "--precision", "fp32", "--json")
+    first = cli(*command).json
+    assert first["reproduced"] is None
+    again = cli(*command, "--again").json
+    assert (again["cached"], again["reproduced"], again["changed"]) == (False, True, [])
+
+
+def test_bytes_that_the_same_inputs_do_not_give_again_are_named(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = build(tiny_bundle, target="jetson-thor", precision="fp32")
+    make = builder.make_kit
+    monkeypatch.setattr(builder, "make_kit", lambda *given: make(*given)[:-1] + b"?")
+    made = build(plain.bundle, target="jetson-thor", precision="fp32", again=True)
+    assert made.reproduced is False
+    size = plain.size_bytes
+    assert made.changed == [
+        "the same inputs gave another result: TensorRT compiled one graph to other bytes; "
+        f"1 of {size} bytes differ, the first at {size - 1}"
+    ]
+    assert difference(b"abc", b"abc", same_graph=True) == ""
+    assert "another typed graph; 2 of 3 bytes differ, the first at 1" in difference(b"a", b"abc", same_graph=False)
+
+
+def test_the_file_of_a_build_that_is_gone_is_named(tiny_bundle: Bundle) -> None:
+    made = build(tiny_bundle, target="jetson-thor", precision="fp32")
+    assert made.kit is not None
+    made.kit.write_bytes(b"damaged")
+    again = build(Bundle.open(tiny_bundle.path, verify=False), target="jetson-thor", precision="fp32")
+    assert (again.cached, again.changed) == (False, ["the file of the earlier build is gone or damaged"])

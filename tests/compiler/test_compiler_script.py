@@ -15,6 +15,8 @@ import pytest
 from edgekit.bundle import Bundle
 from edgekit.compiler import build, build_options
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 def engine_of(folder: Path) -> Path:
     return folder / "jetson-agx-orin.engine"
@@ -141,3 +143,17 @@ def test_a_device_is_warned_before_it_runs_out_of_memory(
     assert "needs about 1024 MB, by estimate, and 488 MB are available" in done.err
     assert (done.json["memory"]["estimated"], done.json["memory"]["available"]) == (1 << 30, 512_000_000)
     assert done.json["memory"]["peak"] > 1 << 20
+
+
+def test_a_second_engine_is_compared_with_the_first(
+    script: Callable[..., Any], tmp_path: Path, simulated_builder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert script().json["changed"] == []
+    assert script().json["changed"] == []
+    assert script(workspace_mb=64).json["changed"] == ["options {} -> {'workspace_mb': 64}"]
+    upgraded = script(release="11.4", workspace_mb=64)
+    assert upgraded.json["changed"] == ["tensorrt 10.16 -> 11.4"]
+    assert "rebuilt: tensorrt 10.16 -> 11.4" in upgraded.err
+    other = simulated_builder("11.4")
+    monkeypatch.setattr(other, "_build", lambda network, config: b"other kernels")
+    assert "chosen by timing" in script(simulated=other, workspace_mb=64).json["changed"][0]
