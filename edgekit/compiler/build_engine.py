@@ -78,17 +78,6 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-def _parser_error(parser: Any) -> str:
-    """The parser's first error in one line: operator, node, reason. ``node_operator`` came with TensorRT 10."""
-    if not parser.num_errors:
-        return "the parser gave no reason"
-    error = parser.get_error(0)
-    operator = error.node_operator() if hasattr(error, "node_operator") else ""
-    name = error.node_name() if hasattr(error, "node_name") else ""
-    where = "{} (node {})".format(operator or "an operator", name or f"number {error.node()}")
-    return "{}: {}".format(where, " ".join(str(error.desc()).split()))
-
-
 def build(
     trt: Any,
     graph: bytes,
@@ -110,7 +99,7 @@ def build(
     network = builder.create_network(asked.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
-        raise BuildError(_parser_error(parser))
+        raise BuildError(asked.parser_error(parser))
     config = builder.create_builder_config()
     for name in [*spec["flags"], *asked.precision_flags(trt, spec["precision"])]:
         if hasattr(trt.BuilderFlag, name):
@@ -136,7 +125,7 @@ def build(
 
 
 class _Cuda:
-    """The five calls of the CUDA runtime that a check needs, so that a kit needs no further package."""
+    """The few calls of the CUDA runtime that a check needs, so that a kit needs no further package."""
 
     def __init__(self) -> None:
         for name in ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"):
@@ -151,6 +140,15 @@ class _Cuda:
         code = getattr(self.library, name)(*arguments)
         if code:
             raise BuildError(f"{name} failed with CUDA error {code}")
+
+    def capability(self) -> str:
+        """Of the first GPU: "8.7"."""
+        found = []
+        for attribute in (75, 76):  # cudaDevAttrComputeCapabilityMajor and Minor
+            value = ctypes.c_int()
+            self.call("cudaDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_int(0))
+            found.append(str(value.value))
+        return ".".join(found)
 
     def malloc(self, size: int) -> ctypes.c_void_p:
         pointer = ctypes.c_void_p()
@@ -308,14 +306,12 @@ def _say(text: str) -> None:
     sys.stderr.write(f"\n{text}\n")
 
 
-def _layer_report(trt: Any, built: Built, spec: dict[str, Any]) -> bytes:
+def _layers(trt: Any, built: Built, spec: dict[str, Any]) -> bytes:
     """By the engine itself, after fusion, where it loads here; else by the network that it was made from."""
-    of_engine = asked.engine_layers(trt, asked.load(trt, asked.make_logger(trt), built.plan, spec["options"]))
-    layers, source = (of_engine, "engine") if of_engine is not None else (built.layers or [], "network")
-    summary = asked.layers_text(layers)
-    _say(f"{source}: {summary}")
-    report = {"target": spec["target"], "key": spec["key"], "source": source, "summary": summary, "layers": layers}
-    return json.dumps(report, indent=1).encode()
+    found = asked.engine_layers(trt, asked.load(trt, asked.make_logger(trt), built.plan, spec["options"]))
+    source, layers = ("network", built.layers or []) if found is None else ("engine", found)
+    _say(f"{source}: {asked.layers_text(layers)}")
+    return asked.layer_report(spec["target"], spec["key"], source, layers)
 
 
 def _compiled(options: argparse.Namespace) -> dict[str, Any]:
@@ -325,6 +321,8 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     trt = importlib.import_module(options.module)
     name = spec["graph" if asked.strongly_typed(trt) else "untyped_graph"]
     graph = (options.kit / name).read_bytes()
+    if not options.no_check:
+        asked.check_device(spec, _Cuda().capability())
     spec["compute_capability"] = options.compute_capability
     shipped = options.kit / asked.TIMINGS if asked.TIMINGS in spec["files"] else None
     timings = asked.read_timings(options.timing_cache, options.timing_cache_read_only, shipped)
@@ -334,7 +332,7 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     built = build(trt, graph, spec, _print_progress, timings)
     if built.unused:
-        _say(f"warning: the timing cache was not used, all was timed anew: {built.unused}")
+        _say(f"warning: the timing cache was not used: {built.unused}")
     if built.dla:
         _say(asked.fallback_text(built.dla))
     checked = None
@@ -365,7 +363,7 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     engine = out / (spec["target"] + ".engine")
     _write(engine, built.plan)
     if built.layers is not None:
-        _write(out / (spec["target"] + ".layers.json"), _layer_report(trt, built, spec))
+        _write(out / (spec["target"] + ".layers.json"), _layers(trt, built, spec))
     _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
     answer["engine"] = str(engine)
     if built.timings and options.timing_cache and not options.timing_cache_read_only:

@@ -15,11 +15,13 @@ __all__ = [
     "TIMINGS",
     "BuildError",
     "changes",
+    "check_device",
     "configure",
     "counted",
     "engine_layers",
     "fallback",
     "fallback_text",
+    "layer_report",
     "layers_text",
     "load",
     "make_logger",
@@ -27,6 +29,7 @@ __all__ = [
     "memory_warning",
     "network_flags",
     "network_layers",
+    "parser_error",
     "precision_flags",
     "quantized",
     "read_timings",
@@ -90,6 +93,26 @@ def make_logger(trt: Any, errors: list[str] | None = None, warnings: list[str] |
                 kept.append(message)
 
     return Logger()
+
+
+def parser_error(parser: Any) -> str:
+    """The parser's first error in one line: operator, node, reason. ``node_operator`` came with TensorRT 10."""
+    if not parser.num_errors:
+        return "the parser gave no reason"
+    error = parser.get_error(0)
+    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    name = error.node_name() if hasattr(error, "node_name") else ""
+    where = "{} (node {})".format(operator or "an operator", name or f"number {error.node()}")
+    return "{}: {}".format(where, " ".join(str(error.desc()).split()))
+
+
+def check_device(spec: dict[str, Any], capability: str) -> None:
+    """Minutes before the runtime would refuse the engine. Raises `BuildError` for a GPU that a build.json is not for."""
+    wanted = spec["compute_capability"]
+    if capability != wanted and spec["options"].get("compatible") != "hardware":
+        raise BuildError(
+            f"this kit is for {spec['target']} (SM {wanted}), this GPU is SM {capability}: build one for it (edgekit targets)"
+        )
 
 
 def configure(trt: Any, builder: Any, config: Any, options: dict[str, Any], capability: str | None) -> None:
@@ -157,6 +180,13 @@ def fallback_text(found: dict[str, Any]) -> str:
     which = counted(layer["type"] for layer in found["on_gpu"])
     text = f"DLA core {found['core']}: {left} of {found['layers']} layers fall back to the GPU"
     return f"{text}: {which}" if left else text
+
+
+def layer_report(target: str, key: str, source: str, layers: list[Any]) -> bytes:
+    """TARGET.layers.json, a layer a line. ``source``: "network" (before fusion) or "engine" (after)."""
+    head = json.dumps({"target": target, "key": key, "source": source, "summary": layers_text(layers)})[:-1]
+    lines = ",\n".join(json.dumps(layer) for layer in layers)
+    return (head + ', "layers": [\n' + lines + "\n]}\n").encode()
 
 
 def _shape(tensor: Any) -> list[int] | None:

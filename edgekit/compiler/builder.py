@@ -26,7 +26,7 @@ from edgekit.trust import trust_engine
 from edgekit.version import __version__
 
 from . import child
-from .build_options import layers_text
+from .build_options import layer_report
 from .changes import changes, difference
 from .kit import SCRIPTS, make_kit
 from .options import Options, check_precision, read_timings
@@ -326,8 +326,7 @@ def _layer_report(target: Target, key: str, layers: Path) -> dict[str, bytes]:
     if not layers.is_file():
         return {}
     found = json.loads(layers.read_text(encoding="utf-8"))
-    report = {"target": target.name, "key": key, "source": "network", "summary": layers_text(found), "layers": found}
-    return {_layers(target): msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"}
+    return {_layers(target): layer_report(target.name, key, "network", found)}
 
 
 def _earlier(bundle: Bundle, target: Target) -> dict[str, Any] | None:

@@ -184,15 +184,23 @@ def script(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """``script(*words, release=..., kit=..., **options)``: the kit's script as a device runs it, on a simulated TensorRT."""
     target = target_named("jetson-agx-orin")
 
-    def run(*words: Any, simulated: Any = None, release: str = "10.16", kit: bytes | None = None, **options: Any) -> Any:
+    def run(
+        *words: Any,
+        simulated: Any = None,
+        release: str = "10.16",
+        kit: bytes | None = None,
+        cuda: Any = None,
+        **options: Any,
+    ) -> Any:
         simulated = simulated or SimulatedBuilder(release, cores=2)
         record = {"target": target.name, "precision": "fp32", "profiles": {}, "flags": [], "golden": None, "key": "k" * 64}
         record |= {"memory": {"total": 1 << 30}}
         data = kit or make_kit(target, target.tensorrt, {**record, "options": options}, tiny_bundle.read(FLOAT_GRAPH), None)
         zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path / "kit")
         monkeypatch.setitem(sys.modules, "tensorrt", simulated.module)
+        monkeypatch.setattr(build_engine, "_Cuda", lambda: cuda)
         capsys.readouterr()
-        code = build_engine.main(["--kit", str(tmp_path / "kit"), "--no-check", *map(str, words)])
+        code = build_engine.main(["--kit", str(tmp_path / "kit"), *map(str, words), *([] if cuda else ["--no-check"])])
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return types.SimpleNamespace(code=code, json=json.loads(out) if out else None, err=err, told=simulated.told)

@@ -157,3 +157,10 @@ def test_a_second_engine_is_compared_with_the_first(
     other = simulated_builder("11.4")
     monkeypatch.setattr(other, "_build", lambda network, config: b"other kernels")
     assert "chosen by timing" in script(simulated=other, workspace_mb=64).json["changed"][0]
+
+
+def test_a_kit_on_another_device_is_refused_before_it_is_built(script: Callable[..., Any], tmp_path: Path) -> None:
+    done = script(cuda=SimpleNamespace(capability=lambda: "11.0"))
+    assert done.code == 1
+    assert "this kit is for jetson-agx-orin (SM 8.7), this GPU is SM 11.0" in done.err
+    assert not engine_of(tmp_path / "kit").exists()
