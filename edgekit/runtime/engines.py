@@ -21,7 +21,7 @@ from edgekit.trust import TRUST_ALL, check_private, is_trusted, local_builds
 
 from .cuda import Device
 
-__all__ = ["Choice", "Record", "choose", "engine_graphs", "records"]
+__all__ = ["Choice", "Options", "Record", "choose", "engine_graphs", "records"]
 
 _FLOATS = ("fp32", "fp16")
 

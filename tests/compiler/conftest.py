@@ -42,11 +42,14 @@ class Part:
     def __getattribute__(self, name: str) -> Any:
         if not name.startswith("_") and not _offers(self._kind, name, self._trt.release):
             raise AttributeError(f"TensorRT {self._trt.release} has no {self._kind}.{name}")
+        if not name.startswith("_"):
+            self._trt.used.add((self._kind, name))
         return object.__getattribute__(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not _offers(self._kind, name, self._trt.release):
             raise AttributeError(f"TensorRT {self._trt.release} has no {self._kind}.{name}")
+        self._trt.used.add((self._kind, name))
         self._trt.told[name] = value
         if name not in self._trt.ignored:
             self.__dict__[name] = value
@@ -77,6 +80,7 @@ class SimulatedBuilder:
         self.release, self.cores, self.gpu_only, self.timings = release, cores, gpu_only.split(), timings
         self.told: dict[str, Any] = {"flags": []}
         self.network: Any = None
+        self.used: set[tuple[str, str]] = set()  # (class, attribute)
         self.ignored: set[str] = set()  # attributes that are taken, logged as unsupported, and left as they were
         module: Any = types.ModuleType("tensorrt")
         self.module = module

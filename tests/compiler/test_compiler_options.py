@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.compiler import build, build_engine, builder
+from edgekit.compiler import build, build_engine, build_options, builder
 from edgekit.compiler.build_options import counted, fallback_text
 from edgekit.compiler.changes import changes, difference
 from edgekit.compiler.memory import COPIES, build_memory
@@ -321,3 +321,14 @@ def test_the_file_of_a_build_that_is_gone_is_named(tiny_bundle: Bundle) -> None:
     made.kit.write_bytes(b"damaged")
     again = build(Bundle.open(tiny_bundle.path, verify=False), target="jetson-thor", precision="fp32")
     assert (again.cached, again.changed) == (False, ["the file of the earlier build is gone or damaged"])
+
+
+def test_the_names_that_are_used_exist_in_the_real_tensorrt(simulated_builder: Builder, tiny_bundle: Bundle) -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    simulated = simulated_builder("rtx1.7", cores=1)
+    options = {"workspace_mb": 64, "dla": 0, "compatible": "version", "verbose": True}
+    built = compile_with(simulated, tiny_bundle, options=options, compute_capability="8.9")
+    engine = build_options.load(simulated.module, None, built.plan, options)
+    assert build_options.engine_layers(simulated.module, engine)
+    assert len(simulated.used) > 25
+    assert sorted(name for name in simulated.used if not hasattr(getattr(real, name[0]), name[1])) == []
