@@ -43,7 +43,7 @@ from onnx import numpy_helper
 
 import edgekit
 from edgekit.bundle import Bundle
-from edgekit.compiler import build_engine, child, compilation, foreign
+from edgekit.compiler import build_engine, build_options, child, compilation, foreign
 from edgekit.errors import EdgekitError
 from edgekit.files import atomic_write
 
@@ -101,7 +101,7 @@ def raw(case: Case) -> Answer:
     trt, lines = tensorrt_rtx, []
     logger = build_engine._logger(trt, lines)
     builder = trt.Builder(logger)
-    network = builder.create_network(build_engine.network_flags(trt))
+    network = builder.create_network(build_options.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(case.model):
         return {"ok": False, "reason": build_engine._parser_error(parser)[:300]}

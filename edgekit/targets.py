@@ -49,6 +49,7 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cuda: str
     python: str
     source: Annotated[str, msgspec.Meta(min_length=8)]
+    dla: bool = True  #: whether this TensorRT drives the device's DLA, where it has one
 
     @property
     def opset(self) -> int:
@@ -86,9 +87,14 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("a device states the TensorRT of each JetPack, an rtx target states none")
 
     @property
-    def sparse(self) -> bool:
-        """Whether its tensor cores know the 2:4 pattern: from Ampere on (SM 8.0)."""
+    def ampere(self) -> bool:
+        """Ampere or later (SM 8.0)."""
         return tuple(map(int, self.sm.split("."))) >= (8, 0)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its tensor cores know the 2:4 pattern."""
+        return self.ampere
 
     def peak(self, precision: str) -> Figure | None:
         """Dense peak of the GPU alone, in 10^12 operations a second (one multiply-accumulate is two)."""

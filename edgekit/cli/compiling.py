@@ -56,9 +56,32 @@ def import_(
 @target_option
 @click.option("--precision", default="best", show_default=True, metavar="P", help="fp32, fp16, int8 or best.")
 @click.option("--batch", metavar="N|A..B", help="Samples at once, or a range; for graphs with a dynamic first axis.")
+@click.option("--workspace-mb", type=click.IntRange(1), metavar="N", help="MiB of scratch memory that one kernel may use.")
+@click.option(
+    "--compatible",
+    type=click.Choice(["hardware", "version"]),
+    help="hardware: for other GPUs from Ampere on as well, slower. version: for later TensorRT as well (devices only); can be "
+    "slower, larger, and loading it runs code out of the file.",
+)
+@click.option(
+    "--dla",
+    type=click.IntRange(0),
+    is_flag=False,
+    flag_value=0,
+    metavar="[CORE]",
+    help="Run on the deep learning accelerator what it can (fp16 or int8, one shape), the rest on the GPU. Core 0 by default.",
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Put this timing cache into the kit, so that the device builds faster; for RTX it does nothing.",
+)
+@click.option("--verbose", is_flag=True, help="Report the layers, in engines/TARGET.layers.json; a device reports its own.")
+@click.option("--again", is_flag=True, help="Build although nothing changed, and say whether the bytes are the same.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds at most.")
 @answers
-def build(bundle: Path, target: str, precision: str, batch: str | None, timeout_s: float) -> Answer:
+def build(bundle: Path, target: str, **options: Any) -> Answer:
     """Compile a bundle: an engine for RTX targets, a build kit for Jetson.
 
     best is int8 where the bundle is quantized (float16 outside its Q/DQ, or float32 where that loses too much), else fp16
@@ -68,11 +91,12 @@ def build(bundle: Path, target: str, precision: str, batch: str | None, timeout_
     \b
     Example:
       edgekit build digits.edge --target rtx-ada
-      edgekit build digits.edge --target jetson-orin-nano --precision fp16 --batch 1..8
+      edgekit build digits.edge --target jetson-orin-nano --precision fp16 --batch 1..8 --workspace-mb 512
+      edgekit build digits.edge --target jetson-agx-orin --dla 1 --timing-cache timings
     """
     from edgekit.compiler import build as build_bundle
 
-    result = build_bundle(bundle, target=target, precision=precision, batch=batch, timeout_s=timeout_s)
+    result = build_bundle(bundle, target=target, **options)
     return Answer(result.figures())
 
 

@@ -1,4 +1,4 @@
-"""Build a TensorRT engine from a build kit: this file, build.json, the graph, golden.npz.
+"""Build a TensorRT engine from a build kit: this file, build_options.py, build.json, the graph, golden.npz.
 
     python3 build_engine.py                      on the device, with the TensorRT of its JetPack
     python3 build_engine.py --module tensorrt_rtx --compute-capability 8.9 --no-check     anywhere, without a GPU
@@ -18,11 +18,19 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["BuildError", "build", "check", "main", "network_flags", "precision_flags", "strongly_typed"]
+if TYPE_CHECKING or __package__:
+    from . import build_options as asked
+else:  # in a kit, whose folder is not on the path where Python runs with -P
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import build_options as asked
+
+BuildError = asked.BuildError
+
+__all__ = ["BuildError", "Built", "build", "check", "main"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,45 +39,15 @@ if TYPE_CHECKING:
     Progress = Callable[[str, float], bool]
 
 
-class BuildError(Exception):
-    """TensorRT refused the graph; the message names the node and the operator where the parser does."""
+class Built(NamedTuple):
+    """A serialized engine; which layers fall back from the DLA where one was asked for (`build_options.fallback`); the timing
+    cache as it is now, and why the given one was not used; the network's layers, for a verbose build."""
 
-
-def network_flags(trt: Any) -> int:
-    """Bits for ``create_network``: EXPLICIT_BATCH must be set in 8.6 and is gone in 11; STRONGLY_TYPED came with 10."""
-    members = getattr(trt, "NetworkDefinitionCreationFlag", None)
-    wanted = [getattr(members, name, None) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED")]
-    return sum(1 << int(flag) for flag in wanted if flag is not None)
-
-
-def strongly_typed(trt: Any) -> bool:
-    """Whether the graph decides the types (TensorRT 10 and later, TensorRT-RTX)."""
-    return hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
-
-
-def quantized(precision: str) -> bool:
-    """Whether the graph has Q/DQ: int8, fp8, or weights alone."""
-    return precision not in ("fp32", "fp16")
-
-
-def precision_flags(trt: Any, precision: str) -> list[str]:
-    """Builder flags that allow a precision. Only weakly typed TensorRT needs them; a strongly typed one rejects them."""
-    if strongly_typed(trt):
-        return []
-    wanted = ["INT8", "FP16"] if quantized(precision) else ["FP16"] if precision == "fp16" else []
-    return [name for name in wanted if hasattr(trt.BuilderFlag, name)]
-
-
-def _logger(trt: Any, lines: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.ERROR):
-                lines.append(message)
-
-    return Logger()
+    plan: bytes
+    dla: dict[str, Any] | None = None
+    timings: bytes | None = None
+    unused: str = ""
+    layers: list[Any] | None = None
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
@@ -100,69 +78,54 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-def _parser_error(parser: Any) -> str:
-    """The parser's first error in one line: operator, node, reason. ``node_operator`` came with TensorRT 10."""
-    if not parser.num_errors:
-        return "the parser gave no reason"
-    error = parser.get_error(0)
-    operator = error.node_operator() if hasattr(error, "node_operator") else ""
-    name = error.node_name() if hasattr(error, "node_name") else ""
-    where = "{} (node {})".format(operator or "an operator", name or f"number {error.node()}")
-    return "{}: {}".format(where, " ".join(str(error.desc()).split()))
-
-
 def build(
     trt: Any,
     graph: bytes,
     spec: dict[str, Any],
     progress: Progress | None = None,
-    timing_cache: Path | None = None,
-) -> bytes:
+    timings: bytes | None = None,
+) -> Built:
     """An ONNX graph and its build.json -> a serialized engine, with the TensorRT module ``trt``.
 
     ``spec`` holds ``precision``, ``profiles`` ({input: [min, opt, max] shapes}), ``flags`` (names of builder flags; one
-    that this TensorRT lacks is left out) and, for TensorRT-RTX, ``compute_capability``. ``progress(phase, share)`` is
-    called where TensorRT reports progress; returning False cancels. Raises `BuildError`.
+    that this TensorRT lacks is left out), ``options`` (see `build_options`) and, for TensorRT-RTX, ``compute_capability``.
+    ``progress(phase, share)`` is called where TensorRT reports progress; returning False cancels. ``timings``: a timing
+    cache, or nothing yet (empty); None for none. Raises `BuildError`.
     """
     lines: list[str] = []
-    logger = _logger(trt, lines)
+    warnings: list[str] = []
+    logger = asked.make_logger(trt, lines, warnings)
     builder = trt.Builder(logger)
-    network = builder.create_network(network_flags(trt))
+    network = builder.create_network(asked.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
-        raise BuildError(_parser_error(parser))
+        raise BuildError(asked.parser_error(parser))
     config = builder.create_builder_config()
-    for name in [*spec["flags"], *precision_flags(trt, spec["precision"])]:
+    for name in [*spec["flags"], *asked.precision_flags(trt, spec["precision"])]:
         if hasattr(trt.BuilderFlag, name):
             config.set_flag(getattr(trt.BuilderFlag, name))
-    capability = spec.get("compute_capability")
-    if capability and hasattr(config, "set_compute_capability"):
-        config.num_compute_capabilities = 1
-        if not config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), 0):
-            raise BuildError(f"this TensorRT does not compile for compute capability {capability}")
+    options = spec.get("options", {})
+    asked.configure(trt, builder, config, options, spec.get("compute_capability"))
     if spec["profiles"]:
         profile = builder.create_optimization_profile()
         for name, shapes in spec["profiles"].items():
             profile.set_shape(name, *[tuple(shape) for shape in shapes])
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"the profile does not fit the graph: {' '.join(lines[-1:]) or spec['profiles']}")
-    cache = None
-    if timing_cache is not None:
-        cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+    unused = "" if timings is None else asked.use_timings(trt, config, timings, warnings)
     if progress is not None and hasattr(trt, "IProgressMonitor"):
         monitor = _monitor(trt, progress)
         config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(" ".join(" ".join(lines[-1:]).split()) or "TensorRT gave no reason")
-    if cache is not None and timing_cache is not None:
-        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return bytes(plan)
+    dla = asked.fallback(config, network) if options.get("dla") is not None else None
+    layers = asked.network_layers(network) if options.get("verbose") else None
+    return Built(bytes(plan), dla, asked.timings_of(config) if timings is not None else None, unused, layers)
 
 
 class _Cuda:
-    """The five calls of the CUDA runtime that a check needs, so that a kit needs no further package."""
+    """The few calls of the CUDA runtime that a check needs, so that a kit needs no further package."""
 
     def __init__(self) -> None:
         for name in ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"):
@@ -177,6 +140,15 @@ class _Cuda:
         code = getattr(self.library, name)(*arguments)
         if code:
             raise BuildError(f"{name} failed with CUDA error {code}")
+
+    def capability(self) -> str:
+        """Of the first GPU: "8.7"."""
+        found = []
+        for attribute in (75, 76):  # cudaDevAttrComputeCapabilityMajor and Minor
+            value = ctypes.c_int()
+            self.call("cudaDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_int(0))
+            found.append(str(value.value))
+        return ".".join(found)
 
     def malloc(self, size: int) -> ctypes.c_void_p:
         pointer = ctypes.c_void_p()
@@ -241,16 +213,23 @@ def _errors(truth: Any, found: Any, quantized: bool) -> tuple[float, float]:
 
 
 def check(
-    trt: Any, plan: bytes, golden: Path, tolerance: dict[str, Any], cuda: Any = None, quantized: bool = False
+    trt: Any,
+    plan: bytes,
+    golden: Path,
+    tolerance: dict[str, Any],
+    cuda: Any = None,
+    quantized: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Run the engine on the golden inputs, one profile-sized batch at a time; returns the worst output's errors.
 
     Of a ``quantized`` engine, integer outputs beside float ones are choices, and are not held against the golden ones.
 
-    Raises `BuildError` where the engine does not load or misses ``tolerance`` ({"kind": "snr_db" | "relative", "limit"}).
+    ``options``: those of build.json. Raises `BuildError` where the engine does not load or misses ``tolerance``
+    ({"kind": "snr_db" | "relative", "limit"}).
     """
     cuda = cuda or _Cuda()
-    engine = trt.Runtime(_logger(trt, [])).deserialize_cuda_engine(plan)
+    engine = asked.load(trt, asked.make_logger(trt), plan, options or {})
     if engine is None:
         raise BuildError("the engine does not load on this device")
     with np.load(golden, allow_pickle=False) as file:
@@ -283,16 +262,25 @@ def check(
     return {"snr_db": snr, "relative": relative}
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _verify(folder: Path, spec: dict[str, Any]) -> None:
     for name, expected in spec["files"].items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+        if _digest((folder / name).read_bytes()) != expected:
             raise BuildError(f"{name} is damaged: its sha256 is not that of build.json")
 
 
 def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing: a full disk leaves what was there."""
     temporary = path.with_name("." + path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(str(temporary), str(path))
+    try:
+        temporary.write_bytes(data)
+        os.replace(str(temporary), str(path))
+    finally:
+        if temporary.exists():
+            temporary.unlink()
 
 
 def _print_progress(phase: str, share: float) -> bool:
@@ -301,8 +289,7 @@ def _print_progress(phase: str, share: float) -> bool:
     return True
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line of a kit; prints one JSON object, returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Build the TensorRT engine of this kit.")
     parser.add_argument("--kit", type=Path, default=here, help="folder with build.json (default: beside this file)")
@@ -310,42 +297,96 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--module", default="tensorrt", choices=["tensorrt", "tensorrt_rtx"])
     parser.add_argument("--compute-capability", metavar="X.Y", help="tensorrt_rtx only: which GPUs to compile for")
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and write timings: later builds are faster")
+    parser.add_argument("--timing-cache-read-only", action="store_true", help="never write it, as for CI")
     parser.add_argument("--no-check", action="store_true", help="do not run the engine on the golden inputs")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"\n{text}\n")
+
+
+def _layers(trt: Any, built: Built, spec: dict[str, Any]) -> bytes:
+    """By the engine itself, after fusion, where it loads here; else by the network that it was made from."""
+    found = asked.engine_layers(trt, asked.load(trt, asked.make_logger(trt), built.plan, spec["options"]))
+    source, layers = ("network", built.layers or []) if found is None else ("engine", found)
+    _say(f"{source}: {asked.layers_text(layers)}")
+    return asked.layer_report(spec["target"], spec["key"], source, layers)
+
+
+def _compiled(options: argparse.Namespace) -> dict[str, Any]:
+    """Build, check, write; returns what TARGET.json says, and ``engine``, the path."""
+    spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
+    _verify(options.kit, spec)
+    trt = importlib.import_module(options.module)
+    name = spec["graph" if asked.strongly_typed(trt) else "untyped_graph"]
+    graph = (options.kit / name).read_bytes()
+    if not options.no_check:
+        asked.check_device(spec, _Cuda().capability())
+    spec["compute_capability"] = options.compute_capability
+    shipped = options.kit / asked.TIMINGS if asked.TIMINGS in spec["files"] else None
+    timings = asked.read_timings(options.timing_cache, options.timing_cache_read_only, shipped)
+    memory = {"estimated": spec["memory"]["total"], "available": asked.memory_in(asked.MEMINFO, "MemAvailable")}
+    if warning := asked.memory_warning(memory["estimated"], memory["available"]):
+        _say(warning)
+    start = time.perf_counter()
+    built = build(trt, graph, spec, _print_progress, timings)
+    if built.unused:
+        _say(f"warning: the timing cache was not used: {built.unused}")
+    if built.dla:
+        _say(asked.fallback_text(built.dla))
+    checked = None
+    if not options.no_check:
+        golden, limit = options.kit / "golden.npz", spec["golden"]
+        checked = check(trt, built.plan, golden, limit, None, asked.quantized(spec["precision"]), spec["options"])
+    answer = {
+        "target": spec["target"],
+        "precision": spec["precision"],
+        "tensorrt": trt.__version__,
+        "module": options.module,
+        "seconds": round(time.perf_counter() - start, 3),
+        "size_bytes": len(built.plan),
+        "engine_sha256": _digest(built.plan),
+        "graph_sha256": spec["files"][name],
+        "key": spec["key"],
+        "options": spec["options"],
+        "golden": checked,
+        "dla": built.dla,
+        "memory": {**memory, "peak": asked.memory_in(asked.STATUS, "VmHWM")},
+        "timing_cache": None if timings is None else {"sha256": _digest(timings), "unused": built.unused},
+    }
+    out = options.out or options.kit
+    out.mkdir(parents=True, exist_ok=True)
+    answer["changed"] = asked.changes(out / (spec["target"] + ".json"), answer)
+    if answer["changed"]:
+        _say("rebuilt: " + ", ".join(answer["changed"]))
+    engine = out / (spec["target"] + ".engine")
+    _write(engine, built.plan)
+    if built.layers is not None:
+        _write(out / (spec["target"] + ".layers.json"), _layers(trt, built, spec))
+    _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
+    answer["engine"] = str(engine)
+    if built.timings and options.timing_cache and not options.timing_cache_read_only:
+        try:
+            _write(options.timing_cache, built.timings)
+        except OSError as error:  # the engine is worth more than the time that the next build would have saved
+            answer["error"] = f"{engine} is written, the timing cache is not: {error}"
+    return answer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of a kit; prints one JSON object, returns the exit code."""
+    options = _parser().parse_args(arguments)
     try:
-        spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
-        _verify(options.kit, spec)
-        trt = importlib.import_module(options.module)
-        name = spec["graph" if strongly_typed(trt) else "untyped_graph"]
-        graph = (options.kit / name).read_bytes()
-        spec["compute_capability"] = options.compute_capability
-        start = time.perf_counter()
-        plan = build(trt, graph, spec, _print_progress, options.timing_cache)
-        checked = None
-        if not options.no_check:
-            checked = check(trt, plan, options.kit / "golden.npz", spec["golden"], quantized(spec["precision"]))
-        answer = {
-            "target": spec["target"],
-            "precision": spec["precision"],
-            "tensorrt": trt.__version__,
-            "module": options.module,
-            "seconds": round(time.perf_counter() - start, 3),
-            "size_bytes": len(plan),
-            "engine_sha256": hashlib.sha256(plan).hexdigest(),
-            "graph_sha256": spec["files"][name],
-            "key": spec["key"],
-            "golden": checked,
-        }
-        out = options.out or options.kit
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out / (spec["target"] + ".engine"), plan)
-        _write(out / (spec["target"] + ".json"), json.dumps(answer, indent=1).encode())
-    except (BuildError, OSError, ImportError, LookupError, ValueError) as error:
-        sys.stderr.write(f"\nerror: {type(error).__name__}: {error}\n")
+        answer = _compiled(options)
+    except (BuildError, OSError, ImportError, LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        _say(f"error: {type(error).__name__}: {error}")
         return 1
     sys.stderr.write("\n")
-    sys.stdout.write(json.dumps({**answer, "engine": str(out / (spec["target"] + ".engine"))}) + "\n")
-    return 0
+    sys.stdout.write(json.dumps(answer) + "\n")
+    if "error" in answer:
+        _say(f"error: {answer['error']}")
+    return int("error" in answer)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.errors import BundleError, MissingExtra, UsageError
+from edgekit.errors import BundleError, MissingExtra
 from edgekit.manifest import Tolerance
-from edgekit.targets import PRECISIONS, JetPack, Target, target_named
+from edgekit.targets import JetPack, Target, target_named
 from edgekit.trust import trust_engine
 from edgekit.version import __version__
 
 from . import child
-from .kit import SCRIPT, make_kit
+from .build_options import layer_report
+from .changes import changes, difference
+from .kit import SCRIPTS, make_kit
+from .options import Options, check_precision, read_timings
 from .shapes import Profiles, assumed_sizes, profiles_for
 
 __all__ = ["BuildResult", "build"]
@@ -34,7 +38,6 @@ RECIPE = 4  # raise it where the same inputs would now give another engine
 #: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
-_FP8_SM = "8.9"  # the first with E4M3 in its tensor cores, as `targets.toml` has it
 _INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 
 
@@ -42,7 +45,9 @@ _INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 class BuildResult:
     """What `build` made. ``seconds`` is the time inside `build`; ``tensorrt`` the version used, or expected on a device.
 
-    ``sparse_layers``: layers with 2:4 weights, for which sparse kernels are tried where the target has them.
+    ``sparse_layers``: layers with 2:4 weights, for which sparse kernels are tried where the target has them. ``layers``: the
+    report of a verbose build. ``changed``: what differs from the build before; ``reproduced``: whether, where nothing of its
+    inputs does, the bytes are the same.
     """
 
     bundle: Bundle
@@ -55,12 +60,16 @@ class BuildResult:
     seconds: float
     size_bytes: int
     sparse_layers: int = 0
+    layers: Path | None = None
+    layer_summary: str = ""
+    changed: list[str] = field(default_factory=list)
+    reproduced: bool | None = None
     note: str = ""
 
     def figures(self) -> dict[str, Any]:
         """JSON-plain, paths as text."""
         plain = {key: value for key, value in asdict(self).items() if key != "bundle"}
-        paths = {key: None if plain[key] is None else str(plain[key]) for key in ("engine", "kit")}
+        paths = {key: None if plain[key] is None else str(plain[key]) for key in ("engine", "kit", "layers")}
         return {"bundle": str(self.bundle.path), **plain, **paths}
 
 
@@ -70,6 +79,12 @@ def build(
     target: str,
     precision: str = "best",
     batch: int | str | None = None,
+    workspace_mb: int | None = None,
+    dla: int | None = None,
+    compatible: str | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    verbose: bool = False,
+    again: bool = False,
     timeout_s: float = 1800,
 ) -> BuildResult:
     """Compile a bundle's graph for ``target`` (see ``edgekit targets``) into ``engines/`` of the same bundle.
@@ -81,32 +96,43 @@ def build(
     Outside of int8 an int8 engine computes in float16, but for nodes whose range needs float32, and but for graphs in which
     float16 makes noise near that of int8; the note says so. ``batch``: 4 or "1..8", for graphs with a dynamic first axis;
     1 if not given. Where the graph has 2:4 weights and the target sparse tensor cores, the builder tries them.
+    ``workspace_mb``: scratch memory in MiB that one kernel may use, without a limit if not given. ``dla``: the core of the
+    deep learning accelerator that runs what it can, in fp16 or int8; the GPU runs the rest. ``compatible``: "hardware" for
+    an engine that other GPUs run as well, "version" for one that later TensorRT runs; what each costs is in the answer's note.
+    ``timing_cache``: a file that the kit's script wrote on such a device; it goes into the kit, which then builds faster.
+    ``verbose``: report the layers in ``engines/TARGET.layers.json``: for RTX those of the network, before fusion, for nothing
+    can look into its engines without a GPU; a device writes its engine's own beside it.
+    ``again``: build although nothing changed; the answer's ``reproduced`` says whether the bytes are those of the build before.
 
-    Raises `UsageError` for an unknown target, a precision the target lacks or a batch the graph cannot take,
-    `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for and does not hold, `GraphError` where
-    TensorRT refuses the graph (named by node and operator), `MissingExtra` without TensorRT-RTX.
+    Raises `UsageError` for an unknown target, a precision or an option the target lacks or a batch the graph cannot take,
+    `BundleError` for a damaged bundle, `GoldenError` where fp16 was asked for, or is needed by the DLA, and does not hold,
+    `GraphError` where TensorRT refuses the graph (named by node and operator), `MissingExtra` without TensorRT-RTX.
     """
     started = time.perf_counter()
     chosen = target_named(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    _check_precision(opened, chosen, precision)
-    spec = _specification(opened, chosen, precision, profiles_for(opened, batch))
+    check_precision(opened, chosen, precision)
+    profiles = profiles_for(opened, batch)
+    timings, remarks = read_timings(timing_cache, chosen)
+    options = Options(workspace_mb, dla, compatible, timings, verbose or opened.has(_layers(chosen)))
+    options.check(chosen, precision, profiles)
+    spec = _specification(opened, chosen, precision, profiles, options)
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
-    if (found := _cached(opened, chosen, key)) is not None:
-        return _result(opened, chosen, found, cached=True, seconds=time.perf_counter() - started)
-    with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
-        folder = Path(name)
-        answer = child.call("compilation:compile_graph", _request(opened, chosen, spec), folder, timeout_s, address_space=0)
-        answer.setdefault("tensorrt", spec["tensorrt"])
-        answer["notes"] += _assumptions(opened)
-        files, record = _outputs(opened, chosen, {**spec, "key": key}, answer, folder)
+    earlier = _earlier(opened, chosen)
+    if earlier is not None and not again and _serves(opened, chosen, earlier, key, options):
+        return _result(opened, chosen, earlier, remarks, cached=True, seconds=time.perf_counter() - started)
+    files, record = _compiled(opened, chosen, options, {**spec, "key": key}, timeout_s)
+    changed, reproduced = _compared(opened, earlier, record, files[record["file"]])
     files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
-    entry = opened.entry("build", {"target": target, "precision": precision, "batch": batch}, figures)
+    entry = opened.entry("build", {"target": target, "precision": precision, "batch": batch, **spec["options"]}, figures)
     updated = opened.extend(files, entry)
     if "engine_sha256" in record:
         trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
-    return _result(updated, chosen, record, cached=False, seconds=time.perf_counter() - started)
+    if changed:
+        remarks = [f"rebuilt: {', '.join(changed)}", *remarks]
+    made = _result(updated, chosen, record, remarks, cached=False, seconds=time.perf_counter() - started)
+    return replace(made, changed=changed, reproduced=reproduced)
 
 
 def _assumptions(bundle: Bundle) -> list[str]:
@@ -115,29 +141,35 @@ def _assumptions(bundle: Bundle) -> list[str]:
     return [f"takes {sizes} only, at which its golden outputs were made: import it with --shape or --dynamic"] if sizes else []
 
 
-def _check_precision(bundle: Bundle, target: Target, precision: str) -> None:
-    if precision not in ("best", *target.precisions):
-        raise UsageError(
-            f"{target.name} does not run {precision!r}; it runs {', '.join(target.precisions)}",
-            f"choose --precision {', '.join(p for p in PRECISIONS if p in target.precisions)} or best",
-        )
-    if precision not in ("best", *PRECISIONS):
-        raise UsageError(
-            f"{target.name} runs {precision}, but edgekit does not make {precision} graphs",
-            f"choose --precision {', '.join(PRECISIONS)} or best",
-        )
-    if precision == "int8" and not bundle.has(INT8_GRAPH):
-        raise BundleError(
-            f"{bundle.path} has no int8 graph", f"quantize it first: edgekit quantize {bundle.path} --out B2 --calib SPEC"
-        )
-    quantized = bundle.has(INT8_GRAPH) and precision in ("best", "int8")
-    if quantized and bundle.form == "fp8" and "fp8" not in target.precisions:
-        raise UsageError(
-            f"{bundle.path} is fp8, which needs SM {_FP8_SM} (Ada Lovelace) or later; {target.name} is SM {target.sm}",
-            "quantize it to int8 for this target (--format int8), or build its float graph: --precision fp16",
-        )
-    if not bundle.has(FLOAT_GRAPH) and not bundle.has(INT8_GRAPH):
-        raise BundleError(f"{bundle.path} holds no graph to build", "make it again with edgekit train or edgekit import")
+def _compiled(
+    bundle: Bundle, target: Target, options: Options, spec: Mapping[str, Any], timeout_s: float
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(files for the bundle, the record for ``engines/TARGET.json``)."""
+    with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
+        folder = Path(name)
+        request = _request(bundle, target, spec, options)
+        answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
+        answer.setdefault("tensorrt", spec["tensorrt"])
+        options.check_chosen(answer)
+        answer["notes"] += _assumptions(bundle)
+        answer["notes"] += options.notes(target, answer["precision"], answer.get("memory"))
+        return _outputs(bundle, target, spec, answer, folder, options.timings)
+
+
+def _compared(
+    bundle: Bundle, earlier: Mapping[str, Any] | None, record: Mapping[str, Any], made: bytes
+) -> tuple[list[str], bool | None]:
+    """(what differs from the build before, whether the same inputs gave the same bytes: None where they were not the same)."""
+    if earlier is None:
+        return [], None
+    if earlier.get("key") != record["key"]:
+        return changes(earlier.get("decided_by"), record["decided_by"]), None
+    try:
+        before = bundle.read(earlier["file"])
+    except (BundleError, KeyError):
+        return ["the file of the earlier build is gone or damaged"], None
+    words = difference(before, made, same_graph=earlier.get("graph_sha256") == record["graph_sha256"])
+    return [words] if words else [], not words
 
 
 def _tensorrt_version(target: Target) -> str:
@@ -156,43 +188,51 @@ def _listed(entries: Iterable[JetPack]) -> str:
     return ", ".join(f"{entry.tensorrt} (JetPack {entry.jetpack})" for entry in entries)
 
 
-def _readers(target: Target, opset: int, untyped: int | None = None) -> tuple[tuple[JetPack, ...], list[str]]:
+def _readers(
+    target: Target, opset: int, untyped: int | None = None, dla: bool = False
+) -> tuple[tuple[JetPack, ...], list[str]]:
     """(the JetPacks whose TensorRT reads a graph of this opset, a note for each of the others).
 
-    ``untyped``: opset of the graph that a weakly typed TensorRT takes instead.
+    ``untyped``: opset of the graph that a weakly typed TensorRT takes instead. ``dla``: whether one is needed.
     """
 
     def read(entry: JetPack) -> int:
         return opset if entry.strongly_typed or untyped is None else untyped
 
-    able = tuple(entry for entry in target.tensorrt if read(entry) <= entry.opset)
+    able = tuple(entry for entry in target.tensorrt if read(entry) <= entry.opset and (entry.dla or not dla))
     notes = [
-        f"not for JetPack {entry.jetpack}: TensorRT {entry.tensorrt} "
-        + (f"reads opset {entry.opset} at most, the graph has {read(entry)}" if entry.opset else "is older than the kit's 8.6")
+        f"not for JetPack {entry.jetpack}: TensorRT {entry.tensorrt} " + _inability(entry, read(entry))
         for entry in target.tensorrt
         if entry not in able
     ]
     return able, notes
 
 
-def _specification(bundle: Bundle, target: Target, precision: str, profiles: Profiles) -> dict[str, Any]:
+def _inability(entry: JetPack, opset: int) -> str:
+    if not entry.opset:
+        return "is older than the kit's 8.6"
+    return f"reads opset {entry.opset} at most, the graph has {opset}" if opset > entry.opset else "has no DLA"
+
+
+def _specification(bundle: Bundle, target: Target, precision: str, profiles: Profiles, options: Options) -> dict[str, Any]:
     """Everything that decides the engine, the builder's flags too, which follow from it; its digest is the cache's key."""
     manifest = bundle.manifest
     sources = {name: manifest.files[name] for name in (FLOAT_GRAPH, INT8_GRAPH, GOLDEN) if name in manifest.files}
     return {
         "recipe": RECIPE,
         "edgekit": __version__,
-        "script": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
+        "script": hashlib.sha256(b"".join(script.read_bytes() for script in SCRIPTS)).hexdigest(),
         "target": msgspec.to_builtins(target),
         "requested": precision,
         "tensorrt": _tensorrt_version(target),
         "sources": sources,
         "golden": msgspec.to_builtins(manifest.golden),
         "profiles": profiles,
+        "options": options.decides(target),
     }
 
 
-def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any]) -> dict[str, Any]:
+def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """What the child needs; taking a file's path checks its hash."""
 
     def path(name: str) -> str | None:
@@ -211,6 +251,7 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any]) -> dict[st
         "extra": "rtx",
         "compute_capability": target.sm,
         "profiles": spec["profiles"],
+        "options": {**spec["options"], "verbose": options.verbose},
         "sparse": target.sparse,
     }
 
@@ -228,14 +269,21 @@ def _tolerance(bundle: Bundle, precision: str, golden_snr_db: float | None) -> T
 
 
 def _outputs(
-    bundle: Bundle, target: Target, spec: Mapping[str, Any], answer: Mapping[str, Any], folder: Path
+    bundle: Bundle,
+    target: Target,
+    spec: Mapping[str, Any],
+    answer: Mapping[str, Any],
+    folder: Path,
+    timings: bytes | None,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(files for the bundle, the record for ``engines/TARGET.json``)."""
+    files: dict[str, bytes] = {}
     graph = (folder / "graph.onnx").read_bytes()
     used = bundle.form if answer["precision"] == "int8" else answer["precision"]
     record = {
-        **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles")},
+        **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles", "options")},
         **{k: answer[k] for k in ("flags", "sparse_layers")},
+        "decided_by": _decided_by(spec),
         "target": target.name,
         "kind": target.kind,
         "compute_capability": target.sm,
@@ -248,43 +296,74 @@ def _outputs(
         "opset": answer["opset"],
         "seconds": answer.get("seconds"),
         "graph_seconds": answer["graph_seconds"],
+        "memory": answer.get("memory"),
         "notes": list(answer["notes"]),
     }
     if target.kind == "rtx":
         data = (folder / "plan.engine").read_bytes()
         name, record["engine_sha256"] = f"engines/{target.name}.engine", hashlib.sha256(data).hexdigest()
+        files |= _layer_report(target, spec["key"], folder / "layers.json")
         if used == "int8":
             record["notes"].append("TensorRT-RTX documents int8 for weights only: expect no int8 speed")
     else:
         golden = bundle.file(GOLDEN).read_bytes() if bundle.has(GOLDEN) else None
-        able, unable = _readers(target, answer["opset"], answer["untyped_opset"])
+        able, unable = _readers(target, answer["opset"], answer["untyped_opset"], "dla" in spec["options"])
         record["tensorrt"] = _listed(able) or "none"
         record["notes"] += unable
         untyped = (folder / "untyped.onnx").read_bytes() if answer["untyped_opset"] else None
-        data = make_kit(target, able, record, graph, golden, untyped)
+        data = make_kit(target, able, record, graph, golden, untyped, timings)
         name, record["kit_sha256"] = f"engines/{target.name}.kit.zip", hashlib.sha256(data).hexdigest()
         if able:
             record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")
-    return {name: data}, {**record, "file": name, "size_bytes": len(data)}
+    return {name: data, **files}, {**record, "file": name, "size_bytes": len(data)}
 
 
-def _cached(bundle: Bundle, target: Target, key: str) -> dict[str, Any] | None:
-    """The record of an earlier build with the same key whose files are there and whole."""
+def _decided_by(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What the next build is compared with: all that the key is made of, the target's description as a digest."""
+    digest = hashlib.sha256(msgspec.json.encode(spec["target"], order="sorted")).hexdigest()
+    return {**{name: value for name, value in spec.items() if name != "key"}, "target": digest}
+
+
+def _layers(target: Target) -> str:
+    return f"engines/{target.name}.layers.json"
+
+
+def _layer_report(target: Target, key: str, layers: Path) -> dict[str, bytes]:
+    """The report for the bundle, where the child wrote one."""
+    if not layers.is_file():
+        return {}
+    found = json.loads(layers.read_text(encoding="utf-8"))
+    return {_layers(target): layer_report(target.name, key, "network", found)}
+
+
+def _earlier(bundle: Bundle, target: Target) -> dict[str, Any] | None:
+    """The record of the build before, if there is one and it can be read."""
     sidecar = f"engines/{target.name}.json"
     if not bundle.has(sidecar):
         return None
     try:
-        record: dict[str, Any] = msgspec.json.decode(bundle.file(sidecar).read_bytes(), type=dict[str, Any])
-        if record["key"] != key or not bundle.has(record["file"]):
-            return None
-        bundle.file(record["file"])
-    except (msgspec.DecodeError, KeyError, BundleError):
+        return msgspec.json.decode(bundle.read(sidecar), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, BundleError):
         return None  # a damaged derived file is made again
-    return record
 
 
-def _result(bundle: Bundle, target: Target, record: Mapping[str, Any], *, cached: bool, seconds: float) -> BuildResult:
+def _serves(bundle: Bundle, target: Target, record: Mapping[str, Any], key: str, options: Options) -> bool:
+    """Whether an earlier build has the same key, and files that are there and whole."""
+    try:
+        if record["key"] != key or not bundle.has(record["file"]):
+            return False
+        bundle.file(record["file"])
+        reported = not options.verbose or target.kind == "device"
+        return reported or json.loads(bundle.read(_layers(target)))["key"] == key
+    except (ValueError, KeyError, BundleError):
+        return False
+
+
+def _result(
+    bundle: Bundle, target: Target, record: Mapping[str, Any], remarks: list[str], *, cached: bool, seconds: float
+) -> BuildResult:
     file = bundle.path / record["file"]
+    report = _layers(target) if bundle.has(_layers(target)) else None
     return BuildResult(
         bundle=bundle,
         engine=file if target.kind == "rtx" else None,
@@ -296,5 +375,7 @@ def _result(bundle: Bundle, target: Target, record: Mapping[str, Any], *, cached
         seconds=round(seconds, 4),
         size_bytes=record["size_bytes"],
         sparse_layers=record["sparse_layers"],
-        note="; ".join(record["notes"]),
+        layers=bundle.path / report if report else None,
+        layer_summary=json.loads(bundle.read(report))["summary"] if report else "",
+        note="; ".join([*record["notes"], *remarks]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from edgekit.runtime.golden import parse_golden
 from edgekit.runtime.onnxruntime import session
 
 from . import build_engine, passes, precision
+from .memory import build_memory
 from .remedies import Refusal, remedies
 
 __all__ = ["MIN_FP16_SNR_DB", "compile_graph"]
@@ -58,7 +60,8 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     reads opset 17 at most, and chooses types by flags. Returns what was chosen: ``precision``, ``notes``,
     ``golden_snr_db`` (ONNX Runtime's, None where the graph is one that an earlier stage checked), ``tensorrt``,
     ``seconds`` in TensorRT, ``graph_sha256``, ``opset``, ``untyped_opset`` (None where there is none), ``sparse_layers`` (how
-    many are 2:4) and ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``).
+    many are 2:4), ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``) and, for a
+    device, ``memory`` (see `build_memory`).
     """
     started = time.perf_counter()
     graph, chosen = _typed_graph(request)
@@ -83,6 +86,8 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         (folder / "untyped.onnx").write_bytes(source.read_bytes())
         answer["untyped_opset"] = before
     (folder / "graph.onnx").write_bytes(graph)
+    if not request["engine"]:
+        answer["memory"] = build_memory(graph, request["profiles"], request["options"].get("workspace_mb"))
     return {**answer, "notes": [*answer["notes"], *note]}
 
 
@@ -115,7 +120,7 @@ def _built(graph: bytes, wanted: Mapping[str, Any], folder: Path) -> tuple[bytes
     first: GraphError | None = None
     while True:
         try:
-            plan, version, seconds = _engine(graph, wanted)
+            built, version, seconds = _engine(graph, wanted)
             break
         except GraphError as refusal:
             first = first or refusal
@@ -123,7 +128,9 @@ def _built(graph: bytes, wanted: Mapping[str, Any], folder: Path) -> tuple[bytes
             if mended is None:
                 raise first from None
             graph = mended
-    (folder / "plan.engine").write_bytes(plan)
+    (folder / "plan.engine").write_bytes(built.plan)
+    if built.layers is not None:
+        (folder / "layers.json").write_text(json.dumps(built.layers), encoding="utf-8")
     return graph, {"tensorrt": version, "seconds": seconds, "notes": notes}
 
 
@@ -253,8 +260,8 @@ def _advance(bar: Any, phase: str, share: float) -> bool:
     return True
 
 
-def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[bytes, str, float]:
-    """(plan, TensorRT version, seconds). Parser and builder errors become `GraphError`."""
+def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[build_engine.Built, str, float]:
+    """(what was built, TensorRT version, seconds). Parser and builder errors become `GraphError`."""
     try:
         trt: Any = importlib.import_module(request["module"])
     except ImportError:
@@ -267,9 +274,9 @@ def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[bytes, str, float
     started = time.perf_counter()
     try:
         with click.progressbar(length=1000, label="building", file=sys.stderr) as bar:
-            plan = build_engine.build(trt, graph, dict(request), partial(_advance, bar))
+            built = build_engine.build(trt, graph, dict(request), partial(_advance, bar))
     except build_engine.BuildError as error:
         raise GraphError(
             f"{_REFUSED}{error}"[:500], "import it again with fixed shapes (--shape), or change this node"
         ) from None
-    return plan, trt.__version__, _since(started)
+    return built, trt.__version__, _since(started)

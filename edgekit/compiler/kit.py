@@ -13,9 +13,12 @@ import msgspec
 
 from edgekit.targets import JetPack, Target
 
-__all__ = ["SCRIPT", "make_kit"]
+from .build_options import TIMINGS
 
-SCRIPT = Path(__file__).with_name("build_engine.py")
+__all__ = ["SCRIPTS", "make_kit"]
+
+#: What runs on the device: the first is called, the others lie beside it.
+SCRIPTS = tuple(Path(__file__).with_name(name) for name in ("build_engine.py", "build_options.py"))
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can state: the same inputs give the same bytes
 _GRAPH, _UNTYPED = "graph.onnx", "untyped.onnx"
 
@@ -27,19 +30,22 @@ def make_kit(
     graph: bytes,
     golden: bytes | None,
     untyped: bytes | None = None,
+    timings: bytes | None = None,
 ) -> bytes:
     """A stored (not deflated: zlib's versions differ) zip of the typed graph, build.json, golden.npz, script and README.
 
     ``readers``: the JetPacks whose TensorRT reads the graph. ``untyped``: the graph that a weakly typed TensorRT (8.6)
-    takes instead, where it does not read the typed one; left out where no reader is one.
+    takes instead, where it does not read the typed one; left out where no reader is one. ``timings``: a timing cache.
     """
-    files = {_GRAPH: graph, "build_engine.py": SCRIPT.read_bytes()}
+    files = {_GRAPH: graph, **{script.name: script.read_bytes() for script in SCRIPTS}}
     if golden is not None:
         files["golden.npz"] = golden
+    if timings is not None:
+        files[TIMINGS] = timings
     if untyped is not None and not all(entry.strongly_typed for entry in readers):
         files[_UNTYPED] = untyped
     spec = {
-        **{k: record[k] for k in ("target", "precision", "profiles", "flags", "golden", "key")},
+        **{k: record[k] for k in ("target", "precision", "profiles", "flags", "options", "memory", "golden", "key")},
         "graph": _GRAPH,
         "untyped_graph": _UNTYPED if _UNTYPED in files else _GRAPH,
         "compute_capability": target.sm,
@@ -63,6 +69,14 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
         shapes = ",".join(f"{name}:{'x'.join(map(str, shape[index]))}" for name, shape in spec["profiles"].items())
         words += [f"--{word}Shapes={shapes}"] if shapes else []
     words += ["--sparsity=enable"] if "SPARSE_WEIGHTS" in spec["flags"] else []
+    options = spec["options"]
+    words += [f"--useDLACore={options['dla']}", "--allowGPUFallback"] if "dla" in options else []
+    words += {"hardware": ["--hardwareCompatibilityLevel=ampere+"], "version": ["--versionCompatible"]}.get(
+        options.get("compatible"), []
+    )
+    words += [f"--timingCacheFile={TIMINGS}"] if "timing_cache" in options else []
+    words += ["--profilingVerbosity=detailed", "--dumpLayerInfo"] if "verbose" in options else []
+    words += [f"--memPoolSize=workspace:{options['workspace_mb']}"] if "workspace_mb" in options else []
     return " ".join(words)
 
 
@@ -70,6 +84,7 @@ def _readme(target: Target, readers: Sequence[JetPack], spec: Mapping[str, Any],
     versions = "\n".join(f"    JetPack {e.jetpack}: TensorRT {e.tensorrt}, CUDA {e.cuda}" for e in readers)
     versions = versions or "    no JetPack of this device: their TensorRT does not read the graph, see engines/ of the bundle"
     legacy = {"fp32": "", "fp16": "--fp16"}.get(spec["precision"], "--int8 --fp16")
+    shipped = f" Without it {TIMINGS}, which lies here, is read." if "timing_cache" in spec["options"] else ""
     check = "Afterwards it runs the engine on golden.npz and refuses one that misses the stated tolerance."
     return f"""Build kit: {spec["target"]} ({target.title}, SM {target.sm}), precision {spec["precision"]}
 
@@ -79,7 +94,8 @@ On the device, in this folder:
 
 It needs the tensorrt and numpy of JetPack and nothing else, and writes {spec["target"]}.engine and {spec["target"]}.json.
 {check if golden else "The kit has no golden outputs: add --no-check."}
-With --timing-cache FILE a later build is faster. An engine runs only with the TensorRT that built it.
+With --timing-cache FILE a later build is faster (--timing-cache-read-only: and never changes the file).{shipped}
+An engine runs only with the TensorRT that built it, unless it was asked to be version-compatible.
 
 The same with NVIDIA's own tool (TensorRT 10; version 11 needs no --stronglyTyped; version 8 takes {legacy or "nothing"}
 in its place{f", and --onnx={other}" if (other := spec["untyped_graph"]) != _GRAPH else ""}):

@@ -21,9 +21,16 @@ from edgekit.trust import TRUST_ALL, check_private, is_trusted, local_builds
 
 from .cuda import Device
 
-__all__ = ["Choice", "Record", "choose", "engine_graphs", "records"]
+__all__ = ["Choice", "Options", "Record", "choose", "engine_graphs", "records"]
 
 _FLOATS = ("fp32", "fp16")
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What of `build`'s options matters when an engine is loaded."""
+
+    dla: int | None = None
+    compatible: str | None = None
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -41,6 +48,7 @@ class Record(msgspec.Struct, frozen=True):
     sources: dict[str, str]
     golden: Tolerance
     engine_sha256: str = ""
+    options: Options = Options()
 
     @property
     def graph(self) -> str:
@@ -75,7 +83,7 @@ def records(bundle: Bundle, module: str) -> list[Record]:
     """The engines and build kits of a bundle for one TensorRT module. Raises `BundleError` for a damaged record."""
     found = []
     for name in bundle.manifest.files:
-        if not (name.startswith("engines/") and name.endswith(".json")):
+        if not name.startswith("engines/") or not name.endswith(".json") or name.endswith(".layers.json"):
             continue
         try:
             record = msgspec.json.decode(bundle.read(name), type=Record)
@@ -120,12 +128,12 @@ def _checked(bundle: Bundle, record: Record, version: str, device: Device, valid
         raise BackendError(f"the engine for {record.target} was made from another graph than {bundle.path} has now", again)
     local = None if record.kind == "rtx" else _compiled(bundle, record, device)
     made_by = local[1].tensorrt if local else record.tensorrt
-    if made_by != version:
+    if made_by != version and not (record.options.compatible == "version" and _runs_later(made_by, version)):
         raise BackendError(
             f"the engine for {record.target} was built by TensorRT {made_by}, here is {version}",
             _compile_command(bundle, record) if local else again,
         )
-    if validity is None and record.compute_capability != device.sm:
+    if validity is None and record.compute_capability != device.sm and not _for_other_gpus(record, device):
         raise _other_device(bundle, record, device)
     plan = local[0].read_bytes() if local else bundle.read(record.file)
     expected = local[1].engine_sha256 if local else record.engine_sha256
@@ -145,6 +153,19 @@ def _checked(bundle: Bundle, record: Record, version: str, device: Device, valid
             raise BackendError(f"TensorRT calls the engine for {record.target} invalid here: {words}", again)
         return Choice(record, plan, words)
     return Choice(record, plan)
+
+
+def _runs_later(made_by: str, version: str) -> bool:
+    """Whether NVIDIA supports a version-compatible engine there: later in one major version, 8 with 10, and 10 with 11."""
+    try:
+        built, here = (tuple(int(part) for part in text.split(".")) for text in (made_by, version))
+    except ValueError:
+        return False
+    return here >= built and (here[0] == built[0] or (built[0], here[0]) in ((8, 10), (10, 11)))
+
+
+def _for_other_gpus(record: Record, device: Device) -> bool:
+    return record.options.compatible == "hardware" and tuple(map(int, device.sm.split("."))) >= (8, 0)
 
 
 def _compiled(bundle: Bundle, record: Record, device: Device) -> tuple[Path, _LocalBuild]:

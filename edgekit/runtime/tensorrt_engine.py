@@ -13,7 +13,7 @@ from edgekit.errors import BackendError, MissingExtra
 
 from . import rtx_cache
 from .cuda import Cuda, Device, open_cuda
-from .engines import Choice, choose
+from .engines import Choice, Options, choose
 
 __all__ = ["Engine", "load_library"]
 
@@ -84,6 +84,7 @@ class Engine:
             validity = self._valid if hasattr(self._runtime, "get_engine_validity") else None
             version = str(self.trt.__version__)
             self.choice: Choice = choose(bundle, graph, module, version, self.device, validity)
+            self._prepare(self.choice.record.options)
             self.engine = self._runtime.deserialize_cuda_engine(self.choice.plan)
             if self.engine is None:
                 raise BackendError(
@@ -91,6 +92,12 @@ class Engine:
                     f"build it again: edgekit build {bundle.path} --target {self.choice.record.target}",
                 )
             self._config, self._cache = rtx_cache.restore(self.engine, self.choice, self.device)
+
+    def _prepare(self, options: Options) -> None:
+        if options.dla is not None:
+            self._runtime.DLA_core = options.dla  # else it runs on core 0, whatever it was built for
+        if options.compatible == "version":
+            self._runtime.engine_host_code_allowed = True  # it brings a runtime of its own; `choose` has seen who made it
 
     def _valid(self, plan: bytes) -> tuple[bool, str]:
         validity, bits = self._runtime.get_engine_validity(plan)

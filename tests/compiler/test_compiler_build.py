@@ -179,10 +179,10 @@ def test_int8_keeps_float32_around_it_where_float16_makes_noise_of_its_size(tmp_
 def test_int8_keeps_float32_around_it_where_tensorrt_refuses_float16(
     quantized: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(trt: Any, graph: bytes, *rest: Any) -> bytes:
+    def refuse(trt: Any, graph: bytes, *rest: Any) -> build_engine.Built:
         if b"fp16" in graph:
             raise build_engine.BuildError("no float16 here")
-        return b"plan"
+        return build_engine.Built(b"plan")
 
     monkeypatch.setattr(build_engine, "build", refuse)
     request = {"float_graph": str(quantized.file(FLOAT_GRAPH)), "int8_graph": str(quantized.file(INT8_GRAPH))}

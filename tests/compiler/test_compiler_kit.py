@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from edgekit.bundle import INT8_GRAPH, Bundle
-from edgekit.compiler import build, build_engine
+from edgekit.compiler import build, build_engine, build_options
 from edgekit.compiler.builder import _readers
-from edgekit.compiler.kit import SCRIPT
+from edgekit.compiler.kit import SCRIPTS
 from edgekit.quantization import quantize
 from edgekit.runtime.golden import compare_arrays, load_golden, save_golden
 from edgekit.targets import target_named
@@ -102,8 +102,8 @@ SPEC = {"precision": "int8", "profiles": {"x": [[1, 4], [2, 4], [8, 4]]}, "flags
 )
 def test_each_version_gets_the_flags_it_knows(version: str, network: int, flags: list[str]) -> None:
     calls: list[tuple[str, Any]] = []
-    plan = build_engine.build(fake(version, calls), b"graph", dict(SPEC), lambda phase, share: True)
-    assert plan == b"plan"
+    built = build_engine.build(fake(version, calls), b"graph", dict(SPEC), lambda phase, share: True)
+    assert built.plan == b"plan"
     assert [a for n, a in calls if n == "create_network"] == [(network,)]
     assert [a[0] for n, a in calls if n == "set_flag"] == flags
     assert [a for n, a in calls if n == "set_shape"] == [("x", (1, 4), (2, 4), (8, 4))]
@@ -138,11 +138,10 @@ def kit(tiny_bundle: Bundle, tmp_path: Path) -> Path:
 def test_a_kit_is_complete_and_deterministic(tiny_bundle: Bundle, kit: Path) -> None:
     made = tiny_bundle.path / "engines/jetson-orin-nano.kit.zip"
     first = made.read_bytes()
-    assert {p.name for p in kit.iterdir()} == {"README.txt", "build.json", "build_engine.py", "golden.npz", "graph.onnx"}
+    hashed = {"build_engine.py", "build_options.py", "golden.npz", "graph.onnx"}
+    assert {p.name for p in kit.iterdir()} == {"README.txt", "build.json", *hashed}
     spec = json.loads((kit / "build.json").read_text())
-    assert spec["files"] == {
-        n: hashlib.sha256((kit / n).read_bytes()).hexdigest() for n in ("build_engine.py", "golden.npz", "graph.onnx")
-    }
+    assert spec["files"] == {n: hashlib.sha256((kit / n).read_bytes()).hexdigest() for n in hashed}
     assert spec["profiles"] == {"x": [[1, 3, 32, 32], [8, 3, 32, 32], [8, 3, 32, 32]]}
     assert [e["tensorrt"] for e in spec["tensorrt"]] == ["8.6.2", "10.3.0", "10.16.2"]
     readme = (kit / "README.txt").read_text()
@@ -188,10 +187,12 @@ def test_without_tensorrt_the_script_says_so(kit: Path) -> None:
 
 def test_the_script_is_python_3_8_with_numpy_only() -> None:
     """JetPack 5 has Python 3.8; the parser takes its grammar, the imports are the standard library's and numpy."""
-    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 8))
-    modules = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    modules |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert modules - set(sys.stdlib_module_names) - {"__future__"} == {"numpy"}
+    modules: set[str] = set()
+    for script in SCRIPTS:
+        tree = ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 8))
+        modules |= {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        modules |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert modules - set(sys.stdlib_module_names) - {"__future__", ""} == {"numpy", *(script.stem for script in SCRIPTS[1:])}
 
 
 class Gpu:
@@ -392,4 +393,4 @@ def test_a_scalar_input_goes_along_with_every_batch(tmp_path: Path, monkeypatch:
 
 def test_a_tensorrt_without_network_flags_gets_no_precision_flags_it_lacks() -> None:
     trt = types.SimpleNamespace(BuilderFlag=types.SimpleNamespace(FP16=1))
-    assert build_engine.precision_flags(trt, "int8") == ["FP16"]
+    assert build_options.precision_flags(trt, "int8") == ["FP16"]

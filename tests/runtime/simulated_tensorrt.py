@@ -105,6 +105,7 @@ class _Runtime(_Guarded):
     def __init__(self, trt: Any, logger: Any) -> None:
         super().__init__("Runtime", trt)
         trt.logger = self._logger = trt.logger or logger
+        self.DLA_core, self.engine_host_code_allowed = 0, False
 
     def _read(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         about, _, onnx = data.removeprefix(_MAGIC).partition(b"\n")
@@ -123,10 +124,14 @@ class _Runtime(_Guarded):
                 1, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magic tag does not match)"
             )
         about, onnx = self._read(data)
-        if about["version"] != self._trt.__version__:
+        if about.get("host_code") and not self.engine_host_code_allowed:
+            return self._logger.log(1, "Error Code 3: API Usage Error (engineHostCodeAllowed is not set)")
+        if about["version"] != self._trt.__version__ and not about.get("host_code"):
             return self._logger.log(1, "Error Code 6: The engine plan file is not compatible with this version of TensorRT")
-        if about["sm"] != self._trt.cuda.sm:
+        if about["sm"] != self._trt.cuda.sm and not about.get("ampere_plus"):
             return self._logger.log(1, "Error Code 6: The engine plan file is generated on an incompatible device")
+        if about.get("dla", 0) != self.DLA_core:
+            return self._logger.log(1, f"simulated: this engine is for DLA core {about['dla']}")
         return _Engine(self._trt, self._logger, about, onnx)
 
 

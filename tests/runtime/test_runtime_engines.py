@@ -255,6 +255,46 @@ def test_what_the_device_compiled_for_something_else_is_refused(kit: Any, change
         raise refusal(simulation, bundle)
 
 
+def test_an_engine_for_a_dla_runs_on_the_core_it_was_built_for(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate("10.3", sm="8.7", integrated=True)
+    bundle = simulation.engine(tiny_bundle, target="jetson-agx-orin", options={"dla": 1}, plan={"dla": 1})
+    assert check_golden(bundle, backend="tensorrt").snr_db > 100
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "runs"),
+    [
+        ("8.6.1.0", "10.3", True),
+        ("10.3.0", "10.16", True),
+        ("10.3.0", "11.4", True),
+        ("8.6.1.0", "11.4", False),
+        ("10.16.0", "10.3", False),
+        ("unknown", "10.3", False),
+    ],
+)
+def test_a_version_compatible_engine_runs_with_later_tensorrt(
+    simulate: Any, tiny_bundle: Bundle, built: str, here: str, runs: bool
+) -> None:
+    simulation = simulate(here)
+    options = {"options": {"compatible": "version"}, "tensorrt": built}
+    bundle = simulation.engine(tiny_bundle, plan={"version": built, "host_code": True}, **options)
+    if runs:
+        assert check_golden(bundle, backend="tensorrt").snr_db > 100
+    else:
+        assert f"was built by TensorRT {built}, here is {here}.0" in refusal(simulation, bundle).message
+
+
+@pytest.mark.parametrize(("sm", "runs"), [("8.9", True), ("7.5", False)])
+def test_a_hardware_compatible_engine_runs_on_other_gpus(simulate: Any, tiny_bundle: Bundle, sm: str, runs: bool) -> None:
+    simulation = simulate("10.3", sm=sm)
+    options = {"options": {"compatible": "hardware"}, "compute_capability": "8.6"}
+    bundle = simulation.engine(tiny_bundle, plan={"sm": "8.6", "ampere_plus": True}, **options)
+    if runs:
+        assert check_golden(bundle, backend="tensorrt").snr_db > 100
+    else:
+        assert "is for SM 8.6" in refusal(simulation, bundle).message
+
+
 def test_a_local_build_that_others_could_write_is_refused(kit: Any) -> None:
     simulation, bundle, made, plan = kit
     folder = compile_here(made, plan)
