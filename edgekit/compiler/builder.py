@@ -20,7 +20,7 @@ import msgspec
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, MissingExtra, UsageError
 from edgekit.manifest import Tolerance
-from edgekit.targets import PRECISIONS, JetPack, Target, target_named
+from edgekit.targets import PRECISIONS, JetPack, Target, buildable
 from edgekit.trust import trust_engine
 from edgekit.version import __version__
 
@@ -35,6 +35,8 @@ RECIPE = 4  # raise it where the same inputs would now give another engine
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
 _FP8_SM = "8.9"  # the first with E4M3 in its tensor cores, as `targets.toml` has it
+#: Of a target: what an engine or kit depends on. Figures of speed and the file they stand in are none of it.
+_DECIDES = ("name", "title", "kind", "sm", "precisions", "tensorrt")
 _INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 
 
@@ -87,7 +89,7 @@ def build(
     TensorRT refuses the graph (named by node and operator), `MissingExtra` without TensorRT-RTX.
     """
     started = time.perf_counter()
-    chosen = target_named(target)
+    chosen = buildable(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _check_precision(opened, chosen, precision)
     spec = _specification(opened, chosen, precision, profiles_for(opened, batch))
@@ -146,7 +148,7 @@ def _tensorrt_version(target: Target) -> str:
 
 
 def _listed(entries: Iterable[JetPack]) -> str:
-    return ", ".join(f"{entry.tensorrt} (JetPack {entry.jetpack})" for entry in entries)
+    return ", ".join(f"{entry.tensorrt} ({entry.release})" for entry in entries)
 
 
 def _readers(target: Target, opset: int, untyped: int | None = None) -> tuple[tuple[JetPack, ...], list[str]]:
@@ -160,7 +162,7 @@ def _readers(target: Target, opset: int, untyped: int | None = None) -> tuple[tu
 
     able = tuple(entry for entry in target.tensorrt if read(entry) <= entry.opset)
     notes = [
-        f"not for JetPack {entry.jetpack}: TensorRT {entry.tensorrt} "
+        f"not for {entry.release}: TensorRT {entry.tensorrt} "
         + (f"reads opset {entry.opset} at most, the graph has {read(entry)}" if entry.opset else "is older than the kit's 8.6")
         for entry in target.tensorrt
         if entry not in able
@@ -176,7 +178,7 @@ def _specification(bundle: Bundle, target: Target, precision: str, profiles: Pro
         "recipe": RECIPE,
         "edgekit": __version__,
         "script": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
-        "target": msgspec.to_builtins(target),
+        "target": {key: value for key, value in msgspec.to_builtins(target).items() if key in _DECIDES},
         "requested": precision,
         "tensorrt": _tensorrt_version(target),
         "sources": sources,
