@@ -39,7 +39,8 @@ class Tensor(NamedTuple):
 class LayerCost(NamedTuple):
     """One node. ``reads`` and ``writes`` are activations; views, casts and DequantizeLinear are looked through.
 
-    ``int8``: activations and weights both arrive as 8-bit integers, so the tensor cores multiply int8.
+    ``int8``: activations and weights both arrive as 8-bit integers, so the tensor cores multiply int8. ``channels``: what the
+    weights join, (inputs, outputs), of one group; None where nothing is joined.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerCost(NamedTuple):
     weights: tuple[Tensor, ...]
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
+    channels: tuple[int, int] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -175,7 +177,21 @@ class _Counter:
         used = tuple(self.dequantized & set(inputs[:2]))
         int8 = len(used) == 2 or node.op_type in ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
         kept = () if scales else tuple(weights.values())
-        return LayerCost(name, node.op_type, macs or 0, parameters, bool(int8 and macs), kept, tuple(reads.values()), writes)
+        moved = kept, tuple(reads.values()), writes
+        return LayerCost(name, node.op_type, macs or 0, parameters, bool(int8 and macs), *moved, self._channels(node))
+
+    def _channels(self, node: onnx.NodeProto) -> tuple[int, int] | None:
+        index = _CONVOLUTIONS.get(node.op_type, 1 if node.op_type in ("ConvTranspose", "Gemm", "MatMul") else 0)
+        weight = self.shapes.get(node.input[index]) if 0 < index < len(node.input) else None
+        if weight is None or len(weight) < 2 or self.source.get(node.input[index], node.input[index]) not in self.weights:
+            return None
+        attributes = {a.name: a.i for a in node.attribute}
+        if node.op_type in _CONVOLUTIONS:
+            return weight[1], weight[0] // max(attributes.get("group", 1), 1)
+        if node.op_type == "ConvTranspose":
+            return weight[0] // max(attributes.get("group", 1), 1), weight[1]
+        inputs, outputs = weight[-2:]
+        return (outputs, inputs) if attributes.get("transB") else (inputs, outputs)
 
     def _macs(self, node: onnx.NodeProto) -> int | None:
         """Multiply-accumulates of a node; None where a shape that decides them is unknown."""
