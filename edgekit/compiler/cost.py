@@ -30,6 +30,7 @@ class Tensor(NamedTuple):
     elements: int
     bits: int
     is_float32: bool
+    shape: tuple[int, ...] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -71,13 +72,14 @@ class GraphCost(NamedTuple):
         return sum(layer.macs for layer in self.layers)
 
     def by_op(self) -> dict[str, dict[str, int]]:
-        """Operator -> how many, their MACs and parameters; heaviest first."""
+        """Operator -> how many, their MACs, parameters and bytes moved unfused; heaviest first."""
         found: dict[str, dict[str, int]] = {}
         for layer in self.layers:
-            row = found.setdefault(layer.op, {"layers": 0, "macs": 0, "parameters": 0})
+            row = found.setdefault(layer.op, {"layers": 0, "macs": 0, "parameters": 0, "bytes": 0})
             row["layers"] += 1
             row["macs"] += layer.macs
             row["parameters"] += layer.parameters
+            row["bytes"] += layer.size_bytes
         return dict(sorted(found.items(), key=lambda item: -item[1]["macs"]))
 
 
@@ -159,7 +161,7 @@ class _Counter:
         shape = self.shapes.get(root)
         kind = self.types.get(root, TensorProto.FLOAT)
         elements = math.prod(shape) if shape is not None else 0
-        return Tensor(root, elements, _bits(kind), kind == TensorProto.FLOAT)
+        return Tensor(root, elements, _bits(kind), kind == TensorProto.FLOAT, None if shape is None else tuple(shape))
 
     def _layer(self, node: onnx.NodeProto, unknown: list[str]) -> LayerCost:
         name = node.name or (node.output[0] if node.output else node.op_type)
