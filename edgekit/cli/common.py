@@ -19,7 +19,6 @@ import click
 
 from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
 from edgekit.progress import first
-from edgekit.targets import USER_TARGETS
 
 __all__ = ["SEED", "Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table", "targets_option"]
 
@@ -73,6 +72,8 @@ def _use_targets(ctx: click.Context, _param: click.Parameter, files: tuple[Path,
     """Add the files to the variable that `load_targets` reads, for as long as the command runs; its children have it too."""
     if not files:
         return
+    from edgekit.targets import USER_TARGETS
+
     before = os.environ.get(USER_TARGETS)
     os.environ[USER_TARGETS] = os.pathsep.join([*([before] if before else []), *map(str, files)])
 
@@ -92,7 +93,7 @@ targets_option = click.option(
     type=click.Path(path_type=Path),
     expose_value=False,
     callback=_use_targets,
-    help=f"Your own targets.toml as well; {USER_TARGETS}=FILE does it for every command.",
+    help="Your own targets.toml as well; EDGEKIT_TARGETS=FILE does it for every command.",
 )
 
 

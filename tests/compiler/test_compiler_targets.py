@@ -236,3 +236,15 @@ def test_a_server_gets_a_kit_of_its_containers(tiny_bundle: Bundle) -> None:
     made = build(tiny_bundle, target="l4", precision="fp32")
     assert made.tensorrt == "10.8.0 (container 25.01), 10.13.2 (container 25.08)"
     assert made.kit is not None
+
+
+def test_the_table_of_the_docs_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/targets.md").read_text(encoding="utf-8")
+    path = tmp_path / "docs.toml"
+    path.write_text(text.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(USER_TARGETS, str(path))
+        assert target_named("nano-15w").kernel_us(1e6, 1e6, "int8") > target_named("jetson-orin-nano").kernel_us(
+            1e6, 1e6, "int8"
+        )
+        assert target_named("our-cpu").kind == "cpu"
