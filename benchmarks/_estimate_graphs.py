@@ -1,9 +1,9 @@
 """Graphs of the shapes whose latencies are published: ResNet-50 and YOLO11, in plain torch with drawn weights.
 
 ResNet-50 is of He, Zhang, Ren, Sun, CVPR 2016, with the stride in the 3x3 convolution, as MLPerf has it (v1.5). YOLO11 is
-written from the description of its blocks (Khanam, Hussain, arXiv 2410.17725) and checked against its published counts: 2.6
-and 20.1 million parameters, 6.5 and 68.0 GFLOPs. Only shapes matter here, so batch normalisation is left out, as it is
-folded before any build, and the weights are drawn. No line is taken from an implementation.
+written from the description of its blocks (Khanam, Hussain, arXiv 2410.17725) and checked against its published counts: 2.6,
+9.4 and 20.1 million parameters, 6.5, 21.5 and 68.0 GFLOPs. Only shapes matter here, so batch normalisation is left out, as
+it is folded before any build, and the weights are drawn. No line is taken from an implementation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from torch.nn import functional
 __all__ = ["PUBLISHED_COUNTS", "resnet50", "yolo11"]
 
 #: net -> (parameters, multiply-accumulates), as published: Ultralytics counts an operation for each multiply and add.
-PUBLISHED_COUNTS = {"yolo11n": (2.6e6, 3.25e9), "yolo11m": (20.1e6, 34.0e9), "resnet50": (25.6e6, 4.1e9)}
+PUBLISHED_COUNTS = {
+    "yolo11n": (2.6e6, 3.25e9),
+    "yolo11s": (9.4e6, 10.75e9),
+    "yolo11m": (20.1e6, 34.0e9),
+    "resnet50": (25.6e6, 4.1e9),
+}
 CLASSES, BINS = 80, 16  # of COCO; of the distribution over a box's distance
 
 
@@ -200,6 +205,6 @@ class Yolo11(nn.Module):
 
 
 def yolo11(size: str) -> nn.Module:
-    """``size``: n or m. m has every block nested and 512 channels at most."""
-    widths = {"n": (16, 32, 64, 128, 256), "m": (64, 128, 256, 512, 512)}[size]
+    """``size``: n, s or m. m has every block nested and 512 channels at most."""
+    widths = {"n": (16, 32, 64, 128, 256), "s": (32, 64, 128, 256, 512), "m": (64, 128, 256, 512, 512)}[size]
     return Yolo11(widths, nested=size == "m").eval()

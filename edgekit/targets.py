@@ -48,6 +48,7 @@ TARGETS = Path(__file__).with_name("targets.toml")
 #: The environment variable with the user's own files, separated as in PATH; later files count more.
 USER_TARGETS = "EDGEKIT_TARGETS"
 MAX_BYTES = 1 << 20
+MAX_SHARE = 4  # above 1 a cache serves what counts as traffic to memory
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # it becomes a file's name
 _BASE = "like"
 _OWN = ("name", "file", "replaces")  # of `Target`, set here and never by a file
@@ -138,8 +139,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("tensorrt: a device states the TensorRT of each release, an rtx or cpu target states none")
         if (self.kind == "cpu") == bool(self.sm):
             raise ValueError('sm: a GPU states its SM, such as "8.7", a cpu none')
-        if self.peak_share is not None and self.peak_share.value > 1:
-            raise ValueError("peak_share: a share is at most 1")
+        if self.peak_share is not None and self.peak_share.value > MAX_SHARE:
+            raise ValueError(f"peak_share: at most {MAX_SHARE}; 0.7 on Orin")
 
     @property
     def sparse(self) -> bool:
@@ -159,7 +160,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def bound_us(self, macs: float, size_bytes: float, precision: str) -> float:
-        """The same at both peaks, launches free: what no kernel undercuts whose tensors pass through memory."""
+        """The same at both peaks, launches free: a bound for kernels whose tensors all pass through memory, not a cache."""
         peak = self.peak(precision)
         if peak is None or self.bandwidth_gbs is None:
             raise UsageError(

@@ -3,7 +3,7 @@
 A kernel takes the longer of its arithmetic and its memory traffic, each at the share of the peak that kernels reach, plus
 the cost of a launch. The share and the launch are two numbers, fitted to published latencies by `benchmarks/estimate.py`
 and judged there on others. ``bound_ms`` is the same at both peaks with launches free: a lower bound wherever tensors pass
-through memory.
+through memory, not a cache.
 """
 
 from __future__ import annotations
@@ -205,7 +205,11 @@ def _caveats(target: Target, works: list[Work], cost: GraphCost, form: str, *, i
     if form == "fp8":
         found.append("fp8 counts at the rate of int8")
     if target.sm != _FITTED_SM and target.launch_us is None and target.peak_share is None:
-        found.append(f"what kernels reach was fitted on Orin (SM {_FITTED_SM}), and is assumed for {target.title}")
+        found.append(
+            f"what kernels reach was fitted on Orin, and is assumed for {target.title}: by it Thor looked half as fast"
+        )
+    if target.peak_share is not None and target.peak_share.value > 1:
+        found.append("bound_ms counts traffic that the cache of this GPU serves: the latency may lie below it")
     used = [target.peak(name) for name in sorted({work.precision for work in works})]
     figures = [f for f in (*used, target.bandwidth_gbs, target.launch_us, target.peak_share) if f and not f.confirmed]
     found += [f"{figure.value:g} {figure.source}" for figure in figures]
