@@ -154,9 +154,13 @@ def _target_row(row: dict[str, Any]) -> dict[str, Any]:
 def estimate(bundle: Path, target: str, precision: str, batch: int) -> Answer:
     """Predict the latency on a device by the roofline model. A prediction, not a measurement.
 
+    latency_ms is fitted to published latencies, bound_ms is what the peaks alone would give. int8 of a bundle that is not
+    quantized counts its layers as if they were.
+
     \b
     Example:
       edgekit estimate digits.edge --target jetson-orin-nano
+      edgekit estimate digits.edge --target jetson-orin-nano --precision int8
     """
     from edgekit.compiler import estimate as estimate_bundle
 
