@@ -196,7 +196,7 @@ def estimate(
 
 
 def _caveats(target: Target, works: list[Work], cost: GraphCost, form: str, *, imagined: bool) -> list[str]:
-    found = list(_CAVEATS)
+    found = list(_CAVEATS[:1] if target.kind == "cpu" else _CAVEATS)
     if imagined:
         found.append(
             "as if quantized by plain Q/DQ around every layer with weights; "
@@ -206,7 +206,7 @@ def _caveats(target: Target, works: list[Work], cost: GraphCost, form: str, *, i
         found.append("fp8 counts at the rate of int8")
     if target.sm != _FITTED_SM and target.launch_us is None and target.peak_share is None:
         found.append(
-            f"what kernels reach was fitted on Orin, and is assumed for {target.title}: by it Thor looked half as fast"
+            f"what kernels reach was fitted on Orin, and is assumed for {target.title}; Thor was twice as fast as by it"
         )
     if target.peak_share is not None and target.peak_share.value > 1:
         found.append("bound_ms counts traffic that the cache of this GPU serves: the latency may lie below it")

@@ -228,6 +228,7 @@ def test_a_cpu_with_figures_of_its_own_is_estimated(tmp_path: Path, cli: Callabl
     )
     found = cli("estimate", tiny_bundle.path, "--target", "my-cpu", "--targets", path, "--json").json
     assert (found["precision"], found["kernels"]) == ("fp32", 4)
+    assert not any("GPU" in caveat or "Orin" in caveat for caveat in found["caveats"])
     assert found["bound_ms"] * 2 + 4e-3 == pytest.approx(found["latency_ms"], abs=2e-4)
 
 
