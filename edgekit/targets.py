@@ -1,10 +1,16 @@
-"""What edgekit makes models for: `targets.toml`, validated when it is read. A new target is a new table in that file."""
+"""What edgekit makes models for: `targets.toml`, and files of the user's own, validated when they are read.
+
+A new target is a new table: in that file, or in one that EDGEKIT_TARGETS names (``--targets`` does the same for a command).
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +23,20 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["OPSETS", "PRECISIONS", "Figure", "JetPack", "Target", "load_targets", "target_named", "target_rows"]
+__all__ = [
+    "LAUNCH_US",
+    "OPSETS",
+    "PEAK_SHARE",
+    "PRECISIONS",
+    "USER_TARGETS",
+    "Figure",
+    "JetPack",
+    "Target",
+    "buildable",
+    "load_targets",
+    "target_named",
+    "target_rows",
+]
 
 #: What `edgekit build` can make; a target may list more, which its hardware runs and edgekit does not build yet.
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -26,7 +45,15 @@ PRECISIONS = ("fp32", "fp16", "int8")
 #: 17 is on the safe side. The script is written for 8.6 on.
 OPSETS = {(8, 6): 17, (10, 0): 21, (10, 6): 22}
 TARGETS = Path(__file__).with_name("targets.toml")
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+#: The environment variable with the user's own files, separated as in PATH; later files count more.
+USER_TARGETS = "EDGEKIT_TARGETS"
+MAX_BYTES = 1 << 20
+MAX_SHARE = 4  # above 1 a cache serves what counts as traffic to memory
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # it becomes a file's name
+_BASE = "like"
+_OWN = ("name", "file", "replaces")  # of `Target`, set here and never by a file
+Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e9)]
+Source = Annotated[str, msgspec.Meta(min_length=8)]
 Precision = Literal["fp32", "fp16", "int8", "fp8", "fp4"]
 
 
@@ -34,22 +61,41 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A number and where it was read; a source that starts with ``unconfirmed`` says how it was derived instead."""
 
     value: Positive
-    source: Annotated[str, msgspec.Meta(min_length=8)]
+    source: Source
 
     @property
     def confirmed(self) -> bool:
         return not self.source.startswith("unconfirmed")
 
 
-class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which TensorRT a JetPack release brings to the device."""
+_FITTED = (
+    "benchmarks/estimate.py: fitted to ResNet-50 int8 on AGX Orin (MLPerf 3.1) and YOLO11n fp32 and int8, YOLO11m fp16 on "
+    "Orin Nano Super (Ultralytics)"
+)
+#: What share of both peaks kernels reach, and microseconds a kernel costs beside, where a target's table states no own.
+PEAK_SHARE = Figure(0.7, _FITTED)
+LAUNCH_US = Figure(5.8, _FITTED)
 
-    jetpack: str
+
+class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which TensorRT a release brings to the device: of JetPack, or of NVIDIA's TensorRT container for servers."""
+
     tensorrt: Annotated[str, msgspec.Meta(pattern=r"^\d+(\.\d+)+$")]
     cuda: str
     python: str
-    source: Annotated[str, msgspec.Meta(min_length=8)]
+    source: Source
+    jetpack: str = ""
+    container: str = ""
     dla: bool = True  #: whether this TensorRT drives the device's DLA, where it has one
+
+    def __post_init__(self) -> None:
+        if bool(self.jetpack) == bool(self.container):
+            raise ValueError("state jetpack on a Jetson, container elsewhere")
+
+    @property
+    def release(self) -> str:
+        """JetPack 6.0, or container 25.01."""
+        return f"JetPack {self.jetpack}" if self.jetpack else f"container {self.container}"
 
     @property
     def opset(self) -> int:
@@ -64,12 +110,15 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One table of ``targets.toml``; its comments state the units. Absent figures are per card, or not published."""
+    """One table of ``targets.toml``; its comments state the units. Absent figures are per card, or not published.
+
+    ``file``: the user's file that it comes from, empty where it is shipped; ``replaces``: it stands in for a shipped one.
+    """
 
     title: str
-    kind: Literal["rtx", "device"]
-    sm: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d$")]
-    precisions: tuple[Precision, ...]
+    kind: Literal["rtx", "device", "cpu"]
+    precisions: Annotated[tuple[Precision, ...], msgspec.Meta(min_length=1)]
+    sm: Annotated[str, msgspec.Meta(pattern=r"^(\d+\.\d)?$")] = ""
     dla: Annotated[int, msgspec.Meta(ge=0)] = 0
     memory_gb: Figure | None = None
     bandwidth_gbs: Figure | None = None
@@ -79,17 +128,25 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fp16_tflops: Figure | None = None
     fp32_tflops: Figure | None = None
     launch_us: Figure | None = None
+    peak_share: Figure | None = None
+    alignment: dict[Precision, Figure] = {}
     tensorrt: tuple[JetPack, ...] = ()
     name: str = ""
+    file: str = ""
+    replaces: bool = False
 
     def __post_init__(self) -> None:
         if (self.kind == "device") != bool(self.tensorrt):
-            raise ValueError("a device states the TensorRT of each JetPack, an rtx target states none")
+            raise ValueError("tensorrt: a device states the TensorRT of each release, an rtx or cpu target states none")
+        if (self.kind == "cpu") == bool(self.sm):
+            raise ValueError('sm: a GPU states its SM, such as "8.7", a cpu none')
+        if self.peak_share is not None and self.peak_share.value > MAX_SHARE:
+            raise ValueError(f"peak_share: at most {MAX_SHARE}; 0.7 on Orin")
 
     @property
     def ampere(self) -> bool:
         """Ampere or later (SM 8.0)."""
-        return tuple(map(int, self.sm.split("."))) >= (8, 0)
+        return bool(self.sm) and tuple(map(int, self.sm.split("."))) >= (8, 0)
 
     @property
     def sparse(self) -> bool:
@@ -100,17 +157,112 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Dense peak of the GPU alone, in 10^12 operations a second (one multiply-accumulate is two)."""
         return {"int8": self.int8_tops, "fp16": self.fp16_tflops, "fp32": self.fp32_tflops}.get(precision)
 
+    def kernel_us(self, macs: float, size_bytes: float, precision: str) -> float:
+        """Predicted microseconds of a kernel: the longer of its arithmetic and its traffic at the share of the peaks that
+        kernels reach, plus its launch. Raises `UsageError` where the target has no figures."""
+        return (
+            self.bound_us(macs, size_bytes, precision) / (self.peak_share or PEAK_SHARE).value
+            + (self.launch_us or LAUNCH_US).value
+        )
+
+    def bound_us(self, macs: float, size_bytes: float, precision: str) -> float:
+        """The same at both peaks, launches free: a bound for kernels whose tensors all pass through memory, not a cache."""
+        peak = self.peak(precision)
+        if peak is None or self.bandwidth_gbs is None:
+            raise UsageError(
+                f"{self.name} has no {precision} peak and bandwidth to predict from",
+                f"state them in a file of your own: edgekit targets --help; or take another target than {self.name}",
+            )
+        return max(2 * macs / peak.value / 1e6, size_bytes / self.bandwidth_gbs.value / 1e3)
+
+
+def load_targets(path: Path | None = None) -> dict[str, Target]:
+    """Name -> `Target`, in the files' order: the shipped ones and those of the files in EDGEKIT_TARGETS, or ``path``'s alone.
+
+    Raises `EdgekitError` that names the file, the table and the field which is wrong, `UsageError` for a missing file.
+    """
+    if path is not None:
+        return dict(_load((path,), (_stamp(path),)))
+    named = os.environ.get(USER_TARGETS, "")
+    files = tuple(Path(part).expanduser() for part in named.split(os.pathsep) if part)
+    return dict(_load((TARGETS, *files), tuple(map(_stamp, files))))
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """A user's file may change within a process; a missing one is reported when it is read."""
+    try:
+        found = file.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=8)
+def _load(files: tuple[Path, ...], _stamps: tuple[tuple[int, int], ...]) -> dict[str, Target]:
+    tables: dict[str, Mapping[str, Any]] = {}
+    targets: dict[str, Target] = {}
+    for file in files:
+        for name, table in (_shipped() if file == TARGETS else _tables(file)).items():
+            tables[name] = _based(file, name, table, tables)
+            target = _target(file, name, tables[name])
+            mine = {} if file == files[0] else {"file": str(file), "replaces": name in targets}
+            targets[name] = msgspec.structs.replace(target, name=name, **mine)
+    return targets
+
 
 @functools.cache
-def load_targets(path: Path = TARGETS) -> dict[str, Target]:
-    """Name -> `Target`, in the file's order. Raises `EdgekitError` that names the field which is wrong."""
+def _shipped() -> dict[str, Any]:
+    return _tables(TARGETS)
+
+
+def _wrong(file: Path, what: str, hint: str = "") -> EdgekitError:
+    shipped = file == TARGETS
+    return EdgekitError(f"{file.name if shipped else file} is not valid: {what}", hint or "mend it; " + _hint(shipped))
+
+
+def _hint(shipped: bool) -> str:
+    return "or reinstall edgekit" if shipped else "docs/targets.md has a table to copy"
+
+
+def _tables(file: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            tables: dict[str, Any] = tomllib.load(file)
-        found = msgspec.convert(tables, dict[str, Target])
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise EdgekitError(f"{path.name} is not valid: {error}", "mend the table, or reinstall edgekit") from None
-    return {name: msgspec.structs.replace(target, name=name) for name, target in found.items()}
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise _wrong(file, f"{size} bytes, {MAX_BYTES} are read at most")
+        found: dict[str, Any] = tomllib.loads(file.read_bytes().decode())
+    except OSError as error:
+        raise UsageError(
+            f"{file}, a file of targets, cannot be read: {error.strerror}", f"mend --targets or the variable {USER_TARGETS}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _wrong(file, f"no TOML: {str(error) or 'nested too deeply'}") from None
+    return found
+
+
+def _based(file: Path, name: str, table: Any, before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The table over that which its ``like`` names, of this file's start or of a file before."""
+    if not isinstance(table, dict):
+        raise _wrong(file, f"{name} stands outside of a table", "begin it with a line such as [my-board]")
+    if not _NAME.fullmatch(name):
+        raise _wrong(file, f"[{name[:80]}] is no name", "small letters, digits, '.', '_' and '-', 64 at most")
+    if taken := [key for key in _OWN if key in table]:
+        raise _wrong(file, f"[{name}] {taken[0]}: not a field of a table")
+    base = table.get(_BASE)
+    if base is None:
+        return dict(table)
+    if not isinstance(base, str) or base not in before:
+        near = difflib.get_close_matches(str(base), before, n=3, cutoff=0.5) or list(before)[:8]
+        raise _wrong(file, f"[{name}] {_BASE}: there is no {base!r} above it", f"one of: {', '.join(near)}")
+    return {key: value for key, value in {**before[base], **table}.items() if key != _BASE}
+
+
+def _target(file: Path, name: str, table: Mapping[str, Any]) -> Target:
+    try:
+        return msgspec.convert(table, Target)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        field = where.strip("`.").replace("[...]", "").strip(".")
+        raise _wrong(file, f"[{name}] {field}{': ' if field else ''}{message}") from None
 
 
 def target_named(name: str) -> Target:
@@ -120,6 +272,17 @@ def target_named(name: str) -> Target:
         near = difflib.get_close_matches(name, targets, n=3, cutoff=0.5) or list(targets)
         raise UsageError(f"there is no target {name!r}", f"choose one of: {', '.join(near)}; edgekit targets lists all")
     return targets[name]
+
+
+def buildable(name: str) -> Target:
+    """The target called ``name``, for which there is something to build. Raises `UsageError`."""
+    target = target_named(name)
+    if target.kind == "cpu":
+        raise UsageError(
+            f"{name} runs graphs by ONNX Runtime, which compiles nothing: there is no engine to build",
+            "edgekit bench B --backend onnxruntime measures it, edgekit pack ships it; edgekit targets lists what is built",
+        )
+    return target
 
 
 def target_rows() -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import click
 from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
 from edgekit.progress import first
 
-__all__ = ["SEED", "Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table"]
+__all__ = ["SEED", "Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table", "targets_option"]
 
 
 #: What torch and numpy both take.
@@ -66,6 +66,35 @@ def bundle_argument(name: str = "bundle") -> Callable[[Callable[..., Any]], Call
 def out_option(what: str, metavar: str = "B") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """``--out``: always required, never overwritten."""
     return click.option("--out", required=True, metavar=metavar, type=click.Path(path_type=Path), help=what)
+
+
+def _use_targets(ctx: click.Context, _param: click.Parameter, files: tuple[Path, ...]) -> None:
+    """Add the files to the variable that `load_targets` reads, for as long as the command runs; its children have it too."""
+    if not files:
+        return
+    from edgekit.targets import USER_TARGETS
+
+    before = os.environ.get(USER_TARGETS)
+    os.environ[USER_TARGETS] = os.pathsep.join([*([before] if before else []), *map(str, files)])
+
+    def restore() -> None:
+        os.environ.pop(USER_TARGETS, None)
+        if before is not None:
+            os.environ[USER_TARGETS] = before
+
+    ctx.call_on_close(restore)
+
+
+#: ``--targets FILE``: targets of the user's own, for one command.
+targets_option = click.option(
+    "--targets",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    expose_value=False,
+    callback=_use_targets,
+    help="Your own targets.toml as well; EDGEKIT_TARGETS=FILE does it for every command.",
+)
 
 
 def table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:

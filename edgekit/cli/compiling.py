@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgekit.cli.common import Answer, answers, bundle_argument, lines, out_option, table
+from edgekit.cli.common import Answer, answers, bundle_argument, lines, out_option, table, targets_option
 
 __all__ = ["build", "estimate", "import_", "inspect", "targets"]
 
@@ -80,6 +80,7 @@ def import_(
 @click.option("--verbose", is_flag=True, help="Report the layers, in engines/TARGET.layers.json; a device reports its own.")
 @click.option("--again", is_flag=True, help="Build although nothing changed, and say whether the bytes are the same.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds at most.")
+@targets_option
 @answers
 def build(bundle: Path, target: str, **options: Any) -> Answer:
     """Compile a bundle: an engine for RTX targets, a build kit for Jetson.
@@ -102,18 +103,24 @@ def build(bundle: Path, target: str, **options: Any) -> Answer:
 
 @click.command("inspect")
 @click.argument("path", metavar="B|ENGINE", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="Every layer with its shapes, not the heaviest alone.")
+@targets_option
 @answers
-def inspect(path: Path) -> Answer:
-    """Say what a bundle or an engine file holds.
+def inspect(path: Path, layers: bool) -> Answer:
+    """Say what a bundle or an engine file holds, what it costs, and which targets take it.
+
+    MACs, parameters and bytes moved by operator and layer, dynamic axes at 1; and for every target whether it builds, by
+    which TensorRT, and what stands against it. Nothing is built for that.
 
     \b
     Example:
       edgekit inspect digits.edge
+      edgekit inspect digits.edge --layers --json
       edgekit inspect digits.edge/engines/rtx-ada.engine
     """
     from edgekit.compiler import summarise
 
-    data = summarise(path)
+    data = summarise(path, layers=layers)
     return Answer(data, _with_lists(data, ("history",)))
 
 
@@ -125,21 +132,29 @@ def _with_lists(data: dict[str, Any], keys: tuple[str, ...]) -> str:
 
 
 @click.command("targets")
+@targets_option
 @answers
 def targets() -> Answer:
     """List what edgekit compiles for, each figure with its source (--json).
+
+    A file of your own adds targets, or replaces shipped ones, which is said below the table; docs/targets.md has one to copy.
 
     \b
     Example:
       edgekit targets
       edgekit targets --json
+      edgekit targets --targets my-boards.toml
     """
     from edgekit.targets import target_rows
 
     rows = target_rows()
-    return Answer(
-        {"targets": rows}, table([_target_row(row) for row in rows]) + "\n* unconfirmed: --json states the derivation"
-    )
+    notes = ["* unconfirmed: --json states the derivation"]
+    notes += [
+        f"{row['name']}: {'in place of the shipped table, ' if row['replaces'] else ''}from {row['file']}"
+        for row in rows
+        if row["file"]
+    ]
+    return Answer({"targets": rows}, "\n".join([table([_target_row(row) for row in rows]), *notes]))
 
 
 def _target_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -149,15 +164,15 @@ def _target_row(row: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "target": row["name"],
-        "builds": "engine" if row["kind"] == "rtx" else "kit",
-        "SM": row["sm"],
+        "builds": {"rtx": "engine", "device": "kit", "cpu": None}[row["kind"]],
+        "SM": row["sm"] or None,
         "GB": figure("memory_gb"),
         "GB/s": figure("bandwidth_gbs"),
         "int8 TOPS": figure("int8_tops"),
         "fp16 TFLOPS": figure("fp16_tflops"),
         "DLA": row["dla"],
         "precisions": " ".join(row["precisions"]),
-        "TensorRT": ", ".join(entry["tensorrt"] for entry in row["tensorrt"]) or "RTX",
+        "TensorRT": ", ".join(entry["tensorrt"] for entry in row["tensorrt"]) or ("RTX" if row["kind"] == "rtx" else None),
     }
 
 
@@ -166,13 +181,18 @@ def _target_row(row: dict[str, Any]) -> dict[str, Any]:
 @target_option
 @click.option("--precision", default="best", show_default=True, metavar="P", help="fp32, fp16, int8 or best.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples at once.")
+@targets_option
 @answers
 def estimate(bundle: Path, target: str, precision: str, batch: int) -> Answer:
     """Predict the latency on a device by the roofline model. A prediction, not a measurement.
 
+    latency_ms is fitted to published latencies, bound_ms is what the peaks alone would give. int8 of a bundle that is not
+    quantized counts its layers as if they were.
+
     \b
     Example:
       edgekit estimate digits.edge --target jetson-orin-nano
+      edgekit estimate digits.edge --target jetson-orin-nano --precision int8
     """
     from edgekit.compiler import estimate as estimate_bundle
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import Answer, answers, table
+from .common import Answer, answers, table, targets_option
 
 
 @click.command()
@@ -17,6 +17,7 @@ from .common import Answer, answers, table
 )
 @click.option("--data", metavar="SPEC", help="Data in place of the recipe's own, for example folder:signs.")
 @click.option("--show", is_flag=True, help="Print the recipe instead of running it: a start for your own.")
+@targets_option
 @answers
 def pipeline(recipe: Path | None, out: Path | None, data: str | None, show: bool) -> Answer:
     """The whole way by a recipe: train, prune, quantize, build, bench, report, scan.

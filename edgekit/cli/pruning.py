@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import SEED, Answer, answers, bundle_argument, out_option
+from .common import SEED, Answer, answers, bundle_argument, out_option, targets_option
 
 
 class _Bytes(click.ParamType[float]):
@@ -60,6 +60,7 @@ class _Bytes(click.ParamType[float]):
 )
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Same seed, same machine: same weights.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg", help="Draw what each layer bears.")
+@targets_option
 @answers
 def prune(bundle: Path, out: Path, plot: Path | None, **options: Any) -> Answer:
     """Remove channels, recurrent units, attention heads and blocks from a trained bundle, fine-tune, and measure the gain.

@@ -9,7 +9,7 @@ import click
 
 from edgekit.errors import UsageError
 
-from .common import SEED, Answer, answers, table
+from .common import SEED, Answer, answers, table, targets_option
 
 
 @click.command()
@@ -52,6 +52,7 @@ from .common import SEED, Answer, answers, table
 @click.option("--augment", metavar="POLICY", help="As in train.  [default: the data set's]")
 @click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(["adamw", "sgd"]), help="As in train.")
 @click.option("--balance", is_flag=True, help="Weigh the classes of an unbalanced set alike.")
+@targets_option
 @answers
 def search(objective: str, on: str | None, **options: Any) -> Answer:
     """Find the settings that suit a data set, by many short trainings: those of training, or the front of accuracy and latency.

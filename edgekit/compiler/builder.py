@@ -21,7 +21,7 @@ import msgspec
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, MissingExtra
 from edgekit.manifest import Tolerance
-from edgekit.targets import JetPack, Target, target_named
+from edgekit.targets import JetPack, Target, buildable
 from edgekit.trust import trust_engine
 from edgekit.version import __version__
 
@@ -38,6 +38,8 @@ RECIPE = 4  # raise it where the same inputs would now give another engine
 #: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
+#: Of a target: what an engine or kit depends on. Figures of speed and the file they stand in are none of it.
+_DECIDES = ("name", "title", "kind", "sm", "precisions", "tensorrt")
 _INT8_MARGIN_DB = 3.0  # as `quantize` leaves
 
 
@@ -109,7 +111,7 @@ def build(
     `GraphError` where TensorRT refuses the graph (named by node and operator), `MissingExtra` without TensorRT-RTX.
     """
     started = time.perf_counter()
-    chosen = target_named(target)
+    chosen = buildable(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_precision(opened, chosen, precision)
     profiles = profiles_for(opened, batch)
@@ -185,7 +187,7 @@ def _tensorrt_version(target: Target) -> str:
 
 
 def _listed(entries: Iterable[JetPack]) -> str:
-    return ", ".join(f"{entry.tensorrt} (JetPack {entry.jetpack})" for entry in entries)
+    return ", ".join(f"{entry.tensorrt} ({entry.release})" for entry in entries)
 
 
 def _readers(
@@ -201,7 +203,7 @@ def _readers(
 
     able = tuple(entry for entry in target.tensorrt if read(entry) <= entry.opset and (entry.dla or not dla))
     notes = [
-        f"not for JetPack {entry.jetpack}: TensorRT {entry.tensorrt} " + _inability(entry, read(entry))
+        f"not for {entry.release}: TensorRT {entry.tensorrt} " + _inability(entry, read(entry))
         for entry in target.tensorrt
         if entry not in able
     ]
@@ -222,7 +224,7 @@ def _specification(bundle: Bundle, target: Target, precision: str, profiles: Pro
         "recipe": RECIPE,
         "edgekit": __version__,
         "script": hashlib.sha256(b"".join(script.read_bytes() for script in SCRIPTS)).hexdigest(),
-        "target": msgspec.to_builtins(target),
+        "target": {key: value for key, value in msgspec.to_builtins(target).items() if key in _DECIDES},
         "requested": precision,
         "tensorrt": _tensorrt_version(target),
         "sources": sources,

@@ -30,6 +30,7 @@ class Tensor(NamedTuple):
     elements: int
     bits: int
     is_float32: bool
+    shape: tuple[int, ...] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -39,7 +40,8 @@ class Tensor(NamedTuple):
 class LayerCost(NamedTuple):
     """One node. ``reads`` and ``writes`` are activations; views, casts and DequantizeLinear are looked through.
 
-    ``int8``: activations and weights both arrive as 8-bit integers, so the tensor cores multiply int8.
+    ``int8``: activations and weights both arrive as 8-bit integers, so the tensor cores multiply int8. ``channels``: what the
+    weights join, (inputs, outputs), of one group; None where nothing is joined.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LayerCost(NamedTuple):
     weights: tuple[Tensor, ...]
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
+    channels: tuple[int, int] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -69,13 +72,14 @@ class GraphCost(NamedTuple):
         return sum(layer.macs for layer in self.layers)
 
     def by_op(self) -> dict[str, dict[str, int]]:
-        """Operator -> how many, their MACs and parameters; heaviest first."""
+        """Operator -> how many, their MACs, parameters and bytes moved unfused; heaviest first."""
         found: dict[str, dict[str, int]] = {}
         for layer in self.layers:
-            row = found.setdefault(layer.op, {"layers": 0, "macs": 0, "parameters": 0})
+            row = found.setdefault(layer.op, {"layers": 0, "macs": 0, "parameters": 0, "bytes": 0})
             row["layers"] += 1
             row["macs"] += layer.macs
             row["parameters"] += layer.parameters
+            row["bytes"] += layer.size_bytes
         return dict(sorted(found.items(), key=lambda item: -item[1]["macs"]))
 
 
@@ -157,7 +161,7 @@ class _Counter:
         shape = self.shapes.get(root)
         kind = self.types.get(root, TensorProto.FLOAT)
         elements = math.prod(shape) if shape is not None else 0
-        return Tensor(root, elements, _bits(kind), kind == TensorProto.FLOAT)
+        return Tensor(root, elements, _bits(kind), kind == TensorProto.FLOAT, None if shape is None else tuple(shape))
 
     def _layer(self, node: onnx.NodeProto, unknown: list[str]) -> LayerCost:
         name = node.name or (node.output[0] if node.output else node.op_type)
@@ -175,7 +179,21 @@ class _Counter:
         used = tuple(self.dequantized & set(inputs[:2]))
         int8 = len(used) == 2 or node.op_type in ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
         kept = () if scales else tuple(weights.values())
-        return LayerCost(name, node.op_type, macs or 0, parameters, bool(int8 and macs), kept, tuple(reads.values()), writes)
+        moved = kept, tuple(reads.values()), writes
+        return LayerCost(name, node.op_type, macs or 0, parameters, bool(int8 and macs), *moved, self._channels(node))
+
+    def _channels(self, node: onnx.NodeProto) -> tuple[int, int] | None:
+        index = _CONVOLUTIONS.get(node.op_type, 1 if node.op_type in ("ConvTranspose", "Gemm", "MatMul") else 0)
+        weight = self.shapes.get(node.input[index]) if 0 < index < len(node.input) else None
+        if weight is None or len(weight) < 2 or self.source.get(node.input[index], node.input[index]) not in self.weights:
+            return None
+        attributes = {a.name: a.i for a in node.attribute}
+        if node.op_type in _CONVOLUTIONS:
+            return weight[1], weight[0] // max(attributes.get("group", 1), 1)
+        if node.op_type == "ConvTranspose":
+            return weight[0] // max(attributes.get("group", 1), 1), weight[1]
+        inputs, outputs = weight[-2:]
+        return (outputs, inputs) if attributes.get("transB") else (inputs, outputs)
 
     def _macs(self, node: onnx.NodeProto) -> int | None:
         """Multiply-accumulates of a node; None where a shape that decides them is unknown."""

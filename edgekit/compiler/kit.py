@@ -81,8 +81,8 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
 
 
 def _readme(target: Target, readers: Sequence[JetPack], spec: Mapping[str, Any], golden: bool) -> str:
-    versions = "\n".join(f"    JetPack {e.jetpack}: TensorRT {e.tensorrt}, CUDA {e.cuda}" for e in readers)
-    versions = versions or "    no JetPack of this device: their TensorRT does not read the graph, see engines/ of the bundle"
+    versions = "\n".join(f"    {e.release}: TensorRT {e.tensorrt}, CUDA {e.cuda}" for e in readers)
+    versions = versions or "    no release for this device: their TensorRT does not read the graph, see engines/ of the bundle"
     legacy = {"fp32": "", "fp16": "--fp16"}.get(spec["precision"], "--int8 --fp16")
     shipped = f" Without it {TIMINGS}, which lies here, is read." if "timing_cache" in spec["options"] else ""
     check = "Afterwards it runs the engine on golden.npz and refuses one that misses the stated tolerance."
@@ -92,7 +92,8 @@ On the device, in this folder:
 
     python3 build_engine.py
 
-It needs the tensorrt and numpy of JetPack and nothing else, and writes {spec["target"]}.engine and {spec["target"]}.json.
+It needs the tensorrt of JetPack or of NVIDIA's container, numpy and nothing else. It writes
+{spec["target"]}.engine and {spec["target"]}.json.
 {check if golden else "The kit has no golden outputs: add --no-check."}
 With --timing-cache FILE a later build is faster (--timing-cache-read-only: and never changes the file).{shipped}
 An engine runs only with the TensorRT that built it, unless it was asked to be version-compatible.

@@ -18,11 +18,11 @@ from edgekit.graphs.narrow import plain_border
 
 from .passes import all_nodes, opset
 
-__all__ = ["Source", "check_model", "read_model"]
+__all__ = ["UNBUILDABLE", "Source", "check_model", "read_model"]
 
 MAX_BYTES = 2 << 30
 #: TensorRT's parser refuses these, or its result cannot be run (seen on TensorRT-RTX 1.7): a note, for ONNX Runtime runs them.
-_UNBUILDABLE = frozenset({"NonZero", "DFT", "DeformConv", "RoiAlign", "NonMaxSuppression", "Unique", "STFT"})
+UNBUILDABLE = frozenset({"NonZero", "DFT", "DeformConv", "RoiAlign", "NonMaxSuppression", "Unique", "STFT"})
 _TENSOR_TYPES = frozenset(
     getattr(TensorProto, name)
     for name in "FLOAT FLOAT16 DOUBLE INT64 INT32 INT16 INT8 UINT8 UINT16 UINT32 UINT64 BOOL".split()  # noqa: SIM905
@@ -66,7 +66,7 @@ def read_model(path: Path) -> Source:
     border = plain_border(model)
     changed = changed or bool(border)
     _check_types(model)
-    refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in _UNBUILDABLE})
+    refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in UNBUILDABLE})
     notes = [f"TensorRT does not build {', '.join(refused[:4])}; ONNX Runtime runs it"] if refused else []
     return Source(model, None if external else data, changed, [*border, *notes])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -13,14 +14,22 @@ from edgekit.errors import BundleError, MissingExtra, UsageError
 from edgekit.files import sha256_file
 from edgekit.manifest import TensorSpec
 
+if TYPE_CHECKING:
+    from .cost import LayerCost, Tensor
+
 __all__ = ["summarise"]
 
 MAX_RECORD_BYTES = 1 << 20
+HEAVIEST = 8  # layers shown, where not all are asked for
 _DERIVED = (".engine", ".kit.zip")
 
 
-def summarise(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A bundle's task, tensors, files, history and the cost of its graphs; or the record beside an engine or kit.
+def summarise(path: str | os.PathLike[str], *, layers: bool = False) -> dict[str, Any]:
+    """A bundle's task, tensors, files, history, the cost of its graphs and what targets take it; or the record beside an
+    engine or kit.
+
+    ``layers``: every layer of the graphs with its shapes, not the heaviest ones alone. Bytes are those of the stored types,
+    nothing fused, weights included; one MAC is a multiply and an add; dynamic axes count as 1.
 
     Raises `UsageError` where there is nothing at ``path``, `BundleError` for a damaged bundle or an engine without record.
     """
@@ -31,11 +40,13 @@ def summarise(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"{where} is a packed bundle", f"edgekit verify {where} --pub P says what is inside")
     if not where.exists():
         raise UsageError(f"there is nothing at {where}", "give a bundle (NAME.edge) or an engine inside one")
-    return _bundle(Bundle.open(where))
+    return _bundle(Bundle.open(where), layers)
 
 
-def _bundle(bundle: Bundle) -> dict[str, Any]:
+def _bundle(bundle: Bundle, layers: bool) -> dict[str, Any]:
     manifest = bundle.manifest
+    graphs = {name: _graph(bundle, name, layers) for name in (FLOAT_GRAPH, INT8_GRAPH) if bundle.has(name)}
+    targets = [graph.pop("targets") for graph in graphs.values()]
     return {
         "bundle": str(bundle.path),
         "name": manifest.name,
@@ -44,11 +55,8 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "inputs": {spec.name: _tensor(spec) for spec in manifest.inputs},
         "outputs": {spec.name: _tensor(spec) for spec in manifest.outputs},
         "labels": len(manifest.labels),
-        "graphs": {
-            name: {"form": bundle.form if name == INT8_GRAPH else "float", **_graph(bundle, name)}
-            for name in (FLOAT_GRAPH, INT8_GRAPH)
-            if bundle.has(name)
-        },
+        "graphs": graphs,
+        "targets": targets[-1] if targets else [],  # of the graph that `build` takes
         "files": {name: (bundle.path / name).stat().st_size for name in sorted(manifest.files)},
         "history": [_entry(entry.stage, entry.time, entry.figures) for entry in manifest.history],
     }
@@ -72,29 +80,56 @@ def _short(value: Any) -> bool:
     return isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 40)
 
 
-def _graph(bundle: Bundle, name: str) -> dict[str, Any]:
-    """Opset, operators, parameters and MACs of a graph, dynamic axes at 1."""
+def _graph(bundle: Bundle, name: str, every: bool) -> dict[str, Any]:
+    """Opset, operators, parameters, MACs, bytes and layers of a graph, and the targets that take it."""
     try:
         import onnx
 
         from edgekit.graphs.sparsity import dense_layers
 
         from .cost import graph_cost
+        from .coverage import coverage
         from .passes import all_nodes, opset
     except ModuleNotFoundError as error:
         raise MissingExtra.of(error) from None
 
     model = onnx.load_model(str(bundle.file(name)), load_external_data=False)
     cost = graph_cost(model)
+    form = bundle.form if name == INT8_GRAPH else "float"
+    nodes = Counter(node.op_type for node in all_nodes(model.graph))
+    counted = cost.by_op()
+    free = {op: {"layers": number, "macs": 0, "parameters": 0, "bytes": 0} for op, number in nodes.items() if op not in counted}
+    heaviest = sorted(cost.layers, key=lambda layer: (-layer.macs, -layer.size_bytes))[:HEAVIEST]
     return {
+        "form": form,
         "opset": opset(model),
-        "nodes": sum(1 for _ in all_nodes(model.graph)),
+        "nodes": nodes.total(),
         "parameters": cost.parameters,
         "macs": cost.macs,
+        "bytes": sum(layer.size_bytes for layer in cost.layers),
         "sparse_layers": sum(layer.sparse for layer in dense_layers(model)),
-        "layers": [{"op": op, **row} for op, row in cost.by_op().items()],
+        "layers": [{"op": op, **row} for op, row in (counted | free).items()],
+        ("every_layer" if every else "heaviest"): [_layer(layer) for layer in (cost.layers if every else heaviest)],
         "not_counted": list(cost.unknown),
+        "targets": coverage(model, form),
     }
+
+
+def _layer(layer: LayerCost) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "op": layer.op,
+        "reads": ", ".join(map(_shape, layer.reads)),
+        "weights": ", ".join(map(_shape, layer.weights)),
+        "writes": ", ".join(map(_shape, layer.writes)),
+        "macs": layer.macs,
+        "parameters": layer.parameters,
+        "bytes": layer.size_bytes,
+    }
+
+
+def _shape(tensor: Tensor) -> str:
+    return "?" if tensor.shape is None else "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def _engine(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from edgekit.explanation import RECORD
 from edgekit.files import sha256_file
 from edgekit.models import DEFAULT, check_model, is_custom, trust
 from edgekit.runtime.model import Precision
-from edgekit.targets import target_named
+from edgekit.targets import buildable
 
 from .stage import Context, Made, Stage, staging_name
 
@@ -225,7 +225,7 @@ class Build(Stage, frozen=True):
     always = True  # `build` has a cache of its own, which knows TensorRT's version as well
 
     def check(self, data: str | None) -> None:
-        target_named(self.target)
+        buildable(self.target)
         parse_batch(self.batch)
 
     def label(self) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgekit.errors import UsageError
 from edgekit.targets import Target
 
 from .coupling import Operation
@@ -76,33 +75,26 @@ class LatencyPrice:
 
 @dataclass(frozen=True)
 class RooflinePrice:
-    """Milliseconds of one sample on a named target by the roofline model: each operator takes the longer of its arithmetic at
-    the peak and its memory traffic, plus a launch. A prediction, never a measurement. Raises `UsageError` where the target
-    has no figures."""
+    """Milliseconds of one sample on a named target by the roofline model: each operator takes the longer of its arithmetic
+    and its memory traffic, plus a launch (`Target.kernel_us`). A prediction, never a measurement.
+
+    Raises `UsageError` where the target has no figures.
+    """
 
     target: Target
     precision: str
 
     def __post_init__(self) -> None:
-        target = self.target
-        if target.peak(self.precision) is None or target.bandwidth_gbs is None or target.launch_us is None:
-            raise UsageError(
-                f"{target.name} has no {self.precision} peak and bandwidth to predict from",
-                "take another target, or --on onnxruntime",
-            )
+        self.target.kernel_us(0, 0, self.precision)
 
     def __call__(self, network: Network) -> float:
-        peak, bandwidth, launch = self.target.peak(self.precision), self.target.bandwidth_gbs, self.target.launch_us
-        assert peak is not None
-        assert bandwidth is not None
-        assert launch is not None
         width, total = {"fp32": 4, "fp16": 2, "int8": 1}[self.precision], 0.0
         for operation in network.operations:
             sizes, whole = network.sizes(operation), tuple(map(len, operation.dims))
             if 0 in sizes:
                 continue
-            math_us = 2 * macs_of(operation, sizes, whole) / peak.value / 1e6
-            total += max(math_us, width * _moved(operation, sizes, whole) / bandwidth.value / 1e3) + launch.value
+            macs, moved = macs_of(operation, sizes, whole), _moved(operation, sizes, whole)
+            total += self.target.kernel_us(macs, width * moved, self.precision)
         return total / 1e3
 
 

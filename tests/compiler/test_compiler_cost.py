@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.compiler import estimate
 from edgekit.compiler.cost import graph_cost
-from edgekit.compiler.roofline import fuse
+from edgekit.compiler.roofline import fuse, work_of
 from edgekit.errors import UsageError
+from edgekit.quantization import quantize
+from edgekit.targets import LAUNCH_US, PEAK_SHARE
 
 N = helper.make_node
 
@@ -112,8 +115,14 @@ def test_the_prediction_is_the_sum_of_its_kernels(tiny_bundle: Bundle) -> None:
     conv2 = next(row for row in found["top_layers"] if row["layer"].startswith("conv2"))
     moved = 2 * (16 * 1024 + 16 * 144 + 16 * 1024)  # reads r, its weights, writes s, in float16
     assert conv2["bytes"] == moved
-    assert conv2["us"] == pytest.approx(max(2 * conv2["macs"] / 17e6, moved / 102e3) + 5, abs=2e-3)
-    assert any("5 unconfirmed" in caveat for caveat in found["caveats"])
+    assert conv2["us"] == pytest.approx(
+        max(2 * conv2["macs"] / 17e6, moved / 102e3) / PEAK_SHARE.value + LAUNCH_US.value, abs=2e-3
+    )
+    assert found["bound_ms"] < found["latency_ms"] - 4 * LAUNCH_US.value / 1e3
+    assert not any("unconfirmed" in caveat for caveat in found["caveats"])
+    assert any(
+        "8.5 unconfirmed" in caveat for caveat in estimate(tiny_bundle, target="jetson-orin-nano", precision="fp32")["caveats"]
+    )
 
 
 def test_more_work_or_less_machine_takes_longer(tiny_bundle: Bundle) -> None:
@@ -131,3 +140,55 @@ def test_a_card_that_is_no_device_is_not_guessed(tiny_bundle: Bundle, cli: Calla
     assert cli("estimate", tiny_bundle.path, "--target", "jetson-orin-nano", "--precision", "fp4").code == 2
     done = cli("estimate", tiny_bundle.path, "--target", "jetson-orin-nano", "--json")
     assert done.json["prediction"] is True
+
+
+def test_a_float_bundle_is_estimated_in_int8_as_if_quantized(
+    tiny_bundle: Bundle, tmp_path: Path, calibration_folder: Path
+) -> None:
+    imagined = estimate(tiny_bundle, target="jetson-orin-nano", precision="int8", batch=64)
+    assert imagined["as_if_quantized"]
+    assert any("as if quantized" in caveat for caveat in imagined["caveats"])
+    made = estimate(
+        quantize(tiny_bundle, out=tmp_path / "q.edge", calib=calibration_folder, samples=8, method="minmax"),
+        target="jetson-orin-nano",
+        batch=64,
+    )
+    assert not made["as_if_quantized"]
+    assert made["precision"] == "int8"
+    assert made["latency_ms"] == pytest.approx(imagined["latency_ms"], rel=0.2)
+    assert imagined["latency_ms"] < estimate(tiny_bundle, target="jetson-orin-nano", precision="fp16", batch=64)["latency_ms"]
+
+
+def test_int8_passes_through_what_only_moves_it() -> None:
+    nodes = [
+        N("Conv", ["x", "w"], ["a"], name="first"),
+        N("Relu", ["a"], ["b"]),
+        N("Concat", ["b", "b"], ["c"], axis=1),
+        N("Conv", ["c", "v"], ["d"], name="second"),
+        N("Sigmoid", ["d"], ["s"]),
+        N("Mul", ["d", "s"], ["y"], name="silu"),
+    ]
+    made = graph(nodes, {"w": zeros(16, 16, 1, 1), "v": zeros(16, 32, 1, 1)}, [1, 16, 8, 8])
+    works, cost = work_of(made, "int8")
+    assert [(work.op, work.precision, work.size_bytes) for work in works] == [
+        ("Conv", "int8", 1024 + 256 + 1024),  # reads and writes int8
+        ("Concat", "fp16", 1024 + 2048),
+        ("Conv", "int8", 2048 + 512 + 2 * 1024),  # SiLU reads float16
+        ("Sigmoid", "fp16", 2 * 2 * 1024),
+    ]
+    assert [layer.channels for layer in cost.layers if layer.macs] == [(16, 16), (32, 16)]
+    assert {work.precision for work in work_of(made, "int8", rest="fp32")[0]} == {"int8", "fp32"}
+
+
+def test_odd_channels_are_named(tiny_bundle: Bundle) -> None:
+    def named(precision: str) -> list[str]:
+        caveats = estimate(tiny_bundle, target="jetson-orin-nano", precision=precision)["caveats"]
+        return [caveat for caveat in caveats if "no multiple of" in caveat]
+
+    assert named("int8") == ["3 int8 layers with channels that are no multiple of 32: expect these slower"]
+    assert named("fp16") == ["2 fp16 layers with channels that are no multiple of 8: expect these slower"]  # 3 and 10
+
+
+def test_a_fit_made_on_orin_says_so_elsewhere(tiny_bundle: Bundle) -> None:
+    assert any("fitted on Orin" in c for c in estimate(tiny_bundle, target="l4")["caveats"])
+    assert not any("fitted on Orin" in c for c in estimate(tiny_bundle, target="jetson-orin-nx")["caveats"])

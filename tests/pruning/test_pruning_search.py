@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from edgekit.pruning.price import LatencyPrice, RooflinePrice, macs_price, size_
 from edgekit.pruning.search import Judge, cut_path, narrowest, sensitivity, spared
 from edgekit.pruning.table import LatencyTable
 from edgekit.pruning.target import Target, target_of
-from edgekit.targets import target_named
+from edgekit.targets import Figure, target_named
 
 #: Few blocks: each step measures every group, and this family has many.
 SMALL_INVERTED = partial(Inverted, widths=(16, 32, 48), depths=(2, 1), head=64)
@@ -235,6 +236,8 @@ def test_the_roofline_of_a_named_target():
     assert 0 < price(narrowest(network)) < price(network)
     with pytest.raises(UsageError, match="has no fp16 peak"):
         RooflinePrice(target_named("rtx-ampere"), "fp16")
+    slower = Figure(20, "measured on a board")
+    assert RooflinePrice(msgspec.structs.replace(price.target, launch_us=slower), "fp16")(network) > 2 * price(network)
 
 
 @pytest.mark.parametrize(
