@@ -9,8 +9,8 @@ that a crash of the parser is a figure, too.
 
 - ``raw``: the parser, then the builder, with a profile of 1 for each axis that the file leaves open, and the case's own values
   for inputs that TensorRT takes for shapes.
-- ``edgekit``: `import_onnx`, then `build` in float32 for ``rtx-ada``. Inputs that are really parameters (integers and bools
-  of at most 64 numbers: axes, shapes, pads) are bound to the values that the case itself states, but only where the import
+- ``edgekit``: `import_onnx`, then `build` in float32 for ``rtx-ada``. Inputs that are really parameters (axes, shapes,
+  pads, scales) are bound to the values that the case itself states, but only where the import
   without them does not build: ``bound`` says so.
 
 ``lost``: cases that the raw parser takes and edgekit does not; there must be none. The others are counted by reason.
@@ -43,7 +43,7 @@ from onnx import numpy_helper
 
 import edgekit
 from edgekit.bundle import Bundle
-from edgekit.compiler import build_engine, build_options, child, compilation, foreign
+from edgekit.compiler import build_options, child, compilation, foreign
 from edgekit.errors import EdgekitError
 from edgekit.files import atomic_write
 
@@ -51,6 +51,7 @@ TARGET, TIMEOUT_S = "rtx-ada", 120
 GROUPS = ("light", "pytorch-converted", "node")
 MAX_BYTES = 80 << 20  # of a file of --folder
 MAX_PARAMETER = 64  # numbers that an input may hold to be a parameter
+MAX_SCALES = 8  # the same of floats
 Answer = dict[str, Any]
 
 
@@ -75,11 +76,19 @@ def cases(groups: list[str], folder: Path | None) -> Iterator[Case]:
     if "node" in groups:
         for test in loader.load_model_tests(kind="node"):
             names = [value.name for value in test.model.graph.input]
-            values = {n: v for n, v in zip(names, test.data_sets[0][0], strict=False) if isinstance(v, np.ndarray)}
+            given = {n: _plain(v) for n, v in zip(names, test.data_sets[0][0], strict=False)}
+            values = {n: v for n, v in given.items() if v is not None}
             yield Case("node", test.name, test.model.SerializeToString(), values)
     if folder:
         for path in sorted(p for p in folder.rglob("*.onnx") if p.stat().st_size < MAX_BYTES):
             yield Case("folder", str(path.relative_to(folder)), path.read_bytes())
+
+
+def _plain(value: Any) -> np.ndarray | None:
+    """The array of a case's value; None for sequences, optionals and types that numpy lacks."""
+    if isinstance(value, onnx.TensorProto):
+        value = numpy_helper.to_array(value)
+    return value if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" else None
 
 
 def _stated(folder: Path, model: bytes) -> dict[str, np.ndarray]:
@@ -99,12 +108,12 @@ def _stated(folder: Path, model: bytes) -> dict[str, np.ndarray]:
 def raw(case: Case) -> Answer:
     """The parser and the builder, nothing before them. Inputs that TensorRT takes for shapes get the values of the case."""
     trt, lines = tensorrt_rtx, []
-    logger = build_engine._logger(trt, lines)
+    logger = build_options.make_logger(trt, lines)
     builder = trt.Builder(logger)
     network = builder.create_network(build_options.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(case.model):
-        return {"ok": False, "reason": build_engine._parser_error(parser)[:300]}
+        return {"ok": False, "reason": build_options.parser_error(parser)[:300]}
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM89, 0)
@@ -121,17 +130,18 @@ def raw(case: Case) -> Answer:
 
 
 def parameters(case: Case) -> dict[str, np.ndarray]:
-    """Inputs that say how, not what: small, of integers or bools."""
-    return {n: v for n, v in case.values.items() if v.dtype.kind in "iub" and v.size <= MAX_PARAMETER and n}
+    """Inputs behind the first that say how, not what: few integers or bools, or a handful of floats such as scales."""
+    behind = list(case.values.items())[1:]
+    return {n: v for n, v in behind if n and v.size <= (MAX_PARAMETER if v.dtype.kind in "iub" else MAX_SCALES)}
 
 
 def by_edgekit(case: Case) -> Answer:
     """`import_onnx` and `build`; with the parameters bound where it does not go without."""
     answer = _attempt(case, {})
     values = parameters(case)
-    if not answer["ok"] and values and len(values) < len(case.values):
+    if not answer["ok"] and values:
         second = _attempt(case, values)
-        return {**second, "bound": sorted(values)} if second["ok"] else answer
+        return {**second, "bound": sorted(values)} if second["ok"] else {**answer, "with_parameters": second["reason"]}
     return answer
 
 

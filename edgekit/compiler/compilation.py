@@ -136,18 +136,20 @@ def _built(graph: bytes, wanted: Mapping[str, Any], folder: Path) -> tuple[bytes
 
 def _mended(graph: bytes, refusal: str, wanted: Mapping[str, Any], notes: list[str]) -> bytes | None:
     """The graph after the first remedy that changes it and not its answers; None where none does. ``notes`` gets its note."""
+    if not wanted.get("golden"):
+        return None  # nothing could vouch for it
     golden, quantized = Path(wanted["golden"]), wanted["precision"] == "int8"
     refused = Refusal(refusal, wanted["profiles"], partial(_runs, golden=golden))
     for remedy, note in remedies():
         model = onnx.load_model_from_string(graph)
-        if not remedy(model, refused):
-            continue
-        passes.simplify(model)
-        mended: bytes = model.SerializeToString(deterministic=True)
         try:
+            if not remedy(model, refused):
+                continue
+            passes.simplify(model)
+            mended: bytes = model.SerializeToString(deterministic=True)
             _check_same(graph, mended, golden, quantized=quantized)
-        except EdgekitError as reason:  # such as a branch that cannot run beside the one that is taken
-            say(f"refused, and one remedy does not hold: {reason.message}")
+        except Exception as reason:  # noqa: BLE001  onnx raises anything; or a branch cannot run beside the one that is taken
+            say(f"refused, and one remedy does not hold: {' '.join(str(reason).split())[:200]}")
             continue
         notes.append(note.format(refusal.split(" ", 1)[0]))
         say(f"refused; trying again: {notes[-1]}")

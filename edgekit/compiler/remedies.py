@@ -104,10 +104,14 @@ def _expand(model: onnx.ModelProto, operators: set[str]) -> bool:
         return False
     chosen = [("", name) for name in sorted(operators)]
     known = {value.name for value in (*model.graph.input, *model.graph.value_info)}
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, None))  # inputs left out
     model.graph.value_info.extend(  # the inliner asks for the types of constants, too
         onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims)
         for one in model.graph.initializer
         if one.name not in known
     )
     model.CopyFrom(onnx.inliner.inline_selected_functions(model, chosen, inline_schema_functions=True))
+    kept = [value for value in model.graph.value_info if value.name]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
     return not operators & {node.op_type for node in all_nodes(model.graph)}

@@ -18,12 +18,8 @@ _SIGNED: dict[int, int] = {
     TensorProto.UINT32: TensorProto.INT64,
     TensorProto.UINT64: TensorProto.INT64,
 }
-#: TensorRT has them; numpy, and so a runtime's caller, does not.
-_NO_NUMPY: dict[int, str] = {
-    TensorProto.BFLOAT16: "bfloat16",
-    TensorProto.FLOAT8E4M3FN: "float8",
-    TensorProto.FLOAT8E5M2: "float8",
-}
+#: TensorRT has it; numpy, and so a runtime's caller, does not.
+_NO_NUMPY: dict[int, str] = {TensorProto.BFLOAT16: "bfloat16"}
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
@@ -53,7 +49,7 @@ def to_signed(model: onnx.ModelProto) -> bool:
 
 
 def plain_border(model: onnx.ModelProto) -> list[str]:
-    """Inputs and outputs of bfloat16 and float8 become float32, in place, with a Cast inside; returns notes."""
+    """Inputs and outputs of bfloat16 become float32, in place, with a Cast inside; returns notes."""
     graph, taken, notes = model.graph, tensor_names(model.graph), list[str]()
     behind, ahead = list[onnx.NodeProto](), list[onnx.NodeProto]()
     for value in (*graph.input, *graph.output):

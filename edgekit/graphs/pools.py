@@ -13,7 +13,7 @@ from .editing import Array, attribute, free_name, tensor_names
 
 __all__ = ["expand_dilated_pools"]
 
-MAX_TAPS = 64  # slices that a window may become
+MAX_TAPS = 128  # slices that a window may become
 
 
 class _Window(NamedTuple):

@@ -193,7 +193,7 @@ def test_int8_keeps_float32_around_it_where_tensorrt_refuses_float16(
         "target_precisions": ["fp32", "fp16", "int8"],
     }
     request |= {"engine": True, "module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.9", "target": "rtx-ada"}
-    request |= {"sparse": True}
+    request |= {"sparse": True, "profiles": {}}
     answer = compile_graph(request, tmp_path)
     assert (answer["precision"], answer["opset"], answer["golden_snr_db"]) == ("int8", 17, None)
     assert "no float16 here" in answer["notes"][0]
