@@ -227,10 +227,25 @@ def _row(case: Case, row: Answer, fate: str) -> Answer:
 
 #: (what the reason holds, the class it belongs to); the first that fits counts.
 CLASSES = (
-    (r"is not a tensor of numbers", "strings, sequences or optionals at the border"),
-    (r"outside ONNX opset", "operators outside ONNX (training, ML)"),
-    (r"is not implemented|NOT_IMPLEMENTED|Could not find an implementation", "ONNX Runtime has no kernel: no reference"),
-    (r"no importer registered|No importer|not supported", "TensorRT has no such operator or form"),
+    (r"is not a tensor of numbers", "strings, sequences, optionals, or types that numpy lacks at the border"),
+    (r"outside ONNX opset", "operators outside ONNX: classical machine learning, training, previews"),
+    (r"has no inputs", "no inputs: a constant"),
+    (r"gives other outputs on the same inputs", "random by design: no golden outputs"),
+    (r"not finite", "outputs that are not finite: no golden outputs"),
+    (
+        r"NOT_IMPLEMENTED|Could not find an implementation|cannot load the graph",
+        "no kernel in ONNX Runtime nor in ONNX's evaluator",
+    ),
+    (r"Got invalid dimensions|empty tensor|zero", "tensors without elements"),
+    (
+        r"ONNX Runtime fails on the graph|reference evaluator|no number|cannot be imported",
+        "random inputs are not what it takes",
+    ),
+    (r"shape inputs, but no optimization", "its only input is a shape"),
+    (r"convertDtype|datatype|data type|Unsupported reduction|kINT|getType\(\)", "a type or reduction that TensorRT lacks"),
+    (r"refuses the graph: \w+ \(node", "an operator that TensorRT lacks, or not in this form"),
+    (r"refuses the graph: an operator", "an operator that TensorRT lacks, or not in this form"),
+    (r"buildSerializedNetwork|tacticSupply|Error Code|crashed|took too long", "TensorRT parses it and fails to build it"),
 )
 
 

@@ -290,8 +290,8 @@ def _outputs(run: Any, feeds: Feeds) -> Feeds:
         ) from None
 
 
-def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[dict[str, int]]:
-    """Sizes to try for the symbols of the inputs, likeliest first."""
+def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[tuple[dict[str, int], set[str]]]:
+    """(sizes to try for the symbols of the inputs, which nameless ones go with the batch), likeliest first."""
     first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} - {None}
     symbols = {d for i in model.graph.input for d in passes.dims(i) if isinstance(d, str)}
     nameless = {f"{i.name}_{axis}" for i in model.graph.input for axis in range(1, len(passes.dims(i)))} & symbols
@@ -305,7 +305,7 @@ def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[dict[
                 wanted = min(high, samples if symbol in first else MAX_GOLDEN_AXIS)
                 wanted = max(low, wanted)
             chosen[symbol] = wanted
-        yield chosen
+        yield chosen, batched
         if not symbols - first - set(ranges) and samples == SAMPLES[-1]:
             return
 
@@ -313,7 +313,7 @@ def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[dict[
 def _feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], notes: list[str]) -> list[Feeds]:
     """Seeded random inputs on which the original runs, repeats itself and stays finite: `SEEDS` of them."""
     failure: EdgekitError | None = None
-    for sizes in _sizes(model, ranges):
+    for sizes, batched in _sizes(model, ranges):
         for kind in ("normal", "uniform", "small", "above"):
             trials = [_random(model, sizes, kind, seed) for seed in range(SEEDS)]
             try:
@@ -329,11 +329,25 @@ def _feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], notes: 
                 raise GraphError(
                     "the graph gives other outputs on the same inputs", "export it in inference mode, without dropout"
                 )
+            sizes = _tied(model, batched, sizes)
             unstated = {k: v for k, v in sizes.items() if k not in ranges}
             if unstated:
                 notes.append(f"golden outputs were made with {', '.join(f'{k}={v}' for k, v in unstated.items())}")
             return trials
     raise failure or GraphError("the graph has no inputs", "give it one; a constant needs no model")
+
+
+def _tied(model: onnx.ModelProto, batched: set[str], sizes: dict[str, int]) -> dict[str, int]:
+    """Nameless axes that only ran with the batch's size get its name, in place; the sizes that are left."""
+    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i) and isinstance(passes.dims(i)[0], str)}
+    if not batched or len(first) != 1:
+        return sizes
+    (batch,) = first
+    for value in model.graph.input:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in batched:
+                axis.dim_param = batch
+    return {symbol: size for symbol, size in sizes.items() if symbol not in batched}
 
 
 def _random(model: onnx.ModelProto, sizes: Mapping[str, int], kind: str, seed: int) -> Feeds:

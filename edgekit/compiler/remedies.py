@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import onnx
 import onnx.inliner
 
-from edgekit.graphs.control import both_branches, unroll
+from edgekit.graphs.control import both_branches, drop_branches, unroll
 from edgekit.graphs.editing import all_nodes
 from edgekit.graphs.pools import expand_dilated_pools
 
@@ -62,6 +62,8 @@ def _bind(model: onnx.ModelProto, refusal: Refusal) -> bool:
                 axis.dim_value = symbols[axis.dim_param]
     if symbols:
         del model.graph.value_info[:]  # stated for the symbols
+        if not refusal.runs(model):
+            drop_branches(model, refusal.runs)
     return bool(symbols)
 
 
