@@ -296,7 +296,7 @@ def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[tuple
     symbols = {d for i in model.graph.input for d in passes.dims(i) if isinstance(d, str)}
     nameless = {f"{i.name}_{axis}" for i in model.graph.input for axis in range(1, len(passes.dims(i)))} & symbols
     like_batch = [set[str](), *({name} for name in sorted(nameless)), nameless] if nameless else [set()]
-    for batched, samples, size in itertools.product(like_batch, SAMPLES, SIZES):
+    for samples, size, batched in itertools.product(SAMPLES, SIZES, like_batch):
         chosen = {}
         for symbol in sorted(symbols):
             wanted = samples if symbol in first or symbol in batched else size

@@ -20,7 +20,7 @@ from edgekit.bundle import Bundle
 from edgekit.compiler import child, foreign, import_onnx, passes
 from edgekit.compiler.passes import drop_dead, fold_constants, opset, simplify
 from edgekit.compiler.reading import check_model, read_model
-from edgekit.compiler.shapes import parse_constants
+from edgekit.compiler.shapes import parse_constants, profiles_for
 from edgekit.errors import EdgekitError, GraphError, OutputExists, UsageError
 from edgekit.runtime import Model, check_golden
 from edgekit.runtime.onnxruntime import session
@@ -553,3 +553,44 @@ def test_what_onnx_runtime_has_no_kernel_for_is_held_against_onnx_itself(tmp_pat
     made = model([helper.make_node("Max", ["a", "b"], ["y"])], inputs=inputs, y=[4], y_type=TensorProto.INT16)
     bundle = import_onnx(saved(tmp_path / "m.onnx", made), out=tmp_path / "b.edge")
     assert any("reference evaluator" in note for note in bundle.manifest.history[0].figures["notes"])
+
+
+def stateful() -> onnx.ModelProto:
+    """y = x + the sum of state over its first axis; only names of axes are missing."""
+    inputs = [helper.make_tensor_value_info("x", F, [None, 4]), helper.make_tensor_value_info("state", F, [2, None, 4])]
+    nodes = [
+        helper.make_node("ReduceSum", ["state", "first"], ["s"], keepdims=0),
+        helper.make_node("Equal", ["rate", "known"], ["c"]),
+        helper.make_node("If", ["c"], ["y"], name="choice", then_branch=branch("Add"), else_branch=branch("MatMul")),
+    ]
+    inputs.append(helper.make_tensor_value_info("rate", TensorProto.INT64, []))
+    weights = {"first": np.array([0]), "known": np.int64(16000)}
+    return model(nodes, weights, inputs=inputs, y=[None, 4])
+
+
+def branch(operator: str) -> onnx.GraphProto:
+    return helper.make_graph(
+        [helper.make_node(operator, ["x", "s"], ["r"])], "b", [], [helper.make_tensor_value_info("r", F, None)]
+    )
+
+
+def test_a_nameless_axis_that_only_runs_with_the_batch_goes_with_it(tmp_path: Path) -> None:
+    bundle = import_onnx(saved(tmp_path / "m.onnx", stateful()), out=tmp_path / "b.edge")
+    assert [spec.shape for spec in bundle.manifest.inputs[:2]] == [("batch", 4), (2, "batch", 4)]
+    assert profiles_for(bundle, "1..8")["state"] == [[2, 1, 4], [2, 8, 4], [2, 8, 4]]
+
+
+def test_a_branch_that_cannot_run_at_the_stated_shapes_is_left_out(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.onnx", stateful())
+    bundle = import_onnx(path, out=tmp_path / "b.edge", shape=["x:3x4", "state:2x3x4"])  # 3x4 times 3x4 is no product
+    graph = onnx.load_model_from_string(bundle.read("model.onnx"))
+    assert "If" not in {node.op_type for node in graph.graph.node}
+    assert any("left out" in note for note in bundle.manifest.history[0].figures["notes"])
+
+
+def test_sizes_that_nobody_states_are_those_at_which_the_graph_ran(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    path = saved(tmp_path / "m.onnx", model(nodes, x=["n", 3, "h"], y=["n", 3, "h"]))
+    assert profiles_for(import_onnx(path, out=tmp_path / "b.edge"))["x"] == [[1, 3, 64]] * 3
+    ranged = import_onnx(path, out=tmp_path / "r.edge", dynamic="x:1..2x3x8..16")
+    assert profiles_for(ranged)["x"] == [[1, 3, 8], [2, 3, 16], [2, 3, 16]]
