@@ -35,35 +35,44 @@ def bind_constants(model: onnx.ModelProto, values: Mapping[str, Constant]) -> No
     Raises `UsageError` for a name that is no input, values that its shape or type cannot hold, and where no input is left.
     """
     known = {value.name: value for value in model.graph.input}
-    for name, numbers in values.items():
+    for name, stated in values.items():
         if name not in known:
             raise UsageError(f"the graph has no input {name!r}", f"its inputs: {', '.join(known)}")
-        model.graph.initializer.append(numpy_helper.from_array(_constant(known[name], numbers), name))
+        model.graph.initializer.append(numpy_helper.from_array(_constant(known[name], stated), name))
         model.graph.input.remove(known[name])
     if values and not model.graph.input:
         raise UsageError("every input was made a constant", "leave one for the runtime to feed")
 
 
-def _constant(value: onnx.ValueInfoProto, numbers: Constant) -> np.ndarray[Any, Any]:
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+def _constant(value: onnx.ValueInfoProto, stated: Constant) -> np.ndarray[Any, Any]:
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
     known = value.type.tensor_type.HasField("shape")
-    shape = [axis if isinstance(axis, int) else -1 for axis in dims(value)] if known else [-1]
+    own = [axis if isinstance(axis, int) else -1 for axis in dims(value)] if known else [-1]
+    shape = own if stated.shape is None else stated.shape
     try:
-        array = np.array(numbers, np.float64 if any(isinstance(n, float) for n in numbers) else np.int64)
-        return _exactly(array.reshape(shape if shape.count(-1) < 2 else [-1]), dtype)
+        if own.count(-1) > 1 and stated.shape is None:
+            raise ValueError("several open axes")
+        if known and (len(shape) != len(own) or any(a not in (-1, b) for a, b in zip(own, shape, strict=True))):
+            raise ValueError("another shape")
+        array = np.array(stated.values, np.float64 if any(isinstance(n, float) for n in stated.values) else None)
+        return _exactly(array.reshape(shape), dtype)
     except (ValueError, OverflowError):
-        have = f"{np.dtype(dtype).name} {shape_text('?' if axis == -1 else axis for axis in shape) or 'scalar'}"
+        have = f"{dtype.name} {shape_text('?' if axis == -1 else axis for axis in own) or 'scalar'}"
+        what = f"{len(stated.values)} numbers" if stated.shape is None else f"shape {shape_text(stated.shape) or 'scalar'}"
         raise UsageError(
-            f"input {value.name} is {have}; {len(numbers)} numbers were stated: {', '.join(map(str, numbers[:8]))}",
-            f"state what it can hold: --constant {value.name}:VALUES",
+            f"input {value.name} is {have}; {what} were stated: {', '.join(map(str, stated.values[:8]))}",
+            f"state what it can hold: --constant {value.name}:VALUES, or give an array of its shape in Python",
         ) from None
 
 
-def _exactly(array: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
-    """``array`` as ``dtype``; `ValueError` where an integer type would change its numbers."""
+def _exactly(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """``array`` as ``dtype``; `ValueError` where that would change an integer, or makes a number infinite."""
     with np.errstate(all="ignore"):
         cast = array.astype(dtype)
-    if np.dtype(dtype).kind != "f" and not np.array_equal(cast.astype(array.dtype), array):
+    if dtype.kind == "f":
+        if not np.array_equal(np.isfinite(cast), np.isfinite(array.astype(np.float64))):
+            raise ValueError("not a number of this type")
+    elif [int(n) for n in cast.ravel()] != array.ravel().tolist():
         raise ValueError("not a number of this type")
     return cast
 

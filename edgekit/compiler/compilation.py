@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from edgekit.runtime.onnxruntime import session
 from . import build_engine, passes, precision
 from .memory import build_memory
 from .remedies import Refusal, remedies
+from .shapes import Profiles
 
 __all__ = ["MIN_FP16_SNR_DB", "compile_graph"]
 
@@ -139,7 +140,7 @@ def _mended(graph: bytes, refusal: str, wanted: Mapping[str, Any], notes: list[s
     if not wanted.get("golden"):
         return None  # nothing could vouch for it
     golden, quantized = Path(wanted["golden"]), wanted["precision"] == "int8"
-    refused = Refusal(refusal, wanted["profiles"], partial(_runs, golden=golden))
+    refused = Refusal(refusal, wanted["profiles"], _loads)
     for remedy, note in remedies():
         model = onnx.load_model_from_string(graph)
         try:
@@ -147,7 +148,7 @@ def _mended(graph: bytes, refusal: str, wanted: Mapping[str, Any], notes: list[s
                 continue
             passes.simplify(model)
             mended: bytes = model.SerializeToString(deterministic=True)
-            _check_same(graph, mended, golden, quantized=quantized)
+            _check_same(graph, mended, golden, wanted["profiles"], quantized=quantized)
         except Exception as reason:  # noqa: BLE001  onnx raises anything; or a branch cannot run beside the one that is taken
             say(f"refused, and one remedy does not hold: {' '.join(str(reason).split())[:200]}")
             continue
@@ -223,38 +224,41 @@ def _half_noise(model: onnx.ModelProto, peaks: Mapping[str, float], inputs: Mapp
     return precision.against_golden(twin, inputs, truth, quantized=True).snr_db
 
 
-def _golden_inputs(run: Any, golden: Path) -> dict[str, NDArray[Any]]:
-    """The golden inputs; where the graph has smaller axes, the first of them."""
-    inputs, _ = parse_golden(golden.read_bytes())
-    for value in run.get_inputs():
-        sizes = zip(value.shape, inputs[value.name].shape, strict=True)
-        part = tuple(slice(wanted if isinstance(wanted, int) else have) for wanted, have in sizes)
-        inputs[value.name] = np.asarray(inputs[value.name][part])  # of a scalar numpy gives a number
-    return inputs
-
-
-def _runs(model: onnx.ModelProto, golden: Path) -> bool:
+def _loads(model: onnx.ModelProto) -> bool:
     try:
-        run = session(model.SerializeToString())
-        run.run(None, _golden_inputs(run, golden))
-    except Exception:  # noqa: BLE001  ONNX Runtime raises many types of its own
+        session(model.SerializeToString())
+    except EdgekitError:
         return False
     return True
 
 
-def _check_same(before: bytes, after: bytes, golden: Path, *, quantized: bool) -> None:
-    """Raise `EdgekitError` where a rewritten graph answers the golden inputs otherwise than before, or not at all."""
+def _feeds(run: Any, golden: Path, profiles: Profiles) -> Iterator[dict[str, NDArray[Any]]]:
+    """The golden inputs, repeated or cut to the graph's fixed axes, then to the smallest and the largest of the profiles."""
+    inputs, _ = parse_golden(golden.read_bytes())
+    graph = {value.name: value.shape for value in run.get_inputs()}
+    stated = [{}, *({name: shapes[which] for name, shapes in profiles.items()} for which in (0, 2))]
+    for sizes in stated if profiles else stated[:1]:
+        feeds = {}
+        for name, shape in graph.items():
+            wanted = zip(shape, sizes.get(name, inputs[name].shape), strict=True)
+            feeds[name] = np.resize(inputs[name], [own if isinstance(own, int) else size for own, size in wanted])
+        yield feeds
+
+
+def _check_same(before: bytes, after: bytes, golden: Path, profiles: Profiles, *, quantized: bool) -> None:
+    """Raise `EdgekitError` where a rewritten graph answers the golden inputs otherwise than before, or not at all; in all
+    sizes that the profiles bound."""
     run, rewritten = session(before), session(after)
-    inputs = _golden_inputs(rewritten, golden)
     try:
-        old = dict(zip([o.name for o in run.get_outputs()], run.run(None, inputs), strict=True))
-        worst = precision.against_golden(after, inputs, old, quantized=quantized).relative
+        for inputs in _feeds(rewritten, golden, profiles):
+            old = dict(zip([o.name for o in run.get_outputs()], run.run(None, inputs), strict=True))
+            worst = precision.against_golden(after, inputs, old, quantized=quantized).relative
+            if worst > SAME:
+                raise GoldenError(f"the rewritten graph differs by {worst:.2g} relative", "report this with the model")
     except EdgekitError:
         raise
     except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
         raise GoldenError(f"it does not run: {' '.join(str(error).split())}"[:300], "report this with the model") from None
-    if worst > SAME:
-        raise GoldenError(f"the rewritten graph differs by {worst:.2g} relative", "report this with the model")
 
 
 def _advance(bar: Any, phase: str, share: float) -> bool:

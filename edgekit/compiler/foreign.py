@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN
 from edgekit.errors import BackendError, EdgekitError, GraphError
@@ -27,19 +25,14 @@ from . import passes
 from .binding import bind_constants, bind_inputs
 from .evaluator import Evaluator
 from .reading import check_model, read_model
-from .shapes import Axis
+from .shapes import Axis, Constant
+from .trials import MAX_RELATIVE, Feeds, first_line, outputs, trial_feeds
 
 __all__ = ["import_graph"]
 
-MAX_RELATIVE = 1e-4  # as the bundle's golden tolerance
 MIN_SNR_DB = 10.0  # between a quantized original and its float form: only rounding may be missing
 EXACT_SNR_DB = 25.0  # with the rounding emulated, ties and the order of sums remain: 45 to 200 dB are usual
-SEEDS = 3  # the first becomes golden, all are compared
-SAMPLES = (4, 1)  # golden samples tried along a dynamic first axis
-SIZES = (64, 32, 128, 224, 256, 16, 8, 1, 512, 640)  # tried for dynamic axes without a range
-MAX_GOLDEN_AXIS = 640
 OLDEST_RUN = 7  # the oldest opset that ONNX Runtime states to run
-Feeds = dict[str, NDArray[Any]]
 
 
 def import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -52,13 +45,8 @@ def import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if os.environ.get("EDGEKIT_DEBUG"):
             traceback.print_exc()
         raise GraphError(
-            f"the graph cannot be imported: {_first(error)[:300]}", "check it with onnx.checker, or export it again"
+            f"the graph cannot be imported: {first_line(error)[:300]}", "check it with onnx.checker, or export it again"
         ) from None
-
-
-def _first(error: BaseException) -> str:
-    """An error's first line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -67,7 +55,7 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     ranges = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["dynamic"].items()}
     source = read_model(path)
     if constants := request.get("constants"):
-        bind_constants(source.model, constants)
+        bind_constants(source.model, {name: Constant(*stated) for name, stated in constants.items()})
         source = source._replace(data=None, changed=True)
     bound = onnx.ModelProto()
     bound.CopyFrom(source.model)
@@ -75,15 +63,14 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     check_model(bound)
     notes = [*source.notes, *binding.notes]
     original = _reference(source.model, notes)
-    trials = _feeds(original, bound, binding.ranges, notes)
-    truths = [_outputs(original, feeds) for feeds in trials]
+    trials = trial_feeds(original, bound, binding.ranges, notes)
+    truths = [outputs(original, feeds) for feeds in trials]
     changed, quantized = binding.changed or source.changed or _signed(bound, original, trials, truths, notes), {}
     if quantized_nodes(bound):
         quantized = _unquantized(bound, trials, truths, notes)
         changed = changed or bool(quantized)
-    fits = isinstance(original, Evaluator) or _runs(bound, trials)
-    if not fits and drop_branches(bound, partial(_runs, trials=trials)):
-        notes.append("a branch of If that does not run at these shapes was left out")
+    if not isinstance(original, Evaluator) and not _loads(bound) and drop_branches(bound, _loads):
+        notes.append("a branch of If that does not fit these shapes was left out")
         changed = True
     agree = partial(_agreement, trials=trials, truths=truths, like=original)
     graph, model, error = _rewritten(source.data, bound, changed, agree, notes)
@@ -92,7 +79,7 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
     return {
         "inputs": [_spec(value) for value in run.get_inputs()],
-        "outputs": [_spec(value) for value in run.get_outputs()],
+        "outputs": [_spec(value) for value in run.getoutputs()],
         "shape": {name: [axis.low for axis in axes] for name, axes in binding.fixed.items()},
         "dynamic": {name: "x".join(map(str, axes)) for name, axes in binding.dynamic.items()},
         "notes": notes,
@@ -142,22 +129,37 @@ def _signed(bound: onnx.ModelProto, original: Any, trials: list[Feeds], truths: 
     def cast(tensors: Feeds) -> Feeds:
         return {name: value.astype(onnx.helper.tensor_dtype_to_np_dtype(wanted[name])) for name, value in tensors.items()}
 
-    fed, expected = list(map(cast, trials)), list(map(cast, truths))
+    tried = [*trials, *_full_range(bound, trials[0])]
     try:
         run = _runner(form.SerializeToString(), original)
-        answers = [_outputs(run, feeds) for feeds in fed]
+        for index, feeds in enumerate(tried):
+            try:
+                truth = truths[index] if index < len(truths) else outputs(original, feeds)
+            except EdgekitError:
+                continue  # such numbers are no inputs of it
+            answer = outputs(run, cast(feeds))
+            if any(not np.array_equal(answer[name], value, equal_nan=True) for name, value in cast(truth).items()):
+                return False  # it counts on numbers that wrap around
     except EdgekitError:
         return False
-    if any(
-        not np.array_equal(answer[name], truth[name], equal_nan=True)
-        for answer, truth in zip(answers, expected, strict=True)
-        for name in truth
-    ):
-        return False  # it counts on numbers that wrap around
     notes.append("16-bit and unsigned integers became int32 and int64, which TensorRT has")
     bound.CopyFrom(form)
-    trials[:], truths[:] = fed, expected
+    trials[:], truths[:] = list(map(cast, trials)), list(map(cast, truths))
     return True
+
+
+def _full_range(model: onnx.ModelProto, feeds: Feeds) -> Iterator[Feeds]:
+    """``feeds`` with numbers from all over the range of each integer input, and with the largest ones."""
+    random = np.random.default_rng(0)
+    for largest in (False, True):
+        found = dict(feeds)
+        for name, value in feeds.items():
+            if value.dtype.kind in "iu":
+                limits = np.iinfo(value.dtype)
+                high = min(limits.max, np.iinfo(np.int64).max)
+                drawn = random.integers(limits.min, high, size=value.shape, dtype=value.dtype, endpoint=True)
+                found[name] = np.full(value.shape, high, value.dtype) if largest else np.asarray(drawn)
+        yield found
 
 
 def _evaluator(model: onnx.ModelProto, refusal: BackendError, notes: list[str]) -> Evaluator:
@@ -166,7 +168,7 @@ def _evaluator(model: onnx.ModelProto, refusal: BackendError, notes: list[str]) 
         found = Evaluator(model)
     except Exception:  # noqa: BLE001  it raises anything for what it does not know
         raise GraphError(refusal.message, "export the model again, with opset 17") from None
-    notes.append(f"golden outputs are of ONNX's reference evaluator, for {_first(refusal)[:160]}")
+    notes.append(f"golden outputs are of ONNX's reference evaluator, for {first_line(refusal)[:160]}")
     return found
 
 
@@ -194,7 +196,7 @@ def _unquantized(bound: onnx.ModelProto, trials: list[Feeds], truths: list[Feeds
         else:
             said, limit = to_float(form)[1], MIN_SNR_DB
             proven = _emulated(bound, trials, truths)
-        answers = [_outputs(session(form.SerializeToString(), 0), feeds) for feeds in trials]
+        answers = [outputs(session(form.SerializeToString(), 0), feeds) for feeds in trials]
         snr = _distance(truths, answers)
         if snr < limit and (proven is None or proven < EXACT_SNR_DB):
             raise GraphError(
@@ -226,7 +228,7 @@ def _emulated(bound: onnx.ModelProto, trials: list[Feeds], truths: list[Feeds]) 
     try:
         to_float(twin, rounding=True)
         run = session(exact_reference(twin), 0)
-        return _distance(truths, [_outputs(run, feeds) for feeds in trials])
+        return _distance(truths, [outputs(run, feeds) for feeds in trials])
     except EdgekitError:
         return None
 
@@ -267,121 +269,17 @@ def _agreement(graph: bytes, trials: list[Feeds], truths: list[Feeds], like: Any
     run = _runner(graph, like)
     worst = 0.0
     for feeds, truth in zip(trials, truths, strict=True):
-        found = _outputs(run, feeds)
+        found = outputs(run, feeds)
         worst = max([worst, *(compare_arrays(truth[name], found[name]).relative for name in truth)])
     return worst
 
 
-def _runs(model: onnx.ModelProto, trials: list[Feeds]) -> bool:
+def _loads(model: onnx.ModelProto) -> bool:
     try:
-        _outputs(session(model.SerializeToString(), 0), trials[0])
+        session(model.SerializeToString(), 0)
     except EdgekitError:
         return False
     return True
-
-
-def _outputs(run: Any, feeds: Feeds) -> Feeds:
-    names = [value.name for value in run.get_outputs()]
-    try:
-        return dict(zip(names, run.run(names, feeds), strict=True))
-    except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
-        raise GraphError(
-            f"ONNX Runtime fails on the graph: {_first(error)[:300]}", "check the shapes: --shape NAME:1x3x48x320"
-        ) from None
-
-
-def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[tuple[dict[str, int], set[str]]]:
-    """(sizes to try for the symbols of the inputs, which nameless ones go with the batch), likeliest first."""
-    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} - {None}
-    symbols = {d for i in model.graph.input for d in passes.dims(i) if isinstance(d, str)}
-    nameless = {f"{i.name}_{axis}" for i in model.graph.input for axis in range(1, len(passes.dims(i)))} & symbols
-    like_batch = [set[str](), *({name} for name in sorted(nameless)), nameless] if nameless else [set()]
-    for samples, size, batched in itertools.product(SAMPLES, SIZES, like_batch):
-        chosen = {}
-        for symbol in sorted(symbols):
-            wanted = samples if symbol in first or symbol in batched else size
-            if symbol in ranges:
-                low, high = ranges[symbol]
-                wanted = min(high, samples if symbol in first else MAX_GOLDEN_AXIS)
-                wanted = max(low, wanted)
-            chosen[symbol] = wanted
-        yield chosen, batched
-        if not symbols - first - set(ranges) and samples == SAMPLES[-1]:
-            return
-
-
-def _feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], notes: list[str]) -> list[Feeds]:
-    """Seeded random inputs on which the original runs, repeats itself and stays finite: `SEEDS` of them."""
-    failure: EdgekitError | None = None
-    for sizes, batched in _sizes(model, ranges):
-        for kind in ("normal", "uniform", "small", "above"):
-            trials = [_random(model, sizes, kind, seed) for seed in range(SEEDS)]
-            try:
-                truths = [_outputs(run, feeds) for feeds in trials]
-                once, twice = truths[0], _outputs(run, trials[0])
-            except GraphError as error:
-                failure = failure or error
-                continue
-            if any(not np.isfinite(value).all() for truth in truths for value in truth.values() if value.dtype.kind in "fc"):
-                failure = failure or GraphError("the graph's outputs are not finite on random inputs", "check its weights")
-                continue
-            if any(compare_arrays(once[n], twice[n]).relative > MAX_RELATIVE for n in once):
-                raise GraphError(
-                    "the graph gives other outputs on the same inputs", "export it in inference mode, without dropout"
-                )
-            sizes = _tied(model, batched, sizes)
-            unstated = {k: v for k, v in sizes.items() if k not in ranges}
-            if unstated:
-                notes.append(f"golden outputs were made with {', '.join(f'{k}={v}' for k, v in unstated.items())}")
-            return trials
-    raise failure or GraphError("the graph has no inputs", "give it one; a constant needs no model")
-
-
-def _tied(model: onnx.ModelProto, batched: set[str], sizes: dict[str, int]) -> dict[str, int]:
-    """Nameless axes that only ran with the batch's size get its name, in place; the sizes that are left."""
-    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i) and isinstance(passes.dims(i)[0], str)}
-    if not batched or len(first) != 1:
-        return sizes
-    (batch,) = first
-    for value in model.graph.input:
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param in batched:
-                axis.dim_param = batch
-    return {symbol: size for symbol, size in sizes.items() if symbol not in batched}
-
-
-def _random(model: onnx.ModelProto, sizes: Mapping[str, int], kind: str, seed: int) -> Feeds:
-    """One set of inputs. Floats: standard normal, 0..1, or 1..2 (logarithms, roots); integers: 0..7, 0..1 (indices must stay
-    small), 1..7 (divisors), or the number that the graph compares them with (a sampling rate); bools."""
-    random, known = np.random.default_rng(seed), _compared(model.graph)
-    feeds: Feeds = {}
-    for value in model.graph.input:
-        shape = tuple(sizes[d] if isinstance(d, str) else int(d or 1) for d in passes.dims(value))
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
-        if dtype.kind == "f":
-            floats = random.normal(size=shape) if kind == "normal" else random.uniform(size=shape) + (kind == "above")
-            feeds[value.name] = np.asarray(floats).astype(dtype)
-        else:
-            high = 2 if dtype.kind == "b" or kind == "small" else 8
-            low = int(kind == "above" and dtype.kind != "b")
-            feeds[value.name] = np.asarray(random.integers(low, high, size=shape)).astype(dtype)
-            if value.name in known:
-                feeds[value.name][...] = known[value.name]
-    return feeds
-
-
-def _compared(graph: onnx.GraphProto) -> dict[str, int]:
-    """Integer inputs that an Equal holds against a constant -> the first such constant."""
-    known = {tensor.name: tensor for tensor in graph.initializer}
-    known |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute}
-    inputs = {value.name for value in graph.input}
-    found: dict[str, int] = {}
-    for node in graph.node:
-        if node.op_type == "Equal" and (names := inputs & set(node.input)) and (others := known.keys() & set(node.input)):
-            values = onnx.numpy_helper.to_array(known[others.pop()])
-            if values.size == 1 and values.dtype.kind in "iu":
-                found.setdefault(names.pop(), int(values.ravel()[0]))
-    return found
 
 
 def _spec(value: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["import_onnx"]
 
+MAX_CONSTANT = 4096  # elements; they are kept in the history
 MAX_BYTES = 2 << 30  # what one protobuf message can hold
 TOLERANCE = Tolerance("relative", 1e-4)
 
@@ -75,7 +76,7 @@ def import_onnx(
             "sha256": digest,
             "shape": {k: shape_text(v) for k, v in answer["shape"].items()},
             "dynamic": answer["dynamic"],
-            **({"constants": values} if values else {}),
+            **({"constants": {name: stated.values for name, stated in values.items()}} if values else {}),
         }
         for note in answer["notes"]:
             say(f"note: {note}")
@@ -92,11 +93,24 @@ def import_onnx(
 
 
 def _constants(stated: Mapping[str, ArrayLike] | Iterable[str] | str) -> dict[str, Constant]:
+    """Raises `UsageError` for what is no array of numbers, and for one that is large: a parameter is not."""
     if not isinstance(stated, Mapping):
         return parse_constants([stated] if isinstance(stated, str) else stated)
     import numpy as np
 
-    return {name: np.asarray(value).ravel().tolist() for name, value in stated.items()}
+    found = {}
+    for name, value in stated.items():
+        try:
+            array = np.asarray(value)
+        except ValueError:  # of rows of several lengths
+            array = np.array(None)
+        if array.dtype.kind not in "fiub" or array.size > MAX_CONSTANT:
+            raise UsageError(
+                f"constant {name}: {array.size} elements of {array.dtype}; a parameter has at most {MAX_CONSTANT} numbers",
+                "make larger ones part of the graph before the export",
+            )
+        found[name] = Constant(array.ravel().tolist(), list(array.shape))
+    return found
 
 
 def _checked_file(path: Path) -> str:

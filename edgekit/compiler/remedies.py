@@ -22,11 +22,11 @@ __all__ = ["Refusal", "remedies"]
 
 
 class Refusal(NamedTuple):
-    """``text`` of TensorRT, of a graph with ``profiles``; ``runs``: whether a graph answers the golden inputs."""
+    """``text`` of TensorRT, of a graph with ``profiles``; ``loads``: whether ONNX Runtime takes a graph."""
 
     text: str
     profiles: Profiles
-    runs: Callable[[onnx.ModelProto], bool]
+    loads: Callable[[onnx.ModelProto], bool]
 
 
 #: (model, in place; the refusal) -> whether it changed anything
@@ -62,13 +62,13 @@ def _bind(model: onnx.ModelProto, refusal: Refusal) -> bool:
                 axis.dim_value = symbols[axis.dim_param]
     if symbols:
         del model.graph.value_info[:]  # stated for the symbols
-        if not refusal.runs(model):
-            drop_branches(model, refusal.runs)
+        if not refusal.loads(model):
+            drop_branches(model, refusal.loads)
     return bool(symbols)
 
 
 def _both(model: onnx.ModelProto, refusal: Refusal) -> bool:
-    return both_branches(model, refusal.runs)
+    return both_branches(model)
 
 
 def _unroll(model: onnx.ModelProto, refusal: Refusal) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from edgekit.bundle import Bundle
-from edgekit.errors import UsageError
+from edgekit.errors import BundleError, UsageError
 from edgekit.manifest import TensorSpec
 
 __all__ = [
@@ -25,8 +25,15 @@ __all__ = [
 MAX_AXIS = 1 << 24
 #: input -> [min, opt, max] shapes, as TensorRT's optimization profile takes them
 Profiles = dict[str, list[list[int]]]
-#: The values of an input, in row-major order; the input says their type and shape.
-Constant = list[float | int]
+
+
+class Constant(NamedTuple):
+    """The values of an input, in row-major order; ``shape`` is None where only the input says it."""
+
+    values: list[float | int]
+    shape: list[int] | None
+
+
 _AXIS = re.compile(r"^(\d{1,9})(?:\.\.(\d{1,9}))?$", re.ASCII)
 
 
@@ -81,21 +88,18 @@ def parse_constants(texts: Iterable[str]) -> dict[str, Constant]:
             raise UsageError(f"--constant {text!r} has no input name", f"write --constant NAME:{text.lstrip(':') or '0,2'}")
         if name in found:
             raise UsageError(f"--constant states {name} twice", "state each input once")
-        found[name] = [_number(part.strip(), text) for part in values.split(",") if values.strip()]
+        found[name] = Constant([_number(part.strip(), text) for part in values.split(",") if values.strip()], None)
     return found
 
 
 def _number(text: str, whole: str) -> float | int:
     if text.lower() in ("true", "false"):
         return int(text.lower() == "true")
-    try:
+    if re.fullmatch(r"[+-]?\d+", text, re.ASCII):
         return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"--constant {whole}: {text!r} is not a number", "write for example --constant axes:0,2") from None
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.ASCII | re.IGNORECASE):
+        raise UsageError(f"--constant {whole}: {text!r} is not a number", "write for example --constant axes:0,2")
+    return float(text)
 
 
 def parse_batch(batch: int | str | None) -> Axis | None:
@@ -137,7 +141,10 @@ def assumed_sizes(bundle: Bundle) -> dict[str, int]:
     stated = _stated_ranges(bundle)
     axes = {axis for spec in bundle.manifest.inputs for axis in spec.shape[1:]}
     first = {spec.shape[0] for spec in bundle.manifest.inputs if spec.shape}
-    return {name: int(size) for name, size in found.items() if name in axes - first - set(stated)}
+    sizes = {name: size for name, size in found.items() if name in axes - first - set(stated)}
+    if not all(type(size) is int and 1 <= size <= MAX_AXIS for size in sizes.values()):
+        raise BundleError(f"{bundle.path}: its history states sizes that no axis has: {sizes}"[:300], "import the model again")
+    return sizes
 
 
 def profiles_for(bundle: Bundle, batch: int | str | None = None) -> Profiles:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from .control import rename
 from .editing import free_name, subgraphs, tensor_names
 
 __all__ = ["plain_border", "to_signed"]
@@ -52,17 +53,18 @@ def plain_border(model: onnx.ModelProto) -> list[str]:
     """Inputs and outputs of bfloat16 become float32, in place, with a Cast inside; returns notes."""
     graph, taken, notes = model.graph, tensor_names(model.graph), list[str]()
     behind, ahead = list[onnx.NodeProto](), list[onnx.NodeProto]()
+    inputs, outputs = ({value.name for value in values} for values in (graph.input, graph.output))
     for value in (*graph.input, *graph.output):
-        kind = value.type.tensor_type.elem_type
-        if kind not in _NO_NUMPY:
+        kind, is_input = value.type.tensor_type.elem_type, value.name in inputs
+        if kind not in _NO_NUMPY or (is_input and value.name in outputs):
             continue
         inner = free_name(taken, f"{value.name}/{_NO_NUMPY[kind]}")
         taken.add(inner)
-        is_input = any(value is one for one in graph.input) or value.name in {one.name for one in graph.input}
-        _renamed(graph, value.name, inner)
+        for node in graph.node:
+            rename(node, {value.name: inner})
         cast = [value.name, inner] if is_input else [inner, value.name]
-        node = helper.make_node("Cast", cast[:1], cast[1:], name=f"{inner}/cast", to=kind if is_input else TensorProto.FLOAT)
-        (behind if is_input else ahead).append(node)
+        made = helper.make_node("Cast", cast[:1], cast[1:], name=f"{inner}/cast", to=kind if is_input else TensorProto.FLOAT)
+        (behind if is_input else ahead).append(made)
         value.type.tensor_type.elem_type = TensorProto.FLOAT
         notes.append(f"{value.name} is float32 at the border: numpy has no {_NO_NUMPY[kind]}")
     if notes:
@@ -71,16 +73,6 @@ def plain_border(model: onnx.ModelProto) -> list[str]:
         graph.node.extend(nodes)
         del graph.value_info[:]
     return notes
-
-
-def _renamed(graph: onnx.GraphProto, old: str, new: str) -> None:
-    for node in graph.node:
-        for values in (node.input, node.output):
-            for index, name in enumerate(values):
-                if name == old:
-                    values[index] = new
-        for inner in subgraphs(node):
-            _renamed(inner, old, new)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from .editing import Array, attribute, free_name, tensor_names
+from .editing import Array, attribute, element_types, tensor_names
 
 __all__ = ["expand_dilated_pools"]
 
+_FLOATS: dict[int, type[np.floating[Any]]] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 MAX_TAPS = 128  # slices that a window may become
 
 
@@ -31,22 +32,23 @@ class _Window(NamedTuple):
 def expand_dilated_pools(model: onnx.ModelProto) -> bool:
     """`MaxPool` and `AveragePool` with dilations become the maximum, or the mean, of strided slices, in place.
 
-    Left alone: outputs of indices, unknown shapes, windows of more than `MAX_TAPS` values, and ``SAME`` padding, for which
-    ONNX Runtime forgets the dilations. Returns whether there was any.
+    Left alone: integers, outputs of indices, unknown shapes, windows of more than `MAX_TAPS` values, and ``SAME`` padding,
+    for which ONNX Runtime forgets the dilations. Returns whether there was any.
     """
     inferred = onnx.shape_inference.infer_shapes(model).graph
     shapes = {
         v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
         for v in (*inferred.value_info, *inferred.input, *inferred.output)
     }
+    kinds = element_types(model)
     taken, nodes, changed = tensor_names(model.graph), list[onnx.NodeProto](), False
     for node in [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]:
-        window = _window(node, shapes)
-        if window is None:
+        window, kind = _window(node, shapes), _FLOATS.get(kinds.get(node.input[0], 0) if node.input else 0)
+        if window is None or kind is None:
             nodes.append(node)
             continue
         changed = True
-        nodes += _expanded(model.graph, node, window, taken)
+        nodes += _expanded(model.graph, node, window, kind, taken)
     if changed:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
@@ -70,8 +72,12 @@ def _window(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> _Window | Non
     return _Window(size, out, kernel, strides, dilations, begin, end)
 
 
-def _expanded(graph: onnx.GraphProto, node: onnx.NodeProto, window: _Window, taken: set[str]) -> list[onnx.NodeProto]:
-    prefix = free_name(taken, f"{node.name or node.output[0]}/taps")
+def _expanded(
+    graph: onnx.GraphProto, node: onnx.NodeProto, window: _Window, kind: type[np.floating[Any]], taken: set[str]
+) -> list[onnx.NodeProto]:
+    prefix = f"{node.name or node.output[0]}/taps"
+    while any(name.startswith(prefix) for name in taken):
+        prefix += "_"
     taken.add(prefix)
     counted = 0
 
@@ -83,7 +89,7 @@ def _expanded(graph: onnx.GraphProto, node: onnx.NodeProto, window: _Window, tak
 
     reach = [(o - 1) * s + (k - 1) * d + 1 for o, k, s, d in zip(*window[1:5], strict=True)]
     behind = [max(r - n - b, 0) for r, n, b in zip(reach, window.size, window.begin, strict=True)]
-    fill = np.float32(-np.inf if node.op_type == "MaxPool" else 0)
+    fill = kind(-np.inf if node.op_type == "MaxPool" else 0)
     pads = constant(np.array([0, 0, *window.begin, 0, 0, *behind], np.int64))
     nodes = [helper.make_node("Pad", [node.input[0], pads, constant(np.asarray(fill))], [f"{prefix}/padded"])]
     axes = constant(np.arange(2, 2 + len(window.size), dtype=np.int64))
@@ -96,7 +102,7 @@ def _expanded(graph: onnx.GraphProto, node: onnx.NodeProto, window: _Window, tak
         nodes.append(helper.make_node("Slice", [f"{prefix}/padded", constant(starts), constant(ends), axes, steps], [taps[-1]]))
     if node.op_type == "MaxPool":
         return [*nodes, helper.make_node("Max", taps, list(node.output), name=node.name)]
-    share = constant((1 / _counts(window, bool(attribute(node, "count_include_pad", 0)))).astype(np.float32))
+    share = constant((1 / _counts(window, bool(attribute(node, "count_include_pad", 0)))).astype(kind))
     nodes.append(helper.make_node("Sum", taps, [f"{prefix}/sum"]))
     return [*nodes, helper.make_node("Mul", [f"{prefix}/sum", share], list(node.output), name=node.name)]
 

@@ -171,7 +171,13 @@ class TensorRtRunner:
         return tensors
 
     def _batches(self) -> tuple[int, int] | None:
-        limits = [(t.least[0], t.most[0]) for t in self._ins if t.spec.shape and isinstance(t.spec.shape[0], str)]
+        """The engine's, along the axes that the bundle's graph leaves open; the engine may have fixed them."""
+        stated = {spec.name: spec.shape for spec in self.bundle.manifest.inputs}
+        limits = [
+            (t.least[0], t.most[0])
+            for t in self._ins
+            if t.least and isinstance((stated.get(t.name) or t.spec.shape or (0,))[0], str)
+        ]
         return (max(low for low, _ in limits), min(high for _, high in limits)) if limits else None
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

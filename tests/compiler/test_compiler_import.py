@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import Bundle
-from edgekit.compiler import child, foreign, import_onnx, passes
+from edgekit.compiler import child, foreign, import_onnx, passes, trials
 from edgekit.compiler.passes import drop_dead, fold_constants, opset, simplify
 from edgekit.compiler.reading import check_model, read_model
 from edgekit.compiler.shapes import parse_constants, profiles_for
-from edgekit.errors import EdgekitError, GraphError, OutputExists, UsageError
+from edgekit.errors import BundleError, EdgekitError, GraphError, OutputExists, UsageError
 from edgekit.runtime import Model, check_golden
 from edgekit.runtime.onnxruntime import session
 
@@ -476,7 +476,7 @@ def test_every_seed_must_stay_finite() -> None:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])
     model = helper.make_model(helper.make_graph([], "g", [x], []))
     run = Run()
-    foreign._feeds(run, model, {}, [])
+    trials.trial_feeds(run, model, {}, [])
     assert run.calls > 4
 
 
@@ -545,7 +545,36 @@ def test_a_constant_that_does_not_fit_is_refused(tmp_path: Path, stated: str, wh
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=6), st.text("abc:/.", min_size=1, max_size=6))
 def test_constants_are_read_as_they_are_written(values: list[int], name: str) -> None:
-    assert parse_constants([f"{name}:{','.join(map(str, values))}"]) == {name: values}
+    assert parse_constants([f"{name}:{','.join(map(str, values))}"]) == {name: (values, None)}
+
+
+def test_a_constant_keeps_the_shape_it_is_given(tmp_path: Path) -> None:
+    inputs = [helper.make_tensor_value_info("x", F, [2, 2]), helper.make_tensor_value_info("p", F, ["a", "b"])]
+    path = saved(tmp_path / "m.onnx", model([helper.make_node("Add", ["x", "p"], ["y"])], inputs=inputs, y=[None, None]))
+    bundle = import_onnx(path, out=tmp_path / "b.edge", constants={"p": np.array([[0.0, 1.0]])})
+    with Model.open(bundle.path, backend="onnxruntime") as opened:
+        np.testing.assert_array_equal(opened.run({"x": np.zeros((2, 2), np.float32)})["y"], [[0, 1], [0, 1]])
+    for stated, why in (({"p": np.zeros(2)}, "shape 2 were stated"), ("p:1,2", "2 numbers"), ({"p": [[1], [2, 3]]}, "object")):
+        with pytest.raises(UsageError, match=why):
+            import_onnx(path, out=tmp_path / "c.edge", constants=stated)
+
+
+@pytest.mark.parametrize(("operator", "narrowed"), [("Max", True), ("Mul", False)])
+def test_integers_that_wrap_around_stay(tmp_path: Path, operator: str, narrowed: bool) -> None:
+    inputs = [helper.make_tensor_value_info(name, TensorProto.UINT32, [4]) for name in "ab"]
+    nodes = [helper.make_node(operator, ["a", "b"], ["y"])]
+    path = saved(tmp_path / "m.onnx", model(nodes, inputs=inputs, y=[4], y_type=TensorProto.UINT32))
+    bundle = import_onnx(path, out=tmp_path / "b.edge")
+    assert bundle.manifest.inputs[0].dtype == ("int64" if narrowed else "uint32")
+
+
+def test_sizes_of_a_damaged_history_are_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    path = saved(tmp_path / "m.onnx", model(nodes, x=["n", 3, "h"], y=["n", 3, "h"]))
+    bundle = import_onnx(path, out=tmp_path / "b.edge")
+    bundle.manifest.history[0].figures["sizes"]["h"] = "64"
+    with pytest.raises(BundleError, match="sizes that no axis has"):
+        profiles_for(bundle)
 
 
 def test_what_onnx_runtime_has_no_kernel_for_is_held_against_onnx_itself(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -51,6 +52,15 @@ def test_a_dilated_pool_is_its_slices(
     assert expand_dilated_pools(made)
     found = session(made.SerializeToString()).run(None, {"x": x})[0]
     np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("operator", ["MaxPool", "AveragePool"])
+def test_a_dilated_pool_keeps_its_type(operator: str) -> None:
+    node = helper.make_node(operator, ["x"], ["y"], kernel_shape=[2, 2], dilations=[2, 2])
+    kinds = [value(name, TensorProto.FLOAT16, shape) for name, shape in (("x", [1, 1, 5, 5]), ("y", [1, 1, 3, 3]))]
+    made = helper.make_model(helper.make_graph([node], "g", kinds[:1], kinds[1:]), opset_imports=[helper.make_opsetid("", 19)])
+    assert expand_dilated_pools(made)
+    onnx.checker.check_model(made, full_check=True)
 
 
 def test_integers_that_tensorrt_lacks_become_wider() -> None:

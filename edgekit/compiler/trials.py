@@ -1,0 +1,142 @@
+"""Inputs on which a foreign graph runs, found by trying: the sizes that nobody states, and numbers that it takes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgekit.errors import EdgekitError, GraphError
+from edgekit.runtime.golden import compare_arrays
+
+from . import passes
+from .shapes import Axis
+
+__all__ = ["MAX_RELATIVE", "Feeds", "first_line", "outputs", "trial_feeds"]
+
+_PARAMETERS = "give inputs that are parameters their values: --constant NAME:V; or state --shape"
+MAX_RELATIVE = 1e-4  # as the bundle's golden tolerance
+SEEDS = 3  # the first becomes golden, all are compared
+SAMPLES = (4, 1)  # golden samples tried along a dynamic first axis
+SIZES = (64, 32, 128, 224, 256, 16, 8, 1, 512, 640, 2048, 16000)  # tried for dynamic axes without a range
+MAX_GOLDEN_AXIS = 640
+MAX_TRIED = 1 << 22  # elements of an input of sizes that nobody stated
+Feeds = dict[str, NDArray[Any]]
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def outputs(run: Any, feeds: Feeds) -> Feeds:
+    names = [value.name for value in run.getoutputs()]
+    try:
+        return dict(zip(names, run.run(names, feeds), strict=True))
+    except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
+        raise GraphError(f"ONNX Runtime fails on the graph: {first_line(error)[:300]}", _PARAMETERS) from None
+
+
+def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[tuple[dict[str, int], set[str]]]:
+    """(sizes to try for the symbols of the inputs, which nameless ones go with the batch), likeliest first."""
+    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} - {None}
+    symbols = {d for i in model.graph.input for d in passes.dims(i) if isinstance(d, str)}
+    nameless = {f"{i.name}_{axis}" for i in model.graph.input for axis in range(1, len(passes.dims(i)))} & symbols
+    like_batch = [set[str](), *({name} for name in sorted(nameless)), nameless] if nameless else [set()]
+    for samples, size, batched in itertools.product(SAMPLES, SIZES, like_batch):
+        chosen = {}
+        for symbol in sorted(symbols):
+            wanted = samples if symbol in first or symbol in batched else size
+            if symbol in ranges:
+                low, high = ranges[symbol]
+                wanted = min(high, samples if symbol in first else MAX_GOLDEN_AXIS)
+                wanted = max(low, wanted)
+            chosen[symbol] = wanted
+        yield chosen, batched
+        if not symbols - first - set(ranges) and samples == SAMPLES[-1]:
+            return
+
+
+def trial_feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], notes: list[str]) -> list[Feeds]:
+    """Seeded random inputs on which the original runs, repeats itself and stays finite: `SEEDS` of them."""
+    failure: EdgekitError | None = None
+    for sizes, batched in _sizes(model, ranges):
+        shapes = (
+            [sizes.get(axis, axis) if isinstance(axis, str) else axis or 1 for axis in passes.dims(v)]
+            for v in model.graph.input
+        )
+        if failure and any(math.prod(map(int, shape)) > MAX_TRIED for shape in shapes):
+            continue
+        for kind in ("normal", "uniform", "small", "above"):
+            trials = [_random(model, sizes, kind, seed) for seed in range(SEEDS)]
+            try:
+                truths = [outputs(run, feeds) for feeds in trials]
+                once, twice = truths[0], outputs(run, trials[0])
+            except GraphError as error:
+                failure = failure or error
+                continue
+            if any(not np.isfinite(value).all() for truth in truths for value in truth.values() if value.dtype.kind in "fc"):
+                failure = failure or GraphError("the graph's outputs are not finite on random inputs", _PARAMETERS)
+                continue
+            if any(compare_arrays(once[n], twice[n]).relative > MAX_RELATIVE for n in once):
+                raise GraphError(
+                    "the graph gives other outputs on the same inputs", "export it in inference mode, without dropout"
+                )
+            sizes = _tied(model, batched, sizes)
+            unstated = {k: v for k, v in sizes.items() if k not in ranges}
+            if unstated:
+                notes.append(f"golden outputs were made with {', '.join(f'{k}={v}' for k, v in unstated.items())}")
+            return trials
+    raise failure or GraphError("the graph has no inputs", "give it one; a constant needs no model")
+
+
+def _tied(model: onnx.ModelProto, batched: set[str], sizes: dict[str, int]) -> dict[str, int]:
+    """Nameless axes that only ran with the batch's size get its name, in place; the sizes that are left."""
+    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i) and isinstance(passes.dims(i)[0], str)}
+    if not batched or len(first) != 1:
+        return sizes
+    (batch,) = first
+    for value in model.graph.input:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in batched:
+                axis.dim_param = batch
+    return {symbol: size for symbol, size in sizes.items() if symbol not in batched}
+
+
+def _random(model: onnx.ModelProto, sizes: Mapping[str, int], kind: str, seed: int) -> Feeds:
+    """One set of inputs. Floats: standard normal, 0..1, or 1..2 (logarithms, roots); integers: 0..7, 0..1 (indices must stay
+    small), 1..7 (divisors), or the number that the graph compares them with (a sampling rate); bools."""
+    random, known = np.random.default_rng(seed), _compared(model.graph)
+    feeds: Feeds = {}
+    for value in model.graph.input:
+        shape = tuple(sizes[d] if isinstance(d, str) else int(d or 1) for d in passes.dims(value))
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        if dtype.kind == "f":
+            floats = random.normal(size=shape) if kind == "normal" else random.uniform(size=shape) + (kind == "above")
+            feeds[value.name] = np.asarray(floats).astype(dtype)
+        else:
+            high = 2 if dtype.kind == "b" or kind == "small" else 8
+            low = int(kind == "above" and dtype.kind != "b")
+            feeds[value.name] = np.asarray(random.integers(low, high, size=shape)).astype(dtype)
+            if value.name in known:
+                feeds[value.name][...] = known[value.name]
+    return feeds
+
+
+def _compared(graph: onnx.GraphProto) -> dict[str, int]:
+    """Integer inputs that an Equal holds against a constant -> the first such constant."""
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    known |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute}
+    inputs = {value.name for value in graph.input}
+    found: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type == "Equal" and (names := inputs & set(node.input)) and (others := known.keys() & set(node.input)):
+            values = onnx.numpy_helper.to_array(known[others.pop()])
+            if values.size == 1 and values.dtype.kind in "iu":
+                found.setdefault(names.pop(), int(values.ravel()[0]))
+    return found
