@@ -79,7 +79,7 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
     return {
         "inputs": [_spec(value) for value in run.get_inputs()],
-        "outputs": [_spec(value) for value in run.getoutputs()],
+        "outputs": [_spec(value) for value in run.get_outputs()],
         "shape": {name: [axis.low for axis in axes] for name, axes in binding.fixed.items()},
         "dynamic": {name: "x".join(map(str, axes)) for name, axes in binding.dynamic.items()},
         "notes": notes,

@@ -35,7 +35,7 @@ def first_line(error: BaseException) -> str:
 
 
 def outputs(run: Any, feeds: Feeds) -> Feeds:
-    names = [value.name for value in run.getoutputs()]
+    names = [value.name for value in run.get_outputs()]
     try:
         return dict(zip(names, run.run(names, feeds), strict=True))
     except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
