@@ -150,7 +150,13 @@ def _compiled(
     with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
         folder = Path(name)
         request = _request(bundle, target, spec, options)
-        answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
+        try:
+            answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
+        except child.NativeCrash:
+            if not request["engine"] or not spec["profiles"]:
+                raise
+            request |= {"fixed": True}  # dynamic axes are what TensorRT crashes on; those that the profile fixes need not be
+            answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
         options.check_chosen(answer)
         answer["notes"] += _assumptions(bundle)

@@ -21,11 +21,15 @@ from typing import Any
 import edgekit.errors
 from edgekit.errors import EdgekitError, GraphError, MissingExtra
 
-__all__ = ["call"]
+__all__ = ["NativeCrash", "call"]
 
 ADDRESS_SPACE = 32 << 30  # bytes; a hostile graph asks for terabytes
 _ERRNO = 100  # exit codes above it: the answer could not be written, for this reason
 _LONGEST = 300  # characters of an unforeseen error's message
+
+
+class NativeCrash(GraphError):
+    """The child died of the graph."""
 
 
 def call(
@@ -36,7 +40,8 @@ def call(
     ``address_space``: bytes it may map, 0 for no limit: a CUDA context reserves addresses for all memory of the machine,
     so TensorRT beside a GPU fails under any limit that would help.
 
-    Raises the child's `EdgekitError` or `OSError`; `GraphError` where the child crashed or took longer than ``timeout_s``.
+    Raises the child's `EdgekitError` or `OSError`; `NativeCrash` where the child died, `GraphError` where it
+    took longer than ``timeout_s``.
     """
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
@@ -66,7 +71,9 @@ def call(
     if code > _ERRNO:
         raise OSError(code - _ERRNO, os.strerror(code - _ERRNO), str(folder))
     if code != 0 or not answer.is_file():
-        raise GraphError(f"the native parser {_fate(code)} on this graph", "the file may be damaged; export it again")
+        raise NativeCrash(
+            f"the native parser {_fate(code)} on this graph", "fix its shapes (--shape NAME:AxB at import), or export it again"
+        )
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
         raise _rebuilt(found["error"])

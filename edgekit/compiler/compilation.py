@@ -119,6 +119,8 @@ def _built(graph: bytes, wanted: Mapping[str, Any], folder: Path) -> tuple[bytes
     """
     notes: list[str] = []
     first: GraphError | None = None
+    if wanted.get("fixed"):
+        graph = _mended(graph, "it crashed", wanted, notes) or graph
     while True:
         try:
             built, version, seconds = _engine(graph, wanted)
