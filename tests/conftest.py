@@ -69,6 +69,14 @@ def quick_export() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def short_texts() -> Iterator[None]:
+    """Texts of 16 tokens in ``csv:`` data, not 128: torch exports a recurrent layer step by step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgekit.data.csv_file.TOKENS", 16)
+        yield
+
+
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
     """Run a command in-process: ``cli("bench", bundle, "--json")`` -> `Outcome`. Never a traceback."""

@@ -16,7 +16,7 @@ import edgekit
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.errors import BudgetNotMet
 from edgekit.models.module import load as load_module
-from edgekit.pruning import prune
+from edgekit.pruning import prune, reach
 from edgekit.pruning.prune import _gate
 from edgekit.pruning.target import Target
 from edgekit.runtime import Model, check_golden
@@ -94,7 +94,7 @@ def test_heads_are_cut_and_the_bundle_says_so(few_digits: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_text_models_are_pruned(tmp_path: Path):
+def test_text_models_are_pruned(short_texts: None, tmp_path: Path):
     texts = [(f"{'cheap pills offer' if i % 2 else 'meeting notes attached'} {i % 7}", i % 2) for i in range(60)]
     path = tmp_path / "mails.csv"
     path.write_text("text,label\n" + "\n".join(f"{text},{'spam' if y else 'ham'}" for text, y in texts) + "\n")
@@ -141,13 +141,14 @@ def test_frozen_layers_may_leave_too_little(cli, trained_bundle: Bundle, tmp_pat
     assert not (tmp_path / "q.edge").exists()
 
 
-def test_what_meets_its_latency_is_not_cut(trained_bundle: Bundle, tmp_path: Path, capfd):
+def test_what_meets_its_latency_is_not_cut(trained_bundle: Bundle, tmp_path: Path, monkeypatch, capfd):
+    monkeypatch.setattr(reach, "CORRECTIONS", 1)
     pruned = prune(trained_bundle, out=tmp_path / "p.edge", latency_ms=1e4, epochs=1, freeze="stem.*")
     assert "nothing is cut: it meets --latency-ms 10000 as it is" in capfd.readouterr().err
     assert last(pruned)["cuts"] == []
     assert last(pruned)["parameters"] == last(pruned)["parameters_before"]
     with suppress(BudgetNotMet):  # this machine may be slower by then: what is missed is the business of `test_gates`
-        prune(trained_bundle, out=tmp_path / "q.edge", latency_ms=0.8 * last(pruned)["latency_before_ms"], epochs=1)
+        prune(trained_bundle, out=tmp_path / "q.edge", latency_ms=0.5 * last(pruned)["latency_before_ms"], epochs=1)
     assert last(Bundle.open(tmp_path / "q.edge"))["cuts"]
 
 
