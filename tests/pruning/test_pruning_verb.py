@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import edgekit
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.errors import BudgetNotMet
+from edgekit.models import PRESETS
 from edgekit.models.module import load as load_module
 from edgekit.pruning import prune, reach
 from edgekit.pruning.prune import _gate
@@ -80,7 +81,13 @@ def test_blocks_that_are_left_out_stay_out(cli, trained_bundle: Bundle, tmp_path
     assert cli("build", quantized.path, "--target", "rtx-ada", "--json").code == 0
 
 
-def test_heads_are_cut_and_the_bundle_says_so(few_digits: str, tmp_path: Path):
+def shallow(preset: str, patch: pytest.MonkeyPatch) -> None:
+    """One block of a transformer: an export takes time by the layer."""
+    patch.setitem(PRESETS, preset, PRESETS[preset]._replace(args={"depth": 1}))
+
+
+def test_heads_are_cut_and_the_bundle_says_so(few_digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shallow("vit", monkeypatch)
     trained = train(data=few_digits, out=tmp_path / "v.edge", model="vit", width=0.34, epochs=1, batch=64)
     pruned = prune(trained, out=tmp_path / "p.edge", keep=0.3, max_drop=100, freeze="blocks.*.norm*")  # no block goes whole
     assert len(last(pruned)["curve"]) == 1  # as many epochs as it was trained for
@@ -94,7 +101,8 @@ def test_heads_are_cut_and_the_bundle_says_so(few_digits: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_text_models_are_pruned(short_texts: None, tmp_path: Path):
+def test_text_models_are_pruned(short_texts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shallow("transformer-text", monkeypatch)
     texts = [(f"{'cheap pills offer' if i % 2 else 'meeting notes attached'} {i % 7}", i % 2) for i in range(60)]
     path = tmp_path / "mails.csv"
     path.write_text("text,label\n" + "\n".join(f"{text},{'spam' if y else 'ham'}" for text, y in texts) + "\n")
