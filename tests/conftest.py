@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,10 +50,30 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_pruning() -> Iterator[None]:
-    """A fourth of the healing after a cut and a sixth of the timing: what is found is worse, how it is found is the same."""
+    """A fourth of the healing after a cut, few samples to judge and heal it by, a sixth of the timing: what is found is
+    worse, how it is found is the same."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edgekit.pruning.search.HEALING", 6)
+        patch.setattr("edgekit.pruning.recover.SAMPLES", 32)
+        patch.setattr("edgekit.pruning.recover.TAUGHT", 64)
         patch.setattr("edgekit.pruning.latency.SECONDS", 0.5)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_export() -> Iterator[None]:
+    """torch parses its library of ONNX operators anew at each export, a fourth of the time of a small one: here, once."""
+    read = "torch.onnx._internal.exporter._registration.ONNXRegistry.from_torchlib"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, staticmethod(cache(pkgutil.resolve_name(read))))
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_texts() -> Iterator[None]:
+    """Texts of 16 tokens in ``csv:`` data, not 128: torch exports a recurrent layer step by step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgekit.data.csv_file.TOKENS", 16)
         yield
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,13 +14,21 @@ from onnx import numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.models.module import load as load_module
-from edgekit.pruning import prune
+from edgekit.pruning import prune, recover
 from edgekit.pruning.sparsity import Mask24, is_24
 from edgekit.runtime import Model, check_golden
 
+HALF: dict[str, Any] = {"keep": 0.5, "epochs": 2}
 
-def test_pruned_channels_are_gone_from_graph_and_weights(trained_bundle: Bundle, tmp_path: Path):
-    pruned = prune(trained_bundle, out=tmp_path / "p.edge", keep=0.5, epochs=1)
+
+@pytest.fixture(scope="module")
+def halved(trained_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`trained_bundle` pruned by `HALF`; read only."""
+    return prune(trained_bundle, out=tmp_path_factory.mktemp("halved") / "p.edge", **HALF)
+
+
+def test_pruned_channels_are_gone_from_graph_and_weights(trained_bundle: Bundle, halved: Bundle):
+    pruned = halved
     figures = pruned.manifest.history[-1].figures
     assert figures["macs_share"] <= 0.5
     assert figures["parameters"] < figures["parameters_before"] / 1.2
@@ -33,12 +43,29 @@ def test_pruned_channels_are_gone_from_graph_and_weights(trained_bundle: Bundle,
         assert model(np.zeros((28, 28), np.uint8)).label in set("0123456789")
 
 
-def test_a_pruned_bundle_can_be_pruned_again(trained_bundle: Bundle, tmp_path: Path):
-    once = prune(trained_bundle, out=tmp_path / "a.edge", keep=0.8, epochs=1)
-    twice = prune(once, out=tmp_path / "b.edge", keep=0.8, epochs=1)
-    stages = [entry.stage for entry in twice.manifest.history]
-    assert stages == ["train", "prune", "prune"]
-    assert twice.manifest.history[-1].figures["macs"] < once.manifest.history[-1].figures["macs"]
+def test_a_stopped_run_goes_on_from_its_cut(
+    trained_bundle: Bundle, halved: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    epochs = []
+
+    def stopping(epoch: int, score: float) -> None:
+        epochs.append(epoch)
+        if epochs == [0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recover, "fit", partial(recover.fit, on_epoch=stopping))
+    with pytest.raises(KeyboardInterrupt):
+        prune(trained_bundle, out=tmp_path / "p.edge", **HALF)
+    assert not (tmp_path / "p.edge").exists()
+    capfd.readouterr()
+    pruned = prune(trained_bundle, out=tmp_path / "p.edge", **HALF)
+    said = capfd.readouterr().err
+    assert "going on from the cut" in said
+    assert "cut blocks" not in said
+    assert epochs == [0, 1]
+    weights = [b.file("weights.safetensors").read_bytes() for b in (pruned, halved)]
+    assert weights[0] == weights[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["p.edge"]
 
 
 def test_24_sparsity_is_in_the_exported_graph(trained_bundle: Bundle, tmp_path: Path):

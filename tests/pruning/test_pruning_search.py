@@ -29,8 +29,9 @@ from edgekit.pruning.table import LatencyTable
 from edgekit.pruning.target import Target, target_of
 from edgekit.targets import Figure, target_named
 
-#: Few blocks: each step measures every group, and this family has many.
-SMALL_INVERTED = partial(Inverted, widths=(16, 32, 48), depths=(2, 1), head=64)
+#: Few blocks: each step measures every group, and these families have many.
+SMALL_INVERTED = partial(Inverted, widths=(16, 16, 32), depths=(2, 1), head=32)
+SMALL_RESIDUAL = partial(Residual, widths=(16, 32, 48), depths=(1, 2))
 SMALL_VIT = partial(Vit, dim=48, depth=1)
 
 
@@ -41,9 +42,9 @@ def judge_of(module: nn.Module, samples: Tensor) -> Judge:
 @pytest.mark.parametrize(
     ("make", "channels", "size"),
     [
-        (Depthwise, 3, 32),
+        (partial(Depthwise, widths=(16, 32, 48), depths=(2, 2)), 3, 32),
         (SMALL_INVERTED, 3, 32),
-        (Residual, 3, 32),
+        (SMALL_RESIDUAL, 3, 32),
         (Textbook, 1, 28),
         (SMALL_VIT, 1, 28),
         (partial(RowsRnn, hidden=32), 1, 28),
@@ -76,7 +77,7 @@ def test_every_step_is_cheaper_and_runs_and_is_kept_by_its_weights(make: Callabl
 
 
 def test_a_reader_loses_units_in_both_directions_of_both_layers():
-    module = Crnn(7, 1, 32, 64, widths=(16, 16, 32, 32, 32), hidden=32).eval()
+    module = Crnn(7, 1, 32, 64, widths=(16, 16, 16, 16, 32), hidden=16).eval()
     samples = torch.randn(4, 1, 32, 64)
     network = analyse(module, samples)
     steps = list(cut_path(network, judge_of(module, samples), macs_price))  # to the end

@@ -22,7 +22,7 @@ from edgekit.training import train
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+def texts(short_texts: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     """120 short texts whose class one word gives away."""
     words = ["parcel", "invoice", "street", "monday", "hello", "order", "meeting", "report"]
     random = np.random.default_rng(0)
