@@ -451,3 +451,27 @@ def test_an_operator_that_tensorrt_refuses_is_written_out(tmp_path: Path) -> Non
     result = build(import_onnx(tmp_path / "norm.onnx", out=tmp_path / "norm.edge"), target="rtx-ada", precision="fp32")
     assert result.engine is not None
     assert "LayerNormalization written out by its ONNX definition" in result.note
+
+
+def test_a_crash_of_tensorrt_is_tried_again_with_fixed_axes(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = child.call, list[bool]()
+
+    def call(function: str, request: dict[str, Any], *rest: Any, **named: Any) -> dict[str, Any]:
+        asked.append("fixed" in request)
+        if len(asked) == 1:
+            raise child.NativeCrash("the native parser crashed (SIGSEGV) on this graph", "")
+        return real(function, request, *rest, **named)
+
+    monkeypatch.setattr(child, "call", call)
+    result = build(digits_bundle, target="rtx-ada", precision="fp32", again=True)
+    assert asked == [False, True]
+    assert "axes of one size are fixed in the graph" in result.note
+
+
+def test_a_crash_without_dynamic_axes_is_told(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*_: Any, **__: Any) -> dict[str, Any]:
+        raise child.NativeCrash("the native parser crashed (SIGSEGV) on this graph", "")
+
+    monkeypatch.setattr(child, "call", call)
+    with pytest.raises(GraphError, match="crashed"):
+        build(digits_bundle, target="rtx-ada", precision="fp32", again=True)
