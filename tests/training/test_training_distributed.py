@@ -128,7 +128,7 @@ def test_two_processes_write_one_bundle_and_speak_once(shared):
 def test_no_thread_of_the_group_outlives_it(tmp_path: Path, few_digits: str):
     """One that does aborts the process now and then: it drops its last tensor while Python ends."""
     (tmp_path / "hook.py").write_text(THREADS)
-    settings = ["--epochs", "1", "--batch", "32", "--augment", "none"]
+    settings = ["--model", "textbook", "--epochs", "1", "--batch", "32", "--augment", "none"]
     done = together(tmp_path / "hook.py", "train", "--data", few_digits, "--out", tmp_path / "m.edge", *settings)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"left{rank}").read_text() for rank in (0, 1)] == ["0", "0"]

@@ -117,7 +117,7 @@ def test_a_student_learns_from_a_teacher(tmp_path: Path, few_digits: str, traine
 
 def test_a_teacher_of_another_picture_size_teaches(tmp_path: Path, few_digits: str, trained_bundle: Bundle):
     """The loss is that against the teacher: without one it is another from the first epoch on."""
-    options: dict[str, Any] = {"data": few_digits, "size": 20, "epochs": 1, "batch": 32}
+    options: dict[str, Any] = {"data": few_digits, "model": "textbook", "size": 20, "epochs": 1, "batch": 32}
     taught = train(out=tmp_path / "s.edge", teacher=trained_bundle, **options)
     alone = train(out=tmp_path / "a.edge", **options)
     assert taught.manifest.inputs[0].shape[2:] == (20, 20)
@@ -274,7 +274,7 @@ def test_patience_ends_a_run_also_one_that_went_on(tmp_path: Path, tensors: Tens
 def test_the_validation_split_is_taken_from_the_training_split(
     tmp_path: Path, few_digits: str, capfd: pytest.CaptureFixture[str]
 ):
-    bundle = train(data=few_digits, out=tmp_path / "v.edge", epochs=2, batch=32, validation=0.25, patience=1)
+    bundle = train(data=few_digits, out=tmp_path / "v.edge", model="textbook", epochs=2, validation=0.25, patience=1)
     assert "240 samples to train on, 80 held out" in capfd.readouterr().err
     entry = bundle.manifest.history[-1]
     assert (entry.config["validation"], entry.config["patience"]) == (0.25, 1)
@@ -363,7 +363,7 @@ def events(folder: Path) -> list[dict[str, tuple[int, float]]]:
 
 
 def test_the_logs_hold_the_curve(tmp_path: Path, few_digits: str):
-    bundle = train(data=few_digits, out=tmp_path / "m.edge", epochs=3, batch=64, logs=tmp_path / "logs")
+    bundle = train(data=few_digits, out=tmp_path / "m.edge", model="textbook", epochs=3, batch=64, logs=tmp_path / "logs")
     (said,) = events(tmp_path / "logs")
     for row in bundle.manifest.history[-1].figures["curve"]:
         for name in ("loss", "top1", "lr"):
