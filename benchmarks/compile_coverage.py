@@ -272,6 +272,13 @@ def summary(rows: list[Answer]) -> Answer:
     return found
 
 
+def _short(row: Answer) -> Answer:
+    """What a case came to: the reason where it was refused, what was bound where it was built."""
+    ours = row["edgekit"]
+    about = {key: ours[key] for key in ("reason", "bound") if ours.get(key)}
+    return {"group": row["group"], "case": row["case"], "raw": row["raw"]["ok"], "edgekit": ours["ok"], **about}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="*", default=list(GROUPS))
@@ -292,7 +299,9 @@ def main() -> None:
     rows.sort(key=lambda row: (row["group"], row["case"]))
     found = summary(rows)
     print(json.dumps(found, indent=1))
-    atomic_write(options.out, json.dumps({"summary": found, "rows": rows, "machine": machine()}, indent=1).encode() + b"\n")
+    told = [row for row in map(_short, rows) if "reason" in row or "bound" in row]
+    figures = {"summary": found, "rows": told, "machine": machine()}
+    atomic_write(options.out, json.dumps(figures, indent=1, allow_nan=False).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ __all__ = ["UNBUILDABLE", "Source", "check_model", "read_model"]
 
 MAX_BYTES = 2 << 30
 #: TensorRT's parser refuses these, or its result cannot be run (seen on TensorRT-RTX 1.7): a note, for ONNX Runtime runs them.
-UNBUILDABLE = frozenset({"NonZero", "DFT", "DeformConv", "RoiAlign", "NonMaxSuppression", "Unique", "STFT"})
+UNBUILDABLE = frozenset(
+    """BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Compress CumProd DFT DeformConv Det MaxUnpool
+    NonMaxSuppression NonZero RoiAlign STFT TfIdfVectorizer Unique""".split()  # noqa: SIM905
+)
 _TENSOR_TYPES = frozenset(
     getattr(TensorProto, name)
     for name in "FLOAT FLOAT16 DOUBLE INT64 INT32 INT16 INT8 UINT8 UINT16 UINT32 UINT64 BOOL".split()  # noqa: SIM905
