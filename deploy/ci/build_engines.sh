@@ -12,6 +12,14 @@
 #   SIGNING_KEY   a private key (edgekit keygen); unset or empty: the pack is not signed
 #   PUBLIC_KEY    its public key: the signed pack is then verified as a device would
 #   EDGEKIT       the command, default edgekit
+#   CACHE         a folder kept between runs: with the same float bundle, ranges and edgekit nothing is made again
+#
+# Gates, each unset: not looked at. A missed one ends the script with 3, and nothing is packed.
+#   MIN_SNR       dB between the int8 graph's outputs and the float graph's
+#   MIN_SHARE     share of the multiply-accumulates that are int8, 0..1
+#   EVAL_DATA     a data set (--data SPEC); with MIN_TOP1, what the int8 graph reaches on it, 0..1
+#   MAX_KB        kilobytes of an engine or kit
+#   BENCH_BACKEND tensorrt or tensorrt-rtx, on a runner that has the device; with MAX_MS, its p99 in milliseconds
 #
 # Run it from the repository's root. The same inputs and versions give the same graph, engine and kit, byte for byte;
 # the pack's manifest says, besides, when it was made.
@@ -20,6 +28,22 @@ set -eu
 fail() {
     echo "build_engines: $*" >&2
     exit 1
+}
+
+# figure FILE KEY...: a number of a JSON file
+figure() {
+    "${PYTHON:-python3}" -c 'import functools, json, sys
+print(functools.reduce(lambda found, key: found[key], sys.argv[2:], json.load(open(sys.argv[1]))))' "$@"
+}
+
+# gate WHAT HAVE "at least"|"at most" WANT
+gate() {
+    if awk -v have="$2" -v want="$4" -v least="$3" 'BEGIN { exit !(least == "at least" ? have + 0 >= want + 0 : have + 0 <= want + 0) }'; then
+        echo "gate: $1 is $2; asked: $3 $4"
+    else
+        echo "build_engines: $1 is $2; asked: $3 $4" >&2
+        exit 3
+    fi
 }
 
 float=${1:-calibration/digits-depthwise/float.edge}
@@ -34,17 +58,44 @@ expected=$(dirname "$frozen")/model.int8.onnx.sha256
 [ ! -e "$out" ] || fail "$out exists already; remove it, or name another folder"
 mkdir -p "$out"
 
-echo "quantize $float with the ranges in $frozen"
-"$edgekit" quantize "$float" --out "$out/int8.edge" --calib "$frozen" --json >"$out/quantize.json"
+key=$({ cat "$float/manifest.json" "$frozen"; "$edgekit" --version; } | sha256sum | cut -d" " -f1)
+kept=${CACHE:+$CACHE/$key}
+if [ -n "$kept" ] && [ -d "$kept" ]; then
+    echo "take int8.edge from the cache"
+    cp -R "$kept/int8.edge" "$kept/quantize.json" "$out/"
+else
+    echo "quantize $float with the ranges in $frozen"
+    "$edgekit" quantize "$float" --out "$out/int8.edge" --calib "$frozen" --json >"$out/quantize.json"
+fi
 if [ -f "$expected" ]; then
     read -r digest _ <"$expected"
     echo "$digest  $out/int8.edge/model.int8.onnx" | sha256sum -c -
 fi
 
+[ -z "${MIN_SNR:-}" ] || gate "the SNR in dB" "$(figure "$out/quantize.json" snr_db)" "at least" "$MIN_SNR"
+[ -z "${MIN_SHARE:-}" ] || gate "the int8 share" "$(figure "$out/quantize.json" share)" "at least" "$MIN_SHARE"
+if [ -n "${EVAL_DATA:-}" ]; then
+    "$edgekit" eval "$out/int8.edge" --data "$EVAL_DATA" --json >"$out/eval.json"
+    [ -z "${MIN_TOP1:-}" ] || gate "top-1" "$(figure "$out/eval.json" top1)" "at least" "$MIN_TOP1"
+fi
+
 for target in $targets; do
     echo "build $target"
     "$edgekit" build "$out/int8.edge" --target "$target" --json >"$out/$target.json"
+    [ -z "${MAX_KB:-}" ] || gate "$target in kB" "$(($(figure "$out/$target.json" size_bytes) / 1000))" "at most" "$MAX_KB"
 done
+if [ -n "${BENCH_BACKEND:-}" ]; then
+    "$edgekit" bench "$out/int8.edge" --backend "$BENCH_BACKEND" --json >"$out/bench.json"
+    [ -z "${MAX_MS:-}" ] || gate "p99 in ms" "$(figure "$out/bench.json" latency_ms p99)" "at most" "$MAX_MS"
+fi
+
+if [ -n "$kept" ]; then # beside it, then renamed: a run that is stopped leaves no half entry
+    rm -rf "$kept.new"
+    mkdir -p "$kept.new"
+    cp -R "$out/int8.edge" "$out/quantize.json" "$kept.new/"
+    rm -rf "$kept"
+    mv "$kept.new" "$kept"
+fi
 
 name=$(basename "$(dirname "$frozen")")
 echo "pack $name.edge.zip"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,3 +86,19 @@ def test_the_workflow_runs_the_script_and_names_no_host() -> None:
     assert "-c constraints.txt" in text
     assert os.access(SCRIPT, os.X_OK)
     assert subprocess.run(["sh", "-n", SCRIPT], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_gates_stop_the_script_and_the_cache_spares_the_work(tmp_path: Path, frozen: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    wanted = {"CACHE": tmp_path / "cache", "PYTHON": sys.executable, "TARGETS": "rtx-ada", "MIN_SHARE": 0.1, "MAX_KB": 10_000}
+    done = build(frozen / "float.edge", frozen / CALIBRATION, tmp_path / "one", **wanted)
+    assert done.returncode == 0, done.stderr
+    assert "gate: the int8 share is" in done.stdout
+    again = build(frozen / "float.edge", frozen / CALIBRATION, tmp_path / "two", **wanted)
+    assert "take int8.edge from the cache" in again.stdout
+    assert json.loads((tmp_path / "two" / "rtx-ada.json").read_text())["cached"]
+    missed = build(frozen / "float.edge", frozen / CALIBRATION, tmp_path / "three", **{**wanted, "MIN_SNR": 300})
+    assert missed.returncode == 3
+    assert "the SNR in dB is" in missed.stderr
+    assert not list((tmp_path / "three").glob("*.zip"))
