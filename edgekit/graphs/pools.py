@@ -32,8 +32,8 @@ class _Window(NamedTuple):
 def expand_dilated_pools(model: onnx.ModelProto) -> bool:
     """`MaxPool` and `AveragePool` with dilations become the maximum, or the mean, of strided slices, in place.
 
-    Left alone: integers, outputs of indices, unknown shapes, windows of more than `MAX_TAPS` values, and ``SAME`` padding,
-    for which ONNX Runtime forgets the dilations. Returns whether there was any.
+    Left alone: integers, outputs of indices, unknown shapes, windows of more than `MAX_TAPS` values, ``SAME`` padding and
+    ``ceil_mode``, in which ONNX and ONNX Runtime differ. Returns whether there was any.
     """
     inferred = onnx.shape_inference.infer_shapes(model).graph
     shapes = {
@@ -61,8 +61,8 @@ def _window(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> _Window | Non
     kernel = list(attribute(node, "kernel_shape", []))
     dilations = list(attribute(node, "dilations", [1] * len(kernel)))
     size, out = shapes.get(node.input[0], [])[2:], shapes.get(node.output[0], [])[2:]
-    same = attribute(node, "auto_pad", b"NOTSET").startswith(b"SAME")
-    if same or all(d == 1 for d in dilations) or np.prod(kernel) > MAX_TAPS:
+    unsure = attribute(node, "auto_pad", b"NOTSET").startswith(b"SAME") or attribute(node, "ceil_mode", 0)
+    if unsure or all(d == 1 for d in dilations) or np.prod(kernel) > MAX_TAPS:
         return None
     if len(size) != len(kernel) or len(out) != len(kernel) or not all(size + out):
         return None
