@@ -142,7 +142,7 @@ def _mended(graph: bytes, refusal: str, wanted: Mapping[str, Any], notes: list[s
     if not wanted.get("golden"):
         return None  # nothing could vouch for it
     golden, quantized = Path(wanted["golden"]), wanted["precision"] == "int8"
-    refused = Refusal(refusal, wanted["profiles"], _loads)
+    refused = Refusal(refusal, wanted["profiles"], passes.loads)
     for remedy, note in remedies():
         model = onnx.load_model_from_string(graph)
         try:
@@ -224,14 +224,6 @@ def _half_noise(model: onnx.ModelProto, peaks: Mapping[str, float], inputs: Mapp
     truth = dict(zip([o.name for o in run.get_outputs()], run.run(None, dict(inputs)), strict=True))
     twin = precision.to_fp16(model, peaks, twin=True).SerializeToString()
     return precision.against_golden(twin, inputs, truth, quantized=True).snr_db
-
-
-def _loads(model: onnx.ModelProto) -> bool:
-    try:
-        session(model.SerializeToString())
-    except EdgekitError:
-        return False
-    return True
 
 
 def _feeds(run: Any, golden: Path, profiles: Profiles) -> Iterator[dict[str, NDArray[Any]]]:

@@ -284,17 +284,13 @@ def _without_branches(bound: onnx.ModelProto) -> bool:
     if not any(node.op_type == "If" for node in bound.graph.node):
         return False
     passes.simplify(decided)
-    if not any(node.op_type == "If" for node in decided.graph.node) or _loads(decided) or not drop_branches(decided, _loads):
+    if (
+        not any(node.op_type == "If" for node in decided.graph.node)
+        or passes.loads(decided)
+        or not drop_branches(decided, passes.loads)
+    ):
         return False
     bound.CopyFrom(decided)
-    return True
-
-
-def _loads(model: onnx.ModelProto) -> bool:
-    try:
-        session(model.SerializeToString(), 0)
-    except EdgekitError:
-        return False
     return True
 
 

@@ -59,11 +59,8 @@ def import_onnx(
     path = Path(model)
     fixed = parse_shapes([shape] if isinstance(shape, str) else shape)
     ranges = parse_shapes([dynamic] if isinstance(dynamic, str) else dynamic, "--dynamic", ranges=True)
-    if both := sorted(set(fixed) & set(ranges)):
-        raise UsageError(f"{both[0]} is in --shape and in --dynamic", "state an input once")
     values = _constants(constants)
-    if both := sorted(set(values) & (set(fixed) | set(ranges))):
-        raise UsageError(f"{both[0]} is a constant and has a shape stated", "leave its --shape or --dynamic out")
+    _check_once(fixed, ranges, values)
     with Bundle.create(out) as draft, tempfile.TemporaryDirectory(prefix="edgekit-import-") as work:
         digest = _checked_file(path)
         say(f"importing {path.name}")
@@ -90,6 +87,14 @@ def import_onnx(
             history=(history_entry("import", config, {**answer["figures"], "notes": answer["notes"]}),),
         )
     return Bundle.open(out, verify=False)
+
+
+def _check_once(fixed: Iterable[str], ranges: Iterable[str], values: Iterable[str]) -> None:
+    """Raises `UsageError` for an input of which two things are stated."""
+    if both := sorted(set(fixed) & set(ranges)):
+        raise UsageError(f"{both[0]} is in --shape and in --dynamic", "state an input once")
+    if both := sorted(set(values) & (set(fixed) | set(ranges))):
+        raise UsageError(f"{both[0]} is a constant and has a shape stated", "leave its --shape or --dynamic out")
 
 
 def _constants(stated: Mapping[str, ArrayLike] | Iterable[str] | str) -> dict[str, Constant]:

@@ -9,6 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from edgekit.errors import BackendError
 from edgekit.graphs.control import inline_constant_branches
 from edgekit.graphs.editing import all_nodes, subgraphs
 from edgekit.graphs.opset import MIN_OPSET, opset
@@ -22,6 +23,7 @@ __all__ = [
     "drop_dead",
     "fold_constants",
     "infer_shapes",
+    "loads",
     "opset",
     "raise_opset",
     "simplify",
@@ -73,6 +75,15 @@ def simplify(model: onnx.ModelProto) -> tuple[bool, list[str]]:
         changed = True
         infer_shapes(model)
     return drop_dead(model) or changed, notes
+
+
+def loads(model: onnx.ModelProto) -> bool:
+    """Whether ONNX Runtime takes the graph; its type and shape inference is strict."""
+    try:
+        session(model.SerializeToString())
+    except BackendError:
+        return False
+    return True
 
 
 def raise_opset(model: onnx.ModelProto, notes: list[str]) -> bool:

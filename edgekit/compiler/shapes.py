@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from edgekit.bundle import Bundle
@@ -60,20 +60,28 @@ def _axis(text: str, option: str, whole: str, ranges: bool) -> Axis:
     return Axis(low, high)
 
 
+def _named(texts: Iterable[str], option: str, example: str) -> Iterator[tuple[str, str, str]]:
+    """(name, what is stated of it, the whole text) of each ``NAME:...``, every name once."""
+    seen = set()
+    for text in texts:
+        name, colon, stated = text.rpartition(":")
+        if not colon or not name:
+            raise UsageError(f"{option} {text!r} has no input name", f"write {option} NAME:{text.lstrip(':') or example}")
+        if name in seen:
+            raise UsageError(f"{option} states {name} twice", "state each input once")
+        seen.add(name)
+        yield name, stated, text
+
+
 def parse_shapes(texts: Iterable[str], option: str = "--shape", ranges: bool = False) -> dict[str, tuple[Axis, ...]]:
     """``NAME:AxBxC`` texts -> name -> axes. ``ranges`` allows ``LOW..HIGH`` axes. A name may hold colons.
 
     Raises `UsageError` for anything else, and for a name stated twice.
     """
-    found: dict[str, tuple[Axis, ...]] = {}
-    for text in texts:
-        name, colon, shape = text.rpartition(":")
-        if not colon or not name:
-            raise UsageError(f"{option} {text!r} has no input name", f"write {option} NAME:{text.lstrip(':') or '1x3x48x320'}")
-        if name in found:
-            raise UsageError(f"{option} states {name} twice", "state each input once")
-        found[name] = tuple(_axis(part, option, text, ranges) for part in shape.split("x"))
-    return found
+    return {
+        name: tuple(_axis(part, option, text, ranges) for part in shape.split("x"))
+        for name, shape, text in _named(texts, option, "1x3x48x320")
+    }
 
 
 def parse_constants(texts: Iterable[str]) -> dict[str, Constant]:
@@ -81,15 +89,10 @@ def parse_constants(texts: Iterable[str]) -> dict[str, Constant]:
 
     Raises `UsageError` for anything else, and for a name stated twice.
     """
-    found: dict[str, Constant] = {}
-    for text in texts:
-        name, colon, values = text.rpartition(":")
-        if not colon or not name:
-            raise UsageError(f"--constant {text!r} has no input name", f"write --constant NAME:{text.lstrip(':') or '0,2'}")
-        if name in found:
-            raise UsageError(f"--constant states {name} twice", "state each input once")
-        found[name] = Constant([_number(part.strip(), text) for part in values.split(",") if values.strip()], None)
-    return found
+    return {
+        name: Constant([_number(part.strip(), text) for part in values.split(",") if values.strip()], None)
+        for name, values, text in _named(texts, "--constant", "0,2")
+    }
 
 
 def _number(text: str, whole: str) -> float | int:
