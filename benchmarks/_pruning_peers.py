@@ -27,7 +27,8 @@ from torch import nn
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.manifest import ModelConfig
 from edgekit.models import preset_named
-from edgekit.models.module import create, export_onnx, macs, parameters, write_model
+from edgekit.models.export import export_onnx
+from edgekit.models.module import create, macs, parameters, write_model
 from edgekit.models.module import load as load_module
 from edgekit.pruning.latency import paired_latency
 from edgekit.pruning.recover import Recovery

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.models.module import export_onnx
+from edgekit.models.export import export_onnx
 from edgekit.models.module import load as load_module
 from edgekit.pruning.groups import Network, analyse
 from edgekit.pruning.latency import paired_latency

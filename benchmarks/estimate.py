@@ -35,7 +35,7 @@ from _machine import save
 
 import edgekit
 from edgekit.bundle import Bundle
-from edgekit.models.module import export_onnx
+from edgekit.models.export import export_onnx
 from edgekit.targets import LAUNCH_US, PEAK_SHARE, load_targets
 
 LIMIT = 1.5

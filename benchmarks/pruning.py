@@ -35,6 +35,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
+from _groceries import resplit
 from _machine import RESULTS, machine
 from _pruning_peers import TOLERANCE, Case, Unreached, make
 
@@ -172,7 +173,9 @@ class Base:
 def base_of(name: str, options: argparse.Namespace) -> Base:
     """The base called ``name``; trained if it is not there."""
     data, arguments = BASES[name]
-    data, path = data.format(groceries=options.groceries), options.bases / f"{name}.edge"
+    if "{groceries}" in data:
+        data = data.format(groceries=resplit(options.groceries, options.bases / "groceries"))
+    path = options.bases / f"{name}.edge"
     if not path.exists():
         print(f"training {name}", file=sys.stderr)
         edgekit.train(data=data, out=path, seed=7, **arguments)
@@ -300,7 +303,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="Of fine-tuning, for all tools. Default: the row's.")
     parser.add_argument("--bases", type=Path, default=Path("runs/bases"), help="Folder of NAME.edge; trained where absent.")
-    parser.add_argument("--groceries", default="../shared/data/groceries", help="Folder with train/ and val/.")
+    parser.add_argument(
+        "--groceries", type=Path, default="../shared/data/groceries", help="Folder with train/ and val/, split anew."
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/pruning"))
     anew = parser.add_mutually_exclusive_group()
     anew.add_argument("--again", action="store_true", help="Make runs anew that are in the result file.")

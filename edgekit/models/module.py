@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import io
-import logging
 import os
 import sys
 import warnings
@@ -21,17 +19,16 @@ import numpy as np
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, TOKENIZER, WEIGHTS, Bundle
 from edgekit.data.tensors import Rows
-from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.errors import BundleError, GoldenError, MissingExtra, UsageError
 from edgekit.manifest import History, Manifest, ModelConfig, ModelEdits, TensorSpec, Tolerance
 from edgekit.runtime import compare_arrays
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
 
 from . import is_custom, preset_named
-from .tidy import tidy
+from .export import export_onnx
 
 try:
-    import onnx
     import safetensors.torch
     import torch
     from torch import Tensor, nn
@@ -47,7 +44,6 @@ __all__ = [
     "attribute",
     "create",
     "edit",
-    "export_onnx",
     "load",
     "macs",
     "parameters",
@@ -57,8 +53,6 @@ __all__ = [
 #: How far ONNX Runtime may be from torch on the same weights: rounding of reordered sums, no more.
 FLOAT_TOLERANCE = Tolerance("relative", 1e-4)
 GOLDEN_SAMPLES = 8
-OPSET = 18  # what the exporter writes
-OLDEST_OPSET = 17
 
 
 def create(config: ModelConfig) -> nn.Module:
@@ -237,63 +231,6 @@ def macs(module: nn.Module, example: Tensor) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def export_onnx(module: nn.Module, example: Tensor) -> bytes:
-    """ONNX bytes with input ``x`` and output ``y``, batch axis dynamic, batch norms folded.
-
-    The exporter's notes on where each node came from are dropped: they hold paths of this machine.
-    Raises `GraphError` where torch cannot export the module.
-    """
-    module = module.eval()
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it prints the graphs it gives up on
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                input_names=["x"],
-                output_names=["y"],
-                dynamic_shapes=({0: torch.export.Dim("n")},),
-                opset_version=OPSET,
-                verbose=False,
-            )
-        assert program is not None
-    except Exception as error:  # noqa: BLE001  the exporter raises many types of its own
-        reason = str(error).strip().splitlines()[0]
-        raise GraphError(
-            f"torch cannot export this model to ONNX: {reason}", "avoid data-dependent shapes and branches"
-        ) from None
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-    model: onnx.ModelProto = program.model_proto
-    _forget_origins(model)
-    tidy(model)
-    _lower_opset(model)
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
-
-
-def _lower_opset(model: onnx.ModelProto) -> None:
-    """Declare the opset that TensorRT 8.6 reads where every operator of the graph means the same there."""
-    newest = max(onnx.defs.get_schema(node.op_type, OPSET).since_version for node in model.graph.node)
-    if newest <= OLDEST_OPSET:
-        model.opset_import[0].version, model.ir_version = OLDEST_OPSET, 8
-
-
-def _forget_origins(model: onnx.ModelProto) -> None:
-    del model.metadata_props[:]
-    graph = model.graph
-    for item in [graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
-        del item.metadata_props[:]
-        item.doc_string = ""
-    del graph.value_info[:]
-
-
 def write_model(
     out: str | os.PathLike[str],
     module: nn.Module,
@@ -301,18 +238,21 @@ def write_model(
     manifest: Manifest,
     entry: History,
     tokenizer: bytes | None = None,
+    graph: bytes | None = None,
 ) -> Bundle:
     """Write a module as a new bundle; its graph must answer as torch does on real inputs (`FLOAT_TOLERANCE`).
 
     ``samples`` (N, ...), what the module takes: `GOLDEN_SAMPLES` become the golden inputs. ``manifest`` gives name, model,
-    task, labels, preprocessing and earlier history; the rest is filled in here. Raises `GoldenError` where ONNX Runtime
+    task, labels, preprocessing and earlier history; the rest is filled in here. ``graph``: the module's, where it has been
+    exported before. Raises `GoldenError` where ONNX Runtime
     differs from torch; nothing is written then.
     """
     chosen = np.linspace(0, len(samples) - 1, min(GOLDEN_SAMPLES, len(samples))).astype(int)
     inputs = np.ascontiguousarray(samples[chosen])
     with torch.no_grad():
         outputs = module.eval()(torch.from_numpy(inputs)).numpy()
-    graph = export_onnx(module, torch.from_numpy(np.repeat(inputs[:1], 2, 0)))
+    if graph is None:
+        graph = export_onnx(module, torch.from_numpy(np.repeat(inputs[:1], 2, 0)))
     golden = compare_arrays(outputs, session(graph).run(None, {"x": inputs})[0])
     if not golden.within(FLOAT_TOLERANCE):
         raise GoldenError(

@@ -112,16 +112,23 @@ def prune(
     about = f"{source.digest} {options} {epochs} {minutes} {replace(recovery.config, epochs=1)} {recovery.dataset.digest}"
     run = _Run(source, module, recovery, options, Resume(target, about), roofline)
     cut = run.fitted(run.cut())
-    figures = {**run.figures(cut), "seconds": round(time.perf_counter() - started, 1)}
+    graph = run.meter.exported(cut.module)
+    figures = {**run.figures(cut, graph), "seconds": round(time.perf_counter() - started, 1)}
     stated = {"keep": keep, "speedup": speedup, "latency_ms": latency_ms, "size": size, "sparsity": sparsity}
-    pruned = _write(target, source, cut, recovery, {**stated, **options.record()}, figures)
+    pruned = _write(target, source, cut, recovery, {**stated, **options.record()}, figures, graph)
     run.resume.forget()
     _gate(pruned, figures, None if roofline else wanted, max_drop)
     return pruned
 
 
 def _write(
-    target: Path, source: Bundle, cut: Cut, recovery: Recovery, settings: dict[str, Any], figures: dict[str, Any]
+    target: Path,
+    source: Bundle,
+    cut: Cut,
+    recovery: Recovery,
+    settings: dict[str, Any],
+    figures: dict[str, Any],
+    graph: bytes,
 ) -> Bundle:
     """The pruned module as a bundle that names its parent."""
     model = source.manifest.model
@@ -135,7 +142,7 @@ def _write(
     )
     learnt = {"data": recovery.dataset.spec, **asdict(recovery.config), "data_digest": recovery.dataset.digest}
     entry = source.entry("prune", {**settings, **learnt}, figures)
-    return write_model(target, cut.module, recovery.splits.held_out.x, manifest, entry, recovery.tokenizer)
+    return write_model(target, cut.module, recovery.splits.held_out.x, manifest, entry, recovery.tokenizer, graph)
 
 
 class _Run:
@@ -177,7 +184,7 @@ class _Run:
             say("timing layers on ONNX Runtime")
             price = LatencyPrice(self.table)
             if kind == "latency" and self.wanted:
-                self.wanted = Target("speedup", min(self.wanted.value / self.meter(self.module)[0], 1.0))
+                self.wanted = Target("speedup", min(self.wanted.value / self.meter.compared(self.meter.graph)[0], 1.0))
             return price.anchored(self.network, 1.0)
         return size_price if kind == "size" else macs_price
 
@@ -208,16 +215,14 @@ class _Run:
         curve = self.recovery.fit(cut.module, self.resume.fitting, mask)
         return cut._replace(curve=curve, mask=mask)
 
-    def figures(self, cut: Cut) -> dict[str, Any]:
-        """What the pruned model is, beside what it was; latencies are taken in turns."""
+    def figures(self, cut: Cut, graph: bytes) -> dict[str, Any]:
+        """What the pruned model is, beside what it was; ``graph`` is its own. Latencies are taken in turns."""
         judged = self.recovery.judge(cut.module)
-        old_ms, new_ms = self.meter(cut.module)
+        old_ms, new_ms = self.meter.compared(graph)
         after = analyse(cut.module, self.example)
         sparse = {"share": cut.mask.share} if cut.mask else {"share": 0.0}
         if cut.mask:
-            from edgekit.models.module import export_onnx
-
-            sparse |= check_exported(export_onnx(cut.module, self.example), cut.mask)
+            sparse |= check_exported(graph, cut.mask)
         now = macs(cut.module, self.example)
         return {
             **judged,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgekit.errors import UsageError
-from edgekit.models.module import export_onnx
+from edgekit.models.export import export_onnx
 from edgekit.progress import say
 
 from .groups import Network
@@ -34,7 +34,13 @@ class Meter:
 
     def __call__(self, module: nn.Module) -> tuple[float, float]:
         """Milliseconds of the original and of ``module``."""
-        graph = export_onnx(module, torch.from_numpy(np.repeat(self.sample, 2, 0)))
+        return self.compared(self.exported(module))
+
+    def exported(self, module: nn.Module) -> bytes:
+        return export_onnx(module, torch.from_numpy(np.repeat(self.sample, 2, 0)))
+
+    def compared(self, graph: bytes) -> tuple[float, float]:
+        """Milliseconds of the original and of ``graph``."""
         return paired_latency(self.graph, graph, self.sample)
 
 
@@ -75,8 +81,7 @@ def reach(network: Network, judge: Judge, target: Target, price: Price, meter: M
 def _reach_latency(network: Network, judge: Judge, target: Target, price: LatencyPrice, meter: Meter, unit: int) -> Reached:
     """Everything in shares of the original's time, measured beside it: the machine's pace changes from minute to minute."""
     start, steps, limit = network, list[Step](), target.value * ERROR
-    share = _measured(meter, network)
-    first = price = price.anchored(network, share)
+    share, first = 1.0, price
     for _ in range(CORRECTIONS):
         if share <= limit:
             break

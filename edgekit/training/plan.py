@@ -16,7 +16,8 @@ from edgekit.data.augment import Augmentation, make_augmentation
 from edgekit.errors import DataError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import ImagePreprocessing, ModelConfig, Preprocessing, TextPreprocessing
 from edgekit.models import DEFAULTS, Preset, check_model, is_custom, preset_named, sized, trust
-from edgekit.models.module import create, export_onnx
+from edgekit.models.export import export_onnx
+from edgekit.models.module import create
 from edgekit.models.widths import scaled
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say

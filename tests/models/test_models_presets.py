@@ -20,7 +20,8 @@ from edgekit.data.augment import POLICIES
 from edgekit.errors import UsageError
 from edgekit.manifest import FORMAT, ImagePreprocessing, Manifest, ModelConfig, history_entry
 from edgekit.models import DEFAULTS, PRESETS, preset_named, sized
-from edgekit.models.module import create, export_onnx, load, macs, parameters, write_model
+from edgekit.models.export import export_onnx
+from edgekit.models.module import create, load, macs, parameters, write_model
 from edgekit.models.widths import scaled, widens
 from edgekit.runtime.onnxruntime import session
 

@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from edgekit.errors import DataError, EdgekitError, UsageError
 from edgekit.manifest import ModelConfig, TextPreprocessing
-from edgekit.models.module import adopt_shapes, create, export_onnx
+from edgekit.models.export import export_onnx
+from edgekit.models.module import adopt_shapes, create
 from edgekit.models.pretrained import FAMILIES, Pretrained, load_weights, read_checkpoint
 from edgekit.preprocess.text import TextPreprocessor
 from edgekit.runtime.onnxruntime import session

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edgekit.errors import GraphError
-from edgekit.models.module import adopt_shapes, edit, export_onnx, macs
+from edgekit.models.export import export_onnx
+from edgekit.models.module import adopt_shapes, edit, macs
 from edgekit.pruning.groups import Channel, Group, Network, analyse
 from edgekit.pruning.importance import CRITERIA
 from edgekit.pruning.price import macs_price

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edgekit.errors import GoldenError, UsageError
-from edgekit.models.module import export_onnx
+from edgekit.models.export import export_onnx
 from edgekit.pruning.permutation import permutation, retained
 from edgekit.pruning.sparsity import Mask24, check_exported, is_24, maskable, permute_channels, permuted, reorder, retained_24
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import edgekit
 from edgekit.errors import GraphError, UsageError
 from edgekit.models import PRESETS
-from edgekit.models.module import export_onnx
+from edgekit.models.export import export_onnx
 from edgekit.quantization.graph import Parameters, insert
 from edgekit.quantization.placement import place, weights_of
 from edgekit.quantization.prepare import prepare
