@@ -25,6 +25,8 @@ __all__ = ["NativeCrash", "call"]
 
 ADDRESS_SPACE = 32 << 30  # bytes; a hostile graph asks for terabytes
 _ERRNO = 100  # exit codes above it: the answer could not be written, for this reason
+#: glibc gives large blocks back to the system at once: weights that are freed before the next copy are not counted twice.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 _LONGEST = 300  # characters of an unforeseen error's message
 
 
@@ -44,7 +46,7 @@ def call(
     took longer than ``timeout_s``.
     """
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
+    environment = {**_MALLOC, **os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
     command = [sys.executable, "-m", "edgekit.compiler.child", function, str(folder), str(address_space)]
     # cwd is our own folder, so that no module of the caller's folder shadows a library
     process: subprocess.Popen[bytes] | None = None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -17,6 +17,7 @@ from edgekit.bundle import FLOAT_GRAPH, GOLDEN
 from edgekit.errors import BackendError, EdgekitError, GraphError
 from edgekit.graphs import exact_reference, float_biases, is_explicit, quantized_nodes, to_float
 from edgekit.graphs.control import drop_branches
+from edgekit.graphs.light import outline, store
 from edgekit.graphs.narrow import to_signed
 from edgekit.runtime.golden import compare_arrays, save_golden
 from edgekit.runtime.onnxruntime import DTYPES, session
@@ -50,32 +51,34 @@ def import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A large model is held as seldom as can be: never beside two of its sessions, nor as bytes."""
     path = Path(request["model"])
     fixed = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["shape"].items()}
     ranges = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["dynamic"].items()}
     source = read_model(path)
+    bound, changed, before = source.model, source.changed, len(source.model.graph.node)
     if constants := request.get("constants"):
-        bind_constants(source.model, {name: Constant(*stated) for name, stated in constants.items()})
-        source = source._replace(data=None, changed=True)
-    bound = onnx.ModelProto()
-    bound.CopyFrom(source.model)
-    binding = bind_inputs(bound, fixed, ranges)
+        bind_constants(bound, {name: Constant(*stated) for name, stated in constants.items()})
+        changed = True
     check_model(bound)
-    notes = [*source.notes, *binding.notes]
-    original = _reference(source.model, notes)
+    notes = [*source.notes]
+    original: Any = _reference(bound, folder / "original.onnx" if changed else path, notes)
+    binding = bind_inputs(bound, fixed, ranges)
+    notes += binding.notes
     trials = trial_feeds(original, bound, binding.ranges, notes)
     truths = [outputs(original, feeds) for feeds in trials]
-    changed, quantized = binding.changed or source.changed or _signed(bound, original, trials, truths, notes), {}
+    changed = changed or binding.changed
+    changed, quantized = _signed(bound, original, trials, truths, notes) or changed, {}
     if quantized_nodes(bound):
         quantized = _unquantized(bound, trials, truths, notes)
         changed = changed or bool(quantized)
-    if not isinstance(original, Evaluator) and _without_branches(bound):
+    evaluated = isinstance(original, Evaluator)
+    del original
+    if not evaluated and _without_branches(bound):
         notes.append("a branch of If that does not fit these shapes was left out")
         changed = True
-    agree = partial(_agreement, trials=trials, truths=truths, like=original)
-    graph, model, error = _rewritten(source.data, bound, changed, agree, notes)
-    run = _runner(graph, original)
-    (folder / FLOAT_GRAPH).write_bytes(graph)
+    proof = _Proof(trials, truths, evaluated)
+    run, figures = _rewritten(bound, folder / FLOAT_GRAPH, None if changed else path, proof, notes)
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
     return {
         "inputs": [_spec(value) for value in run.get_inputs()],
@@ -83,25 +86,22 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "shape": {name: [axis.low for axis in axes] for name, axes in binding.fixed.items()},
         "dynamic": {name: "x".join(map(str, axes)) for name, axes in binding.dynamic.items()},
         "notes": notes,
-        "figures": {
-            "opset": passes.opset(model),
-            "nodes": len(model.graph.node),
-            "nodes_before": len(source.model.graph.node),
-            "parameters": sum(int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type in passes.WEIGHT_TYPES),
-            "relative_error": error,
-            **_sizes_run(bound, trials[0]),
-            **quantized,
-        },
+        "figures": {**figures, "nodes_before": before, **_sizes_run(bound, trials[0]), **quantized},
     }
 
 
-def _reference(model: onnx.ModelProto, notes: list[str]) -> Any:
-    """A session of the original. ONNX Runtime has no kernels below opset 7: there ONNX's own converter vouches, with a note."""
+def _reference(model: onnx.ModelProto, file: Path, notes: list[str]) -> Any:
+    """A session of the original, which is in ``file`` or is written there.
+
+    ONNX Runtime has no kernels below opset 7: there ONNX's own converter vouches, with a note.
+    """
     if quantized_nodes(model):
         with contextlib.suppress(BackendError):  # not every kernel takes signed inputs beside unsigned weights
             return session(exact_reference(model), 0)
     try:
-        return session(model.SerializeToString(), 0)
+        if not file.exists():
+            store(model, file)
+        return session(str(file), 0, sparing=True)
     except BackendError as error:
         raised = onnx.ModelProto()
         raised.CopyFrom(model)
@@ -120,10 +120,11 @@ def _sizes_run(bound: onnx.ModelProto, feeds: Feeds) -> dict[str, dict[str, int]
 
 def _signed(bound: onnx.ModelProto, original: Any, trials: list[Feeds], truths: list[Feeds], notes: list[str]) -> bool:
     """Bring integer types that TensorRT lacks to int32 and int64, with what goes in and comes out; whether it was done."""
+    if quantized_nodes(bound) or not to_signed(outline(bound)):
+        return False
     form = onnx.ModelProto()
     form.CopyFrom(bound)
-    if quantized_nodes(bound) or not to_signed(form):
-        return False
+    to_signed(form)
     wanted = {value.name: value.type.tensor_type.elem_type for value in (*form.graph.input, *form.graph.output)}
 
     def cast(tensors: Feeds) -> Feeds:
@@ -131,7 +132,7 @@ def _signed(bound: onnx.ModelProto, original: Any, trials: list[Feeds], truths: 
 
     tried = [*trials, *_full_range(bound, trials[0])]
     try:
-        run = _runner(form.SerializeToString(), original)
+        run = _Proof(trials, truths, isinstance(original, Evaluator)).runner(form.SerializeToString())
         for index, feeds in enumerate(tried):
             try:
                 truth = truths[index] if index < len(truths) else outputs(original, feeds)
@@ -164,17 +165,14 @@ def _full_range(model: onnx.ModelProto, feeds: Feeds) -> Iterator[Feeds]:
 
 def _evaluator(model: onnx.ModelProto, refusal: BackendError, notes: list[str]) -> Evaluator:
     """ONNX's own evaluator, slow and in numpy, for graphs that ONNX Runtime has no kernels for."""
+    kept = onnx.ModelProto()
+    kept.CopyFrom(model)
     try:
-        found = Evaluator(model)
+        found = Evaluator(kept)
     except Exception:  # noqa: BLE001  it raises anything for what it does not know
         raise GraphError(refusal.message, "export the model again, with opset 17") from None
     notes.append(f"golden outputs are of ONNX's reference evaluator, for {first_line(refusal)[:160]}")
     return found
-
-
-def _runner(graph: bytes, like: Any) -> Any:
-    """What runs ``graph`` as the original was run, by ``like``."""
-    return Evaluator(onnx.load_model_from_string(graph)) if isinstance(like, Evaluator) else session(graph, 0)
 
 
 def _unquantized(bound: onnx.ModelProto, trials: list[Feeds], truths: list[Feeds], notes: list[str]) -> dict[str, float]:
@@ -240,38 +238,75 @@ def _distance(truths: list[Feeds], answers: list[Feeds]) -> float:
     return min(compare_arrays(truth, found).snr_db for truth, found in pairs)
 
 
+class _Proof(NamedTuple):
+    """What the original answers to ``trials``, and whether ONNX's evaluator did."""
+
+    trials: list[Feeds]
+    truths: list[Feeds]
+    evaluated: bool
+
+    def runner(self, graph: str | bytes) -> Any:
+        """What runs ``graph``, a file or its bytes, as the original was run."""
+        if not self.evaluated:
+            return session(graph, 0, sparing=True)
+        return Evaluator(onnx.load_model(graph) if isinstance(graph, str) else onnx.load_model_from_string(graph))
+
+    def error(self, run: Any) -> float:
+        """The largest relative error over all trials and outputs."""
+        worst = 0.0
+        for feeds, truth in zip(self.trials, self.truths, strict=True):
+            found = outputs(run, feeds)
+            worst = max([worst, *(compare_arrays(truth[name], found[name]).relative for name in truth)])
+        return worst
+
+
 def _rewritten(
-    data: bytes | None, bound: onnx.ModelProto, changed: bool, agree: Callable[[bytes], float], notes: list[str]
-) -> tuple[bytes, onnx.ModelProto, float]:
-    """The most rewritten form that still agrees: all passes, else only the bound inputs. ``data``: the file, self-contained."""
-    better = onnx.ModelProto()
-    better.CopyFrom(bound)
-    rewrote, done = passes.simplify(better)
-    candidates = [(better, [*done])] if rewrote else []
-    candidates.append((bound, []))
+    bound: onnx.ModelProto, file: Path, source: Path | None, proof: _Proof, notes: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    """Write the most rewritten form that still agrees: all passes, else only the bound inputs. Returns what runs it, and
+    figures. ``source``: the file that holds ``bound`` as it is."""
     reasons = []
-    for model, said in candidates:
-        whole = data if data is not None and model is bound and not changed else model.SerializeToString(deterministic=True)
+    for rewrite in (True, False):
+        said: list[str] = []
+        if rewrite:
+            better = onnx.ModelProto()
+            better.CopyFrom(bound)
+            rewrote, said = passes.simplify(better)
+            if not rewrote:
+                del better
+                continue
+            figures = _written(better, file)
+            del better
+        elif source is not None:
+            shutil.copyfile(source, file)
+            figures = _counted(bound)
+        else:
+            figures = _written(bound, file)
         try:
-            error = agree(whole)
+            run = proof.runner(str(file))
+            error = proof.error(run)
         except EdgekitError as reason:
             reasons.append(reason.message)
             continue
         if error <= MAX_RELATIVE:
             notes += said + ([f"kept as it was: {reasons[0]}"] if reasons else [])
-            return whole, model, error
+            return run, {**figures, "relative_error": error}
         reasons.append(f"the rewritten graph differs from the original by {error:.2g} (relative), allowed {MAX_RELATIVE:g}")
     raise GraphError(reasons[-1], "the graph may hold random operators; export it in inference mode")
 
 
-def _agreement(graph: bytes, trials: list[Feeds], truths: list[Feeds], like: Any) -> float:
-    """The largest relative error of a graph over all trials and outputs."""
-    run = _runner(graph, like)
-    worst = 0.0
-    for feeds, truth in zip(trials, truths, strict=True):
-        found = outputs(run, feeds)
-        worst = max([worst, *(compare_arrays(truth[name], found[name]).relative for name in truth)])
-    return worst
+def _written(model: onnx.ModelProto, file: Path) -> dict[str, Any]:
+    store(model, file)
+    return _counted(model)
+
+
+def _counted(model: onnx.ModelProto) -> dict[str, Any]:
+    weights = (i for i in model.graph.initializer if i.data_type in passes.WEIGHT_TYPES)
+    return {
+        "opset": passes.opset(model),
+        "nodes": len(model.graph.node),
+        "parameters": sum(int(np.prod(i.dims)) for i in weights),
+    }
 
 
 def _without_branches(bound: onnx.ModelProto) -> bool:
@@ -279,10 +314,10 @@ def _without_branches(bound: onnx.ModelProto) -> bool:
 
     Those that a constant excludes go first: ONNX Runtime 1.32 checks them, too, and crashes now and then where one fails.
     """
-    decided = onnx.ModelProto()
-    decided.CopyFrom(bound)
     if not any(node.op_type == "If" for node in bound.graph.node):
         return False
+    decided = onnx.ModelProto()
+    decided.CopyFrom(bound)
     passes.simplify(decided)
     if (
         not any(node.op_type == "If" for node in decided.graph.node)

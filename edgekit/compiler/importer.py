@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def import_onnx(
         request = {"model": str(path.resolve()), "shape": fixed, "dynamic": ranges, "constants": values}
         answer = child.call("foreign:import_graph", request, Path(work), timeout_s)
         for file in (FLOAT_GRAPH, GOLDEN):
-            draft.write(file, (Path(work) / file).read_bytes())
+            shutil.move(Path(work) / file, draft.path / file)
         config = {
             "model": path.name,
             "sha256": digest,

@@ -12,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 from edgekit.errors import BackendError
 from edgekit.graphs.control import inline_constant_branches
 from edgekit.graphs.editing import all_nodes, subgraphs
+from edgekit.graphs.light import outline
 from edgekit.graphs.opset import MIN_OPSET, opset
 from edgekit.graphs.opset import raise_opset as raise_to_wanted
 from edgekit.runtime.onnxruntime import session
@@ -97,15 +98,19 @@ def raise_opset(model: onnx.ModelProto, notes: list[str]) -> bool:
     return changed
 
 
-def infer_shapes(model: onnx.ModelProto) -> bool:
+def infer_shapes(model: onnx.ModelProto) -> None:
     """Add what shape inference finds; a graph that it fails on stays as it is."""
+    graph = model.graph
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        found = onnx.shape_inference.infer_shapes(outline(model), data_prop=True).graph
     except Exception:  # noqa: BLE001  an inference error is no proof against a graph that ONNX Runtime runs
-        return False
-    changed: bool = inferred != model
-    model.CopyFrom(inferred)
-    return changed
+        return
+    parts = [(graph.value_info, found.value_info), (graph.output, found.output)]
+    if any(map(subgraphs, graph.node)):
+        parts.append((graph.node, found.node))
+    for old, new in parts:
+        del old[:]
+        old.extend(new)
 
 
 def fold_constants(model: onnx.ModelProto) -> bool:

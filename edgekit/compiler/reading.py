@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import onnx.inliner
@@ -14,6 +14,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_m
 
 from edgekit.errors import GraphError
 from edgekit.graphs import MICROSOFT_OPERATORS
+from edgekit.graphs.light import outline
 from edgekit.graphs.narrow import plain_border
 
 from .passes import all_nodes, opset
@@ -33,10 +34,9 @@ _TENSOR_TYPES = frozenset(
 
 
 class Source(NamedTuple):
-    """``model`` holds all its weights. ``data``: the file's bytes where they already did, else None."""
+    """``model`` holds all its weights. ``changed``: it is not what the file holds."""
 
     model: onnx.ModelProto
-    data: bytes | None
     changed: bool
     notes: list[str]
 
@@ -46,14 +46,15 @@ def read_model(path: Path) -> Source:
 
     Raises `GraphError` that names the operators, tensors or inputs at fault.
     """
-    data = path.read_bytes()
     model = onnx.ModelProto()
     try:
-        model.ParseFromString(data)
+        model.ParseFromString(path.read_bytes())
     except Exception as error:  # noqa: BLE001  protobuf's exception type depends on its backend
         raise GraphError(f"{path.name} is not an ONNX file: {_first(error)}", "export the model again") from None
     if not model.HasField("graph") or not model.graph.output or not model.opset_import:
         raise GraphError(f"{path.name} is not an ONNX file: it holds no graph", "export the model again")
+    if (odd := _no_text(model)) is not None:
+        raise GraphError(f"{path.name} is damaged: {odd!r} is no name", "export the model again")
     external = _load_external(model, path)
     changed = external or bool(model.functions)
     if model.functions:
@@ -71,13 +72,12 @@ def read_model(path: Path) -> Source:
     _check_types(model)
     refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in UNBUILDABLE})
     notes = [f"TensorRT does not build {', '.join(refused[:4])}; ONNX Runtime runs it"] if refused else []
-    return Source(model, None if external else data, changed, [*border, *notes])
+    return Source(model, changed, [*border, *notes])
 
 
 def check_model(model: onnx.ModelProto) -> None:
     """`onnx.checker`, in one line; inputs and outputs may leave their shapes open. Raises `GraphError`."""
-    shaped = onnx.ModelProto()
-    shaped.CopyFrom(model)
+    shaped = outline(model)
     for value in (*shaped.graph.input, *shaped.graph.output):
         value.type.tensor_type.shape.SetInParent()
     try:
@@ -88,6 +88,21 @@ def check_model(model: onnx.ModelProto) -> None:
 
 def _first(error: BaseException) -> str:
     return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:300]
+
+
+def _no_text(message: Any) -> bytes | None:
+    """What should be text and is not UTF-8, if anything: protobuf gives it as bytes."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        several = list(value) if hasattr(value, "extend") else [value]
+        if field.type == field.TYPE_STRING:
+            found = next((one for one in several if not isinstance(one, str)), None)
+        else:
+            found = next((odd for one in several if (odd := _no_text(one)) is not None), None)
+        if found is not None:
+            return bytes(found)
+    return None
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -58,12 +58,19 @@ def _saturates() -> bool:
         return False
 
 
-def session(model: str | bytes, threads: int = 1) -> ort.InferenceSession:
-    """An `InferenceSession` on the CPU with edgekit's settings. Raises `BackendError` where the graph does not load."""
+def session(model: str | bytes, threads: int = 1, *, sparing: bool = False) -> ort.InferenceSession:
+    """An `InferenceSession` on the CPU with edgekit's settings. ``sparing``: slower, and holds its weights once.
+
+    Raises `BackendError` where the graph does not load.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if sparing:
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if _saturates():
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:

@@ -379,6 +379,14 @@ def test_a_damaged_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
     assert "\n" not in message
 
 
+def test_a_name_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    """Protobuf gives it as bytes, and nothing that looks a name up takes these."""
+    whole = shaped_reshape().SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(whole.replace(b"Reshape", b"Resh\xffpe"))
+    with pytest.raises(GraphError, match="is damaged"):
+        read_model(tmp_path / "m.onnx")
+
+
 def test_the_command_refuses_junk_in_a_few_lines(cli: Any, tmp_path: Path, tiny_onnx: Path) -> None:
     (tmp_path / "junk.onnx").write_bytes(b"\x08\x07not an onnx file" * 40)
     (tmp_path / "cut.onnx").write_bytes(tiny_onnx.read_bytes()[:5000])
