@@ -27,7 +27,8 @@ class _Bytes(click.ParamType[float]):
 @click.command()
 @bundle_argument()
 @out_option("The pruned bundle to write.", "B2")
-@click.option("--keep", "--macs", type=float, metavar="SHARE", help="Share of the MACs to keep.  [default: 0.5]")
+@click.option("--keep", type=float, metavar="SHARE", help="Share of the MACs to keep.  [default: 0.5]")
+@click.option("--macs", type=float, metavar="SHARE", help="The same as --keep.")
 @click.option("--speedup", type=float, metavar="X", help="Cut until it measures X times faster.")
 @click.option("--latency-ms", type=float, metavar="MS", help="Cut until it measures MS milliseconds a sample.")
 @click.option("--size", type=_Bytes(), metavar="BYTES", help="Cut to float32 weights of so many bytes; 100k, 1.5M.")
@@ -62,7 +63,7 @@ class _Bytes(click.ParamType[float]):
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg", help="Draw what each layer bears.")
 @targets_option
 @answers
-def prune(bundle: Path, out: Path, plot: Path | None, **options: Any) -> Answer:
+def prune(bundle: Path, out: Path, plot: Path | None, keep: float | None, macs: float | None, **options: Any) -> Answer:
     """Remove channels, recurrent units, attention heads and blocks from a trained bundle, fine-tune, and measure the gain.
 
     What loses least for the time it saves goes first, by a table of layers timed on this machine. The speed-up is measured
@@ -76,14 +77,16 @@ def prune(bundle: Path, out: Path, plot: Path | None, **options: Any) -> Answer:
       edgekit prune parcels.edge --out sparse.edge --sparsity 2:4
     """
     import edgekit
-    from edgekit.errors import BudgetNotMet
+    from edgekit.errors import BudgetNotMet, UsageError
     from edgekit.pruning.picture import check_picture, draw_pruning
 
+    if keep is not None and macs is not None:
+        raise UsageError("--keep and --macs arrived together", "give one of them: they are the same")
     if plot is not None:
         check_picture(plot)
     missed = None
     try:
-        pruned = edgekit.prune(bundle, out=out, **options)
+        pruned = edgekit.prune(bundle, out=out, keep=macs if keep is None else keep, **options)
     except BudgetNotMet as error:
         if not out.exists():
             raise

@@ -167,6 +167,13 @@ def test_more_than_can_go_is_refused_before_anything_is_trained(cli, trained_bun
     assert "fine-tuning" not in outcome.err
 
 
+def test_one_target_has_two_names_and_is_given_once(cli, trained_bundle: Bundle, tmp_path: Path):
+    outcome = cli("prune", trained_bundle.path, "--out", tmp_path / "p.edge", "--keep", "0.5", "--macs", "0.4")
+    assert outcome.code == 2
+    assert "--keep and --macs arrived together" in outcome.err
+    assert cli("prune", trained_bundle.path, "--out", tmp_path / "p.edge", "--macs", "0.001").code == 2  # reaches the verb
+
+
 def test_gates(trained_bundle: Bundle):
     figures = {"top1": 0.9, "drop": 0.6, "speedup": 1.9, "latency_ms": 5.2, "macs": 1, "parameters": 1}
     _gate(trained_bundle, figures, Target("speedup", 1 / 1.9), 0.6)
