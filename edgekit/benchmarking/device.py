@@ -17,21 +17,14 @@ from typing import Any, NamedTuple
 
 from edgekit.version import __version__
 
+from .sensors import clocks_mhz, read_text, temperatures, throttle_events, throttling
+
 __all__ = ["Load", "Sensors", "fingerprint", "package_versions", "resident_mb"]
 
 #: Distributions whose version changes figures.
 PACKAGES = ("edgekit", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings")
 #: In powersave these drivers still clock up under load; with all others it pins the lowest clock.
 _SELF_CLOCKING = ("intel_pstate", "amd-pstate-epp", "amd_pstate_epp")
-
-
-def _read(root: Path, name: str) -> str:
-    """Text of a small file below ``root``, stripped (device tree strings end in NUL); "" where it cannot be read."""
-    try:
-        with (root / name).open("rb") as file:
-            return file.read(1 << 20).decode(errors="replace").strip("\0 \t\r\n")
-    except OSError:
-        return ""
 
 
 def _found(pattern: str, text: str) -> str | None:
@@ -63,9 +56,9 @@ def fingerprint(root: str | os.PathLike[str] = "/") -> dict[str, Any]:
         **_cpu(tree),
         "architecture": platform.machine(),
         "memory_mb": _memory_mb(tree),
-        "kernel": _read(tree, "proc/sys/kernel/osrelease") or None,
+        "kernel": read_text(tree, "proc/sys/kernel/osrelease") or None,
         "gpu": _gpus(tree),
-        "driver": _found(r"NVRM version:.*?\s(\d{3,}\.\d+(?:\.\d+)?)\b", _read(tree, "proc/driver/nvidia/version")),
+        "driver": _found(r"NVRM version:.*?\s(\d{3,}\.\d+(?:\.\d+)?)\b", read_text(tree, "proc/driver/nvidia/version")),
         "jetson": _jetson(tree),
         "python": platform.python_version(),
         "versions": package_versions(),
@@ -73,40 +66,40 @@ def fingerprint(root: str | os.PathLike[str] = "/") -> dict[str, Any]:
 
 
 def _cpu(tree: Path) -> dict[str, Any]:
-    info = _read(tree, "proc/cpuinfo")
+    info = read_text(tree, "proc/cpuinfo")
     model = _found(r"^(?:model name|Model)\s*:\s*(.+)$", info)
     if model is None and (part := _found(r"^CPU part\s*:\s*(\S+)", info)):  # 64-bit Arm names no model
         vendor = _found(r"^CPU implementer\s*:\s*(\S+)", info)
         model = f"implementer {vendor} part {part}"
     usable = len(os.sched_getaffinity(0)) if tree == Path("/") else len(re.findall(r"^processor\s*:", info, re.M))
     clock = "sys/devices/system/cpu/cpu0/cpufreq"
-    now = _read(tree, f"{clock}/scaling_cur_freq")  # kHz
-    top = _read(tree, f"{clock}/cpuinfo_max_freq")
+    now = read_text(tree, f"{clock}/scaling_cur_freq")  # kHz
+    top = read_text(tree, f"{clock}/cpuinfo_max_freq")
     shown = _found(r"^cpu MHz\s*:\s*([\d.]+)", info)
     return {
         "cpu": model,
         "cores": usable,
-        "governor": _read(tree, f"{clock}/scaling_governor") or None,
+        "governor": read_text(tree, f"{clock}/scaling_governor") or None,
         "mhz": int(now) // 1000 if now.isdigit() else round(float(shown)) if shown else None,
         "mhz_max": int(top) // 1000 if top.isdigit() else None,
     }
 
 
 def _memory_mb(tree: Path) -> int | None:
-    kilobytes = _found(r"^MemTotal:\s*(\d+) kB", _read(tree, "proc/meminfo"))
+    kilobytes = _found(r"^MemTotal:\s*(\d+) kB", read_text(tree, "proc/meminfo"))
     return int(kilobytes) // 1024 if kilobytes else None
 
 
 def _gpus(tree: Path) -> list[str]:
     """Names of discrete NVIDIA GPUs; the kernel driver lists them without CUDA being touched."""
     files = sorted(glob.glob("proc/driver/nvidia/gpus/*/information", root_dir=tree))
-    models = [_found(r"^Model:\s*(.+)$", _read(tree, name)) for name in files]
+    models = [_found(r"^Model:\s*(.+)$", read_text(tree, name)) for name in files]
     return [model for model in models if model]
 
 
 def _jetson(tree: Path) -> dict[str, Any] | None:
     """Board, L4T release (``36.4.3``) and power mode of a Jetson; None elsewhere."""
-    model, release = _read(tree, "proc/device-tree/model"), _read(tree, "etc/nv_tegra_release")
+    model, release = read_text(tree, "proc/device-tree/model"), read_text(tree, "etc/nv_tegra_release")
     if not release and "jetson" not in model.lower():
         return None
     found = re.search(r"R(\d+)\s*\(release\),\s*REVISION:\s*([\d.]+)", release)
@@ -119,16 +112,16 @@ def _jetson(tree: Path) -> dict[str, Any] | None:
 
 def _power_mode(tree: Path) -> str | None:
     """nvpmodel's mode by name: the status file holds its number, the configuration its name."""
-    number = _found(r"pmode:(\d+)", _read(tree, "var/lib/nvpmodel/status"))
+    number = _found(r"pmode:(\d+)", read_text(tree, "var/lib/nvpmodel/status"))
     if number is None:
         return None
-    name = _found(rf"<\s*POWER_MODEL\s+ID=0*{int(number)}\s+NAME=(\S+)\s*>", _read(tree, "etc/nvpmodel.conf"))
+    name = _found(rf"<\s*POWER_MODEL\s+ID=0*{int(number)}\s+NAME=(\S+)\s*>", read_text(tree, "etc/nvpmodel.conf"))
     return name or f"mode {int(number)}"
 
 
 def resident_mb(root: str | os.PathLike[str] = "/") -> float | None:
     """This process's resident memory (VmRSS) in MB (10^6 bytes)."""
-    kilobytes = _found(r"^VmRSS:\s*(\d+) kB", _read(Path(root), "proc/self/status"))
+    kilobytes = _found(r"^VmRSS:\s*(\d+) kB", read_text(Path(root), "proc/self/status"))
     return int(kilobytes) * 1024 / 1e6 if kilobytes else None
 
 
@@ -136,13 +129,15 @@ class Load(NamedTuple):
     """What else ran between two `Sensors` readings.
 
     ``others``: cores that other processes kept busy; ``stolen``: cores that the hypervisor gave away;
-    ``preempted``: times a second that this process lost its core; ``throttled``: thermal throttling events.
+    ``preempted``: times a second that this process lost its core; ``throttled``: times that heat or current slowed the
+    machine; ``held``: cooling devices that held clocks down at the end.
     """
 
     others: float
     stolen: float
     preempted: float
     throttled: int
+    held: tuple[str, ...] = ()
 
     def reasons(self, cores: int, threads: int) -> list[str]:
         """Why figures taken under this load are not to be trusted; empty where they are."""
@@ -153,7 +148,9 @@ class Load(NamedTuple):
         if self.stolen > 0.02 * cores:
             found.append(f"the hypervisor took {self.stolen:.2f} cores away")
         if self.throttled:
-            found.append(f"the CPU throttled {self.throttled} times on heat")
+            found.append(f"the machine throttled {self.throttled} times, on heat or current")
+        if self.held:
+            found.append(f"clocks are held down by {', '.join(self.held)}: cool the board, or lower its power mode")
         return found
 
 
@@ -162,7 +159,7 @@ class Sensors:
 
     def __init__(self, root: str | os.PathLike[str] = "/") -> None:
         tree = Path(root)
-        ticks = [int(n) for n in (_found(r"^cpu\s+(.+)$", _read(tree, "proc/stat")) or "").split()] + [0] * 8
+        ticks = [int(n) for n in (_found(r"^cpu\s+(.+)$", read_text(tree, "proc/stat")) or "").split()] + [0] * 8
         user, nice, system, _idle, _iowait, irq, softirq, steal = ticks[:8]
         usage = resource.getrusage(resource.RUSAGE_SELF)
         hertz = os.sysconf("SC_CLK_TCK")
@@ -171,11 +168,11 @@ class Sensors:
         self.stolen = steal / hertz
         self.own = usage.ru_utime + usage.ru_stime
         self.switches = usage.ru_nivcsw
-        counters = glob.glob("sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count", root_dir=tree)
-        self.throttled = sum(int(text) for name in counters if (text := _read(tree, name)).isdigit())
-        self.load_average = _found(r"^(\S+)", _read(tree, "proc/loadavg"))
+        self.throttled, self.throttling = throttle_events(tree), throttling(tree)
+        self.temperatures, self.clocks_mhz = temperatures(tree), clocks_mhz(tree)
+        self.load_average = _found(r"^(\S+)", read_text(tree, "proc/loadavg"))
         clock = "sys/devices/system/cpu/cpu0/cpufreq"
-        self.governor, self.driver = _read(tree, f"{clock}/scaling_governor"), _read(tree, f"{clock}/scaling_driver")
+        self.governor, self.driver = read_text(tree, f"{clock}/scaling_governor"), read_text(tree, f"{clock}/scaling_driver")
 
     def since(self, earlier: Sensors) -> Load:
         wall = max(self.seconds - earlier.seconds, 1e-9)
@@ -184,6 +181,7 @@ class Sensors:
             stolen=max(0.0, (self.stolen - earlier.stolen) / wall),
             preempted=(self.switches - earlier.switches) / wall,
             throttled=max(0, self.throttled - earlier.throttled),
+            held=tuple(self.throttling),
         )
 
     @property

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 
@@ -19,11 +19,25 @@ from edgekit.runtime import Model
 from edgekit.runtime.backends import Runner, open_runner
 from edgekit.runtime.model import Precision
 
+from .cold import process_start_ms
 from .device import Sensors, fingerprint, resident_mb
 from .gate import judge, load_earlier, parse_share
 from .inputs import Feeds, batchable, feeds_for, frame_for, golden_or_none
-from .scenarios import MIN_ITERATIONS, SCENARIOS, Call, Run, WarmUp, offline, server, single_stream, warm_up
-from .statistics import coefficient_of_variation, histogram, percentiles, thin
+from .scenarios import (
+    KEY,
+    MIN_ITERATIONS,
+    SCENARIOS,
+    Call,
+    Run,
+    WarmUp,
+    multi_stream,
+    offline,
+    server,
+    single_stream,
+    warm_up,
+)
+from .sensors import PowerMeter
+from .statistics import coefficient_of_variation, histogram, jitter, percentiles, thin
 
 __all__ = ["bench"]
 
@@ -31,6 +45,8 @@ __all__ = ["bench"]
 MAX_DRIFT = 0.05
 _BATCHES = (1, 4, 16, 64)
 _MAX_BATCH_BYTES = 64 << 20
+STREAMS, MAX_STREAMS = 8, 1024  # MLPerf's multi-stream asks for 8 samples at once
+_STARTS = 3  # processes started for their first answer
 _FILE = "bench/{}-{}-{}.json"
 
 
@@ -43,6 +59,7 @@ def bench(
     threads: int = 1,
     seconds: float = 2.0,
     batch: int | None = None,
+    streams: int | None = None,
     rate: float | None = None,
     against: str | os.PathLike[str] | None = None,
     fail_over: str | float | None = None,
@@ -51,7 +68,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure a bundle, write the result into it as ``bench/BACKEND-PRECISION-SCENARIO.json``, and return it.
 
-    ``scenario``: ``single-stream``, ``offline`` (``batch`` fixes the batch; default: the fastest of 1, 4, 16, 64) or
+    ``scenario``: ``single-stream``, ``multi-stream`` (``streams`` samples a query, default 8, in one batch where the graph
+    takes it), ``offline`` (``batch`` fixes the batch; default: the fastest of 1, 4, 16, 64) or
     ``server`` (``rate``: arrivals a second; default: 70% of what the model can serve). ``threads``: CPU cores, 0 for
     all. ``seconds``: of the measurement proper, after a warm-up that lasts until the medians settle. ``against``: an
     earlier result file or a benched bundle; ``fail_over``: ``"5%"`` raises `BudgetNotMet` where p50 grew by more, and
@@ -59,25 +77,28 @@ def bench(
     the bundle as it is.
 
     The answer holds ``latency_ms`` (p50, p90, p95, p99, p999 from 10,000 samples on, min, mean, max), ``throughput``
-    (inferences/s), ``cv`` (all samples) and ``drift`` (CV of the medians of twenty stretches), ``histogram``,
-    ``cold_start_ms`` (open, hash check and first inference), ``memory``, ``end_to_end`` (`Model` called with a frame;
-    image models, single-stream), ``trustworthy`` with ``reasons``, ``device``, ``load``, ``protocol``, ``samples_ms``.
+    (inferences/s), ``key`` (which of these MLPerf compares), ``cv`` (all samples) and ``drift`` (CV of the medians of twenty
+    stretches), ``jitter_ms`` (median change from one call to the next), ``histogram``, ``cold_start_ms`` (open, hash check
+    and first inference), ``process_start_ms`` (the same from the start of Python on), ``memory``, ``end_to_end`` (`Model`
+    called with a frame; image models, single-stream), ``energy`` (by power rail, in a run of its own; None without rails),
+    ``temperatures`` and ``clocks_mhz`` ``before`` and ``after``, ``trustworthy`` with ``reasons``, ``device``, ``load``,
+    ``protocol``, ``samples_ms``.
     A failed gate never overwrites the file it was held against.
 
     Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run it.
     """
-    _check(scenario, precision, seconds, batch, rate)
+    _check(scenario, precision, seconds, batch, streams, rate)
     limit = parse_share(fail_over)
     if limit is not None and against is None:
         raise UsageError("--fail-over needs a result to hold this one against", "add --against FILE")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    with _opened(opened, backend, precision, threads) as (model, costs):
+    with _opened(opened, backend, precision, threads, starts=_STARTS if seconds >= 1 else 1) as (model, costs):
         graph = _graph(opened, precision)
         name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
         earlier = load_earlier(against, name) if against is not None else None
         if earlier and scenario == "server":
             rate = rate or earlier.rate  # latencies under another load would tell nothing
-        measured = _measure(model, scenario, seconds, batch, rate)
+        measured = _measure(model, _Asked(scenario, seconds, batch, streams, rate))
     result = {**_subject(opened, graph), **measured, **costs}
     comparison = judge(earlier, result, limit, force=force) if earlier else None
     failed = comparison is not None and comparison["passed"] is False
@@ -85,7 +106,7 @@ def bench(
     saved = save and not (failed and overwrites)
     if saved:
         config = {"backend": backend, "scenario": scenario, "precision": precision, "threads": threads}
-        _save(opened, name, result, config | {"seconds": seconds, "batch": batch, "rate": rate})
+        _save(opened, name, result, config | {"seconds": seconds, "batch": batch, "streams": streams, "rate": rate})
     answer = {"bundle": str(opened.path), "file": str(opened.path / name) if saved else None, **result, "against": comparison}
     if comparison and failed:
         raise _gate_failed(comparison, answer)
@@ -110,7 +131,7 @@ def _save(bundle: Bundle, name: str, result: dict[str, Any], config: dict[str, A
     bundle.extend({name: msgspec.json.encode(result) + b"\n"}, bundle.entry("bench", config, figures))
 
 
-def _check(scenario: str, precision: str, seconds: float, batch: int | None, rate: float | None) -> None:
+def _check(scenario: str, precision: str, seconds: float, batch: int | None, streams: int | None, rate: float | None) -> None:
     if scenario not in SCENARIOS:
         raise UsageError(f"there is no scenario {scenario!r}", f"choose one of: {', '.join(SCENARIOS)}")
     if precision not in get_args(Precision):
@@ -119,6 +140,11 @@ def _check(scenario: str, precision: str, seconds: float, batch: int | None, rat
         raise UsageError(f"{seconds:g} seconds cannot be measured", "choose --seconds from 0.01 to 3600")
     if batch is not None and (scenario != "offline" or batch < 1):
         raise UsageError(f"--batch {batch} does not fit the {scenario} scenario", "use --scenario offline --batch N, N >= 1")
+    if streams is not None and (scenario != "multi-stream" or not 1 <= streams <= MAX_STREAMS):
+        raise UsageError(
+            f"--streams {streams} does not fit the {scenario} scenario",
+            f"use --scenario multi-stream --streams N, N from 1 to {MAX_STREAMS}",
+        )
     if rate is not None and (scenario != "server" or not 0 < rate <= 1e6):
         raise UsageError(
             f"--rate {rate:g} does not fit the {scenario} scenario", "use --scenario server --rate N, N up to a million"
@@ -147,8 +173,11 @@ def _graph(bundle: Bundle, precision: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(bundle: Bundle, backend: str, precision: Precision, threads: int) -> Iterator[tuple[Model, dict[str, Any]]]:
-    """The model, open, and what opening it cost: ``cold_start_ms`` (with hash check and first inference), ``memory``."""
+def _opened(
+    bundle: Bundle, backend: str, precision: Precision, threads: int, starts: int
+) -> Iterator[tuple[Model, dict[str, Any]]]:
+    """The model, open, and what opening it cost: ``cold_start_ms`` (with hash check and first inference), ``process_start_ms``
+    (of so many ``starts``), ``memory``."""
     open_runner(bundle, backend)  # imports the backend: once a process, and not the model's cost
     before, start = resident_mb(), time.perf_counter()
     with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
@@ -159,42 +188,59 @@ def _opened(bundle: Bundle, backend: str, precision: Precision, threads: int) ->
         cold_start = loaded - start + time.perf_counter() - first
         after = resident_mb()
         grown = after - before if before is not None and after is not None else None
-        yield model, {"cold_start_ms": cold_start * 1e3, "memory": {"rss_mb": after, "model_mb": grown}}
+        yield (
+            model,
+            {
+                "cold_start_ms": cold_start * 1e3,
+                "process_start_ms": process_start_ms(model, precision, threads, feeds, starts),
+                "memory": {"rss_mb": after, "model_mb": grown},
+            },
+        )
 
 
-def _measure(model: Model, scenario: str, seconds: float, batch: int | None, rate: float | None) -> dict[str, Any]:
+class _Asked(NamedTuple):
+    """How to measure."""
+
+    scenario: str
+    seconds: float
+    batch: int | None
+    streams: int | None
+    rate: float | None
+
+
+def _measure(model: Model, asked: _Asked) -> dict[str, Any]:
     """Warm up, run the scenario, and judge the run."""
     runner, golden = model.runner, golden_or_none(model.bundle)
     feeds = feeds_for(runner.inputs, golden, _least(runner))
     run_model = runner.run
     say(f"warming up {model.bundle.manifest.name} on {runner.name}")
-    warm = warm_up(lambda: run_model(feeds), limit_s=min(2.0, max(0.2, seconds)))
+    warm = warm_up(lambda: run_model(feeds), limit_s=min(2.0, max(0.2, asked.seconds)))
     before = Sensors()
-    if scenario == "offline":
-        run = offline(lambda n: _batch_call(runner, golden, n), _batches(runner, feeds, golden, batch), seconds)
-    elif scenario == "server":
-        run = server(lambda: run_model(feeds), seconds, rate)
-    else:
-        run = single_stream(lambda: run_model(feeds), seconds)
+    run, call = _run(runner, feeds, golden, asked)
     after = Sensors()
     load = after.since(before)
     cores = os.cpu_count() or 1
     threads = int(runner.describe().get("threads", 1))
     reasons = [*_doubts(run, warm), *load.reasons(cores, threads), *([after.slow_governor] if after.slow_governor else [])]
     return {
-        "scenario": scenario,
+        "scenario": asked.scenario,
         "batch": _least(runner),
         **runner.describe(),
         "latency_ms": percentiles(run.samples_ms),
         "throughput": run.throughput,
+        "key": KEY[asked.scenario],
         "iterations": len(run.samples_ms),
         "seconds": run.seconds,
         "cv": coefficient_of_variation(run.samples_ms),
         "drift": coefficient_of_variation(run.windows_ms),
+        "jitter_ms": jitter(run.samples_ms),
         "trustworthy": not reasons,
         "reasons": reasons,
         **run.extra,
-        "end_to_end": _end_to_end(model, golden, seconds) if scenario == "single-stream" else None,
+        "end_to_end": _end_to_end(model, golden, asked.seconds) if asked.scenario == "single-stream" else None,
+        "energy": _energy(call, run, asked.seconds),
+        "temperatures": {"before": before.temperatures, "after": after.temperatures},
+        "clocks_mhz": {"before": before.clocks_mhz, "after": after.clocks_mhz},
         "warm_up": warm._asdict(),
         "load": {**load._asdict(), "average_1min": after.load_average},
         "histogram": histogram(run.samples_ms),
@@ -209,6 +255,49 @@ def _measure(model: Model, scenario: str, seconds: float, batch: int | None, rat
         "device": fingerprint(),
         "samples_ms": [round(float(sample), 6) for sample in thin(run.samples_ms)],
     }
+
+
+def _run(runner: Runner, feeds: Feeds, golden: Feeds | None, asked: _Asked) -> tuple[Run, Call]:
+    """The scenario's run, and the call that it made over and over."""
+    if asked.scenario == "offline":
+        run = offline(lambda n: _batch_call(runner, golden, n), _batches(runner, feeds, golden, asked.batch), asked.seconds)
+        return run, _batch_call(runner, golden, run.extra["batch"])
+    if asked.scenario == "multi-stream":
+        streams = asked.streams or STREAMS
+        batch, query = _query(runner, feeds, golden, streams)
+        warm_up(query, limit_s=1.0)
+        run = multi_stream(query, streams, asked.seconds)
+        run.extra.update(batch=batch, streams=streams)
+        return run, query
+
+    def call() -> Any:
+        return runner.run(feeds)
+
+    return (server(call, asked.seconds, asked.rate) if asked.scenario == "server" else single_stream(call, asked.seconds)), call
+
+
+def _query(runner: Runner, feeds: Feeds, golden: Feeds | None, streams: int) -> tuple[int, Call]:
+    """One sample of each stream: in one batch where the graph takes it, else one after the other. Returns (batch, call)."""
+    with contextlib.suppress(UsageError):
+        _batches(runner, feeds, golden, streams)
+        return streams, _batch_call(runner, golden, streams)
+
+    def one_by_one() -> None:
+        for _ in range(streams):
+            runner.run(feeds)
+
+    return _least(runner), one_by_one
+
+
+def _energy(call: Call, run: Run, seconds: float) -> dict[str, Any] | None:
+    """Per inference, in a run of its own: reading the sensors takes time. None where the machine has no rails."""
+    meter = PowerMeter()
+    if not meter:
+        return None
+    with meter:
+        again = single_stream(call, seconds / 2, "energy")
+    per_call = round(run.throughput * run.seconds / len(run.samples_ms))
+    return meter.energy.record(len(again.samples_ms) * per_call) if meter.energy else None
 
 
 def _doubts(run: Run, warm: WarmUp) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "coefficient_of_variation", "histogram", "median_ratio", "percentiles", "thin"]
+__all__ = ["Interval", "coefficient_of_variation", "histogram", "jitter", "median_ratio", "percentiles", "thin"]
 
 Floats = NDArray[np.float64]
 _BATCHES = 8
@@ -31,6 +31,11 @@ def coefficient_of_variation(values: Floats) -> float:
     """Standard deviation over mean; 0 for fewer than two values or a zero mean."""
     mean = float(values.mean()) if len(values) > 1 else 0.0
     return float(values.std(ddof=1) / mean) if mean else 0.0
+
+
+def jitter(samples_ms: Floats) -> float:
+    """Median of the absolute change from one latency to the next, ms; 0 for a single one (RFC 3550's, without its filter)."""
+    return float(np.median(np.abs(np.diff(samples_ms)))) if len(samples_ms) > 1 else 0.0
 
 
 def histogram(samples_ms: Floats, bins: int = 40) -> dict[str, Any]:

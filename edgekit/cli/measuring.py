@@ -25,12 +25,14 @@ WORST_LAYERS = 12
     default="single-stream",
     show_default=True,
     metavar="NAME",
-    help="single-stream (one after the other), offline (throughput in batches), server (Poisson arrivals).",
+    help="single-stream (one after the other), multi-stream (several samples a query), offline (throughput in batches),"
+    " server (Poisson arrivals).",
 )
 @click.option("--precision", default="auto", show_default=True, metavar="NAME", help="auto, float or int8.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(0, 1024), help="CPU cores, 0 for all.")
 @click.option("--seconds", default=2.0, show_default=True, type=float, help="Length of the measurement after the warm-up.")
 @click.option("--batch", type=int, help="offline: the batch; default: the fastest of 1, 4, 16, 64.")
+@click.option("--streams", type=int, help="multi-stream: samples a query, as of so many cameras; default: 8.")
 @click.option("--rate", type=float, help="server: arrivals a second; default: 70% of what the model can serve.")
 @click.option("--against", metavar="FILE", type=click.Path(path_type=Path), help="An earlier result, or a benched bundle.")
 @click.option("--fail-over", metavar="SHARE", help="With --against: exit 3 if p50 grew by more, for example 5%.")
@@ -45,6 +47,7 @@ def bench(bundle: Path, **options: Any) -> Answer:
     \b
     Example:
       edgekit bench digits.edge
+      edgekit bench digits.edge --scenario multi-stream --streams 4
       edgekit bench digits.edge --scenario server --rate 200
       edgekit bench digits.edge --against baseline.json --fail-over 5%
     """
@@ -168,16 +171,29 @@ def _layers_text(result: dict[str, Any]) -> str:
 
 
 def _bench_text(result: dict[str, Any]) -> str:
-    latency = {key: value for key, value in result["latency_ms"].items() if key in ("p50", "p90", "p99", "p999", "mean")}
+    shown = ("p50", "p90", "p95", "p99", "p999", "mean")
+    latency = {key: value for key, value in result["latency_ms"].items() if key in shown}
     device = result["device"]
     lines = [
         f"{result['model']}  {result['graph']} on {result['backend']} {result['version']}, {result['threads']} thread(s)",
-        f"{result['scenario']}, batch {result['batch']}, {result['iterations']} runs in {result['seconds']:.1f} s "
-        f"on {device['cpu']}, {device['cores']} cores",
+        f"{result['scenario']}, batch {result['batch']} (MLPerf compares {result['key']}), "
+        f"{result['iterations']} runs in {result['seconds']:.1f} s on {device['cpu']}, {device['cores']} cores",
         "latency ms   " + "  ".join(f"{key} {value:.4g}" for key, value in latency.items()),
         f"throughput   {result['throughput']:.4g} inferences/s",
-        f"cold start   {result['cold_start_ms']:.4g} ms",
+        f"jitter       {result['jitter_ms']:.2g} ms from one call to the next",
+        f"cold start   {result['cold_start_ms']:.4g} ms to open and answer"
+        + (f", {result['process_start_ms']:.4g} ms from the start of Python" if result["process_start_ms"] else ""),
     ]
+    if energy := result["energy"]:
+        rails = [energy["whole"]] if energy["whole"] else list(energy["watts"])
+        each = (
+            f"{rail} {energy['watts'][rail]:.3g} W, {energy['mj_per_inference'][rail]:.3g} mJ an inference" for rail in rails
+        )
+        lines.append(f"energy       {'; '.join(each)}")
+    if heat := result["temperatures"]["after"]:
+        warmest = max(heat, key=lambda zone: heat[zone])
+        before = result["temperatures"]["before"].get(warmest)
+        lines.append(f"heat         {warmest} {'?' if before is None else f'{before:.0f}'} -> {heat[warmest]:.0f} degrees")
     if result.get("int8") == "float":
         lines.append("int8         computed in float: ONNX Runtime's int8 kernels overflow on a CPU without VNNI")
     if "queue" in result:

@@ -85,6 +85,22 @@ def test_offline_runs_batches(tiny_bundle: Bundle) -> None:
     assert fixed["throughput"] == pytest.approx(3 * fixed["iterations"] / fixed["seconds"])
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_query_of_several_streams(tiny_bundle: Bundle, tmp_path: Path, tiny_onnx: Path, dynamic: bool) -> None:
+    """In one batch where the graph takes it, one after the other where it does not."""
+    bundle = tiny_bundle if dynamic else edgekit.import_onnx(tiny_onnx, out=tmp_path / "one.edge", shape="x:1x3x32x32")
+    result = edgekit.bench(bundle, scenario="multi-stream", streams=4, seconds=0.1, save=False)
+    assert (result["streams"], result["batch"], result["key"]) == (4, 4 if dynamic else 1, "p99")
+    assert result["throughput"] == pytest.approx(4 * result["iterations"] / result["seconds"])
+
+
+def test_a_process_takes_longer_than_an_open_interpreter(tiny_bundle: Bundle) -> None:
+    result = edgekit.bench(tiny_bundle, seconds=SHORT, save=False)
+    assert result["process_start_ms"] > result["cold_start_ms"]
+    assert 0 <= result["jitter_ms"] < result["latency_ms"]["max"]
+    assert result["energy"] is None or result["energy"]["watts"]
+
+
 def test_server_queues(tiny_bundle: Bundle) -> None:
     answer = edgekit.bench(tiny_bundle, scenario="server", rate=400, seconds=0.5)
     assert answer["rate"] == 400
@@ -265,6 +281,8 @@ def test_no_file_and_no_result_in_a_bundle(tiny_bundle: Bundle, tmp_path: Path) 
         ["--seconds", "nan"],
         ["--batch", "4"],
         ["--scenario", "offline", "--batch", "0"],
+        ["--streams", "4"],
+        ["--scenario", "multi-stream", "--streams", "0"],
         ["--rate", "5"],
         ["--scenario", "server", "--rate", "-1"],
         ["--fail-over", "5%"],
