@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .benchmarking import bench, compare
+    from .benchmarking import bench, bench_pair, compare
     from .bundle import Bundle
     from .compiler import build, estimate, import_onnx
     from .deployment import install, pack, verify
@@ -35,6 +35,7 @@ _HOMES = {
     "Bundle": "bundle",
     "EdgekitError": "errors",
     "bench": "benchmarking",
+    "bench_pair": "benchmarking",
     "build": "compiler",
     "compare": "benchmarking",
     "estimate": "compiler",
@@ -57,6 +58,7 @@ __all__ = [
     "EdgekitError",
     "__version__",
     "bench",
+    "bench_pair",
     "build",
     "compare",
     "estimate",

@@ -5,5 +5,6 @@ from __future__ import annotations
 from .checkup import doctor
 from .comparison import compare
 from .harness import bench
+from .pairs import bench_pair
 
-__all__ = ["bench", "compare", "doctor"]
+__all__ = ["bench", "bench_pair", "compare", "doctor"]

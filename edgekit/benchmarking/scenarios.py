@@ -24,7 +24,19 @@ from edgekit.progress import say, track
 
 from .statistics import coefficient_of_variation, percentiles
 
-__all__ = ["KEY", "SCENARIOS", "Run", "WarmUp", "multi_stream", "offline", "server", "single_stream", "warm_up"]
+__all__ = [
+    "KEY",
+    "SCENARIOS",
+    "Run",
+    "WarmUp",
+    "multi_stream",
+    "no_collector",
+    "offline",
+    "server",
+    "single_stream",
+    "stretch",
+    "warm_up",
+]
 
 Call = Callable[[], Any]
 #: Scenario -> the figure that MLPerf compares: a percentile, or samples a second.
@@ -60,7 +72,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     """Python's cycle collector off, as in `timeit`: its pauses belong to the harness, not to the model."""
     enabled = gc.isenabled()
     gc.collect()
@@ -72,7 +84,7 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _stretch(call: Call, seconds: float, least: int, patience: float = PATIENCE) -> list[int]:
+def stretch(call: Call, seconds: float, least: int, patience: float = PATIENCE) -> list[int]:
     """Call until ``seconds`` and ``least`` calls are reached, or ``patience`` times the seconds; ns of each call."""
     samples: list[int] = []
     start = perf_counter_ns()
@@ -92,7 +104,7 @@ def warm_up(call: Call, limit_s: float = 2.0, least_s: float = 0.2) -> WarmUp:
     medians: list[float] = []
     iterations = 0
     while True:
-        samples = _stretch(call, 0.025, 3, patience=1)
+        samples = stretch(call, 0.025, 3, patience=1)
         iterations += len(samples)
         medians.append(float(np.median(samples)))
         seconds = time.perf_counter() - begin
@@ -119,8 +131,8 @@ def offline(call_for: Callable[[int], Call], batches: list[int], seconds: float)
     tried: dict[int, float] = {}
     for batch in batches:
         call = call_for(batch)
-        _stretch(call, 0.02, 2)
-        samples = _stretch(call, 0.1, 3)
+        stretch(call, 0.02, 2)
+        samples = stretch(call, 0.1, 3)
         tried[batch] = batch * 1e9 / float(np.median(samples))
     best = max(tried, key=lambda batch: tried[batch])
     call = call_for(best)
@@ -134,10 +146,10 @@ def _measure(call: Call, seconds: float, label: str, per_call: int) -> Run:
     samples: list[int] = []
     medians: list[float] = []
     spent = 0.0
-    with _no_collector():
+    with no_collector():
         for _ in track(range(WINDOWS), label):
             begin = time.perf_counter()
-            window = _stretch(call, seconds / WINDOWS, -(-MIN_ITERATIONS // WINDOWS))
+            window = stretch(call, seconds / WINDOWS, -(-MIN_ITERATIONS // WINDOWS))
             spent += time.perf_counter() - begin
             samples += window
             medians.append(float(np.median(window)))
@@ -152,7 +164,7 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
     (``wait_ms`` percentiles, ``longest``: most that still waited when another came). The schedule is seeded: two runs at one
     rate see the same arrivals. Raises `UsageError` where so few come that there is nothing to measure.
     """
-    service_s = float(np.mean(_stretch(call, 0.2, 10))) / 1e9
+    service_s = float(np.mean(stretch(call, 0.2, 10))) / 1e9
     rate = rate or SERVER_LOAD / service_s
     count = max(MIN_ITERATIONS, int(rate * seconds))
     gaps = np.random.default_rng(0).exponential(1e9 / rate, count)
@@ -165,7 +177,7 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
             "raise --rate or --seconds",
         )
     say(f"server, {rate:.4g} arrivals a second, {seconds:g} s")
-    with _no_collector():
+    with no_collector():
         begin = perf_counter_ns()
         for i, arrival in enumerate(schedule):
             if arrival > limit:  # a low rate: `MIN_ITERATIONS` would take too long

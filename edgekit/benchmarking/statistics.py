@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "coefficient_of_variation", "histogram", "jitter", "median_ratio", "percentiles", "thin"]
+__all__ = ["Interval", "coefficient_of_variation", "histogram", "jitter", "median_ratio", "paired_ratio", "percentiles", "thin"]
 
 Floats = NDArray[np.float64]
 _BATCHES = 8
@@ -81,4 +81,22 @@ def median_ratio(old_ms: Floats, new_ms: Floats) -> Interval:
     margin = _T_99 * float(np.sqrt((new.var(ddof=1) + old.var(ddof=1)) / _BATCHES))
     ratio = float(np.median(new_ms) / np.median(old_ms))
     low, high = float(np.exp(difference - margin)), float(np.exp(difference + margin))
+    return Interval(ratio, min(low, ratio), max(high, ratio))
+
+
+def paired_ratio(old_ms: Floats, new_ms: Floats) -> Interval:
+    """The median of new / old, measured side by side (N,) each, with a 99% confidence interval, by batch means as above: the
+    logarithms of the ratios are cut into eight stretches, for the machine's pace changes slower than from one to the next.
+
+    Raises ValueError for fewer than 16 pairs, or a latency that is not positive.
+    """
+    if len(old_ms) < 2 * _BATCHES or len(old_ms) != len(new_ms) or min(old_ms.min(), new_ms.min()) <= 0:
+        raise ValueError("16 pairs of positive latencies are needed")
+    ratios = np.log(new_ms / old_ms)
+    stretches = np.array([np.median(part) for part in np.array_split(ratios, _BATCHES)])
+    middle = float(np.median(ratios))
+    margin = _T_99 * float(stretches.std(ddof=1)) / float(np.sqrt(_BATCHES))
+    centre = float(stretches.mean())
+    low, high = float(np.exp(centre - margin)), float(np.exp(centre + margin))
+    ratio = float(np.exp(middle))
     return Interval(ratio, min(low, ratio), max(high, ratio))

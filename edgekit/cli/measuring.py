@@ -19,6 +19,7 @@ WORST_LAYERS = 12
 
 @click.command("bench")
 @bundle_argument()
+@click.argument("other", metavar="[B2]", required=False, type=click.Path(path_type=Path))
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Backend; auto takes the first that works.")
 @click.option(
     "--scenario",
@@ -39,10 +40,11 @@ WORST_LAYERS = 12
 @click.option("--force", is_flag=True, help="Compare with a result of another device or version all the same.")
 @click.option("--save/--no-save", default=True, show_default=True, help="Write the result into the bundle.")
 @answers
-def bench(bundle: Path, **options: Any) -> Answer:
+def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
     """Measure latency or throughput of a bundle, and say whether the figure can be trusted.
 
-    The result is written into the bundle as bench/BACKEND-PRECISION-SCENARIO.json.
+    The result is written into the bundle as bench/BACKEND-PRECISION-SCENARIO.json. With B2, both are timed in turns, and the
+    answer is how much slower B2 is; nothing is written.
 
     \b
     Example:
@@ -50,9 +52,12 @@ def bench(bundle: Path, **options: Any) -> Answer:
       edgekit bench digits.edge --scenario multi-stream --streams 4
       edgekit bench digits.edge --scenario server --rate 200
       edgekit bench digits.edge --against baseline.json --fail-over 5%
+      edgekit bench digits.edge digits8.edge --fail-over 0
     """
     import edgekit
 
+    if other is not None:
+        return _in_turns(bundle, other, options)
     result = edgekit.bench(bundle, **options)
     return Answer(result, _bench_text(result))
 
@@ -168,6 +173,33 @@ def _layers_text(result: dict[str, Any]) -> str:
     else:
         lines.append("largest fall: none beyond what rounding to int8 costs")
     return "\n".join([*lines, *([f"drawn in {result['plot']}"] if "plot" in result else [])])
+
+
+def _in_turns(bundle: Path, other: Path, options: dict[str, Any]) -> Answer:
+    """B2 against B."""
+    from edgekit.benchmarking import bench_pair
+
+    taken = ("backend", "precision", "threads", "seconds", "fail_over")
+    context = click.get_current_context()
+    for name in options.keys() - {*taken}:
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with two bundles, which are timed in turns")
+    try:
+        result, missed = bench_pair(bundle, other, **{name: options[name] for name in taken}), None
+    except BudgetNotMet as error:
+        result, missed = dict(error.result), error
+    rows = [
+        {"": name, "bundle": one["bundle"], "graph": one["graph"], **{k: one["latency_ms"][k] for k in ("p50", "p90", "p99")}}
+        for name, one in zip("AB", result["bundles"], strict=True)
+    ]
+    lines = [
+        table(rows),
+        "",
+        f"B takes {result['ratio']:.3f} times as long as A (99% interval {result['low']:.3f} to {result['high']:.3f}, "
+        f"{result['rounds']} rounds in turns): {result['verdict']}",
+        *(f"not to be trusted: {reason}" for reason in result["reasons"]),
+    ]
+    return Answer(result, "\n".join(lines), missed=missed)
 
 
 def _bench_text(result: dict[str, Any]) -> str:

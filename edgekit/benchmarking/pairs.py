@@ -1,0 +1,123 @@
+"""Two models timed in turns: what disturbs the machine falls on both alike, so a small difference shows where two runs, one
+after the other, would drown it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit.bundle import Bundle
+from edgekit.errors import BudgetNotMet, UsageError
+from edgekit.progress import say, track
+from edgekit.runtime import Model
+from edgekit.runtime.model import Precision
+
+from .device import Sensors, fingerprint
+from .gate import parse_share
+from .inputs import feeds_for, golden_or_none
+from .scenarios import Call, no_collector, stretch, warm_up
+from .statistics import paired_ratio, percentiles
+
+__all__ = ["bench_pair"]
+
+ROUNDS = 40  # at least
+BURST_S = 0.01  # of one model before the other has its turn
+WIDE = 0.1  # of the interval's width, beyond which it says little
+
+
+def bench_pair(
+    first: Bundle | str | os.PathLike[str],
+    second: Bundle | str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    precision: Precision = "auto",
+    threads: int = 1,
+    seconds: float = 2.0,
+    fail_over: str | float | None = None,
+) -> dict[str, Any]:
+    """Time ``second`` against ``first``: single inferences, in bursts that alternate and change their order every round.
+
+    ``seconds``: of each. ``ratio``: median over the rounds of second's median over first's, with its 99% interval ``low``
+    .. ``high``; ``verdict``: whether ``second`` is ``slower``, ``faster`` or the ``same`` (the interval holds 1).
+    ``bundles``: each one's ``latency_ms`` and ``graph``. Nothing is written. ``fail_over``: ``"5%"`` raises `BudgetNotMet`
+    where ``second`` takes longer by more, and the interval lies above 1.
+
+    Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run one of them.
+    """
+    limit = parse_share(fail_over)
+    if not 0.01 <= seconds <= 3600:
+        raise UsageError(f"{seconds:g} seconds cannot be measured", "choose --seconds from 0.01 to 3600")
+    bundles = [bundle if isinstance(bundle, Bundle) else Bundle.open(bundle) for bundle in (first, second)]
+    models = [Model.open(bundle.path, backend, precision=precision, threads=threads) for bundle in bundles]
+    with models[0] as one, models[1] as other:
+        calls = [_call(model) for model in (one, other)]
+        say(f"warming up {bundles[0].path.name} and {bundles[1].path.name}")
+        for call in calls:
+            warm_up(call, limit_s=min(1.0, seconds))
+        before = Sensors()
+        samples, medians = _rounds(calls, seconds)
+        load = Sensors().since(before)
+        about = [
+            {
+                "bundle": str(bundle.path),
+                "model": bundle.manifest.name,
+                "digest": bundle.digest,
+                **model.runner.describe(),
+                "graph": getattr(model.runner, "graph", None),
+                "latency_ms": percentiles(taken),
+                "iterations": len(taken),
+            }
+            for bundle, model, taken in zip(bundles, (one, other), samples, strict=True)
+        ]
+    interval = paired_ratio(medians[0], medians[1])
+    verdict = "slower" if interval.low > 1 else "faster" if interval.high < 1 else "same"
+    reasons = []
+    if interval.high / interval.low > 1 + WIDE:
+        reasons.append(f"the interval is wide ({interval.low:.3f} to {interval.high:.3f}): raise --seconds")
+    if load.throttled or load.held:
+        reasons += load.reasons(os.cpu_count() or 1, threads)[-1:]
+    answer = {
+        "bundles": about,
+        **interval._asdict(),
+        "verdict": verdict,
+        "rounds": len(medians[0]),
+        "limit": limit,
+        "passed": None if limit is None else not (interval.ratio > 1 + limit and verdict == "slower"),
+        "trustworthy": not reasons,
+        "reasons": reasons,
+        "load": load._asdict(),
+        "device": fingerprint(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if answer["passed"] is False:
+        raise BudgetNotMet(
+            f"{Path(about[1]['bundle']).name} takes {interval.ratio - 1:.1%} longer than {Path(about[0]['bundle']).name}; "
+            f"allowed is {limit:.1%} (99% interval of the ratio: {interval.low:.3f} to {interval.high:.3f})",
+            "find the change that made it slower, or raise --fail-over",
+            answer,
+        )
+    return answer
+
+
+def _call(model: Model) -> Call:
+    runner = model.runner
+    feeds = feeds_for(runner.inputs, golden_or_none(model.bundle), runner.batches[0] if runner.batches else 1)
+    return lambda: runner.run(feeds)
+
+
+def _rounds(calls: list[Call], seconds: float) -> tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
+    """All latencies, and the median of every burst, in ms, of each call."""
+    rounds = max(ROUNDS, round(seconds / BURST_S))
+    samples: list[list[int]] = [[] for _ in calls]
+    medians: list[list[float]] = [[] for _ in calls]
+    with no_collector():
+        for number in track(range(rounds), "in turns"):
+            for which in (0, 1) if number % 2 else (1, 0):  # the second of two finds the caches warm
+                burst = stretch(calls[which], seconds / rounds, 1)
+                samples[which] += burst
+                medians[which].append(float(np.median(burst)) / 1e6)
+    return [np.array(taken, np.float64) / 1e6 for taken in samples], [np.array(each) for each in medians]
