@@ -13,6 +13,7 @@ import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, BudgetNotMet, UsageError
+from edgekit.files import atomic_write
 from edgekit.manifest import ImagePreprocessing
 from edgekit.progress import say
 from edgekit.runtime import Model
@@ -23,6 +24,7 @@ from .cold import process_start_ms
 from .device import Sensors, fingerprint, resident_mb
 from .gate import judge, load_earlier, parse_share
 from .inputs import Feeds, batchable, feeds_for, frame_for, golden_or_none
+from .profile import check_profile, layer_times, times_chart
 from .scenarios import (
     KEY,
     MIN_ITERATIONS,
@@ -64,6 +66,8 @@ def bench(
     against: str | os.PathLike[str] | None = None,
     fail_over: str | float | None = None,
     force: bool = False,
+    layers: bool = False,
+    plot: Path | None = None,
     save: bool = True,
 ) -> dict[str, Any]:
     """Measure a bundle, write the result into it as ``bench/BACKEND-PRECISION-SCENARIO.json``, and return it.
@@ -73,8 +77,8 @@ def bench(
     ``server`` (``rate``: arrivals a second; default: 70% of what the model can serve). ``threads``: CPU cores, 0 for
     all. ``seconds``: of the measurement proper, after a warm-up that lasts until the medians settle. ``against``: an
     earlier result file or a benched bundle; ``fail_over``: ``"5%"`` raises `BudgetNotMet` where p50 grew by more, and
-    the 99% interval of the ratio lies above 1. ``force`` compares across devices and versions. ``save=False`` leaves
-    the bundle as it is.
+    the 99% interval of the ratio lies above 1. ``force`` compares across devices and versions. ``layers``: also time
+    each layer (`profile`); ``plot``: draw them as SVG. ``save=False`` leaves the bundle as it is.
 
     The answer holds ``latency_ms`` (p50, p90, p95, p99, p999 from 10,000 samples on, min, mean, max), ``throughput``
     (inferences/s), ``key`` (which of these MLPerf compares), ``cv`` (all samples) and ``drift`` (CV of the medians of twenty
@@ -92,13 +96,18 @@ def bench(
     if limit is not None and against is None:
         raise UsageError("--fail-over needs a result to hold this one against", "add --against FILE")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    layers = layers or plot is not None
     with _opened(opened, backend, precision, threads, starts=_STARTS if seconds >= 1 else 1) as (model, costs):
         graph = _graph(opened, precision)
+        if layers:
+            check_profile(model.runner.name, plot)
         name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
         earlier = load_earlier(against, name) if against is not None else None
         if earlier and scenario == "server":
             rate = rate or earlier.rate  # latencies under another load would tell nothing
         measured = _measure(model, _Asked(scenario, seconds, batch, streams, rate))
+        if layers:
+            measured["profile"] = _profiled(model, graph, threads, seconds, plot)
     result = {**_subject(opened, graph), **measured, **costs}
     comparison = judge(earlier, result, limit, force=force) if earlier else None
     failed = comparison is not None and comparison["passed"] is False
@@ -196,6 +205,15 @@ def _opened(
                 "memory": {"rss_mb": after, "model_mb": grown},
             },
         )
+
+
+def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path | None) -> dict[str, Any]:
+    say("timing every layer")
+    feeds = feeds_for(model.runner.inputs, golden_or_none(model.bundle), _least(model.runner))
+    found = layer_times(model.bundle, graph, threads, feeds, seconds / 2)
+    if plot is not None:
+        atomic_write(plot, times_chart(found, f"{model.bundle.path.name}/{graph} on {model.runner.name}").encode())
+    return found
 
 
 class _Asked(NamedTuple):

@@ -38,6 +38,8 @@ WORST_LAYERS = 12
 @click.option("--against", metavar="FILE", type=click.Path(path_type=Path), help="An earlier result, or a benched bundle.")
 @click.option("--fail-over", metavar="SHARE", help="With --against: exit 3 if p50 grew by more, for example 5%.")
 @click.option("--force", is_flag=True, help="Compare with a result of another device or version all the same.")
+@click.option("--layers", is_flag=True, help="Also time every layer (onnxruntime).")
+@click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the layers' times; implies --layers.")
 @click.option("--save/--no-save", default=True, show_default=True, help="Write the result into the bundle.")
 @answers
 def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
@@ -51,6 +53,7 @@ def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
       edgekit bench digits.edge
       edgekit bench digits.edge --scenario multi-stream --streams 4
       edgekit bench digits.edge --scenario server --rate 200
+      edgekit bench digits.edge --plot layers.svg
       edgekit bench digits.edge --against baseline.json --fail-over 5%
       edgekit bench digits.edge digits8.edge --fail-over 0
     """
@@ -241,6 +244,14 @@ def _bench_text(result: dict[str, Any]) -> str:
             f"with frame   p50 {whole['latency_ms']['p50']:.4g}  p99 {whole['latency_ms']['p99']:.4g} ms, "
             f"{frame} uint8 to label"
         )
+    if profile := result.get("profile"):
+        rows = [{**row, "us": f"{row['us']:.1f}", "share": f"{row['share']:.1%}"} for row in profile["layers"][:WORST_LAYERS]]
+        lines += ["", table(rows, ["layer", "op", "us", "share", "output"])]
+        lines.append(
+            f"{len(profile['layers'])} layers; a run takes {profile['run_us']:.4g} us while they are timed, "
+            f"{profile['between_us']:.3g} us of it between them"
+        )
+        lines.append("")
     if gate := result["against"]:
         lines.append(
             f"against      p50 {gate['old_p50_ms']:.4g} -> {gate['new_p50_ms']:.4g} ms, ratio {gate['ratio']:.3f} "

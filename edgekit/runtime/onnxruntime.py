@@ -58,8 +58,9 @@ def _saturates() -> bool:
         return False
 
 
-def session(model: str | bytes, threads: int = 1, *, sparing: bool = False) -> ort.InferenceSession:
-    """An `InferenceSession` on the CPU with edgekit's settings. ``sparing``: slower, and holds its weights once.
+def session(model: str | bytes, threads: int = 1, *, sparing: bool = False, profile: str | None = None) -> ort.InferenceSession:
+    """An `InferenceSession` on the CPU with edgekit's settings. ``sparing``: slower, and holds its weights once. ``profile``:
+    the beginning of the name of a file for the times of all nodes, which ``end_profiling`` writes.
 
     Raises `BackendError` where the graph does not load.
     """
@@ -67,6 +68,8 @@ def session(model: str | bytes, threads: int = 1, *, sparing: bool = False) -> o
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     if sparing:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")

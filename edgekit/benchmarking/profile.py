@@ -1,0 +1,146 @@
+"""Where a model's time goes: each layer's share, as the runtime itself takes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit.bundle import Bundle
+from edgekit.errors import UsageError
+from edgekit.runtime.onnxruntime import session
+from edgekit.svg import checked_path, escape
+
+from .inputs import Feeds
+
+__all__ = ["BACKEND", "check_profile", "layer_times", "times_chart"]
+
+BACKEND = "onnxruntime"
+MAX_EVENTS = 500_000  # of the million that ONNX Runtime keeps
+WARM, LEAST_RUNS = 3, 20
+_SUFFIX = "_kernel_time"
+_MARK = "<!-- edgekit bench layers -->"
+SHOWN = 24
+
+
+def layer_times(bundle: Bundle, graph: str, threads: int, feeds: Feeds, seconds: float) -> dict[str, Any]:
+    """``layers``, slowest first: ``layer``, ``op`` (of the graph as ONNX Runtime runs it: fused and laid out anew), ``us``
+    (median microseconds a run), ``share`` of the layers' sum, ``output`` (shape).
+
+    ``run_us``: a whole run while each layer is timed, which is slower than without; ``between_us``: what no layer accounts
+    for. ``runs``: how many the medians are of.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgekit-profile-") as folder:
+        run = session(str(bundle.file(graph)), threads, profile=str(Path(folder) / "ort"))
+        for _ in range(WARM):
+            run.run(None, feeds)
+        one = _events(run)
+        run = session(str(bundle.file(graph)), threads, profile=str(Path(folder) / "ort"))
+        slowest_us = max(event["dur"] for event in one if event["name"] == "model_run")
+        runs = min(round(1e6 * seconds / max(slowest_us, 1)), MAX_EVENTS * WARM // len(one))
+        for _ in range(WARM + max(runs, LEAST_RUNS)):
+            run.run(None, feeds)
+        return _rows(_events(run))
+
+
+def _events(run: Any) -> list[dict[str, Any]]:
+    """What ONNX Runtime has written down, in the order of time."""
+    found: list[dict[str, Any]] = json.loads(Path(run.end_profiling()).read_text(encoding="utf-8"))
+    return found
+
+
+def _rows(events: list[dict[str, Any]]) -> dict[str, Any]:
+    taken: dict[tuple[str, str], list[int]] = defaultdict(list)
+    about: dict[tuple[str, str], Mapping[str, Any]] = {}
+    whole = [event["dur"] for event in events if event["name"] == "model_run"][WARM:]
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith(_SUFFIX):
+            key = event["args"].get("node_index", ""), event["name"].removesuffix(_SUFFIX)
+            taken[key].append(event["dur"])
+            about[key] = event["args"]
+    times = {key: float(np.median(found[WARM:])) for key, found in taken.items()}
+    total = sum(times.values()) or 1.0
+    rows = [
+        {
+            "layer": name or about[index, name].get("op_name", ""),
+            "op": about[index, name].get("op_name", ""),
+            "us": us,
+            "share": us / total,
+            "output": _shape(about[index, name].get("output_type_shape", [])),
+        }
+        for (index, name), us in times.items()
+    ]
+    run_us = float(np.median(whole)) if whole else total
+    rows.sort(key=lambda row: -row["us"])
+    return {"layers": rows, "run_us": run_us, "between_us": max(run_us - sum(times.values()), 0.0), "runs": len(whole)}
+
+
+def _shape(outputs: list[dict[str, list[int]]]) -> str:
+    return "x".join(map(str, next(iter(outputs[0].values())))) if outputs and outputs[0] else ""
+
+
+def check_profile(backend: str, picture: Path | None) -> None:
+    """Raises `UsageError` for another backend than `BACKEND`, or a picture that cannot be drawn there."""
+    if backend != BACKEND:
+        raise UsageError(f"layers are timed on {BACKEND}, not on {backend}", f"add --backend {BACKEND}")
+    if picture is not None:
+        checked_path(picture, _MARK)
+
+
+_STYLE = """
+text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #56616f }
+.title { font-size: 17px; font-weight: 600; fill: #16202c }
+.name { text-anchor: end; fill: #16202c }
+.value { font-variant-numeric: tabular-nums }
+.bar { fill: #0072b2 } .rest { fill: #a9b4c0 }
+""".strip()
+_NAME, _BAR, _VALUE, _ROW, _HEAD = 250, 420, 150, 22, 72  # pixels
+
+
+def times_chart(found: Mapping[str, Any], title: str) -> str:
+    """The slowest `SHOWN` layers as bars, and one for all others together."""
+    rows = [dict(row) for row in found["layers"][:SHOWN]]
+    rest = found["layers"][SHOWN:]
+    if rest:
+        others = {"layer": f"{len(rest)} others", "op": "", "output": "", "rest": True}
+        rows.append({**others, "us": sum(row["us"] for row in rest), "share": sum(row["share"] for row in rest)})
+    width, height = _NAME + _BAR + _VALUE + 40, _HEAD + _ROW * len(rows) + 24
+    size = f'width="{width}" height="{height}"'
+    said = f"{found['run_us'] / 1e3:.3g} ms a run, median of {found['runs']}, {len(found['layers'])} layers"
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" role="img">',
+            _MARK,
+            f"<title>{escape(title)}</title>",
+            f"<style>{_STYLE}</style>",
+            f'<rect {size} fill="#ffffff"/>',
+            f'<text class="title" x="20" y="32">{escape(title[:72])}</text>',
+            f'<text x="20" y="54">{escape(said)}</text>',
+            *_bars(rows),
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def _bars(rows: list[dict[str, Any]]) -> Iterator[str]:
+    longest = max((row["us"] for row in rows), default=0.0) or 1.0
+    for i, row in enumerate(rows):
+        y = _HEAD + _ROW * i
+        length = max(_BAR * row["us"] / longest, 1.0)
+        name = row["layer"] if len(row["layer"]) <= 34 else "…" + row["layer"][-33:]
+        hint = escape(f"{row['layer']} ({row['op']}) {row['output']}: {row['us']:.1f} us")
+        digits = max(0, 2 - int(math.log10(max(row["us"], 1))))
+        yield f'<text class="name" x="{_NAME}" y="{y + 13}">{escape(name)}</text>'
+        yield (
+            f'<rect class="{"rest" if row.get("rest") else "bar"}" x="{_NAME + 10}" y="{y + 2}" width="{length:.1f}" '
+            f'height="{_ROW - 7}" rx="2.5"><title>{hint}</title></rect>'
+        )
+        words = escape(f"{row['us']:.{digits}f} µs, {row['share']:.0%}{' ' + row['op'] if row['op'] else ''}")
+        yield f'<text class="value" x="{_NAME + 18 + length:.1f}" y="{y + 13}">{words}</text>'
