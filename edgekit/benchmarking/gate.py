@@ -12,6 +12,7 @@ import numpy as np
 from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import DataError, UsageError
 
+from .history import latest
 from .statistics import median_ratio
 
 __all__ = ["Earlier", "judge", "load_earlier", "parse_share"]
@@ -39,13 +40,15 @@ class Earlier(msgspec.Struct, frozen=True):
 
 
 def load_earlier(path: str | os.PathLike[str], name: str) -> Earlier:
-    """A result file, or the result called ``name`` of the bundle at ``path``.
+    """A result file, the result called ``name`` of the bundle at ``path``, or the newest such one of a folder of results.
 
     Raises `DataError` where there is none or it is no result of `bench`.
     """
     file = Path(path)
     if (file / MANIFEST).is_file():
         file = Bundle.open(file, verify=False).file(name)
+    elif file.is_dir():
+        file = latest(file, name)
     hint = "name a file that edgekit bench wrote (B/bench/*.json, or its --json answer), or a bundle that was benched"
     try:
         return msgspec.json.decode(file.read_bytes(), type=Earlier)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import msgspec
 
@@ -20,15 +20,16 @@ from edgekit.runtime import Model
 from edgekit.runtime.backends import Runner, open_runner
 from edgekit.runtime.model import Precision
 
+from .asked import STREAMS, Asked
 from .cold import process_start_ms
 from .device import Sensors, fingerprint, resident_mb
 from .gate import judge, load_earlier, parse_share
+from .history import add, check_history
 from .inputs import Feeds, batchable, feeds_for, frame_for, golden_or_none
 from .profile import check_profile, layer_times, times_chart
 from .scenarios import (
     KEY,
     MIN_ITERATIONS,
-    SCENARIOS,
     Call,
     Run,
     WarmUp,
@@ -47,7 +48,6 @@ __all__ = ["bench"]
 MAX_DRIFT = 0.05
 _BATCHES = (1, 4, 16, 64)
 _MAX_BATCH_BYTES = 64 << 20
-STREAMS, MAX_STREAMS = 8, 1024  # MLPerf's multi-stream asks for 8 samples at once
 _STARTS = 3  # processes started for their first answer
 _FILE = "bench/{}-{}-{}.json"
 
@@ -68,6 +68,7 @@ def bench(
     force: bool = False,
     layers: bool = False,
     plot: Path | None = None,
+    history: str | os.PathLike[str] | None = None,
     save: bool = True,
 ) -> dict[str, Any]:
     """Measure a bundle, write the result into it as ``bench/BACKEND-PRECISION-SCENARIO.json``, and return it.
@@ -78,7 +79,8 @@ def bench(
     all. ``seconds``: of the measurement proper, after a warm-up that lasts until the medians settle. ``against``: an
     earlier result file or a benched bundle; ``fail_over``: ``"5%"`` raises `BudgetNotMet` where p50 grew by more, and
     the 99% interval of the ratio lies above 1. ``force`` compares across devices and versions. ``layers``: also time
-    each layer (`profile`); ``plot``: draw them as SVG. ``save=False`` leaves the bundle as it is.
+    each layer (`profile`); ``plot``: draw them as SVG. ``history``: a folder that the result is added to, with a picture of
+    all that lie there. ``save=False`` leaves the bundle as it is.
 
     The answer holds ``latency_ms`` (p50, p90, p95, p99, p999 from 10,000 samples on, min, mean, max), ``throughput``
     (inferences/s), ``key`` (which of these MLPerf compares), ``cv`` (all samples) and ``drift`` (CV of the medians of twenty
@@ -91,7 +93,12 @@ def bench(
 
     Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run it.
     """
-    _check(scenario, precision, seconds, batch, streams, rate)
+    asked = Asked(scenario, seconds, batch, streams, rate)
+    asked.check()
+    if precision not in get_args(Precision):
+        raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(get_args(Precision))}")
+    if history is not None:
+        check_history(Path(history))
     limit = parse_share(fail_over)
     if limit is not None and against is None:
         raise UsageError("--fail-over needs a result to hold this one against", "add --against FILE")
@@ -104,8 +111,8 @@ def bench(
         name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
         earlier = load_earlier(against, name) if against is not None else None
         if earlier and scenario == "server":
-            rate = rate or earlier.rate  # latencies under another load would tell nothing
-        measured = _measure(model, _Asked(scenario, seconds, batch, streams, rate))
+            asked = asked._replace(rate=rate or earlier.rate)  # latencies under another load would tell nothing
+        measured = _measure(model, asked)
         if layers:
             measured["profile"] = _profiled(model, graph, threads, seconds, plot)
     result = {**_subject(opened, graph), **measured, **costs}
@@ -116,7 +123,14 @@ def bench(
     if saved:
         config = {"backend": backend, "scenario": scenario, "precision": precision, "threads": threads}
         _save(opened, name, result, config | {"seconds": seconds, "batch": batch, "streams": streams, "rate": rate})
-    answer = {"bundle": str(opened.path), "file": str(opened.path / name) if saved else None, **result, "against": comparison}
+    kept = add(Path(history), result) if history is not None else None
+    answer = {
+        "bundle": str(opened.path),
+        "history": str(kept) if kept else None,
+        "file": str(opened.path / name) if saved else None,
+        **result,
+        "against": comparison,
+    }
     if comparison and failed:
         raise _gate_failed(comparison, answer)
     return answer
@@ -138,26 +152,6 @@ def _save(bundle: Bundle, name: str, result: dict[str, Any], config: dict[str, A
     figures = {key: result["latency_ms"][key] for key in ("p50", "p90", "p99")}
     figures |= {key: result[key] for key in ("throughput", "graph", "backend", "trustworthy")}
     bundle.extend({name: msgspec.json.encode(result) + b"\n"}, bundle.entry("bench", config, figures))
-
-
-def _check(scenario: str, precision: str, seconds: float, batch: int | None, streams: int | None, rate: float | None) -> None:
-    if scenario not in SCENARIOS:
-        raise UsageError(f"there is no scenario {scenario!r}", f"choose one of: {', '.join(SCENARIOS)}")
-    if precision not in get_args(Precision):
-        raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(get_args(Precision))}")
-    if not 0.01 <= seconds <= 3600:
-        raise UsageError(f"{seconds:g} seconds cannot be measured", "choose --seconds from 0.01 to 3600")
-    if batch is not None and (scenario != "offline" or batch < 1):
-        raise UsageError(f"--batch {batch} does not fit the {scenario} scenario", "use --scenario offline --batch N, N >= 1")
-    if streams is not None and (scenario != "multi-stream" or not 1 <= streams <= MAX_STREAMS):
-        raise UsageError(
-            f"--streams {streams} does not fit the {scenario} scenario",
-            f"use --scenario multi-stream --streams N, N from 1 to {MAX_STREAMS}",
-        )
-    if rate is not None and (scenario != "server" or not 0 < rate <= 1e6):
-        raise UsageError(
-            f"--rate {rate:g} does not fit the {scenario} scenario", "use --scenario server --rate N, N up to a million"
-        )
 
 
 def _gate_failed(comparison: dict[str, Any], answer: dict[str, Any]) -> BudgetNotMet:
@@ -216,17 +210,7 @@ def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path
     return found
 
 
-class _Asked(NamedTuple):
-    """How to measure."""
-
-    scenario: str
-    seconds: float
-    batch: int | None
-    streams: int | None
-    rate: float | None
-
-
-def _measure(model: Model, asked: _Asked) -> dict[str, Any]:
+def _measure(model: Model, asked: Asked) -> dict[str, Any]:
     """Warm up, run the scenario, and judge the run."""
     runner, golden = model.runner, golden_or_none(model.bundle)
     feeds = feeds_for(runner.inputs, golden, _least(runner))
@@ -275,7 +259,7 @@ def _measure(model: Model, asked: _Asked) -> dict[str, Any]:
     }
 
 
-def _run(runner: Runner, feeds: Feeds, golden: Feeds | None, asked: _Asked) -> tuple[Run, Call]:
+def _run(runner: Runner, feeds: Feeds, golden: Feeds | None, asked: Asked) -> tuple[Run, Call]:
     """The scenario's run, and the call that it made over and over."""
     if asked.scenario == "offline":
         run = offline(lambda n: _batch_call(runner, golden, n), _batches(runner, feeds, golden, asked.batch), asked.seconds)

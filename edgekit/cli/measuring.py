@@ -35,11 +35,22 @@ WORST_LAYERS = 12
 @click.option("--batch", type=int, help="offline: the batch; default: the fastest of 1, 4, 16, 64.")
 @click.option("--streams", type=int, help="multi-stream: samples a query, as of so many cameras; default: 8.")
 @click.option("--rate", type=float, help="server: arrivals a second; default: 70% of what the model can serve.")
-@click.option("--against", metavar="FILE", type=click.Path(path_type=Path), help="An earlier result, or a benched bundle.")
+@click.option(
+    "--against",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="An earlier result, a benched bundle, or a folder of --history: the newest there.",
+)
 @click.option("--fail-over", metavar="SHARE", help="With --against: exit 3 if p50 grew by more, for example 5%.")
 @click.option("--force", is_flag=True, help="Compare with a result of another device or version all the same.")
 @click.option("--layers", is_flag=True, help="Also time every layer (onnxruntime).")
 @click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the layers' times; implies --layers.")
+@click.option(
+    "--history",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Add the result to this folder, and draw history.svg there.",
+)
 @click.option("--save/--no-save", default=True, show_default=True, help="Write the result into the bundle.")
 @answers
 def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
@@ -55,6 +66,7 @@ def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
       edgekit bench digits.edge --scenario server --rate 200
       edgekit bench digits.edge --plot layers.svg
       edgekit bench digits.edge --against baseline.json --fail-over 5%
+      edgekit bench digits.edge --against results/ --fail-over 5% --history results
       edgekit bench digits.edge digits8.edge --fail-over 0
     """
     import edgekit
@@ -260,4 +272,5 @@ def _bench_text(result: dict[str, Any]) -> str:
         lines += [f"             differs: {difference}" for difference in gate["differs"]]
     lines.append("trustworthy  " + ("yes" if result["trustworthy"] else "no"))
     lines += [f"             {reason}" for reason in result["reasons"]]
-    return "\n".join([*lines, *([f"written to   {result['file']}"] if result["file"] else [])])
+    written = [result[kind] for kind in ("file", "history") if result.get(kind)]
+    return "\n".join([*lines, *(f"written to   {path}" for path in written)])

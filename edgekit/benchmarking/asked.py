@@ -1,0 +1,44 @@
+"""How `bench` is asked to measure, and what cannot be asked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from edgekit.errors import UsageError
+
+from .scenarios import SCENARIOS
+
+__all__ = ["STREAMS", "Asked"]
+
+STREAMS, MAX_STREAMS = 8, 1024  # MLPerf's multi-stream asks for 8 samples at once
+
+
+class Asked(NamedTuple):
+    """``batch`` is of offline, ``streams`` of multi-stream, ``rate`` (arrivals a second) of server."""
+
+    scenario: str
+    seconds: float
+    batch: int | None
+    streams: int | None
+    rate: float | None
+
+    def check(self) -> None:
+        """Raises `UsageError` for what does not fit."""
+        scenario, batch, streams, rate = self.scenario, self.batch, self.streams, self.rate
+        if scenario not in SCENARIOS:
+            raise UsageError(f"there is no scenario {scenario!r}", f"choose one of: {', '.join(SCENARIOS)}")
+        if not 0.01 <= self.seconds <= 3600:
+            raise UsageError(f"{self.seconds:g} seconds cannot be measured", "choose --seconds from 0.01 to 3600")
+        if batch is not None and (scenario != "offline" or batch < 1):
+            raise UsageError(
+                f"--batch {batch} does not fit the {scenario} scenario", "use --scenario offline --batch N, N >= 1"
+            )
+        if streams is not None and (scenario != "multi-stream" or not 1 <= streams <= MAX_STREAMS):
+            raise UsageError(
+                f"--streams {streams} does not fit the {scenario} scenario",
+                f"use --scenario multi-stream --streams N, N from 1 to {MAX_STREAMS}",
+            )
+        if rate is not None and (scenario != "server" or not 0 < rate <= 1e6):
+            raise UsageError(
+                f"--rate {rate:g} does not fit the {scenario} scenario", "use --scenario server --rate N, N up to a million"
+            )

@@ -1,0 +1,159 @@
+"""A folder of results: each run of `bench` is added, and drawn beside those before it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgekit.errors import DataError, UsageError
+from edgekit.files import atomic_write
+from edgekit.svg import escape
+
+__all__ = ["PICTURE", "add", "check_history", "latest"]
+
+PICTURE = "history.svg"
+SHOWN = 60  # runs of a series, the newest
+_MARK = "<!-- edgekit bench history -->"
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """The part of a result file that is drawn."""
+
+    model: str
+    graph: str
+    backend: str
+    scenario: str
+    threads: int
+    batch: int
+    time: str
+    digest: str
+    latency_ms: dict[str, float]
+    trustworthy: bool
+    device: dict[str, Any]
+
+    @property
+    def series(self) -> str:
+        """What may stand on one line: the same model and set-up, on the same machine."""
+        where = self.device.get("jetson") or {}
+        machine = where.get("model") or self.device.get("cpu") or "unknown CPU"
+        batch = f", batch {self.batch}" if self.batch > 1 else ""
+        return f"{self.model} {self.graph}, {self.backend}, {self.threads} thread(s), {self.scenario}{batch}, {machine}"
+
+
+def check_history(folder: Path) -> None:
+    """Raises `UsageError` where ``folder`` is a file, or holds a history.svg that is no such picture."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is no folder", "name a folder for results: --history DIR")
+    picture = folder / PICTURE
+    if picture.exists() and _MARK.encode() not in picture.read_bytes()[:200]:
+        raise UsageError(f"{picture} was not drawn by edgekit", "name another folder: --history DIR")
+
+
+def add(folder: Path, result: dict[str, Any]) -> Path:
+    """Write ``result`` into ``folder``, which is made where it is missing, and draw `PICTURE` anew. Returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = [result["model"], result["backend"], result["precision"], result["scenario"]]
+    name = re.sub(r"[^\w.-]+", "_", "-".join([result["time"].replace(":", ""), *about]))
+    file, count = folder / f"{name}.json", 1
+    while file.exists():
+        count += 1
+        file = folder / f"{name}-{count}.json"
+    atomic_write(file, msgspec.json.encode(result) + b"\n")
+    atomic_write(folder / PICTURE, _drawn(_read(folder)).encode())
+    return file
+
+
+def latest(folder: Path, result_name: str) -> Path:
+    """The newest result of ``folder`` for the backend, precision and scenario that ``result_name``
+    (``bench/BACKEND-PRECISION-SCENARIO.json``) names; of those that can be trusted, if any.
+
+    Raises `DataError` where there is none.
+    """
+    wanted = result_name.rpartition("/")[2].removesuffix(".json")
+    found = [
+        (entry.trustworthy, entry.time, path.name, path)
+        for path, entry in _files(folder)
+        if re.search(rf"-{re.escape(wanted)}(-\d+)?\.json$", path.name)
+    ]
+    if not found:
+        raise DataError(f"{folder} holds no result for {wanted}", f"make one: edgekit bench B --history {folder}")
+    return max(found)[-1]
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, _Entry]]:
+    """Results by name, so by time; other files of the folder are left alone."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            yield path, msgspec.json.decode(path.read_bytes(), type=_Entry)
+        except (OSError, msgspec.DecodeError):
+            continue
+
+
+def _read(folder: Path) -> dict[str, list[_Entry]]:
+    series: dict[str, list[_Entry]] = defaultdict(list)
+    for _, entry in _files(folder):
+        if entry.latency_ms.get("p50", 0) > 0:
+            series[entry.series].append(entry)
+    return series
+
+
+_STYLE = """
+text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #56616f }
+.title { font-size: 17px; font-weight: 600; fill: #16202c }
+.series { font-weight: 600; fill: #16202c }
+.tick { text-anchor: end; font-variant-numeric: tabular-nums }
+.grid { stroke: #e6e9ed } .line { fill: none; stroke: #0072b2; stroke-width: 1.5 }
+.range { stroke: #9cc9e3; stroke-width: 3 } .run { fill: #0072b2 }
+.doubtful { fill: #ffffff; stroke: #d55e00; stroke-width: 1.5 }
+""".strip()
+_LEFT, _WIDTH, _HIGH, _PANEL, _HEAD = 70, 760, 110, 176, 74  # pixels
+
+
+def _drawn(series: dict[str, list[_Entry]]) -> str:
+    """One panel a series: p50 of each run, a pale line up to p90, hollow where the run was not to be trusted."""
+    width, height = _LEFT + _WIDTH + 30, _HEAD + _PANEL * len(series) + 10
+    size = f'width="{width}" height="{height}"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" role="img">',
+        _MARK,
+        f"<title>Latency over time</title><style>{_STYLE}</style>",
+        f'<rect {size} fill="#ffffff"/>',
+        '<text class="title" x="20" y="32">Latency over time, ms</text>',
+        '<text x="20" y="54">dots: p50, pale lines: up to p90, hollow: not to be trusted</text>',
+    ]
+    for place, name in enumerate(sorted(series)):
+        parts += _panel(name, series[name][-SHOWN:], _HEAD + _PANEL * place)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _panel(name: str, entries: list[_Entry], top: int) -> Iterator[str]:
+    highest = max(entry.latency_ms.get("p90", entry.latency_ms["p50"]) for entry in entries)
+    step = 10.0 ** math.floor(math.log10(highest))
+    ceiling: float = next(step * k for k in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15) if step * k >= highest)
+
+    def y(value: float) -> float:
+        return top + 24 + _HIGH * (1 - min(value / ceiling, 1))
+
+    yield f'<text class="series" x="20" y="{top + 8}">{escape(name[:110])}</text>'
+    for share in (0, 0.5, 1):
+        line = y(share * ceiling)
+        yield f'<line class="grid" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{line:.1f}" y2="{line:.1f}"/>'
+        yield f'<text class="tick" x="{_LEFT - 8}" y="{line + 4:.1f}">{share * ceiling:.3g}</text>'
+    slot = _WIDTH / max(len(entries), 8)
+    xs = [_LEFT + slot * (i + 0.5) for i in range(len(entries))]
+    points = " ".join(f"{x:.1f},{y(entry.latency_ms['p50']):.1f}" for x, entry in zip(xs, entries, strict=True))
+    yield f'<polyline class="line" points="{points}"/>'
+    for x, entry in zip(xs, entries, strict=True):
+        low, high = y(entry.latency_ms["p50"]), y(entry.latency_ms.get("p90", entry.latency_ms["p50"]))
+        hint = escape(f"{entry.time}  {entry.digest[:12]}  p50 {entry.latency_ms['p50']:.4g} ms")
+        yield f'<line class="range" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+        kind = "run" if entry.trustworthy else "doubtful"
+        yield f'<circle class="{kind}" cx="{x:.1f}" cy="{low:.1f}" r="4"><title>{hint}</title></circle>'
+    for x, entry, anchor in ((xs[0], entries[0], "start"), (xs[-1], entries[-1], "end"))[: min(len(entries), 2)]:
+        yield f'<text x="{x:.1f}" y="{top + 24 + _HIGH + 18}" text-anchor="{anchor}">{escape(entry.time[:10])}</text>'
