@@ -18,6 +18,7 @@ from edgekit.manifest import ImagePreprocessing
 from edgekit.progress import say
 from edgekit.runtime import Model
 from edgekit.runtime.backends import Runner, open_runner
+from edgekit.runtime.feeds import as_taken
 from edgekit.runtime.model import Precision
 
 from .asked import STREAMS, Asked
@@ -185,7 +186,7 @@ def _opened(
     before, start = resident_mb(), time.perf_counter()
     with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
         loaded = time.perf_counter()
-        feeds = feeds_for(model.inputs, golden_or_none(bundle), _least(model.runner))
+        feeds = _feeds(model.runner, golden_or_none(bundle), _least(model.runner))
         first = time.perf_counter()
         model.runner.run(feeds)
         cold_start = loaded - start + time.perf_counter() - first
@@ -213,7 +214,7 @@ def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path
 def _measure(model: Model, asked: Asked) -> dict[str, Any]:
     """Warm up, run the scenario, and judge the run."""
     runner, golden = model.runner, golden_or_none(model.bundle)
-    feeds = feeds_for(runner.inputs, golden, _least(runner))
+    feeds = _feeds(runner, golden, _least(runner))
     run_model = runner.run
     say(f"warming up {model.bundle.manifest.name} on {runner.name}")
     warm = warm_up(lambda: run_model(feeds), limit_s=min(2.0, max(0.2, asked.seconds)))
@@ -322,8 +323,12 @@ def _least(runner: Runner) -> int:
     return runner.batches[0] if runner.batches else 1
 
 
+def _feeds(runner: Runner, golden: Feeds | None, batch: int) -> Feeds:
+    return feeds_for(runner.inputs, None if golden is None else as_taken(runner.frames, golden), batch)
+
+
 def _batch_call(runner: Runner, golden: Feeds | None, batch: int) -> Call:
-    feeds = feeds_for(runner.inputs, golden, batch)
+    feeds = _feeds(runner, golden, batch)
     return lambda: runner.run(feeds)
 
 

@@ -13,6 +13,7 @@ from edgekit.bundle import GOLDEN, Bundle
 from edgekit.errors import DataError, UsageError
 from edgekit.files import npz_problem
 from edgekit.manifest import ImagePreprocessing, TensorSpec
+from edgekit.preprocess import denormalised
 from edgekit.runtime.golden import load_golden
 
 __all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none", "read_folder"]
@@ -114,6 +115,5 @@ def frame_for(spec: ImagePreprocessing, golden: Feeds | None) -> NDArray[np.uint
     if tensor is None or tensor.shape[1:] != (spec.channels, spec.height, spec.width):
         frame = np.random.default_rng(0).integers(0, 256, (spec.height, spec.width, spec.channels), np.uint8)
     else:
-        planes = tensor[0].transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)  # (H, W, C)
-        frame = np.clip(np.rint(planes * 255), 0, 255).astype(np.uint8)
+        frame = denormalised(spec, tensor[:1])[0]
     return frame[:, :, 0] if spec.channels == 1 else frame

@@ -17,7 +17,7 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle, refuse_insi
 from edgekit.errors import DataError, InputError, OutputExists, UsageError
 from edgekit.files import atomic_write, printable
 from edgekit.manifest import ImagePreprocessing
-from edgekit.preprocess import IMAGE_SUFFIXES, Frame, read_image
+from edgekit.preprocess import IMAGE_SUFFIXES, Frame, make_preprocessor, read_image
 from edgekit.progress import say, track
 from edgekit.runtime import Model
 
@@ -219,6 +219,9 @@ class _Judge:
 
     def __init__(self, model: Model, settings: Settings) -> None:
         self._model, self._settings = model, settings
+        spec = model.bundle.manifest.preprocessing
+        # Maps are of the graph's float input. An engine that takes bytes is asked by `run_samples`, which makes them of it.
+        self._read = make_preprocessor(spec) if spec and model.runner.frames else model.preprocess
         self._probe: Any = None
         if settings.method == "activations":
             graph = {"auto": model.bundle.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
@@ -230,7 +233,7 @@ class _Judge:
     def __call__(self, frame: Frame, name: str) -> tuple[dict[str, Any], bytes]:
         from . import picture
 
-        x = self._model.preprocess(frame)
+        x = self._read(frame)
         question = Question(self._model, x, 0)
         logits = question.logits(x)
         best = int(logits[0].argmax())

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from edgekit.errors import BundleError
 from edgekit.manifest import ImagePreprocessing, Preprocessing, SeriesPreprocessing
 
-from .image import IMAGE_SUFFIXES, MAX_PIXELS, Frame, Preprocessor, canonical_frame, read_image
+from .image import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    Frame,
+    Preprocessor,
+    canonical_frame,
+    denormalised,
+    normalisation,
+    read_image,
+)
 from .series import SeriesPreprocessor
 from .text import TextPreprocessor
 
@@ -26,7 +35,9 @@ __all__ = [
     "SeriesPreprocessor",
     "TextPreprocessor",
     "canonical_frame",
+    "denormalised",
     "make_preprocessor",
+    "normalisation",
     "read_image",
 ]
 

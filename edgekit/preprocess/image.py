@@ -19,7 +19,16 @@ from edgekit.errors import DataError, InputError
 from edgekit.files import printable
 from edgekit.manifest import ImagePreprocessing
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Frame", "Preprocessor", "canonical_frame", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "Frame",
+    "Preprocessor",
+    "canonical_frame",
+    "denormalised",
+    "normalisation",
+    "read_image",
+]
 
 Frame = NDArray[Any]
 Float = NDArray[np.float32]
@@ -116,14 +125,26 @@ def _triangle(size_in: int, size_out: int, start: float, stop: float) -> list[tu
     return bands
 
 
+def normalisation(spec: ImagePreprocessing) -> tuple[Float, Float]:
+    """(scale, shift), float32 (C,): ``pixel * scale + shift`` of a pixel in 0..255 is ``(pixel / 255 - mean) / std``."""
+    scale = [1.0 / (255.0 * s) for s in spec.std]
+    shift = [-m / s for m, s in zip(spec.mean, spec.std, strict=True)]
+    return np.array(scale, np.float32), np.array(shift, np.float32)
+
+
+def denormalised(spec: ImagePreprocessing, x: NDArray[Any]) -> NDArray[np.uint8]:
+    """float (N, C, H, W), as the model takes it -> uint8 (N, H, W, C), the pixels that it was made from, rounded to 8 bits."""
+    pixels = (x.transpose(0, 2, 3, 1) * np.array(spec.std) + np.array(spec.mean)) * 255
+    frames: NDArray[np.uint8] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return frames
+
+
 class Preprocessor:
     """Call with a frame, get float32 (1, C, H, W). It keeps the weights of recent frame sizes; threads may share it."""
 
     def __init__(self, spec: ImagePreprocessing) -> None:
         self.spec = spec
-        scale = [1.0 / (255.0 * s) for s in spec.std]
-        self._scale = np.array(scale, np.float32)
-        self._shift = np.array([-m / s for m, s in zip(spec.mean, spec.std, strict=True)], np.float32)
+        self._scale, self._shift = normalisation(spec)
         self._plans: OrderedDict[tuple[int, int], _Plan] = OrderedDict()
 
     def __call__(self, frame: Frame) -> Float:
@@ -137,13 +158,20 @@ class Preprocessor:
             out[0, channel] += self._shift[channel]
         return out
 
-    def pixels(self, frame: Frame) -> NDArray[np.uint8]:
-        """uint8 frame, any size -> uint8 (1, C, H, W), for a graph that normalises by itself. Raises as the call does."""
+    def resized(self, frame: Frame) -> NDArray[np.uint8]:
+        """uint8 frame, any size -> uint8 (1, H, W, C) at the model's size, for an engine that normalises by itself.
+
+        What lies between two values of a pixel is rounded, which the call's float32 keeps. Raises as the call does.
+        """
         sized = self._sized(frame)
         if sized.dtype != np.uint8:
             sized = np.clip(np.rint(sized), 0, 255).astype(np.uint8)
-        planes = sized[None] if sized.ndim == 2 else sized.transpose(2, 0, 1)
-        return np.ascontiguousarray(planes)[None]
+        pixels = sized[:, :, None] if sized.ndim == 2 else sized  # grey stands for each of three channels
+        return np.ascontiguousarray(np.broadcast_to(pixels, (1, *pixels.shape[:2], self.spec.channels)))
+
+    def pixels(self, frame: Frame) -> NDArray[np.uint8]:
+        """`resized` as uint8 (1, C, H, W), for a graph that takes bytes in the order of its own layers."""
+        return np.ascontiguousarray(self.resized(frame).transpose(0, 3, 1, 2))
 
     def _sized(self, frame: Frame) -> NDArray[Any]:
         """A frame at the model's size and number of channels, 0..255: (H, W) or (H, W, 3)."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, MissingExtra, UsageError
-from edgekit.manifest import TensorSpec, Tolerance
+from edgekit.manifest import ImagePreprocessing, TensorSpec, Tolerance
 
 from .engines import engine_graphs
 
@@ -33,6 +33,7 @@ class Runner(Protocol):
 
     ``batches``: the least and most samples that one run takes, None where any number or only the stated one does.
     ``tolerance``: what its answers owe the golden outputs, where that is not what the manifest states for the graph.
+    ``frames``: the preprocessing that it does by itself, on uint8 (n, H, W, C); None where it takes the graph's own inputs.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Runner(Protocol):
     outputs: tuple[TensorSpec, ...]
     batches: tuple[int, int] | None
     tolerance: Tolerance | None
+    frames: ImagePreprocessing | None
 
     def __enter__(self) -> Runner: ...
 
@@ -111,6 +113,7 @@ class _FirstThatWorks:
         self.outputs: tuple[TensorSpec, ...] = ()
         self.batches: tuple[int, int] | None = None
         self.tolerance: Tolerance | None = None
+        self.frames: ImagePreprocessing | None = None
         self._passed: dict[str, str] = {}
 
     def __enter__(self) -> Runner:
@@ -126,7 +129,7 @@ class _FirstThatWorks:
         runner.__enter__()
         self._runner, self.name = runner, runner.name
         self.inputs, self.outputs = runner.inputs, runner.outputs
-        self.batches, self.tolerance = runner.batches, runner.tolerance
+        self.batches, self.tolerance, self.frames = runner.batches, runner.tolerance, runner.frames
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:

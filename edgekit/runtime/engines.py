@@ -16,7 +16,7 @@ import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, BundleError
-from edgekit.manifest import Tolerance
+from edgekit.manifest import ImagePreprocessing, Tolerance
 from edgekit.trust import TRUST_ALL, check_private, is_trusted, local_builds
 
 from .cuda import Device
@@ -34,7 +34,10 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What ``engines/TARGET.json`` says, as far as running it needs; `build` writes more."""
+    """What ``engines/TARGET.json`` says, as far as running it needs; `build` writes more.
+
+    ``frames``: the preprocessing that is compiled into an engine which takes bytes (``--uint8-input``).
+    """
 
     target: str
     kind: str
@@ -49,6 +52,7 @@ class Record(msgspec.Struct, frozen=True):
     golden: Tolerance
     engine_sha256: str = ""
     options: Options = Options()
+    frames: ImagePreprocessing | None = None
 
     @property
     def graph(self) -> str:
@@ -123,9 +127,12 @@ def choose(bundle: Bundle, graph: str, module: str, version: str, device: Device
 
 
 def _checked(bundle: Bundle, record: Record, version: str, device: Device, validity: Validity | None) -> Choice:
-    again = f"build it again: edgekit build {_quoted(bundle.path)} --target {record.target}"
+    frames = " --uint8-input" if record.frames is not None else ""
+    again = f"build it again: edgekit build {_quoted(bundle.path)} --target {record.target}{frames}"
     if any(bundle.manifest.files.get(name) != digest for name, digest in record.sources.items()):
         raise BackendError(f"the engine for {record.target} was made from another graph than {bundle.path} has now", again)
+    if record.frames is not None and record.frames != bundle.manifest.preprocessing:
+        raise BackendError(f"the engine for {record.target} normalises frames otherwise than {bundle.path} does", again)
     local = None if record.kind == "rtx" else _compiled(bundle, record, device)
     made_by = local[1].tensorrt if local else record.tensorrt
     if made_by != version and not (record.options.compatible == "version" and _runs_later(made_by, version)):

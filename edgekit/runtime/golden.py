@@ -14,6 +14,7 @@ from edgekit.errors import BundleError, GoldenError
 from edgekit.manifest import Tolerance
 
 from .backends import Runner, open_runner
+from .feeds import as_taken
 
 __all__ = [
     "MAX_DB",
@@ -165,8 +166,9 @@ def parse_golden(data: bytes, name: str = GOLDEN) -> tuple[dict[str, NDArray[Any
 def run_samples(runner: Runner, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Outputs for golden ``inputs``, in one run, or in several where a run takes fewer samples than they are.
 
-    A runner that takes no fewer than some number gets the last sample several times.
+    A runner that takes no fewer than some number gets the last sample several times, one that takes frames their bytes.
     """
+    inputs = as_taken(runner.frames, inputs)
     fixed = [spec.shape[0] for spec in runner.inputs if spec.shape and isinstance(spec.shape[0], int)]
     samples = min((len(array) for array in inputs.values() if array.ndim), default=1)
     least, most = runner.batches or (1, min(fixed, default=samples))

@@ -90,7 +90,8 @@ class Model:
             self.runner.__exit__(None, None, None)
             raise
         if isinstance(self._preprocess, Preprocessor) and self.runner.inputs[0].dtype == "uint8":
-            self._bytes = self._preprocess.pixels  # the graph normalises: the frame goes up as bytes
+            # The engine or the graph normalises: the frame goes up as bytes. Engines take them as they lie in memory.
+            self._bytes = self._preprocess.resized if self.runner.frames else self._preprocess.pixels
         self._input = self.runner.inputs[0].name
         self._output = self.runner.outputs[0].name
         self._open = True
@@ -114,8 +115,9 @@ class Model:
     def preprocess(self, sample: Any) -> NDArray[Any]:
         """One sample -> the model's input, the batch axis in front, exactly as training saw it.
 
-        uint8 (H, W, 3) RGB or (H, W) grey, any size -> float32 (1, C, H, W), or uint8 where the graph takes bytes; str ->
-        int64 (1, T); float32 (T, C) -> float32 (1, T', C + 1).
+        uint8 (H, W, 3) RGB or (H, W) grey, any size -> float32 (1, C, H, W), or uint8 where the graph takes bytes, or uint8
+        (1, H, W, C) where the engine was built with --uint8-input; str -> int64 (1, T); float32 (T, C) -> float32
+        (1, T', C + 1).
         """
         if self._preprocess is None and (spec := self.bundle.manifest.preprocessing) is not None:
             self._preprocess = make_preprocessor(spec, self._tokenizer())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, BundleError, MissingExtra
-from edgekit.manifest import TensorSpec, Tolerance
+from edgekit.manifest import ImagePreprocessing, TensorSpec, Tolerance
 
 from .feeds import check_feeds
 from .onnx_wire import holds_external_data
@@ -91,6 +91,7 @@ class OnnxRuntimeRunner:
     name = "onnxruntime"
     batches: tuple[int, int] | None = None
     tolerance: Tolerance | None = None
+    frames: ImagePreprocessing | None = None
 
     def __init__(self, bundle: Bundle, graph: str, threads: int) -> None:
         self.bundle, self.graph, self.threads = bundle, graph, threads

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, InputError
-from edgekit.manifest import TensorSpec, Tolerance
+from edgekit.manifest import ImagePreprocessing, TensorSpec, Tolerance
 
 from .cuda import CaptureRefused, Pinned
 from .feeds import check_feeds
@@ -85,6 +85,7 @@ class TensorRtRunner:
         self.outputs: tuple[TensorSpec, ...] = ()
         self.batches: tuple[int, int] | None = None
         self.tolerance: Tolerance | None = None
+        self.frames: ImagePreprocessing | None = None
         self._wish = (cuda_graph, zero_copy)
         self._engine: Engine | None = None
         self._context: Any = None
@@ -106,7 +107,7 @@ class TensorRtRunner:
         self._bound: dict[str, tuple[int, ...]] | None = None
         self._no_graph = "" if self._wish[0] else "switched off"
         self._zero_copy = engine.device.integrated if self._wish[1] is None else self._wish[1]
-        self.tolerance = engine.choice.record.golden
+        self.tolerance, self.frames = engine.choice.record.golden, engine.choice.record.frames
         with self._cuda.current():
             try:
                 self._context = engine.context()
@@ -207,7 +208,7 @@ class TensorRtRunner:
 
     def _bind(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take new input shapes: set them, size the memory, give TensorRT the addresses."""
-        check_feeds(self.inputs, arrays)
+        check_feeds(self.inputs, arrays, self.frames)
         for tensor in self._ins:
             _check_profile(tensor, arrays[tensor.name].shape)
         self._drop_graph()
@@ -325,6 +326,7 @@ class TensorRtRunner:
             "cuda_library": engine.cuda.library,
             "engine": record.target,
             "engine_precision": record.precision,
+            "uint8_input": record.frames is not None,
             "cuda_graph": self._graph is not None or self._no_graph or "not yet: the second run of a shape makes it",
             "zero_copy": self._zero_copy,
             "suboptimal": engine.choice.suboptimal or None,
