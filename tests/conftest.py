@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.cli import main
 from edgekit.data import load
-from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
+from edgekit.manifest import FORMAT, ImagePreprocessing, Manifest, TensorSpec, Tolerance, history_entry
+from edgekit.preprocess import Preprocessor
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
 
@@ -214,6 +215,22 @@ def digits_bundle(tmp_path: Path, digits_graph: bytes) -> Bundle:
         preprocessing=dataset.preprocessing,
         history=(history_entry("train", {"data": "digits", "data_digest": dataset.digest}, {"top1": 0.95}),),
     )
+
+
+@pytest.fixture(scope="session")
+def coloured_digits() -> list[np.ndarray[Any, Any]]:
+    """Twelve frames, uint8 (28, 28, 3) RGB; the channels differ."""
+    images = [load("digits").test.read(i) for i in range(12)]
+    return [np.stack([image, 255 - image, image // 2 + 40], 2) for image in images]
+
+
+@pytest.fixture
+def pictures_bundle(tmp_path: Path, coloured_digits: list[np.ndarray[Any, Any]]) -> Bundle:
+    """RGB 32x32 in, ten labels out. Its golden inputs were resized, and so lie between the values of 8 bits."""
+    spec = ImagePreprocessing(32, 32, 3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    inputs = np.concatenate([Preprocessor(spec)(frame) for frame in coloured_digits[:4]])
+    kinds: dict[str, Any] = {"task": "image-classification", "labels": tuple("abcdefghij"), "preprocessing": spec}
+    return write_bundle(tmp_path / "pictures.edge", tiny_graph(), inputs, **kinds)
 
 
 @pytest.fixture

@@ -77,6 +77,11 @@ def import_(
     metavar="FILE",
     help="Put this timing cache into the kit, so that the device builds faster; for RTX it does nothing.",
 )
+@click.option(
+    "--uint8-input",
+    is_flag=True,
+    help="The engine takes the resized frame's bytes, a quarter of the floats', and normalises by itself; models of pictures.",
+)
 @click.option("--verbose", is_flag=True, help="Report the layers, in engines/TARGET.layers.json; a device reports its own.")
 @click.option("--again", is_flag=True, help="Build although nothing changed, and say whether the bytes are the same.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds at most.")
@@ -94,6 +99,7 @@ def build(bundle: Path, target: str, **options: Any) -> Answer:
       edgekit build digits.edge --target rtx-ada
       edgekit build digits.edge --target jetson-orin-nano --precision fp16 --batch 1..8 --workspace-mb 512
       edgekit build digits.edge --target jetson-agx-orin --dla 1 --timing-cache timings
+      edgekit build digits.edge --target rtx-ada --uint8-input
     """
     from edgekit.compiler import build as build_bundle
 

@@ -6,12 +6,11 @@ This half loads neither onnx nor TensorRT: with nothing changed a second build o
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from typing import Any
 import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.errors import BundleError, MissingExtra
+from edgekit.errors import BundleError
 from edgekit.manifest import Tolerance
-from edgekit.targets import JetPack, Target, buildable
+from edgekit.targets import Target, buildable
 from edgekit.trust import trust_engine
 from edgekit.version import __version__
 
@@ -29,18 +28,17 @@ from . import child
 from .build_options import layer_report
 from .changes import changes, difference
 from .kit import SCRIPTS, make_kit
-from .options import Options, check_precision, read_timings
+from .options import Options, check_precision, frame_profiles, frames_of, read_timings
 from .shapes import Profiles, assumed_sizes, profiles_for
+from .versions import listed, readers, tensorrt_version
 
 __all__ = ["BuildResult", "build"]
 
 RECIPE = 5  # raise it where the same inputs would now give another engine
-#: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
-_RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
 #: Of a target: what an engine or kit depends on. Figures of speed and the file they stand in are none of it.
 _DECIDES = ("name", "title", "kind", "sm", "precisions", "tensorrt")
-_INT8_MARGIN_DB = 3.0  # as `quantize` leaves
+_MARGIN_DB = 3.0  # as `quantize` leaves
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ def build(
     compatible: str | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     verbose: bool = False,
+    uint8_input: bool = False,
     again: bool = False,
     timeout_s: float = 1800,
 ) -> BuildResult:
@@ -104,6 +103,8 @@ def build(
     ``timing_cache``: a file that the kit's script wrote on such a device; it goes into the kit, which then builds faster.
     ``verbose``: report the layers in ``engines/TARGET.layers.json``: for RTX those of the network, before fusion, for nothing
     can look into its engines without a GPU; a device writes its engine's own beside it.
+    ``uint8_input``: of a model of pictures; the engine takes resized frames, uint8 (n, H, W, C), a quarter of the bytes, and
+    normalises them itself. The runtime sees that in the record and feeds it so.
     ``again``: build although nothing changed; the answer's ``reproduced`` says whether the bytes are those of the build before.
 
     Raises `UsageError` for an unknown target, a precision or an option the target lacks or a batch the graph cannot take,
@@ -114,9 +115,10 @@ def build(
     chosen = buildable(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_precision(opened, chosen, precision)
-    profiles = profiles_for(opened, batch)
+    frames = frames_of(opened) if uint8_input else None
+    profiles = profiles_for(opened, batch) if frames is None else frame_profiles(profiles_for(opened, batch))
     timings, remarks = read_timings(timing_cache, chosen)
-    options = Options(workspace_mb, dla, compatible, timings, verbose or opened.has(_layers(chosen)))
+    options = Options(workspace_mb, dla, compatible, timings, verbose or opened.has(_layers(chosen)), uint8_input)
     options.check(chosen, precision, profiles)
     spec = _specification(opened, chosen, precision, profiles, options)
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
@@ -180,63 +182,23 @@ def _compared(
     return [words] if words else [], not words
 
 
-def _tensorrt_version(target: Target) -> str:
-    """The version that will compile: installed TensorRT-RTX here, the JetPacks' on a device."""
-    if target.kind == "device":
-        return _listed(target.tensorrt)
-    for name in _RTX_DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise MissingExtra("rtx", "tensorrt_rtx")
-
-
-def _listed(entries: Iterable[JetPack]) -> str:
-    return ", ".join(f"{entry.tensorrt} ({entry.release})" for entry in entries)
-
-
-def _readers(
-    target: Target, opset: int, untyped: int | None = None, dla: bool = False
-) -> tuple[tuple[JetPack, ...], list[str]]:
-    """(the JetPacks whose TensorRT reads a graph of this opset, a note for each of the others).
-
-    ``untyped``: opset of the graph that a weakly typed TensorRT takes instead. ``dla``: whether one is needed.
-    """
-
-    def read(entry: JetPack) -> int:
-        return opset if entry.strongly_typed or untyped is None else untyped
-
-    able = tuple(entry for entry in target.tensorrt if read(entry) <= entry.opset and (entry.dla or not dla))
-    notes = [
-        f"not for {entry.release}: TensorRT {entry.tensorrt} " + _inability(entry, read(entry))
-        for entry in target.tensorrt
-        if entry not in able
-    ]
-    return able, notes
-
-
-def _inability(entry: JetPack, opset: int) -> str:
-    if not entry.opset:
-        return "is older than the kit's 8.6"
-    return f"reads opset {entry.opset} at most, the graph has {opset}" if opset > entry.opset else "has no DLA"
-
-
 def _specification(bundle: Bundle, target: Target, precision: str, profiles: Profiles, options: Options) -> dict[str, Any]:
     """Everything that decides the engine, the builder's flags too, which follow from it; its digest is the cache's key."""
     manifest = bundle.manifest
     sources = {name: manifest.files[name] for name in (FLOAT_GRAPH, INT8_GRAPH, GOLDEN) if name in manifest.files}
+    frames = {"frames": msgspec.to_builtins(frames_of(bundle))} if options.uint8_input else {}
     return {
         "recipe": RECIPE,
         "edgekit": __version__,
         "script": hashlib.sha256(b"".join(script.read_bytes() for script in SCRIPTS)).hexdigest(),
         "target": {key: value for key, value in msgspec.to_builtins(target).items() if key in _DECIDES},
         "requested": precision,
-        "tensorrt": _tensorrt_version(target),
+        "tensorrt": tensorrt_version(target),
         "sources": sources,
         "golden": msgspec.to_builtins(manifest.golden),
         "profiles": profiles,
         "options": options.decides(target),
+        **frames,
     }
 
 
@@ -261,19 +223,22 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any], options: O
         "profiles": spec["profiles"],
         "options": {**spec["options"], "verbose": options.verbose},
         "sparse": target.sparse,
+        "frames": spec.get("frames"),
     }
 
 
-def _tolerance(bundle: Bundle, precision: str, golden_snr_db: float | None) -> Tolerance:
+def _tolerance(bundle: Bundle, precision: str, golden_snr_db: float | None, *, frames: bool) -> Tolerance:
     """What the engine owes the golden outputs on a GPU: TF32 and fp16 have 11 bits, int8 what the bundle states.
 
-    float16 around int8 draws the rounding to int8 anew: on few samples the graph itself may lie below the one it was made
-    from (`compilation`), and the engine owes what the typed graph reaches, less the same margin.
+    An engine of ``frames`` is given the golden inputs rounded to bytes, and so owes no more than its graph answers to them
+    here, less the same margin. float16 around int8 draws the rounding to int8 anew: on few samples the graph itself may lie
+    below the one it was made from (`compilation`), and the engine owes what the typed graph reaches, less the same margin.
     """
     stated = bundle.manifest.golden.get(INT8_GRAPH) if precision == "int8" else None
-    if stated is not None and stated.kind == "snr_db" and golden_snr_db is not None:
-        return Tolerance("snr_db", min(stated.limit, round(golden_snr_db - _INT8_MARGIN_DB, 1)))
-    return stated or _DEFAULT_TOLERANCE
+    owed = stated or _DEFAULT_TOLERANCE
+    if (stated is not None or frames) and owed.kind == "snr_db" and golden_snr_db is not None:
+        return Tolerance("snr_db", min(owed.limit, round(golden_snr_db - _MARGIN_DB, 1)))
+    return owed
 
 
 def _outputs(
@@ -287,6 +252,7 @@ def _outputs(
     """(files for the bundle, the record for ``engines/TARGET.json``)."""
     files: dict[str, bytes] = {}
     graph = (folder / "graph.onnx").read_bytes()
+    frames = spec.get("frames")
     used = bundle.form if answer["precision"] == "int8" else answer["precision"]
     record = {
         **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles", "options")},
@@ -299,13 +265,16 @@ def _outputs(
         "module": "tensorrt_rtx" if target.kind == "rtx" else "tensorrt",
         "tensorrt": answer["tensorrt"],
         "graph_sha256": answer["graph_sha256"],
-        "golden": msgspec.to_builtins(_tolerance(bundle, answer["precision"], answer["golden_snr_db"])),
+        "golden": msgspec.to_builtins(
+            _tolerance(bundle, answer["precision"], answer["golden_snr_db"], frames=frames is not None)
+        ),
         "golden_snr_db": answer["golden_snr_db"],
         "opset": answer["opset"],
         "seconds": answer.get("seconds"),
         "graph_seconds": answer["graph_seconds"],
         "memory": answer.get("memory"),
         "notes": list(answer["notes"]),
+        **({"frames": frames} if frames else {}),
     }
     if target.kind == "rtx":
         data = (folder / "plan.engine").read_bytes()
@@ -314,9 +283,11 @@ def _outputs(
         if used == "int8":
             record["notes"].append("TensorRT-RTX documents int8 for weights only: expect no int8 speed")
     else:
-        golden = bundle.file(GOLDEN).read_bytes() if bundle.has(GOLDEN) else None
-        able, unable = _readers(target, answer["opset"], answer["untyped_opset"], "dla" in spec["options"])
-        record["tensorrt"] = _listed(able) or "none"
+        golden = None
+        if bundle.has(GOLDEN):  # where the engine takes frames, the child wrote one whose inputs are frames
+            golden = (folder / GOLDEN if frames else bundle.file(GOLDEN)).read_bytes()
+        able, unable = readers(target, answer["opset"], answer["untyped_opset"], "dla" in spec["options"])
+        record["tensorrt"] = listed(able) or "none"
         record["notes"] += unable
         untyped = (folder / "untyped.onnx").read_bytes() if answer["untyped_opset"] else None
         data = make_kit(target, able, record, graph, golden, untyped, timings)

@@ -9,7 +9,7 @@ from .shapes import Axis, shape_text
 
 __all__ = ["changes", "difference"]
 
-_OPTIONS = ("workspace_mb", "dla", "compatible", "timing_cache", "verbose")
+_OPTIONS = ("workspace_mb", "dla", "compatible", "timing_cache", "verbose", "uint8_input")
 _DIGEST = 8  # characters of one that are shown
 
 
@@ -30,6 +30,8 @@ def changes(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[
     )
     found += _of_mapping(options[0], options[1], "", _option)
     whole = {"script": "the kit's script", "golden": "golden outputs' tolerances", "target": "the target's description"}
+    if before.get("frames") and after.get("frames"):
+        whole["frames"] = "the normalisation inside"
     return found + [f"{words} changed" for key, words in whole.items() if before.get(key) != after[key]]
 
 

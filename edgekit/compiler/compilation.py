@@ -23,7 +23,7 @@ from edgekit.progress import say
 from edgekit.runtime.golden import parse_golden
 from edgekit.runtime.onnxruntime import session
 
-from . import build_engine, passes, precision
+from . import build_engine, frames, passes, precision
 from .memory import build_memory
 from .remedies import Refusal, remedies
 from .shapes import Profiles
@@ -62,11 +62,15 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     ``golden_snr_db`` (ONNX Runtime's, None where the graph is one that an earlier stage checked), ``tensorrt``,
     ``seconds`` in TensorRT, ``graph_sha256``, ``opset``, ``untyped_opset`` (None where there is none), ``sparse_layers`` (how
     many are 2:4), ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``) and, for a
-    device, ``memory`` (see `build_memory`).
+    device, ``memory`` (see `build_memory`). With ``request["frames"]`` all graphs take frames of bytes, and there is a
+    ``golden.npz`` of them (`frames`).
     """
     started = time.perf_counter()
     graph, chosen = _typed_graph(request)
     source = Path(untyped) if (untyped := chosen.pop("untyped")) else None
+    if request.get("frames"):
+        graph, source, request = _in_frames(graph, source, chosen, request, folder)
+    source_snr_db, about = chosen.pop("source_snr_db", None), chosen.pop("about_frames", [])
     answer: dict[str, Any] = {**chosen, **_described(graph), "untyped_opset": None}
     sparsity, note = _sparsity(graph, request)
     answer |= sparsity
@@ -81,7 +85,10 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             say(f"refused; trying again with float32 outside of {request['form']}")
             graph, built = _built(source.read_bytes(), wanted, folder)
             reason = f"because TensorRT refuses the graph with float16: {error.message}"
-            answer |= {"golden_snr_db": None, "notes": [f"float32 outside of {request['form']}, {reason}"[:300]]}
+            answer |= {
+                "golden_snr_db": source_snr_db,
+                "notes": [f"float32 outside of {request['form']}, {reason}"[:300]],
+            }
         answer |= {**built, **_described(graph), "notes": [*answer["notes"], *built["notes"]]}
     elif source is not None and (before := _described(source.read_bytes())["opset"]) < answer["opset"]:
         (folder / "untyped.onnx").write_bytes(source.read_bytes())
@@ -89,7 +96,26 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     (folder / "graph.onnx").write_bytes(graph)
     if not request["engine"]:
         answer["memory"] = build_memory(graph, request["profiles"], request["options"].get("workspace_mb"))
-    return {**answer, "notes": [*answer["notes"], *note]}
+    return {**answer, "notes": [*answer["notes"], *about, *note]}
+
+
+def _in_frames(
+    graph: bytes, source: Path | None, chosen: dict[str, Any], request: Mapping[str, Any], folder: Path
+) -> tuple[bytes, Path | None, dict[str, Any]]:
+    """(the typed graph and the one it was made from, taking frames; the request, whose golden inputs are frames).
+
+    After the types are chosen, so that the normalisation is in float32 and no choice depends on it.
+    """
+    quantized = chosen["precision"] == "int8"
+    if source is not None:
+        plain = frames.take_frames(source.read_bytes(), request, folder, quantized=quantized)
+        (folder / "source.onnx").write_bytes(plain.graph)
+        source, chosen["source_snr_db"] = folder / "source.onnx", plain.snr_db
+    made = frames.take_frames(graph, request, folder, quantized=quantized)
+    # That of the typed graph counts float16's rounding, which ONNX Runtime hides; this one that of the frames.
+    known = [snr_db for snr_db in (chosen["golden_snr_db"], made.snr_db) if snr_db is not None]
+    chosen |= {"golden_snr_db": min(known, default=None), "about_frames": [made.note]}
+    return made.graph, source, {**request, "golden": None if made.golden is None else str(made.golden)}
 
 
 def _sparsity(graph: bytes, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -220,8 +246,7 @@ def _half_graph(path: Path, golden: str | None, form: str | None) -> tuple[bytes
 
 def _half_noise(model: onnx.ModelProto, peaks: Mapping[str, float], inputs: Mapping[str, NDArray[Any]]) -> float:
     """Output SNR in dB of a graph with the rounding to float16 against the graph without."""
-    run = session(model.SerializeToString())
-    truth = dict(zip([o.name for o in run.get_outputs()], run.run(None, dict(inputs)), strict=True))
+    truth = precision.answers(model.SerializeToString(), inputs)
     twin = precision.to_fp16(model, peaks, twin=True).SerializeToString()
     return precision.against_golden(twin, inputs, truth, quantized=True).snr_db
 

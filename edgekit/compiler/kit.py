@@ -85,6 +85,8 @@ def _readme(target: Target, readers: Sequence[JetPack], spec: Mapping[str, Any],
     versions = versions or "    no release for this device: their TensorRT does not read the graph, see engines/ of the bundle"
     legacy = {"fp32": "", "fp16": "--fp16"}.get(spec["precision"], "--int8 --fp16")
     shipped = f" Without it {TIMINGS}, which lies here, is read." if "timing_cache" in spec["options"] else ""
+    takes = "It takes frames of bytes, uint8 (n, H, W, C) at the model's size, and normalises them; golden.npz has such frames."
+    frames = f"\n{takes}" if "uint8_input" in spec["options"] else ""
     check = "Afterwards it runs the engine on golden.npz and refuses one that misses the stated tolerance."
     return f"""Build kit: {spec["target"]} ({target.title}, SM {target.sm}), precision {spec["precision"]}
 
@@ -96,7 +98,7 @@ It needs the tensorrt of JetPack or of NVIDIA's container, numpy and nothing els
 {spec["target"]}.engine and {spec["target"]}.json.
 {check if golden else "The kit has no golden outputs: add --no-check."}
 With --timing-cache FILE a later build is faster (--timing-cache-read-only: and never changes the file).{shipped}
-An engine runs only with the TensorRT that built it, unless it was asked to be version-compatible.
+An engine runs only with the TensorRT that built it, unless it was asked to be version-compatible.{frames}
 
 The same with NVIDIA's own tool (TensorRT 10; version 11 needs no --stronglyTyped; version 8 takes {legacy or "nothing"}
 in its place{f", and --onnx={other}" if (other := spec["untyped_graph"]) != _GRAPH else ""}):

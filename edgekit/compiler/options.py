@@ -11,15 +11,18 @@ from typing import Any
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, GoldenError, UsageError
+from edgekit.manifest import ImagePreprocessing, SeriesPreprocessing, TextPreprocessing
 from edgekit.targets import PRECISIONS, Target, load_targets
 
 from .shapes import Profiles, shape_text
 
-__all__ = ["Options", "check_precision", "read_timings"]
+__all__ = ["Options", "check_precision", "frame_profiles", "frames_of", "read_timings"]
 
 _FP8_SM = "8.9"  # the first with E4M3 in its tensor cores, as `targets.toml` has it
 
+_SAID_BELOW = ("timings", "verbose", "uint8_input")  # by `decides`: not as they are, or only where they are set
 _FOR_A_BUILD = 0.75  # share of a device's memory that a build may take before `build` warns
+_TAKES = {TextPreprocessing: "texts", SeriesPreprocessing: "series of floats"}
 #: (--compatible, kind of target) -> what it brings and what it costs, by NVIDIA's documentation of TensorRT and TensorRT-RTX.
 COMPATIBLE = {
     ("hardware", "rtx"): "one engine for all GPUs of TensorRT-RTX from Ampere on; NVIDIA advises one of its own for each "
@@ -37,7 +40,8 @@ class Options:
 
     ``dla``: the core of the deep learning accelerator that runs what it can; the GPU runs the rest. ``compatible``:
     "hardware", for GPUs other than the target's, or "version", for later releases of TensorRT. ``timings``: a timing cache
-    for the kit, see `read_timings`. ``verbose``: a report of the layers.
+    for the kit, see `read_timings`. ``verbose``: a report of the layers. ``uint8_input``: the engine takes frames of bytes and
+    normalises them (`frames_of`).
     """
 
     workspace_mb: int | None = None
@@ -45,6 +49,7 @@ class Options:
     compatible: str | None = None
     timings: bytes | None = field(default=None, repr=False)
     verbose: bool = False
+    uint8_input: bool = False
 
     def check(self, target: Target, precision: str, profiles: Profiles) -> None:
         """Raises `UsageError` for what the target cannot do, and for options that contradict each other."""
@@ -81,7 +86,9 @@ class Options:
 
         A verbose engine of a device carries what its inspector says; for RTX the report is of the network.
         """
-        said = {name: value for name, value in asdict(self).items() if value is not None and name not in ("timings", "verbose")}
+        said = {name: value for name, value in asdict(self).items() if value is not None and name not in _SAID_BELOW}
+        if self.uint8_input:
+            said["uint8_input"] = True
         if self.verbose and target.kind == "device":
             said["verbose"] = True
         if self.timings is not None:
@@ -113,6 +120,29 @@ def check_precision(bundle: Bundle, target: Target, precision: str) -> None:
         )
     if not bundle.has(FLOAT_GRAPH) and not bundle.has(INT8_GRAPH):
         raise BundleError(f"{bundle.path} holds no graph to build", "make it again with edgekit train or edgekit import")
+
+
+def frames_of(bundle: Bundle) -> ImagePreprocessing:
+    """What an engine with ``--uint8-input`` does to a frame by itself. Raises `UsageError` where no frame is normalised."""
+    spec, inputs = bundle.manifest.preprocessing, bundle.manifest.inputs
+    cure = "leave it out; models of pictures (edgekit train --data folder:PATH) take frames"
+    if not isinstance(spec, ImagePreprocessing):
+        takes = "raw tensors, with no preprocessing to compile into the graph" if spec is None else _TAKES[type(spec)]
+        raise UsageError(f"--uint8-input is for frames of pictures; {bundle.path} takes {takes}", cure)
+    planes = (spec.channels, spec.height, spec.width)
+    if len(inputs) != 1 or inputs[0].dtype != "float32" or inputs[0].shape[1:] != planes:
+        got = ", ".join(f"{one.name} {one.dtype} {shape_text(one.shape)}" for one in inputs)
+        raise UsageError(
+            f"--uint8-input needs a graph with one input, float32 nx{shape_text(planes)} by its preprocessing; "
+            f"{bundle.path} takes {got}",
+            cure,
+        )
+    return spec
+
+
+def frame_profiles(profiles: Profiles) -> Profiles:
+    """(n, C, H, W) -> (n, H, W, C), as an engine takes frames."""
+    return {name: [[n, h, w, c] for n, c, h, w in shapes] for name, shapes in profiles.items()}
 
 
 def read_timings(path: str | os.PathLike[str] | None, target: Target) -> tuple[bytes | None, list[str]]:

@@ -30,7 +30,7 @@ try:
 except ImportError:
     raise MissingExtra("onnx", "onnx") from None
 
-__all__ = ["HALF_OPS", "activation_peaks", "against_golden", "kept_float32", "to_fp16", "without_rounding"]
+__all__ = ["HALF_OPS", "activation_peaks", "against_golden", "answers", "kept_float32", "to_fp16", "without_rounding"]
 
 MAX_ACTIVATION = 512.0
 MAX_WEIGHT = 65504.0
@@ -337,11 +337,15 @@ def kept_float32(model: onnx.ModelProto, peaks: Mapping[str, float]) -> int:
     )
 
 
+def answers(graph: bytes, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """All outputs of a graph on ONNX Runtime, by name."""
+    run = session(graph)
+    names = [o.name for o in run.get_outputs()]
+    return dict(zip(names, run.run(names, dict(inputs)), strict=True))
+
+
 def against_golden(
     graph: bytes, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]], *, quantized: bool = False
 ) -> GoldenResult:
     """The worst output's errors of a graph on ONNX Runtime against golden outputs; ``quantized`` as in `compare_outputs`."""
-    run = session(graph)
-    names = [o.name for o in run.get_outputs()]
-    found = dict(zip(names, run.run(names, dict(inputs)), strict=True))
-    return compare_outputs(outputs, found, quantized=quantized)
+    return compare_outputs(outputs, answers(graph, inputs), quantized=quantized)

@@ -349,7 +349,7 @@ def test_a_damaged_bundle_is_refused_even_when_cached(cli: Callable[..., Any], t
 
 
 def test_without_tensorrt_rtx_the_extra_is_named(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekit.compiler.builder._RTX_DISTRIBUTIONS", ())
+    monkeypatch.setattr("edgekit.compiler.versions._RTX_DISTRIBUTIONS", ())
     with pytest.raises(MissingExtra) as caught:
         build(tiny_bundle, target="rtx-ada")
     assert caught.value.hint == "pip install 'edgekit[rtx]'"

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import Bundle
 from edgekit.compiler import build
-from edgekit.compiler.builder import _readers
 from edgekit.compiler.coverage import coverage, refused
+from edgekit.compiler.versions import readers
 from edgekit.quantization import quantize
 from edgekit.targets import USER_TARGETS, load_targets
 
@@ -86,7 +86,7 @@ def test_it_reads_as_build_does(opset: int) -> None:
     for form, typed in (("float", opset), ("int8", max(opset, 19))):
         for row in coverage(plain(opset), form):
             target = load_targets()[row["target"]]
-            able, _ = _readers(target, typed, opset)
+            able, _ = readers(target, typed, opset)
             assert row["runs"] == bool(able or target.kind != "device"), (row, form)
             if target.kind == "device" and able:
                 assert row["tensorrt"] == ", ".join(entry.tensorrt for entry in able)

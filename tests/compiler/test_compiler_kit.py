@@ -19,8 +19,8 @@ import pytest
 
 from edgekit.bundle import INT8_GRAPH, Bundle
 from edgekit.compiler import build, build_engine, build_options
-from edgekit.compiler.builder import _readers
 from edgekit.compiler.kit import SCRIPTS
+from edgekit.compiler.versions import readers
 from edgekit.quantization import quantize
 from edgekit.runtime.golden import compare_arrays, load_golden, save_golden
 from edgekit.targets import target_named
@@ -324,7 +324,7 @@ def test_golden_of_the_kit_is_the_bundles(tiny_bundle: Bundle, kit: Path) -> Non
 
 def test_a_kit_names_only_the_jetpacks_that_read_it(tmp_path: Path, tiny_bundle: Bundle) -> None:
     nano = target_named("jetson-orin-nano")
-    able, notes = _readers(nano, 18)
+    able, notes = readers(nano, 18)
     assert [entry.tensorrt for entry in able] == ["10.3.0", "10.16.2"]
     assert notes == ["not for JetPack 6.0: TensorRT 8.6.2 reads opset 17 at most, the graph has 18"]
     result = build(tiny_bundle, target="jetson-xavier-nx")
@@ -373,10 +373,10 @@ def test_the_script_picks_the_graph_that_its_tensorrt_reads(
 
 
 def test_a_kit_names_the_jetpacks_that_read_either_graph() -> None:
-    able, notes = _readers(target_named("jetson-orin-nano"), 19, 17)
+    able, notes = readers(target_named("jetson-orin-nano"), 19, 17)
     assert [entry.tensorrt for entry in able] == ["8.6.2", "10.3.0", "10.16.2"]
     assert notes == []
-    able, notes = _readers(target_named("jetson-orin-nano"), 19, 18)
+    able, notes = readers(target_named("jetson-orin-nano"), 19, 18)
     assert [entry.tensorrt for entry in able] == ["10.3.0", "10.16.2"]
     assert notes == ["not for JetPack 6.0: TensorRT 8.6.2 reads opset 17 at most, the graph has 18"]
 

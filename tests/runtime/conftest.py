@@ -84,8 +84,11 @@ class Simulation:
             patch.setitem(sys.modules, name, module)
 
     def engine(self, bundle: Bundle, graph: str = FLOAT_GRAPH, *, trusted: bool = True, **changes: Any) -> Bundle:
-        """The bundle with an engine for one of its graphs; ``changes`` of the record, and ``plan`` of what is in the engine."""
-        onnx = bundle.read(graph)
+        """The bundle with an engine for one of its graphs; ``changes`` of the record, and ``plan`` of what is in the engine.
+
+        ``onnx``: what `build` made of that graph, where the engine is of that.
+        """
+        onnx = changes.pop("onnx", None) or bundle.read(graph)
         shapes = {spec.name: spec.shape for spec in bundle.manifest.inputs}
         profiles = {
             name: [[size if isinstance(axis, str) else axis for axis in shape] for size in (1, 4, 4)]
