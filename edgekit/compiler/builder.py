@@ -127,16 +127,21 @@ def build(
         return _result(opened, chosen, earlier, remarks, cached=True, seconds=time.perf_counter() - started)
     files, record = _compiled(opened, chosen, options, {**spec, "key": key}, timeout_s)
     changed, reproduced = _compared(opened, earlier, record, files[record["file"]])
-    files[f"engines/{chosen.name}.json"] = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
-    figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
-    entry = opened.entry("build", {"target": target, "precision": precision, "batch": batch, **spec["options"]}, figures)
-    updated = opened.extend(files, entry)
-    if "engine_sha256" in record:
-        trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
+    updated = _kept(opened, files, record, {"target": target, "precision": precision, "batch": batch, **spec["options"]})
     if changed:
         remarks = [f"rebuilt: {', '.join(changed)}", *remarks]
     made = _result(updated, chosen, record, remarks, cached=False, seconds=time.perf_counter() - started)
     return replace(made, changed=changed, reproduced=reproduced)
+
+
+def _kept(bundle: Bundle, files: Mapping[str, bytes], record: Mapping[str, Any], config: Mapping[str, Any]) -> Bundle:
+    """The bundle with what was built, its record and a line of history."""
+    sidecar = {f"engines/{record['target']}.json": msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"}
+    figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
+    updated = bundle.extend({**files, **sidecar}, bundle.entry("build", config, figures))
+    if "engine_sha256" in record:
+        trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
+    return updated
 
 
 def _assumptions(bundle: Bundle) -> list[str]:
@@ -186,7 +191,9 @@ def _specification(bundle: Bundle, target: Target, precision: str, profiles: Pro
     """Everything that decides the engine, the builder's flags too, which follow from it; its digest is the cache's key."""
     manifest = bundle.manifest
     sources = {name: manifest.files[name] for name in (FLOAT_GRAPH, INT8_GRAPH, GOLDEN) if name in manifest.files}
-    frames = {"frames": msgspec.to_builtins(frames_of(bundle))} if options.uint8_input else {}
+    frames = (
+        {"frames": json.loads(msgspec.json.encode(frames_of(bundle)))} if options.uint8_input else {}
+    )  # as a record says it
     return {
         "recipe": RECIPE,
         "edgekit": __version__,

@@ -165,7 +165,7 @@ class Preprocessor:
         """
         sized = self._sized(frame)
         if sized.dtype != np.uint8:
-            sized = np.clip(np.rint(sized), 0, 255).astype(np.uint8)
+            sized = np.rint(sized, out=sized).astype(np.uint8)  # means of bytes: there is nothing to clip
         pixels = sized[:, :, None] if sized.ndim == 2 else sized  # grey stands for each of three channels
         return np.ascontiguousarray(np.broadcast_to(pixels, (1, *pixels.shape[:2], self.spec.channels)))
 

@@ -110,7 +110,11 @@ class SimulatedBuilder:
     def _parser(self, network: Any, logger: Any) -> Any:
         def parse(graph: bytes) -> bool:
             self.graph = graph
-            nodes = onnx.load_model_from_string(graph).graph.node
+            read = onnx.load_model_from_string(graph).graph
+            nodes = read.node
+            bytes_in = {value.name for value in read.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
+            if any(node.op_type != "Cast" and bytes_in & set(node.input) for node in nodes):
+                return False  # as TensorRT-RTX 1.7 does: "first input has type UInt8 but must have type Float, Half, ..."
             layers = [self._layer(node) for node in nodes]
             network.__dict__.update(num_layers=len(layers), get_layer=layers.__getitem__)
             self.network = network

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 import edgekit
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, TOKENIZER, Bundle
 from edgekit.compiler import build_engine
+from edgekit.compiler.changes import changes
 from edgekit.compiler.frames import with_normalisation
 from edgekit.errors import GoldenError, UsageError
 from edgekit.manifest import ImagePreprocessing, SeriesPreprocessing, TensorSpec, TextPreprocessing
@@ -165,6 +166,19 @@ def test_the_bytes_are_read_by_one_cast_in_subgraphs_too() -> None:
     )
 
 
+def test_every_tensorrt_takes_the_bytes(release: str, simulated_builder: Callable[..., Any], pictures_bundle: Bundle) -> None:
+    spec = pictures_bundle.manifest.preprocessing
+    assert isinstance(spec, ImagePreprocessing)
+    framed = with_normalisation(pictures_bundle.read(FLOAT_GRAPH), spec)
+    wanted: dict[str, Any] = {"precision": "fp32", "profiles": {}, "flags": [], "options": {"uint8_input": True}}
+    assert build_engine.build(simulated_builder(release).module, framed, wanted).plan.endswith(framed)
+    early = onnx.load_model_from_string(framed)
+    early.graph.node[0].op_type = "Transpose"
+    del early.graph.node[0].attribute[:]
+    with pytest.raises(build_engine.BuildError):
+        build_engine.build(simulated_builder(release).module, early.SerializeToString(), wanted)
+
+
 # Kits
 
 
@@ -220,12 +234,17 @@ def test_the_check_on_the_device_feeds_the_frames(
 
 def test_another_normalisation_is_another_engine(pictures_bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    keys = set()
+    keys, records = set(), []
     for mean in (0.485, 0.5):
         spec = msgspec.structs.replace(pictures_bundle.manifest.preprocessing, mean=(mean, 0.456, 0.406))
         other = changed(pictures_bundle, tmp_path / f"{mean}.edge", preprocessing=spec)
-        keys.add(record(edgekit.build(other, target="jetson-thor", uint8_input=True).bundle, "jetson-thor")["key"])
+        edgekit.build(other, target="jetson-thor", precision="fp32", uint8_input=True)
+        records.append(record(other, "jetson-thor"))
+        keys.add(records[-1]["key"])
     assert len(keys) == 2
+    assert changes(records[0]["decided_by"], records[1]["decided_by"]) == ["the normalisation inside changed"]
+    again = edgekit.build(other.path, target="jetson-thor", precision="fp16", uint8_input=True)
+    assert again.changed == ["--precision fp32 -> fp16"]
 
 
 def test_golden_inputs_that_are_no_pictures_are_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
