@@ -5,9 +5,10 @@ The input keeps its name and becomes uint8 (n, H, W, C), as the frame lies in me
 whatever the graph behind it computes in: where it begins with a Cast to float16 or with QuantizeLinear, that follows.
 Resizing and grey stay on the host.
 
-TensorRT has uint8 inputs since 8.5, for one kind of reader only, a cast to float32 or float16 (`DataType` of 8.6 says so;
-NVIDIA/TensorRT issue 1503): the parser of TensorRT-RTX 1.7 refuses a Transpose of bytes. So the cast is the first node, and the
-input's one reader. TensorRT 8.6 types weakly: with its FP16 flag it may normalise in float16, whose 11 bits hold a byte.
+TensorRT and its ONNX parser have uint8 inputs since 8.5 (changelog of onnx-tensorrt), for one kind of reader only, a cast to
+float32 or float16 (`DataType` in the documentation of 8.6 to 11): the parser of TensorRT-RTX 1.7 refuses a Transpose of bytes.
+So the cast is the first node, and the input's one reader. TensorRT 8.6 types weakly: with its FP16 flag it may normalise in
+float16, which holds every byte and has 11 bits for the result.
 """
 
 from __future__ import annotations

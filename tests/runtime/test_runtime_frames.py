@@ -155,6 +155,21 @@ def test_bytes_undo_the_normalisation(coloured_digits: list[Any]) -> None:
     np.testing.assert_array_equal(denormalised(spec, tensors * 100)[0].max(), 255)
 
 
+@pytest.mark.parametrize("fit", ["stretch", "crop", "letterbox", "line"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_bytes_of_a_frame_are_its_tensor_rounded(fit: Any, channels: Any) -> None:
+    """However a frame is resized, and grey or colour: frames from the host and golden inputs are made alike."""
+    spec = ImagePreprocessing(40, 24, channels, mean=(0.4,) * channels, std=(0.2,) * channels, fit=fit)
+    read = Preprocessor(spec)
+    for shape in [(24, 40), (24, 40, 3), (50, 60), (17, 90, 3), (48, 80, 4), (100, 30, 1)]:
+        frame = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        found = read.resized(frame)
+        assert (found.dtype, found.shape) == (np.uint8, (1, 24, 40, channels))
+        wanted = denormalised(spec, read(frame))
+        assert np.abs(found.astype(int) - wanted).max() <= 1  # what lies in the middle of two bytes: one in 64 at half the size
+        assert (found != wanted).mean() < 0.02
+
+
 # Everything that feeds a model
 
 
@@ -204,6 +219,27 @@ def test_auto_feeds_whatever_it_came_to(simulate: Any, digits_bundle: Bundle, di
     with Model.open(bundle.path) as model:
         assert (model.runner.name, model.inputs[0].dtype) == ("onnxruntime", "float32")
         assert model(digits[0]).label == truth[0].label
+
+
+def test_an_installed_pack_scans_by_bytes(
+    simulate: Any, digits_bundle: Bundle, digits: list[Any], tmp_path: Path, cli: Cli
+) -> None:
+    """`install` holds the engine to its golden outputs; `scan` gives it frames of any size."""
+    from PIL import Image
+
+    with Model.open(digits_bundle.path) as cpu:
+        truth = cpu(digits[5]).label
+    bundle = takes_frames(simulate(), digits_bundle)
+    assert cli("pack", bundle.path, "--out", tmp_path / "f.zip").code == 0
+    assert cli("install", tmp_path / "f.zip", "--root", tmp_path / "root", "--unsigned").code == 0
+    (manifest,) = (tmp_path / "root").rglob("manifest.json")
+    with Model.open(manifest.parent) as model:
+        assert (model.runner.name, model.inputs[0].dtype) == ("tensorrt-rtx", "uint8")
+        assert model(digits[5]).label == truth
+    Image.fromarray(digits[5]).resize((84, 84)).save(tmp_path / "digit.png")
+    done = cli("scan", manifest.parent, "--source", tmp_path / "digit.png", "--sink", f"jsonl:{tmp_path / 'events.jsonl'}")
+    assert done.code == 0
+    assert json.loads((tmp_path / "events.jsonl").read_text())["label"] == truth
 
 
 # What is refused
