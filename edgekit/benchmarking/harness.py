@@ -18,7 +18,6 @@ from edgekit.manifest import ImagePreprocessing
 from edgekit.progress import say
 from edgekit.runtime import Model
 from edgekit.runtime.backends import Runner, open_runner
-from edgekit.runtime.feeds import as_taken
 from edgekit.runtime.model import Precision
 
 from .asked import STREAMS, Asked
@@ -26,7 +25,7 @@ from .cold import process_start_ms
 from .device import Sensors, fingerprint, resident_mb
 from .gate import judge, load_earlier, parse_share
 from .history import add, check_history
-from .inputs import Feeds, batchable, feeds_for, frame_for, golden_or_none
+from .inputs import Feeds, batchable, feeds_for, frame_for, golden_or_none, runner_feeds
 from .profile import check_profile, layer_times, times_chart
 from .scenarios import (
     KEY,
@@ -186,7 +185,7 @@ def _opened(
     before, start = resident_mb(), time.perf_counter()
     with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
         loaded = time.perf_counter()
-        feeds = _feeds(model.runner, golden_or_none(bundle), _least(model.runner))
+        feeds = runner_feeds(model.runner, golden_or_none(bundle), _least(model.runner))
         first = time.perf_counter()
         model.runner.run(feeds)
         cold_start = loaded - start + time.perf_counter() - first
@@ -214,7 +213,7 @@ def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path
 def _measure(model: Model, asked: Asked) -> dict[str, Any]:
     """Warm up, run the scenario, and judge the run."""
     runner, golden = model.runner, golden_or_none(model.bundle)
-    feeds = _feeds(runner, golden, _least(runner))
+    feeds = runner_feeds(runner, golden, _least(runner))
     run_model = runner.run
     say(f"warming up {model.bundle.manifest.name} on {runner.name}")
     warm = warm_up(lambda: run_model(feeds), limit_s=min(2.0, max(0.2, asked.seconds)))
@@ -323,12 +322,8 @@ def _least(runner: Runner) -> int:
     return runner.batches[0] if runner.batches else 1
 
 
-def _feeds(runner: Runner, golden: Feeds | None, batch: int) -> Feeds:
-    return feeds_for(runner.inputs, None if golden is None else as_taken(runner.frames, golden), batch)
-
-
 def _batch_call(runner: Runner, golden: Feeds | None, batch: int) -> Call:
-    feeds = _feeds(runner, golden, batch)
+    feeds = runner_feeds(runner, golden, batch)
     return lambda: runner.run(feeds)
 
 

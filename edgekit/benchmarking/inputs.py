@@ -14,9 +14,11 @@ from edgekit.errors import DataError, UsageError
 from edgekit.files import npz_problem
 from edgekit.manifest import ImagePreprocessing, TensorSpec
 from edgekit.preprocess import denormalised
+from edgekit.runtime.backends import Runner
+from edgekit.runtime.feeds import as_taken
 from edgekit.runtime.golden import load_golden
 
-__all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none", "read_folder"]
+__all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none", "read_folder", "runner_feeds"]
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -90,6 +92,11 @@ def feeds_for(inputs: Sequence[TensorSpec], golden: Feeds | None, batch: int) ->
             sample = np.resize(sample, (first, *sample.shape[1:]))
         feeds[spec.name] = np.ascontiguousarray(sample)
     return feeds
+
+
+def runner_feeds(runner: Runner, golden: Feeds | None, batch: int) -> Feeds:
+    """`feeds_for` what an entered runner takes: its engine may take frames of bytes, where the golden inputs are tensors."""
+    return feeds_for(runner.inputs, None if golden is None else as_taken(runner.frames, golden), batch)
 
 
 def _noise(spec: TensorSpec) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from edgekit.runtime.model import Precision
 
 from .device import Sensors, fingerprint
 from .gate import parse_share
-from .inputs import feeds_for, golden_or_none
+from .inputs import golden_or_none, runner_feeds
 from .scenarios import Call, no_collector, stretch, warm_up
 from .statistics import paired_ratio, percentiles
 
@@ -105,7 +105,7 @@ def bench_pair(
 
 def _call(model: Model) -> Call:
     runner = model.runner
-    feeds = feeds_for(runner.inputs, golden_or_none(model.bundle), runner.batches[0] if runner.batches else 1)
+    feeds = runner_feeds(runner, golden_or_none(model.bundle), runner.batches[0] if runner.batches else 1)
     return lambda: runner.run(feeds)
 
 

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_the_bytes_of_a_frame_are_its_tensor_rounded(fit: Any, channels: Any) ->
 # Everything that feeds a model
 
 
-def test_golden_compare_eval_and_bench_feed_bytes(simulate: Any, digits_bundle: Bundle, cli: Cli) -> None:
+def test_golden_compare_eval_and_bench_feed_bytes(simulate: Any, digits_bundle: Bundle, cli: Cli, tmp_path: Path) -> None:
     simulation = simulate()
     bundle = takes_frames(simulation, digits_bundle)
     assert check_golden(bundle, backend="tensorrt-rtx").snr_db > 100  # the golden digits were never resized
@@ -188,6 +189,8 @@ def test_golden_compare_eval_and_bench_feed_bytes(simulate: Any, digits_bundle: 
     assert measured["inputs"] == {"x": ["uint8", 1, 28, 28, 1]}
     assert measured["end_to_end"]["frame"] == [28, 28]
     assert cli("bench", bundle.path, "--scenario", "offline", *options).code == 0
+    other = shutil.copytree(bundle.path, tmp_path / "other.edge")
+    assert cli("bench", bundle.path, other, *options).code == 0
     nothing_left(simulation)
 
 
