@@ -8,11 +8,14 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -20,11 +23,57 @@ import click
 from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
 from edgekit.progress import first
 
-__all__ = ["SEED", "Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table", "targets_option"]
+__all__ = [
+    "SEED",
+    "Answer",
+    "Terminated",
+    "answers",
+    "bundle_argument",
+    "ending_in_order",
+    "fail",
+    "lines",
+    "out_option",
+    "table",
+    "targets_option",
+]
 
 
+_AGAIN = "run the same command again; finished work is kept"
 #: What torch and numpy both take.
 SEED = click.IntRange(0, 2**32 - 1)
+
+
+class Terminated(SystemExit):
+    """A signal that ends a program came; its exit code is what a shell reports of one (143 for SIGTERM)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """In the block SIGTERM and SIGHUP raise `Terminated`: temporary folders go, half bundles too, and child processes end.
+
+    By default either kills Python on the spot. Left alone are a signal that somebody handles or ignores (``nohup``), and the
+    processes of ``torchrun``, which stops them while they wait for each other in native code, where no exception gets through.
+    """
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        yield
+        return
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _terminate)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # ``timeout`` sends it twice: what cleans up is not to be interrupted
+    raise Terminated(number)
 
 
 @dataclass(frozen=True)
@@ -118,7 +167,9 @@ def fail(error: BaseException, as_json: bool) -> int:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):
-        message, hint, code = "interrupted", "run the same command again; finished work is kept", 1
+        message, hint, code = "interrupted", _AGAIN, 1
+    elif isinstance(error, Terminated):
+        message, hint, code = f"ended by {error.signal.name}", _AGAIN, 128 + error.signal
     elif isinstance(error, click.ClickException):
         if not as_json:
             error.show(sys.stderr)

@@ -25,6 +25,7 @@ __all__ = ["NativeCrash", "call"]
 
 ADDRESS_SPACE = 32 << 30  # bytes; a hostile graph asks for terabytes
 _ERRNO = 100  # exit codes above it: the answer could not be written, for this reason
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _LONGEST = 300  # characters of an unforeseen error's message
 
 
@@ -82,8 +83,8 @@ def call(
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: inside `Popen` it would leave a child that nobody knows."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Ctrl-C and `kill` wait for the end of the block: inside `Popen` they would leave a child that nobody knows."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_ENDING})
     try:
         yield
     finally:
@@ -154,6 +155,7 @@ def main() -> None:
     module, name = sys.argv[1].split(":")
     folder = Path(sys.argv[2])
     _limit_memory(int(sys.argv[3]))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # they were blocked when the parent started this process
     if not os.environ.get("EDGEKIT_DEBUG"):
         _quiet_natives(folder)
     try:
