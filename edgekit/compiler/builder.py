@@ -34,7 +34,7 @@ from .shapes import Profiles, assumed_sizes, profiles_for
 
 __all__ = ["BuildResult", "build"]
 
-RECIPE = 5  # raise it where the same inputs would now give another engine
+RECIPE = 6  # raise it where the same inputs would now give another engine
 #: Distributions that bring the module ``tensorrt_rtx``; asking one for its version costs no import of TensorRT.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
