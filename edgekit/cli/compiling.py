@@ -152,6 +152,9 @@ def targets() -> Answer:
     rows = target_rows()
     notes = ["* unconfirmed: --json states the derivation"]
     notes += [
+        f"{row['name']}: figures of {row['figures_of']}; --targets FILE for another card" for row in rows if row["figures_of"]
+    ]
+    notes += [
         f"{row['name']}: {'in place of the shipped table, ' if row['replaces'] else ''}from {row['file']}"
         for row in rows
         if row["file"]
