@@ -20,6 +20,7 @@ __all__ = ["check_structure", "inference_fault", "node_text", "stated_attributes
 
 MAX_TENSOR_BYTES = 2 << 30
 _SHOWN = 8  # nodes of a cycle, values of an attribute
+_TELLING = 8  # letters: "transformationMode" means coordinate_transformation_mode, "mode" alone does not
 _EXPORT = "export the model again"
 _KINDS = {value: name.lower() for name, value in onnx.AttributeProto.AttributeType.items()}
 _ITEM_BYTES = {
@@ -72,18 +73,18 @@ def node_text(node: onnx.NodeProto) -> str:
     return f"{node.name or next(iter(node.output), '') or '?'} ({node.op_type})"
 
 
-def stated_attributes(node: onnx.NodeProto, about: str) -> str:
-    """The attributes of a node that a text speaks of, else all that are short: ``pads=[1, 1, 1], group=7``."""
+def stated_attributes(node: onnx.NodeProto, about: str, *, others: bool = True) -> str:
+    """The attributes of a node that a text speaks of: ``pads=[1, 1, 1], group=7``; of none: all (``others``)."""
     plain = {attribute.name: _value(attribute) for attribute in node.attribute if not attribute.ref_attr_name}
     short = {name: value for name, value in plain.items() if value is not None}
-    words = re.sub(r"[^a-z0-9]+", " ", about.lower()).split()
-    squeezed = " ".join(words), "".join(words)
+    words = {word.replace("_", "") for word in re.findall(r"[a-z0-9_]+", about.lower())}  # inputForget is input_forget
+    squeezed = {name: name.lower().replace("_", "") for name in short}
     named = {
         name: value
         for name, value in short.items()
-        if name.lower() in words or (len(name) > 3 and any(name.lower().replace("_", "") in text for text in squeezed))
+        if any(word == squeezed[name] or (len(word) >= _TELLING and word in squeezed[name]) for word in words)
     }
-    return ", ".join(f"{name}={value}" for name, value in (named or short).items())
+    return ", ".join(f"{name}={value}" for name, value in (named or (short if others else {})).items())
 
 
 def _value(attribute: onnx.AttributeProto) -> str | None:
