@@ -21,9 +21,12 @@ from typing import Any
 import edgekit.errors
 from edgekit.errors import EdgekitError, GraphError, MissingExtra
 
+from .build_options import MEMINFO, memory_in
+
 __all__ = ["NativeCrash", "call"]
 
 ADDRESS_SPACE = 32 << 30  # bytes; a hostile graph asks for terabytes
+LEAST_SPACE = 4 << 30  # bytes; libraries and their threads map a good part of it without using it
 _ERRNO = 100  # exit codes above it: the answer could not be written, for this reason
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _LONGEST = 300  # characters of an unforeseen error's message
@@ -38,8 +41,8 @@ def call(
 ) -> dict[str, Any]:
     """Run ``MODULE:FUNCTION`` of this room in a child; returns its answer.
 
-    ``address_space``: bytes it may map, 0 for no limit: a CUDA context reserves addresses for all memory of the machine,
-    so TensorRT beside a GPU fails under any limit that would help.
+    ``address_space``: bytes it may map, fewer where the machine has less to give, 0 for no limit: a CUDA context reserves
+    addresses for all memory of the machine, so TensorRT beside a GPU fails under any limit that would help.
 
     Raises the child's `EdgekitError` or `OSError`; `NativeCrash` where the child died, `GraphError` where it
     took longer than ``timeout_s``.
@@ -95,7 +98,8 @@ def _fate(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     try:
-        return f"crashed ({signal.Signals(-code).name})"
+        name = signal.Signals(-code).name
+        return "was killed (SIGKILL), as systems do where memory is short," if name == "SIGKILL" else f"crashed ({name})"
     except ValueError:
         return f"crashed (signal {-code})"
 
@@ -138,6 +142,9 @@ def _limit_memory(address_space: int) -> None:
     except ImportError:  # not on Windows
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    there = memory_in(MEMINFO, "MemAvailable")
+    if address_space and there:  # past it the system kills, this process or another, and nobody learns which node it was
+        address_space = min(address_space, max(there, LEAST_SPACE))
     if address_space and (hard == resource.RLIM_INFINITY or hard > address_space):
         resource.setrlimit(resource.RLIMIT_AS, (address_space, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
