@@ -201,11 +201,14 @@ def fail(error: BaseException, as_json: bool) -> int:
 
 
 def _os_error(error: OSError) -> tuple[str, str, int]:
-    where = f" ({error.filename})" if error.filename else ""
+    named = error.filename2 or error.filename  # of a rename the second: the first is a temporary name that nobody gave
+    where = f" ({named})" if named else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full{where}; nothing was left half written", "free some space and run the command again", 1
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission{where}: {error.strerror}", "choose another path, or change its permissions", 1
+    if error.errno == errno.EISDIR:
+        return f"a folder is in the way{where}", "name a file", 2
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return f"a file is in the way{where}: {error.strerror}", "name a path below folders only", 2
     return f"{error.strerror or error}{where}", "check the path", 1

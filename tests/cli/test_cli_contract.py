@@ -356,6 +356,13 @@ def test_a_file_in_the_way_is_wrong_usage(cli: Any, tiny_bundle: Bundle, tmp_pat
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_in_the_way_is_wrong_usage(cli: Any, tmp_path: Path) -> None:
+    outcome = cli("doctor", "--selftest", tmp_path)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-2:] == [f"error: a folder is in the way ({tmp_path})", "hint: name a file"]
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
+
+
 def test_a_full_disk_in_a_build_is_named(tiny_bundle: Bundle) -> None:
     limited = f"ulimit -f 8; exec '{sys.executable}' -c \"{BUILD}\" {tiny_bundle.path}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
