@@ -40,9 +40,13 @@ def check_structure(model: onnx.ModelProto) -> None:
             _check_size(f"{kind} {value.name}", [d.dim_value for d in value.type.tensor_type.shape.dim], value)
         if twice := _repeated(value.name for value in values):
             raise GraphError(f"{kind} {twice!r} is there twice", _EXPORT)
+    if opset(model) > onnx.defs.onnx_opset_version():
+        newest = onnx.defs.onnx_opset_version()
+        raise GraphError(
+            f"opset {opset(model)} is newer than what onnx {onnx.__version__} knows: {newest}", "export with opset 17"
+        )
     for weight in graph.initializer:
-        if negative := [axis for axis in weight.dims if axis < 0]:
-            raise GraphError(f"weight {weight.name!r} has an axis of {negative[0]}: {shape_text(weight.dims)}", _EXPORT)
+        _check_weight(weight)
     if twice := _repeated(weight.name for weight in graph.initializer):
         raise GraphError(f"weight {twice!r} is there twice", _EXPORT)
     _check_names(graph, set())
@@ -118,6 +122,21 @@ def _check_size(what: str, axes: list[int], value: onnx.ValueInfoProto) -> None:
     if largest > MAX_AXIS or size > MAX_TENSOR_BYTES:
         over = f"an axis has {MAX_AXIS} at most" if largest > MAX_AXIS else f"{size} bytes, {MAX_TENSOR_BYTES} at most"
         raise GraphError(f"{what} is {shape_text(axes)}: {over}", "export the model with the sizes that it is used at")
+
+
+def _check_weight(weight: onnx.TensorProto) -> None:
+    """A known type, no negative axis, and as many bytes as its shape takes."""
+    if negative := [axis for axis in weight.dims if axis < 0]:
+        raise GraphError(f"weight {weight.name!r} has an axis of {negative[0]}: {shape_text(weight.dims)}", _EXPORT)
+    if weight.data_type not in onnx.TensorProto.DataType.values() or not weight.data_type:
+        raise GraphError(f"weight {weight.name!r} has the type {weight.data_type}, which ONNX does not know", _EXPORT)
+    item = 4 if weight.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT32) else _ITEM_BYTES.get(weight.data_type)
+    if item and weight.HasField("raw_data") and len(weight.raw_data) != (wanted := item * math.prod(weight.dims)):
+        raise GraphError(
+            f"weight {weight.name!r} of shape {shape_text(weight.dims) or 'scalar'} has {len(weight.raw_data)} bytes, "
+            f"{wanted} were expected",
+            _EXPORT,
+        )
 
 
 def _check_names(graph: onnx.GraphProto, outer: set[str]) -> None:

@@ -49,7 +49,7 @@ def inspect_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise GraphError(f"the graph cannot be read: {reason}", "check it with onnx.checker, or export it again") from None
     model = source.model
     if fault := inference_fault(model):
-        notes.append(f"contradicts itself, and will be refused: {fault}")
+        notes.append(f"contradicts itself, and is likely to be refused: {fault}")
     targets = figures.pop("targets")
     if figures["form"] == "float" and (count := len(quantized_nodes(model))):
         targets, note = _as_imported(model, targets, count)

@@ -93,6 +93,17 @@ def test_negative_and_repeated_weights_are_named() -> None:
     model.graph.initializer[0].dims[:] = [4, -4]
     with pytest.raises(GraphError, match="weight 'w' has an axis of -4: 4x-4"):
         check_structure(model)
+    model.graph.initializer[0].dims[:] = [5]
+    with pytest.raises(GraphError, match="weight 'w' of shape 5 has 16 bytes, 20 were expected"):
+        check_structure(model)
+    model.graph.initializer[0].data_type = 99
+    with pytest.raises(GraphError, match="weight 'w' has the type 99, which ONNX does not know"):
+        check_structure(model)
+
+
+def test_an_opset_of_the_future_is_named() -> None:
+    with pytest.raises(GraphError, match="opset 99 is newer than what onnx"):
+        check_structure(made([N("Relu", ["x"], ["y"])], [4], opset=99))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,17 @@ def test_what_contradicts_an_operator_is_named_with_its_attribute(node: Any, sai
     model = made([node], [1, 3, 8, 8], w=np.zeros((4, 3, 3, 3), np.float32))
     check_structure(model)
     assert inference_fault(model) == said
+
+
+def test_inspect_shows_the_contradiction_and_refuses_a_cycle(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    onnx.save(made([N("Concat", ["x", "x"], ["y"], "cat", axis=9)], [1, 3]), tmp_path / "odd.onnx")
+    done = cli("inspect", tmp_path / "odd.onnx")
+    assert done.code == 0
+    assert "contradicts itself, and is likely to be refused: node cat (Concat)" in done.out
+    onnx.save(made([N("Add", ["x", "y"], ["y"], "a")], [4]), tmp_path / "cycle.onnx")
+    done = cli("inspect", tmp_path / "cycle.onnx", "--json")
+    assert done.code == 1
+    assert done.json["error"].startswith("the graph has a cycle: a (Add) -> a (Add)")
 
 
 def test_a_wrong_output_shape_of_an_exporter_is_no_fault() -> None:
