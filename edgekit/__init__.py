@@ -12,9 +12,14 @@ On the device: ``from edgekit.runtime import Model``.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
+
+# ONNX Runtime's wheels report their use to Microsoft unless told not to, leave an identifier of the machine on disk, and read
+# this when they are loaded. A device on a line reports to nobody of its own accord; "0" leaves it to ONNX Runtime.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .benchmarking import bench, bench_pair, compare

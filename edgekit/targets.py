@@ -112,7 +112,8 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One table of ``targets.toml``; its comments state the units. Absent figures are per card, or not published.
 
-    ``file``: the user's file that it comes from, empty where it is shipped; ``replaces``: it stands in for a shipped one.
+    ``figures_of``: the card whose figures stand for a family of cards. ``file``: the user's file that it comes from, empty
+    where it is shipped; ``replaces``: it stands in for a shipped one.
     """
 
     title: str
@@ -120,6 +121,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precisions: Annotated[tuple[Precision, ...], msgspec.Meta(min_length=1)]
     sm: Annotated[str, msgspec.Meta(pattern=r"^(\d+\.\d)?$")] = ""
     dla: Annotated[int, msgspec.Meta(ge=0)] = 0
+    figures_of: str = ""
     memory_gb: Figure | None = None
     bandwidth_gbs: Figure | None = None
     published_int8_tops: Figure | None = None
@@ -157,6 +159,12 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Dense peak of the GPU alone, in 10^12 operations a second (one multiply-accumulate is two)."""
         return {"int8": self.int8_tops, "fp16": self.fp16_tflops, "fp32": self.fp32_tflops}.get(precision)
 
+    def lacking(self, *precisions: str) -> str:
+        """The fields that a prediction at these precisions needs and the table does not have."""
+        fields = {"int8": "int8_tops", "fp16": "fp16_tflops", "fp32": "fp32_tflops"}
+        missing = [fields[precision] for precision in precisions if precision in fields and self.peak(precision) is None]
+        return " and ".join([*missing, *([] if self.bandwidth_gbs else ["bandwidth_gbs"])])
+
     def kernel_us(self, macs: float, size_bytes: float, precision: str) -> float:
         """Predicted microseconds of a kernel: the longer of its arithmetic and its traffic at the share of the peaks that
         kernels reach, plus its launch. Raises `UsageError` where the target has no figures."""
@@ -171,7 +179,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if peak is None or self.bandwidth_gbs is None:
             raise UsageError(
                 f"{self.name} has no {precision} peak and bandwidth to predict from",
-                f"state them in a file of your own: edgekit targets --help; or take another target than {self.name}",
+                f"state {self.lacking(precision)} in a table of yours, by --targets FILE (docs/targets.md); or take another",
             )
         return max(2 * macs / peak.value / 1e6, size_bytes / self.bandwidth_gbs.value / 1e3)
 
@@ -253,7 +261,10 @@ def _based(file: Path, name: str, table: Any, before: Mapping[str, Mapping[str, 
     if not isinstance(base, str) or base not in before:
         near = difflib.get_close_matches(str(base), before, n=3, cutoff=0.5) or list(before)[:8]
         raise _wrong(file, f"[{name}] {_BASE}: there is no {base!r} above it", f"one of: {', '.join(near)}")
-    return {key: value for key, value in {**before[base], **table}.items() if key != _BASE}
+    found = {key: value for key, value in {**before[base], **table}.items() if key != _BASE}
+    if "bandwidth_gbs" in table and "figures_of" not in table:
+        found.pop("figures_of", None)  # it states a card of its own
+    return found
 
 
 def _target(file: Path, name: str, table: Mapping[str, Any]) -> Target:

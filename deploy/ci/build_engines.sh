@@ -82,6 +82,7 @@ fi
 for target in $targets; do
     echo "build $target"
     "$edgekit" build "$out/int8.edge" --target "$target" --json >"$out/$target.json"
+    [ "$(figure "$out/$target.json" usable)" = True ] || fail "no TensorRT of $target builds its kit: see note in $out/$target.json"
     [ -z "${MAX_KB:-}" ] || gate "$target in kB" "$(($(figure "$out/$target.json" size_bytes) / 1000))" "at most" "$MAX_KB"
 done
 if [ -n "${BENCH_BACKEND:-}" ]; then

@@ -75,10 +75,7 @@ def doctor(root: str | os.PathLike[str] = "/") -> dict[str, Any]:
         _check("tensorrt", bool(tensorrt), _pairs(tensorrt) or "none", "pip install 'edgekit[rtx]', or JetPack's on a Jetson"),
         _check("disk", free > _LOW_DISK, f"{free / 1e9:.1f} GB free", "bundles and engines need room: free some space"),
     ]
-    checks += [
-        _check(f"backend {b['backend']}", b["works"], b["reason"] or f"runs, {b['latency_ms']:.3f} ms a call", b["install"])
-        for b in backends
-    ]
+    checks += [_backend_check(backend, bool(gpu or device["driver"])) for backend in backends]
     checks += [_check(f"extra {e['extra']}", e["ready"], _extra_words(e), e["install"]) for e in extras]
     return {
         "edgekit": __version__,
@@ -91,6 +88,16 @@ def doctor(root: str | os.PathLike[str] = "/") -> dict[str, Any]:
         "backends": backends,
         "checks": checks,
     }
+
+
+def _backend_check(row: dict[str, Any], gpu: bool) -> dict[str, Any]:
+    """Where there is no GPU, that is the reason; CUDA calls it a conflict of versions (``backends`` has its words)."""
+    name = f"backend {row['backend']}"
+    if not row["works"] and not gpu and row["backend"] in ENGINE_MODULES and "CUDA" in row["reason"]:
+        return _check(
+            name, False, "no NVIDIA GPU and driver here", "runs engines where there is one; build them here all the same"
+        )
+    return _check(name, row["works"], row["reason"] or f"runs, {row['latency_ms']:.3f} ms a call", row["install"])
 
 
 def _check(name: str, ok: bool, found: str, hint: str | None = None) -> dict[str, Any]:

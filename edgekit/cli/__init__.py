@@ -11,7 +11,7 @@ import click
 
 from edgekit.version import __version__
 
-from .common import fail
+from .common import Terminated, ending_in_order, fail
 
 __all__ = ["COMMANDS", "cli", "main"]
 
@@ -85,8 +85,12 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point: runs a command and turns every failure into a cause, a cure and an exit code."""
     arguments = sys.argv[1:] if args is None else args
+    code: Any
     try:
-        code: Any = cli.main(args=arguments, prog_name="edgekit", standalone_mode=False)
+        with ending_in_order():
+            code = cli.main(args=arguments, prog_name="edgekit", standalone_mode=False)
+    except Terminated as error:
+        code = fail(error, as_json="--json" in arguments)
     except SystemExit:  # shell completion and closed pipes end this way
         raise
     except BaseException as error:  # noqa: BLE001  the one place where errors become words

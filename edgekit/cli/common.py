@@ -8,11 +8,14 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -20,11 +23,57 @@ import click
 from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
 from edgekit.progress import first
 
-__all__ = ["SEED", "Answer", "answers", "bundle_argument", "fail", "lines", "out_option", "table", "targets_option"]
+__all__ = [
+    "SEED",
+    "Answer",
+    "Terminated",
+    "answers",
+    "bundle_argument",
+    "ending_in_order",
+    "fail",
+    "lines",
+    "out_option",
+    "table",
+    "targets_option",
+]
 
 
+_AGAIN = "run the same command again; finished work is kept"
 #: What torch and numpy both take.
 SEED = click.IntRange(0, 2**32 - 1)
+
+
+class Terminated(SystemExit):
+    """A signal that ends a program came; its exit code is what a shell reports of one (143 for SIGTERM)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """In the block SIGTERM and SIGHUP raise `Terminated`: temporary folders go, half bundles too, and child processes end.
+
+    By default either kills Python on the spot. Left alone are a signal that somebody handles or ignores (``nohup``), and the
+    processes of ``torchrun``, which stops them while they wait for each other in native code, where no exception gets through.
+    """
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        yield
+        return
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _terminate)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # ``timeout`` sends it twice: what cleans up is not to be interrupted
+    raise Terminated(number)
 
 
 @dataclass(frozen=True)
@@ -118,7 +167,9 @@ def fail(error: BaseException, as_json: bool) -> int:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):
-        message, hint, code = "interrupted", "run the same command again; finished work is kept", 1
+        message, hint, code = "interrupted", _AGAIN, 1
+    elif isinstance(error, Terminated):
+        message, hint, code = f"ended by {error.signal.name}", _AGAIN, 128 + error.signal
     elif isinstance(error, click.ClickException):
         if not as_json:
             error.show(sys.stderr)
@@ -150,11 +201,14 @@ def fail(error: BaseException, as_json: bool) -> int:
 
 
 def _os_error(error: OSError) -> tuple[str, str, int]:
-    where = f" ({error.filename})" if error.filename else ""
+    named = error.filename2 or error.filename  # of a rename the second: the first is a temporary name that nobody gave
+    where = f" ({named})" if named else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full{where}; nothing was left half written", "free some space and run the command again", 1
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission{where}: {error.strerror}", "choose another path, or change its permissions", 1
+    if error.errno == errno.EISDIR:
+        return f"a folder is in the way{where}", "name a file", 2
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return f"a file is in the way{where}: {error.strerror}", "name a path below folders only", 2
     return f"{error.strerror or error}{where}", "check the path", 1

@@ -108,26 +108,28 @@ def build(bundle: Path, target: str, **options: Any) -> Answer:
 
 
 @click.command("inspect")
-@click.argument("path", metavar="B|ENGINE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="B|ONNX|ENGINE", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="Every layer with its shapes, not the heaviest alone.")
+@click.option("--shape", multiple=True, metavar="NAME:AxBxC", help="Of an ONNX file's input with dynamic axes.")
 @targets_option
 @answers
-def inspect(path: Path, layers: bool) -> Answer:
-    """Say what a bundle or an engine file holds, what it costs, and which targets take it.
+def inspect(path: Path, layers: bool, shape: tuple[str, ...]) -> Answer:
+    """Say what a bundle, an ONNX file or an engine holds, what it costs, and which targets take it.
 
     MACs, parameters and bytes moved by operator and layer, dynamic axes at 1; and for every target whether it builds, by
-    which TensorRT, and what stands against it. Nothing is built for that.
+    which TensorRT, and what stands against it. Nothing is built or written for that.
 
     \b
     Example:
       edgekit inspect digits.edge
       edgekit inspect digits.edge --layers --json
+      edgekit inspect model.onnx --shape x:1x3x224x224
       edgekit inspect digits.edge/engines/rtx-ada.engine
     """
     from edgekit.compiler import summarise
 
-    data = summarise(path, layers=layers)
-    return Answer(data, _with_lists(data, ("history",)))
+    data = summarise(path, layers=layers, shape=shape)
+    return Answer(data, _with_lists(data, ("history", "notes")))
 
 
 def _with_lists(data: dict[str, Any], keys: tuple[str, ...]) -> str:
@@ -155,6 +157,9 @@ def targets() -> Answer:
 
     rows = target_rows()
     notes = ["* unconfirmed: --json states the derivation"]
+    notes += [
+        f"{row['name']}: figures of {row['figures_of']}; --targets FILE for another card" for row in rows if row["figures_of"]
+    ]
     notes += [
         f"{row['name']}: {'in place of the shipped table, ' if row['replaces'] else ''}from {row['file']}"
         for row in rows

@@ -152,8 +152,9 @@ def _compile_for(trt: Any, config: Any, capability: str, later: bool) -> None:
         wanted += sorted(name for name, number in numbers.items() if number >= 80 and name not in wanted)
     config.num_compute_capabilities = len(wanted)
     for index, name in enumerate(wanted):
-        if not config.set_compute_capability(_member(trt, "ComputeCapability", name, "--target"), index):
-            raise BuildError(f"this TensorRT does not compile for compute capability {name[2:]}")
+        member = getattr(trt.ComputeCapability, name, None)
+        if member is None or not config.set_compute_capability(member, index):
+            raise BuildError(f"TensorRT {trt.__version__} does not compile for compute capability {capability} ({name})")
 
 
 def fallback(config: Any, network: Any) -> dict[str, Any]:

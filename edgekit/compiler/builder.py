@@ -34,7 +34,7 @@ from .versions import listed, readers, tensorrt_version
 
 __all__ = ["BuildResult", "build"]
 
-RECIPE = 5  # raise it where the same inputs would now give another engine
+RECIPE = 6  # raise it where the same inputs would now give another engine
 _DEFAULT_TOLERANCE = Tolerance("snr_db", 40.0)
 #: Of a target: what an engine or kit depends on. Figures of speed and the file they stand in are none of it.
 _DECIDES = ("name", "title", "kind", "sm", "precisions", "tensorrt")
@@ -47,7 +47,7 @@ class BuildResult:
 
     ``sparse_layers``: layers with 2:4 weights, for which sparse kernels are tried where the target has them. ``layers``: the
     report of a verbose build. ``changed``: what differs from the build before; ``reproduced``: whether, where nothing of its
-    inputs does, the bytes are the same.
+    inputs does, the bytes are the same. ``usable``: False for a kit that no TensorRT of its device builds.
     """
 
     bundle: Bundle
@@ -64,6 +64,7 @@ class BuildResult:
     layer_summary: str = ""
     changed: list[str] = field(default_factory=list)
     reproduced: bool | None = None
+    usable: bool = True
     note: str = ""
 
     def figures(self) -> dict[str, Any]:
@@ -294,8 +295,9 @@ def _outputs(
         if bundle.has(GOLDEN):  # where the engine takes frames, the child wrote one whose inputs are frames
             golden = (folder / GOLDEN if frames else bundle.file(GOLDEN)).read_bytes()
         able, unable = readers(target, answer["opset"], answer["untyped_opset"], "dla" in spec["options"])
-        record["tensorrt"] = listed(able) or "none"
-        record["notes"] += unable
+        record["tensorrt"], record["usable"] = listed(able) or "none", bool(able)
+        useless = f"NOTHING BUILDS THIS KIT: no TensorRT for {target.name} takes it; ONNX Runtime runs its graph"
+        record["notes"] = [*([] if able else [useless]), *record["notes"], *unable]
         untyped = (folder / "untyped.onnx").read_bytes() if answer["untyped_opset"] else None
         data = make_kit(target, able, record, graph, golden, untyped, timings)
         name, record["kit_sha256"] = f"engines/{target.name}.kit.zip", hashlib.sha256(data).hexdigest()
@@ -363,5 +365,6 @@ def _result(
         sparse_layers=record["sparse_layers"],
         layers=bundle.path / report if report else None,
         layer_summary=json.loads(bundle.read(report))["summary"] if report else "",
+        usable=record.get("usable", True),
         note="; ".join([*record["notes"], *remarks]),
     )

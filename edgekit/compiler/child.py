@@ -21,12 +21,16 @@ from typing import Any
 import edgekit.errors
 from edgekit.errors import EdgekitError, GraphError, MissingExtra
 
+from .build_options import MEMINFO, memory_in
+
 __all__ = ["NativeCrash", "call"]
 
 ADDRESS_SPACE = 32 << 30  # bytes; a hostile graph asks for terabytes
+LEAST_SPACE = 4 << 30  # bytes; libraries and their threads map a good part of it without using it
 _ERRNO = 100  # exit codes above it: the answer could not be written, for this reason
 #: glibc gives large blocks back to the system at once: weights that are freed before the next copy are not counted twice.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _LONGEST = 300  # characters of an unforeseen error's message
 
 
@@ -39,8 +43,8 @@ def call(
 ) -> dict[str, Any]:
     """Run ``MODULE:FUNCTION`` of this room in a child; returns its answer.
 
-    ``address_space``: bytes it may map, 0 for no limit: a CUDA context reserves addresses for all memory of the machine,
-    so TensorRT beside a GPU fails under any limit that would help.
+    ``address_space``: bytes it may map, fewer where the machine has less to give, 0 for no limit: a CUDA context reserves
+    addresses for all memory of the machine, so TensorRT beside a GPU fails under any limit that would help.
 
     Raises the child's `EdgekitError` or `OSError`; `NativeCrash` where the child died, `GraphError` where it
     took longer than ``timeout_s``.
@@ -84,8 +88,8 @@ def call(
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: inside `Popen` it would leave a child that nobody knows."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Ctrl-C and `kill` wait for the end of the block: inside `Popen` they would leave a child that nobody knows."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_ENDING})
     try:
         yield
     finally:
@@ -96,7 +100,8 @@ def _fate(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     try:
-        return f"crashed ({signal.Signals(-code).name})"
+        name = signal.Signals(-code).name
+        return "was killed (SIGKILL), as systems do where memory is short," if name == "SIGKILL" else f"crashed ({name})"
     except ValueError:
         return f"crashed (signal {-code})"
 
@@ -139,6 +144,9 @@ def _limit_memory(address_space: int) -> None:
     except ImportError:  # not on Windows
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    there = memory_in(MEMINFO, "MemAvailable")
+    if address_space and there:  # past it the system kills, this process or another, and nobody learns which node it was
+        address_space = min(address_space, max(there, LEAST_SPACE))
     if address_space and (hard == resource.RLIM_INFINITY or hard > address_space):
         resource.setrlimit(resource.RLIMIT_AS, (address_space, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -156,6 +164,7 @@ def main() -> None:
     module, name = sys.argv[1].split(":")
     folder = Path(sys.argv[2])
     _limit_memory(int(sys.argv[3]))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # they were blocked when the parent started this process
     if not os.environ.get("EDGEKIT_DEBUG"):
         _quiet_natives(folder)
     try:

@@ -25,6 +25,7 @@ from edgekit.runtime.onnxruntime import session
 
 from . import build_engine, frames, passes, precision
 from .memory import build_memory
+from .refusals import cure, explained
 from .remedies import Refusal, remedies
 from .shapes import Profiles
 
@@ -301,7 +302,5 @@ def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[build_engine.Buil
         with click.progressbar(length=1000, label="building", file=sys.stderr) as bar:
             built = build_engine.build(trt, graph, dict(request), partial(_advance, bar))
     except build_engine.BuildError as error:
-        raise GraphError(
-            f"{_REFUSED}{error}"[:500], "import it again with fixed shapes (--shape), or change this node"
-        ) from None
+        raise GraphError(_REFUSED + explained(graph, str(error)), cure(graph, str(error))) from None
     return built, trt.__version__, _since(started)

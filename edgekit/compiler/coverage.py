@@ -8,6 +8,7 @@ import onnx
 
 from edgekit.targets import JetPack, Target, load_targets
 
+from .faults import stated_attributes
 from .passes import all_nodes, opset
 from .precision import HALF_SCALE_OPSET
 from .reading import UNBUILDABLE
@@ -30,11 +31,16 @@ def coverage(model: onnx.ModelProto, form: str) -> list[dict[str, Any]]:
 
 
 def refused(model: onnx.ModelProto) -> list[str]:
-    """Nodes of operators that TensorRT does not build, as "operator (node)"; ONNX Runtime runs most of them."""
-    found = {
-        f"{node.op_type} ({node.name or next(iter(node.output), '?')})" for node in all_nodes(model.graph) if _refused(node)
-    }
-    return sorted(found)
+    """Nodes of operators that TensorRT does not build, as "operator (node)"; ONNX Runtime runs most of them.
+
+    Where an attribute is at fault, it is there as well: "ScatterND (node, reduction='add')".
+    """
+    return sorted({_named(node) for node in all_nodes(model.graph) if _refused(node)})
+
+
+def _named(node: onnx.NodeProto) -> str:
+    stated = stated_attributes(node, "reduction", others=False) if node.op_type == "ScatterND" else ""
+    return f"{node.op_type} ({', '.join(filter(None, (node.name or next(iter(node.output), '?'), stated)))})"
 
 
 def _refused(node: onnx.NodeProto) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN
-from edgekit.errors import BackendError, EdgekitError, GraphError
+from edgekit.errors import BackendError, EdgekitError, GraphError, UsageError
 from edgekit.graphs import exact_reference, float_biases, is_explicit, quantized_nodes, to_float
 from edgekit.graphs.control import drop_branches
 from edgekit.graphs.light import outline, store
@@ -25,6 +25,7 @@ from edgekit.runtime.onnxruntime import DTYPES, session
 from . import passes
 from .binding import bind_constants, bind_inputs
 from .evaluator import Evaluator
+from .faults import check_structure, inference_fault
 from .reading import check_model, read_model
 from .shapes import Axis, Constant
 from .trials import MAX_RELATIVE, Feeds, first_line, outputs, trial_feeds
@@ -40,8 +41,10 @@ def import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write ``model.onnx`` and ``golden.npz`` into ``folder``; returns inputs, outputs, shape, dynamic, figures, notes."""
     try:
         return _import_graph(request, folder)
-    except (EdgekitError, OSError):
+    except (UsageError, OSError):
         raise
+    except EdgekitError as error:
+        raise _by_node(Path(request["model"]), error) from None
     except Exception as error:  # noqa: BLE001  onnx and ONNX Runtime raise anything on hostile files
         if os.environ.get("EDGEKIT_DEBUG"):
             traceback.print_exc()
@@ -50,12 +53,24 @@ def import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def _by_node(path: Path, error: EdgekitError) -> EdgekitError:
+    """The error, or the node of the file that contradicts its operator, where that is why: then it says more."""
+    try:
+        model = read_model(path).model
+        check_structure(model)
+        fault = inference_fault(model)
+    except EdgekitError as found:
+        return found
+    return GraphError(fault, "mend that node, or export the model again") if fault else error
+
+
 def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A large model is held as seldom as can be: never beside two of its sessions, nor as bytes."""
     path = Path(request["model"])
     fixed = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["shape"].items()}
     ranges = {name: tuple(Axis(*axis) for axis in axes) for name, axes in request["dynamic"].items()}
     source = read_model(path)
+    check_structure(source.model)
     bound, changed, before = source.model, source.changed, len(source.model.graph.node)
     if constants := request.get("constants"):
         bind_constants(bound, {name: Constant(*stated) for name, stated in constants.items()})

@@ -53,7 +53,8 @@ def make_kit(
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
     files["build.json"] = msgspec.json.format(msgspec.json.encode(spec), indent=1) + b"\n"
-    files["README.txt"] = _readme(target, readers, spec, golden is not None).encode()
+    readme = _readme(target, readers, spec, golden is not None) if readers else _useless(target, spec, record["notes"])
+    files["README.txt"] = readme.encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, data in sorted(files.items()):
@@ -80,9 +81,20 @@ def _trtexec(spec: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def _useless(target: Target, spec: Mapping[str, Any], notes: Sequence[str]) -> str:
+    reasons = "\n".join(f"    {note}" for note in notes if note.startswith("not for "))
+    return f"""Build kit: {spec["target"]} ({target.title}, SM {target.sm}), precision {spec["precision"]}
+
+NOTHING BUILDS THIS KIT: no TensorRT that is released for this device takes it.
+
+{reasons}
+
+ONNX Runtime runs graph.onnx there. The kit serves a device whose TensorRT is newer than those.
+"""
+
+
 def _readme(target: Target, readers: Sequence[JetPack], spec: Mapping[str, Any], golden: bool) -> str:
     versions = "\n".join(f"    {e.release}: TensorRT {e.tensorrt}, CUDA {e.cuda}" for e in readers)
-    versions = versions or "    no release for this device: their TensorRT does not read the graph, see engines/ of the bundle"
     legacy = {"fp32": "", "fp16": "--fp16"}.get(spec["precision"], "--int8 --fp16")
     shipped = f" Without it {TIMINGS}, which lies here, is read." if "timing_cache" in spec["options"] else ""
     takes = "It takes frames of bytes, uint8 (n, H, W, C) at the model's size, and normalises them; golden.npz has such frames."

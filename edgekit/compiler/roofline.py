@@ -208,6 +208,11 @@ def _caveats(target: Target, works: list[Work], cost: GraphCost, form: str, *, i
         found.append(
             f"what kernels reach was fitted on Orin, and is assumed for {target.title}; Thor was twice as fast as by it"
         )
+    if target.figures_of:
+        found.append(
+            f"figures of {target.figures_of} stand for {target.title}, others are slower: "
+            f'state yours in a table with like = "{target.name}", by --targets FILE'
+        )
     if target.peak_share is not None and target.peak_share.value > 1:
         found.append("bound_ms counts traffic that the cache of this GPU serves: the latency may lie below it")
     used = [target.peak(name) for name in sorted({work.precision for work in works})]
@@ -252,7 +257,8 @@ def _check_figures(target: Target, precision: str) -> None:
         able = [name for name, t in load_targets().items() if t.bandwidth_gbs and all(map(t.peak, needed))]
         raise UsageError(
             f"{target.name} has no {' and '.join(needed)} peak and bandwidth to predict from ({target.title})",
-            f"estimate for one of: {', '.join(able)}; or state your own in a file: --targets FILE, see docs/targets.md",
+            f'state {target.lacking(*needed)} in a table with like = "{target.name}" and give it by --targets FILE '
+            f"(docs/targets.md has one to copy); or estimate for one of: {', '.join(able)}",
         )
 
 

@@ -34,7 +34,7 @@ class Constant(NamedTuple):
     shape: list[int] | None
 
 
-_AXIS = re.compile(r"^(\d{1,9})(?:\.\.(\d{1,9}))?$", re.ASCII)
+_AXIS = re.compile(r"^(\d{1,20})(?:\.\.(\d{1,20}))?$", re.ASCII)
 
 
 class Axis(NamedTuple):
@@ -53,10 +53,21 @@ class Axis(NamedTuple):
 
 def _axis(text: str, option: str, whole: str, ranges: bool) -> Axis:
     found = _AXIS.match(text)
-    low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= low <= high <= MAX_AXIS or (found and found[2] and not ranges):
-        example = f"{option} x:1..8x3x48x320" if ranges else f"{option} x:1x3x48x320"
-        raise UsageError(f"{option} {whole}: {text!r} is not an axis of 1..{MAX_AXIS}", f"write for example {example}")
+    example = f"{option} x:1..8x3x48x320" if ranges else f"{option} x:1x3x48x320"
+    if found is None:
+        asked = "a size such as 8, or a range such as 1..8," if ranges else "a size such as 8"
+        raise UsageError(f"{option} {whole}: {text!r} is not an axis; {asked} was expected", f"write for example {example}")
+    low, high = int(found[1]), int(found[2] or found[1])
+    if found[2] and not ranges:
+        raise UsageError(
+            f"{option} {whole}: {text!r} is a range, and {option} fixes sizes",
+            f"state ranges by --dynamic {whole}, or one size",
+        )
+    if low > high:
+        raise UsageError(f"{option} {whole}: {text!r} ends below its start", f"write the smaller size first: {high}..{low}")
+    if low < 1 or high > MAX_AXIS:
+        size = low if low < 1 else high
+        raise UsageError(f"{option} {whole}: an axis of {size}; it has 1 to {MAX_AXIS}", f"write for example {example}")
     return Axis(low, high)
 
 
@@ -109,10 +120,12 @@ def parse_batch(batch: int | str | None) -> Axis | None:
     """``4`` -> exactly 4 samples at once; ``1..8`` -> one engine for 1 to 8, fastest at 8."""
     if batch is None:
         return None
+    text = str(batch)
     try:
-        return _axis(str(batch), "--batch", str(batch), ranges=True)
+        return _axis(text, "--batch", text, ranges=True)
     except UsageError as error:
-        raise UsageError(error.message, "write --batch 4, or --batch 1..8") from None
+        message = error.message.replace(f"--batch {text}: {text!r}", f"--batch {text!r}")
+        raise UsageError(message, error.hint.replace("x:1..8x3x48x320", "4, or --batch 1..8")) from None
 
 
 def shape_text(axes: Iterable[object]) -> str:

@@ -1,11 +1,12 @@
-"""`inspect`: what a bundle or an engine file holds, in figures."""
+"""`inspect`: what a bundle, an ONNX file or an engine file holds, in figures."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -14,32 +15,39 @@ from edgekit.errors import BundleError, MissingExtra, UsageError
 from edgekit.files import sha256_file
 from edgekit.manifest import TensorSpec
 
-if TYPE_CHECKING:
-    from .cost import LayerCost, Tensor
+from . import child
+from .shapes import Axis, parse_shapes
 
 __all__ = ["summarise"]
 
 MAX_RECORD_BYTES = 1 << 20
-HEAVIEST = 8  # layers shown, where not all are asked for
+TIMEOUT_S = 600.0  # for the child that reads an ONNX file
 _DERIVED = (".engine", ".kit.zip")
 
 
-def summarise(path: str | os.PathLike[str], *, layers: bool = False) -> dict[str, Any]:
-    """A bundle's task, tensors, files, history, the cost of its graphs and what targets take it; or the record beside an
-    engine or kit.
+def summarise(path: str | os.PathLike[str], *, layers: bool = False, shape: Iterable[str] | str = ()) -> dict[str, Any]:
+    """A bundle's task, tensors, files, history, the cost of its graphs and what targets take it; the same of an ONNX file, as
+    far as it says; or the record beside an engine or kit.
 
     ``layers``: every layer of the graphs with its shapes, not the heaviest ones alone. Bytes are those of the stored types,
-    nothing fused, weights included; one MAC is a multiply and an add; dynamic axes count as 1.
+    nothing fused, weights included; one MAC is a multiply and an add; dynamic axes count as 1. ``shape``: texts as
+    ``x:1x3x48x320``, for an ONNX file whose inputs have dynamic axes.
 
-    Raises `UsageError` where there is nothing at ``path``, `BundleError` for a damaged bundle or an engine without record.
+    Raises `UsageError` where there is nothing at ``path``, `BundleError` for a damaged bundle or an engine without record,
+    `GraphError` for a file that is no ONNX graph, or whose graph nothing could run (naming node and tensor).
     """
     where = Path(path)
+    fixed = parse_shapes([shape] if isinstance(shape, str) else shape)
+    if fixed and (where.is_dir() or where.name.endswith((*_DERIVED, ".zip"))):
+        raise UsageError("--shape is for an ONNX file; a bundle's shapes were stated when it was made", "leave --shape out")
     if where.is_file() and where.name.endswith(_DERIVED):
         return _engine(where)
     if where.is_file() and where.suffix == ".zip":
         raise UsageError(f"{where} is a packed bundle", f"edgekit verify {where} --pub P says what is inside")
     if not where.exists():
-        raise UsageError(f"there is nothing at {where}", "give a bundle (NAME.edge) or an engine inside one")
+        raise UsageError(f"there is nothing at {where}", "give a bundle (NAME.edge), an ONNX file or an engine of a bundle")
+    if where.is_file():
+        return _foreign(where, fixed, layers)
     return _bundle(Bundle.open(where), layers)
 
 
@@ -81,55 +89,24 @@ def _short(value: Any) -> bool:
 
 
 def _graph(bundle: Bundle, name: str, every: bool) -> dict[str, Any]:
-    """Opset, operators, parameters, MACs, bytes and layers of a graph, and the targets that take it."""
     try:
         import onnx
 
-        from edgekit.graphs.sparsity import dense_layers
-
-        from .cost import graph_cost
-        from .coverage import coverage
-        from .passes import all_nodes, opset
+        from .inspection import graph_figures
     except ModuleNotFoundError as error:
         raise MissingExtra.of(error) from None
 
     model = onnx.load_model(str(bundle.file(name)), load_external_data=False)
-    cost = graph_cost(model)
-    form = bundle.form if name == INT8_GRAPH else "float"
-    nodes = Counter(node.op_type for node in all_nodes(model.graph))
-    counted = cost.by_op()
-    free = {op: {"layers": number, "macs": 0, "parameters": 0, "bytes": 0} for op, number in nodes.items() if op not in counted}
-    heaviest = sorted(cost.layers, key=lambda layer: (-layer.macs, -layer.size_bytes))[:HEAVIEST]
-    return {
-        "form": form,
-        "opset": opset(model),
-        "nodes": nodes.total(),
-        "parameters": cost.parameters,
-        "macs": cost.macs,
-        "bytes": sum(layer.size_bytes for layer in cost.layers),
-        "sparse_layers": sum(layer.sparse for layer in dense_layers(model)),
-        "layers": [{"op": op, **row} for op, row in (counted | free).items()],
-        ("every_layer" if every else "heaviest"): [_layer(layer) for layer in (cost.layers if every else heaviest)],
-        "not_counted": list(cost.unknown),
-        "targets": coverage(model, form),
-    }
+    return graph_figures(model, bundle.form if name == INT8_GRAPH else "float", every=every)
 
 
-def _layer(layer: LayerCost) -> dict[str, Any]:
-    return {
-        "layer": layer.name,
-        "op": layer.op,
-        "reads": ", ".join(map(_shape, layer.reads)),
-        "weights": ", ".join(map(_shape, layer.weights)),
-        "writes": ", ".join(map(_shape, layer.writes)),
-        "macs": layer.macs,
-        "parameters": layer.parameters,
-        "bytes": layer.size_bytes,
-    }
-
-
-def _shape(tensor: Tensor) -> str:
-    return "?" if tensor.shape is None else "x".join(map(str, tensor.shape)) or "scalar"
+def _foreign(path: Path, fixed: Mapping[str, tuple[Axis, ...]], layers: bool) -> dict[str, Any]:
+    """An ONNX file, read in a child process as `import_onnx` reads it; nothing is written that stays."""
+    digest = sha256_file(path)
+    with tempfile.TemporaryDirectory(prefix="edgekit-inspect-") as work:
+        request = {"model": str(path.resolve()), "shape": fixed, "layers": layers}
+        found = child.call("inspection:inspect_graph", request, Path(work), TIMEOUT_S)
+    return {"file": str(path), "size_bytes": path.stat().st_size, "sha256": digest, **found}
 
 
 def _engine(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import edgekit
 from edgekit.benchmarking import doctor
 from edgekit.benchmarking.checkup import _satisfies
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.errors import BudgetNotMet, BundleError, UsageError
+from edgekit.errors import BackendError, BudgetNotMet, BundleError, UsageError
 from edgekit.manifest import Tolerance
 
 
@@ -130,6 +130,20 @@ def test_doctor_sees_what_is_there(cli: Callable[..., Any]) -> None:
         assert check["found"]
         assert check["hint"] is None or not check["ok"]
     assert "backend onnxruntime" in cli("doctor").out
+
+
+def test_without_a_gpu_doctor_says_that_and_no_conflict_of_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(bundle: Bundle, module: str) -> Bundle:
+        raise BackendError("no CUDA device can be used here: cudaErrorInsufficientDriver", "edgekit doctor shows what is here")
+
+    monkeypatch.setattr("edgekit.runtime.selftest.add_tiny_engine", refuse)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    answer = doctor(tmp_path)
+    rows = {check["check"]: check for check in answer["checks"]}
+    for name in ("backend tensorrt", "backend tensorrt-rtx"):
+        assert rows[name]["found"] == "no NVIDIA GPU and driver here"
+        assert "edgekit doctor" not in rows[name]["hint"]
+    assert "cudaErrorInsufficientDriver" in {row["backend"]: row for row in answer["backends"]}["tensorrt"]["reason"]
 
 
 def test_doctor_names_what_is_missing_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import click
 import numpy as np
+import onnx.parser
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -303,6 +304,49 @@ def test_ctrl_c_in_a_build_is_one_line_and_ends_the_child(tiny_bundle: Bundle) -
     Bundle.open(tiny_bundle.path)
 
 
+def _endless(path: Path) -> Path:
+    """A graph whose loop never ends: whatever reads it is still at work when a signal comes."""
+    body = onnx.parser.parse_graph(
+        "body (int64 i, bool go, float[4] v) => (bool again, float[4] w) { again = Identity(go) w = Relu(v) }"
+    )
+    loop = onnx.helper.make_node("Loop", ["", "go", "x"], ["y"], name="forever", body=body)
+    sizes = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy"]
+    go = onnx.numpy_helper.from_array(np.array(True), "go")
+    graph = onnx.helper.make_graph([loop], "endless", sizes[:1], sizes[1:], [go])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_kill_leaves_neither_folders_nor_children(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-m", "edgekit", "import", str(_endless(tmp_path / "m.onnx")), "--out", str(tmp_path / "m.edge")]
+    process = subprocess.Popen(
+        [*command, "--json"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (found := children.read_text().split()):
+        assert process.poll() is None, "it ended without a child"
+        time.sleep(0.005)
+    process.send_signal(sent)
+    process.send_signal(sent)  # as `timeout` does: to the process, then to its group
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.splitlines()[-2:] == [f"error: ended by {sent.name}", "hint: run the same command again; finished work is kept"]
+    assert json.loads(out)["error"] == f"ended by {sent.name}"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+    assert not [path for path in tmp_path.iterdir() if "edge" in path.name]  # edgekit-import-*, .m.edge.*
+
+
+def test_signals_are_as_before_after_a_command(cli: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli("targets").code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_file_in_the_way_is_wrong_usage(cli: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for command in (["report", tiny_bundle.path], ["pack", tiny_bundle.path], ["keygen"]):
@@ -310,6 +354,13 @@ def test_a_file_in_the_way_is_wrong_usage(cli: Any, tiny_bundle: Bundle, tmp_pat
         assert outcome.code == 2, command
         assert "a file is in the way" in outcome.err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_in_the_way_is_wrong_usage(cli: Any, tmp_path: Path) -> None:
+    outcome = cli("doctor", "--selftest", tmp_path)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-2:] == [f"error: a folder is in the way ({tmp_path})", "hint: name a file"]
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
 
 
 def test_a_full_disk_in_a_build_is_named(tiny_bundle: Bundle) -> None:

@@ -401,6 +401,10 @@ def test_only_the_reader_of_foreign_files_has_an_address_limit(tmp_path: Path, m
     assert not set_to
     child._limit_memory(1 << 30)
     assert set_to == [1 << 30]
+    for available, limit in ((10 << 30, 10 << 30), (1 << 30, child.LEAST_SPACE), (None, child.ADDRESS_SPACE)):
+        monkeypatch.setattr(child, "memory_in", lambda path, name, found=available: found)
+        child._limit_memory(child.ADDRESS_SPACE)
+        assert set_to[-1] == limit
 
 
 def test_an_engine_is_built_without_an_address_limit(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ N = helper.make_node
     [
         (model([N("Fast", ["x"], ["y"], domain="com.acme", name="f1")], y=["n", 4]), r"com\.acme\.Fast \(f1\)"),
         (model([N("Fost", ["x"], ["y"], name="f2")], y=["n", 4]), r"Fost \(f2\)"),
-        (model([N("Relu", ["z"], ["y"])], y=["n", 4]), "not valid"),
+        (model([N("Relu", ["z"], ["y"])], y=["n", 4]), r"node y \(Relu\) reads 'z', which nothing makes"),
         (model([N("RandomNormalLike", ["x"], ["y"])], y=["n", 4]), "other outputs on the same inputs"),
         (
             model([N("SequenceLength", ["x"], ["y"])], y=[], y_type=TensorProto.INT64, inputs=[SEQUENCE]),

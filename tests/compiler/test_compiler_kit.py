@@ -331,7 +331,19 @@ def test_a_kit_names_only_the_jetpacks_that_read_it(tmp_path: Path, tiny_bundle:
     assert "is older than the kit's 8.6" in result.note
     assert result.tensorrt == "none"
     assert "run python3 build_engine.py" not in result.note
-    assert build(result.bundle, target="jetson-xavier-nx").cached
+    assert result.note.startswith("NOTHING BUILDS THIS KIT: no TensorRT for jetson-xavier-nx takes it")
+    assert not result.usable
+    assert result.kit is not None
+    with zipfile.ZipFile(result.kit) as kit:
+        readme = kit.read("README.txt").decode()
+        assert json.loads(kit.read("build.json"))["tensorrt"] == []
+    assert "NOTHING BUILDS THIS KIT" in readme
+    assert "JetPack 5.1.x: TensorRT 8.5.2 is older than the kit's 8.6" in readme
+    assert "python3 build_engine.py" not in readme
+    again = build(result.bundle, target="jetson-xavier-nx")
+    assert again.cached
+    assert again.figures()["usable"] is False
+    assert build(result.bundle, target="jetson-orin-nano").figures()["usable"] is True
 
 
 @pytest.fixture

@@ -353,3 +353,20 @@ def test_a_graph_without_float32_has_no_peaks() -> None:
     made = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     assert activation_peaks(model, {"x": np.ones(4, np.float16)}) == {}
+
+
+@pytest.mark.parametrize("stated", [["N", 9], ["N", 1, 9]])
+def test_a_wrong_output_shape_of_an_exporter_does_not_stand_in_the_way(stated: list[Any]) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    made = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, stated)],
+        [numpy_helper.from_array(np.ones((4, 5), np.float32), "w")],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    half = to_fp16(model, {})
+    assert {node.op_type for node in half.graph.node} == {"Cast", "MatMul", "Relu"}
+    x = np.ones((2, 4), np.float32)
+    assert session(half.SerializeToString()).run(None, {"x": x})[0].shape == (2, 5)

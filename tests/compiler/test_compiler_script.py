@@ -164,3 +164,9 @@ def test_a_kit_on_another_device_is_refused_before_it_is_built(script: Callable[
     assert done.code == 1
     assert "this kit is for jetson-agx-orin (SM 8.7), this GPU is SM 11.0" in done.err
     assert not engine_of(tmp_path / "kit").exists()
+
+
+def test_a_gpu_that_this_tensorrt_does_not_compile_for_is_named(script: Callable[..., Any]) -> None:
+    done = script("--compute-capability", "9.9", release="rtx1.7")
+    assert done.code == 1
+    assert "does not compile for compute capability 9.9 (SM99)" in done.err

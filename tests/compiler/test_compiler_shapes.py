@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import msgspec
@@ -103,3 +104,27 @@ def test_profiles_are_plain_json(tmp_path: Path) -> None:
     made = profiles_for(bundle(tmp_path, ("n", 3, 8, 8)), 3)
     assert msgspec.json.decode(msgspec.json.encode(made)) == made
     assert np.array(made["x"]).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("8..1", "--batch '8..1' ends below its start"),
+        ("0..4", "--batch 0..4: an axis of 0; it has 1 to 16777216"),
+        ("1..99999999999", "an axis of 99999999999"),
+        ("1..8..9", "--batch '1..8..9' is not an axis; a size such as 8, or a range such as 1..8, was expected"),
+    ],
+)
+def test_each_contradiction_of_a_range_has_its_own_words(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+        parse_batch(text)
+    assert "1..8" in caught.value.hint
+
+
+def test_a_range_for_shape_and_one_backwards_are_told_apart() -> None:
+    with pytest.raises(UsageError, match="is a range, and --shape fixes sizes") as caught:
+        parse_shapes(["x:1..8x3"])
+    assert "--dynamic x:1..8x3" in caught.value.hint
+    with pytest.raises(UsageError, match="ends below its start") as caught:
+        parse_shapes(["x:8..1x3"], "--dynamic", ranges=True)
+    assert caught.value.hint == "write the smaller size first: 1..8"

@@ -248,3 +248,28 @@ def test_the_table_of_the_docs_is_one(tmp_path: Path) -> None:
             1e6, 1e6, "int8"
         )
         assert target_named("our-cpu").kind == "cpu"
+
+
+def test_a_family_of_cards_is_estimated_by_the_one_it_names(
+    tiny_bundle: Bundle, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("rtx-turing", "rtx-ampere", "rtx-ada", "rtx-blackwell"):
+        card = target_named(name).figures_of
+        assert card.startswith("GeForce RTX "), name
+        found = estimate(tiny_bundle, target=name, precision="int8")
+        assert found["latency_ms"] > 0
+        assert any(f"figures of {card} stand for" in caveat and "--targets FILE" in caveat for caveat in found["caveats"]), name
+    assert "rtx-ada: figures of GeForce RTX 4090; --targets FILE for another card" in cli("targets").out
+    assert estimate(tiny_bundle, target="dgx-spark")["latency_ms"] > 0
+    own = '[mine]\nlike = "rtx-ada"\nbandwidth_gbs = { value = 100, source = "our own board" }\n'
+    (tmp_path / "own.toml").write_text(own, encoding="utf-8")
+    monkeypatch.setenv(USER_TARGETS, str(tmp_path / "own.toml"))
+    assert target_named("mine").figures_of == ""
+    assert not any("stand for" in caveat for caveat in estimate(tiny_bundle, target="mine")["caveats"])
+
+
+def test_what_a_table_lacks_for_a_prediction_is_named_by_field(tiny_bundle: Bundle) -> None:
+    with pytest.raises(UsageError) as caught:
+        estimate(tiny_bundle, target="x86-cpu")
+    assert 'state fp32_tflops and bandwidth_gbs in a table with like = "x86-cpu"' in caught.value.hint
+    assert "--targets FILE" in caught.value.hint

@@ -102,3 +102,7 @@ def test_gates_stop_the_script_and_the_cache_spares_the_work(tmp_path: Path, fro
     assert missed.returncode == 3
     assert "the SNR in dB is" in missed.stderr
     assert not list((tmp_path / "three").glob("*.zip"))
+    useless = build(frozen / "float.edge", frozen / CALIBRATION, tmp_path / "four", **{**wanted, "TARGETS": "jetson-xavier-nx"})
+    assert useless.returncode == 1
+    assert "no TensorRT of jetson-xavier-nx builds its kit" in useless.stderr
+    assert not list((tmp_path / "four").glob("*.zip"))

@@ -236,7 +236,7 @@ def test_the_roofline_of_a_named_target():
     assert price(network) > launches
     assert 0 < price(narrowest(network)) < price(network)
     with pytest.raises(UsageError, match="has no fp16 peak"):
-        RooflinePrice(target_named("rtx-ampere"), "fp16")
+        RooflinePrice(target_named("x86-cpu"), "fp16")
     slower = Figure(20, "measured on a board")
     assert RooflinePrice(msgspec.structs.replace(price.target, launch_us=slower), "fp16")(network) > 2 * price(network)
 

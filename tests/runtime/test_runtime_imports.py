@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,20 @@ def loaded_after(code: str) -> set[str]:
 
 def test_the_package_loads_nothing() -> None:
     assert not loaded_after("import edgekit") & (HEAVY | {"numpy", "onnxruntime", "msgspec", "click"})
+
+
+@pytest.mark.parametrize(("stated", "found"), [(None, "1"), ("0", "0")])
+def test_onnx_runtime_reports_to_nobody(tmp_path: Path, stated: str | None, found: str) -> None:
+    """It leaves a session's identifier in the folder of temporary files when it is loaded with its telemetry on."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    if stated is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = stated
+    load = "import onnxruntime;" if stated is None else ""
+    code = f"import os, edgekit.runtime; {load} print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == found
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_runtime_loads_numpy_and_nothing_heavy() -> None:
