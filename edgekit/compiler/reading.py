@@ -14,6 +14,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_m
 
 from edgekit.errors import GraphError
 from edgekit.graphs import MICROSOFT_OPERATORS
+from edgekit.graphs.editing import free_name
 from edgekit.graphs.light import outline
 from edgekit.graphs.narrow import plain_border
 
@@ -68,7 +69,7 @@ def read_model(path: Path) -> Source:
         model.ir_version = max(model.ir_version, 8)
         changed = True
     border = plain_border(model)
-    changed = changed or bool(border)
+    changed = _renamed(model.graph) or changed or bool(border)
     _check_types(model)
     refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in UNBUILDABLE})
     notes = [f"TensorRT does not build {', '.join(refused[:4])}; ONNX Runtime runs it"] if refused else []
@@ -88,6 +89,20 @@ def check_model(model: onnx.ModelProto) -> None:
 
 def _first(error: BaseException) -> str:
     return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:300]
+
+
+def _renamed(graph: onnx.GraphProto) -> bool:
+    """Give nodes that share a name others, in place; whether there were any. ONNX Runtime and TensorRT's reports tell nodes
+    apart by name; to ONNX names of nodes mean nothing."""
+    taken = {node.name for node in all_nodes(graph)}
+    seen, changed = set[str](), False
+    for node in all_nodes(graph):
+        if node.name and node.name in seen:
+            node.name = free_name(taken, node.name)
+            taken.add(node.name)
+            changed = True
+        seen.add(node.name)
+    return changed
 
 
 def _no_text(message: Any) -> bytes | None:
