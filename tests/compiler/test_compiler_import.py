@@ -382,11 +382,10 @@ def test_a_damaged_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
 def test_nodes_of_one_name_are_told_apart(tmp_path: Path) -> None:
     nodes = [N("Relu", ["x"], ["a"], "relu"), N("Neg", ["a"], ["b"], "relu"), N("Abs", ["b"], ["y"], "relu_1")]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "y")]
-    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:])
-    onnx.save(
-        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx"
-    )
-    bundle = edgekit.import_onnx(tmp_path / "m.onnx", out=tmp_path / "m.edge")
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "m.onnx")
+    bundle = import_onnx(tmp_path / "m.onnx", out=tmp_path / "m.edge")
     names = [node.name for node in onnx.load(bundle.file("model.onnx")).graph.node]
     assert len(set(names)) == 3
     assert {"relu", "relu_1"} <= set(names)
