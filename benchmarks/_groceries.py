@@ -1,4 +1,7 @@
-"""The groceries with a third held out: the 296 pictures of their own val/ decide two points of top-1 by chance."""
+"""The groceries with a third held out: the 296 pictures of their own val/ decide two points of top-1 by chance.
+
+The split is by picture, and the photos were taken in series: what is held out has near neighbours in train, so all nets do
+better on it than on val/ (93% where that has 74%). It tells two nets apart, not how good they are."""
 
 from __future__ import annotations
 

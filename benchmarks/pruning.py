@@ -1,7 +1,7 @@
 """Pruning to a wanted speedup beside its peers: the same nets, the same fine-tuning, latency measured in the same run.
 
     python benchmarks/pruning.py [--rows groceries-residual-3x ...] [--tools edgekit tp-uniform-16 ...] [--seeds 0 1 2]
-                                 [--epochs N] [--bases FOLDER] [--groceries FOLDER] [--out runs/pruning]
+                                 [--epochs N] [--bases FOLDER] [--groceries FOLDER] [--resplit] [--out runs/pruning]
                                  [--again | --judge] [--results FILE] [--merge FILE ...] [--prediction digits-depthwise ...]
 
 A row is a trained net and a speedup on ONNX Runtime, one thread, batch 1. Each tool makes a bundle; all are judged alike: on
@@ -173,8 +173,8 @@ class Base:
 def base_of(name: str, options: argparse.Namespace) -> Base:
     """The base called ``name``; trained if it is not there."""
     data, arguments = BASES[name]
-    if "{groceries}" in data:
-        data = data.format(groceries=resplit(options.groceries, options.bases / "groceries"))
+    groceries = resplit(options.groceries, options.bases / "groceries") if options.resplit else options.groceries
+    data = data.format(groceries=groceries)
     path = options.bases / f"{name}.edge"
     if not path.exists():
         print(f"training {name}", file=sys.stderr)
@@ -303,9 +303,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="Of fine-tuning, for all tools. Default: the row's.")
     parser.add_argument("--bases", type=Path, default=Path("runs/bases"), help="Folder of NAME.edge; trained where absent.")
-    parser.add_argument(
-        "--groceries", type=Path, default="../shared/data/groceries", help="Folder with train/ and val/, split anew."
-    )
+    parser.add_argument("--groceries", type=Path, default="../shared/data/groceries", help="Folder with train/ and val/.")
+    parser.add_argument("--resplit", action="store_true", help="A third of all groceries is held out, not their own val/.")
     parser.add_argument("--out", type=Path, default=Path("runs/pruning"))
     anew = parser.add_mutually_exclusive_group()
     anew.add_argument("--again", action="store_true", help="Make runs anew that are in the result file.")
