@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgekit.bundle import REPORT, Bundle
 from edgekit.errors import DataError, MissingExtra, OutputExists, UsageError
@@ -24,7 +24,7 @@ from .collect import Bench, BundleView, collect
 from .figures import number, words
 from .front import Front, front_file, read_front, row_words
 
-__all__ = ["report"]
+__all__ = ["Live", "numbered", "render", "report"]
 
 GENERATOR = b'<meta name="generator" content="edgekit'
 MAX_CLASSES = 24  # a larger confusion matrix is unreadable; its worst pairs are listed instead
@@ -33,6 +33,13 @@ MAX_PICTURES_TEXT = 2_000_000  # characters of all pictures together, so that th
 PNG = b"\x89PNG\r\n\x1a\n"
 
 Source = Bundle | str | os.PathLike[str]
+
+
+class Live(NamedTuple):
+    """Of a page that a server keeps up to date. ``skipped``: (folder, why it is not shown)."""
+
+    version: str
+    skipped: tuple[tuple[str, str], ...]
 
 
 def report(
@@ -105,8 +112,12 @@ def _check_out(out: Path, opened: Sequence[Bundle]) -> Bundle | None:
 
 
 def _names(opened: Sequence[Bundle]) -> list[str]:
-    """Short names that tell the bundles apart: the folder's, numbered where two are equal."""
-    stems = [bundle.path.name.removesuffix(".edge") or bundle.manifest.name for bundle in opened]
+    """Short names that tell the bundles apart: the folder's."""
+    return numbered([bundle.path.name.removesuffix(".edge") or bundle.manifest.name for bundle in opened])
+
+
+def numbered(stems: Sequence[str]) -> list[str]:
+    """Equal ones get a number each."""
     total, seen = Counter(stems), Counter[str]()
     names = []
     for stem in stems:
@@ -144,7 +155,12 @@ def _data_uri(png: bytes) -> str | None:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]], fronts: Sequence[Front] = ()) -> str:
+def render(
+    views: Sequence[BundleView],
+    pictures: Sequence[Mapping[str, Any]],
+    fronts: Sequence[Front] = (),
+    live: Live | None = None,
+) -> str:
     """The page as text. Everything that came out of a bundle is escaped by Jinja2 or encoded as JSON."""
     try:
         import jinja2
@@ -161,8 +177,9 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]], f
     embedded = [*pictures, *(_picture(uri, name, None, None, None) for name, uri in stored if uri)]
     total = itertools.accumulate(len(picture["uri"]) for picture in embedded)
     shown = sum(size <= MAX_PICTURES_TEXT for size in total)
-    scripts = [_asset("chart.umd.min.js"), _asset("report.js")]
+    scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
     return environment.from_string(_asset("report.html")).render(
+        live=live,
         cards=_cards(rows),
         views=views,
         rows=rows,
