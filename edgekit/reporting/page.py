@@ -20,7 +20,8 @@ from edgekit.files import atomic_write
 from edgekit.version import __version__
 
 from . import charts
-from .collect import Bench, BundleView, collect
+from .bench import Bench
+from .collect import BundleView, collect
 from .figures import number, words
 from .front import Front, front_file, read_front, row_words
 
@@ -209,9 +210,9 @@ def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> d
         "latency": charts.tradeoff([(v.name, b.p50, v.top1) for v, b in judged if b], "Latency p50 (ms)"),
         "size": charts.tradeoff([(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged], "Graph size (kB)"),
         "curves": charts.curves(views),
-        "histograms": [
-            {"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench if b.p50 is not None
-        ],
+        "histograms": [{"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench],
+        "times": [{"bundle": v.name, "bench": b, "rows": charts.times(b)} for v in views for b in v.bench if b.layers],
+        "untimed": [v.name for v in views if not any(b.layers for b in v.bench)],
         "prunings": charts.prunings(views),
         "quantization": [
             {"view": v, "sensitivity": charts.sensitivity(v), "ranges": charts.ranges(v)} for v in views if v.quantized

@@ -68,7 +68,7 @@
         ctx.lineTo(x, chartArea.bottom);
         ctx.stroke();
         ctx.textAlign = row ? "left" : "center";
-        ctx.fillText(name, row ? x + 4 : x, chartArea.top - 4 + row * 13);
+        ctx.fillText(name, row ? x + 4 : Math.max(x, chartArea.left + width / 2), chartArea.top - 4 + row * 13);
       });
       ctx.restore();
     },
