@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgekit.bundle import CALIBRATION, INT8_GRAPH, Bundle
+from edgekit.bundle import CALIBRATION, EXAMPLES, INT8_GRAPH, Bundle
 from edgekit.files import printable
 from edgekit.manifest import History
 
 from .bench import Bench, read_bench
 from .engine_layers import EngineLayers, read_layers
+from .examples import Examples, read_examples
 from .figures import MAKERS, comparable, confusion, latest, mapping, number, numbers, words
 
 __all__ = ["BundleView", "Engine", "Layer", "TensorRange", "collect"]
@@ -84,6 +85,7 @@ class BundleView:
     bench: tuple[Bench, ...]
     engines: tuple[Engine, ...]
     confusion: list[list[int]] | None
+    examples: Examples
     layers: tuple[Layer, ...]
     ranges: tuple[TensorRange, ...]
     history: tuple[History, ...]
@@ -124,12 +126,22 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         ),
         engines=_engines(bundle),
         confusion=confusion(own, len(manifest.labels)),
+        examples=_examples(bundle, own),
         layers=_layers(calibration),
         ranges=_ranges(calibration),
         history=manifest.history,
         files=files,
         pictures=tuple((Path(f).name, bundle.file(f).read_bytes()) for f in manifest.files if _in(f, "explanations", ".png")),
     )
+
+
+def _examples(bundle: Bundle, own: Sequence[History]) -> Examples:
+    """Samples of the evaluation whose matrix is shown, and no other's."""
+    classes = len(bundle.manifest.labels)
+    entry = next((entry for entry in reversed(own) if confusion([entry], classes)), None)
+    if entry is None or not bundle.has(EXAMPLES):
+        return {}
+    return read_examples(_json(bundle, EXAMPLES), entry.config.get("data"), classes)
 
 
 def _in(file: str, folder: str, suffix: str) -> bool:

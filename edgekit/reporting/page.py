@@ -253,15 +253,20 @@ def _confusion(view: BundleView) -> dict[str, Any]:
     matrix = view.confusion or []
     labels = view.labels or tuple(str(i) for i in range(len(matrix)))
     sums = [sum(row) or 1 for row in matrix]
-    pairs = [(n, labels[i], labels[j], n / sums[i]) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    wrong = [(i, j, n) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    pairs = [(n, labels[i], labels[j], n / sums[i], f"{i}/{j}") for i, j, n in wrong]
+    worst = sorted(pairs, key=lambda p: (-p[0], -p[3]))[:8]
     return {
         "name": view.name,
         "labels": labels,
+        "first": next((key for *_, key in worst if key in view.examples), next(iter(view.examples), "")),
+        "unnamed": not view.labels,
+        "examples": view.examples,
         "rows": [[(n, n / sums[i]) for n in row] for i, row in enumerate(matrix)] if len(matrix) <= MAX_CLASSES else None,
         "classes": len(matrix),
         "samples": sum(map(sum, matrix)),
         "right": sum(row[i] for i, row in enumerate(matrix)),
-        "worst": sorted(pairs, key=lambda p: (-p[0], -p[3]))[:8],
+        "worst": worst,
     }
 
 

@@ -112,3 +112,24 @@ def test_an_engines_layers_stand_with_their_precision(digits_bundle: Bundle, out
     text = section(bundle, {"engines/rtx-ada.layers.json": {"source": "engine", "layers": [inspected, 3]}}, "engines", out)
     assert "1 layers of the engine, after fusion" in text
     assert "k gemm Int8 1x8" in text
+
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+
+
+def test_samples_stand_behind_the_cells_of_their_own_matrix(digits_bundle: Bundle, out: Path) -> None:
+    matrix = [[9 if i == j else int((i, j) == (3, 5)) for j in range(10)] for i in range(10)]
+    judged = digits_bundle.extend({}, digits_bundle.entry("eval", {"data": "digits"}, {"top1": 0.9, "confusion": matrix}))
+    odd = [{"id": HOSTILE, "score": 0.5, "text": HOSTILE}, {"png": "javascript:1"}, {"png": PNG + HOSTILE}, {"series": [3]}, 7]
+    cells = [{"truth": 3, "answer": 5, "samples": odd}, {"truth": 10, "answer": 0, "samples": odd}, {"truth": "0"}, 3]
+    text = section(judged, {"eval/examples.json": {"data": "digits", "cells": cells}}, "confusion", out)
+    assert "A framed cell shows samples" in text
+    page = out.read_text(encoding="utf-8")
+    assert page.count("<button") == 1
+    raw = re.search(r'data-examples="([^"]*)"', page)
+    assert raw is not None
+    assert json.loads(html.unescape(raw[1])) == {"3/5": [odd[0]]}
+    other = {"data": "folder:odd", "cells": cells}
+    text = section(Bundle.open(judged.path), {"eval/examples.json": other}, "confusion", out)
+    assert "No samples were kept beside this matrix. edgekit eval B --data SPEC" in text
+    assert "<button" not in out.read_text(encoding="utf-8")

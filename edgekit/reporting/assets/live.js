@@ -10,7 +10,7 @@
     const at = [...document.querySelectorAll("section")].filter((section) => section.getBoundingClientRect().top <= 1).at(-1);
     const place = { y: scrollY, id: at?.id, below: at ? -at.getBoundingClientRect().top : 0 };
     place.open = Object.fromEntries(all().map((details) => [key(details), details.open]));
-    place.chosen = document.querySelector("[data-cell][aria-pressed=true]")?.dataset.cell;
+    place.chosen = [...document.querySelectorAll("[data-cell][aria-pressed=true]")].map((cell) => cell.dataset.cell);
     sessionStorage.setItem(PLACE, JSON.stringify(place));
   }
 
@@ -20,7 +20,7 @@
     if (!place) return;
     history.scrollRestoration = "manual";
     all().forEach((details) => (details.open = place.open[key(details)] ?? details.open));
-    [...document.querySelectorAll("[data-cell]")].find((cell) => cell.dataset.cell === place.chosen)?.click();
+    [...document.querySelectorAll("[data-cell]")].filter((cell) => place.chosen.includes(cell.dataset.cell)).forEach((cell) => cell.click());
     const at = place.id && document.getElementById(place.id);
     scrollTo({ top: at ? at.getBoundingClientRect().top + scrollY + place.below : place.y, behavior: "instant" });
   }

@@ -184,6 +184,43 @@
     document.documentElement.dataset.drawn = drawn.length;
   }
 
+  // Samples of a cell of the confusion matrix; the most frequent mistake's are there from the start.
+  function sample({ png, text, series, id, score }) {
+    const figure = document.createElement("figure"), caption = document.createElement("figcaption");
+    caption.textContent = score === null ? id : `${(100 * score).toFixed(0)} % sure`;
+    figure.title = id;
+    if (png) figure.append(Object.assign(new Image(), { src: `data:image/png;base64,${png}`, alt: id }));
+    else if (series) figure.append(sparkline(series));
+    else figure.append(Object.assign(document.createElement("blockquote"), { textContent: text }));
+    figure.append(caption);
+    return figure;
+  }
+
+  function sparkline(lines) {
+    const make = (name, set) => {
+      const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+      Object.entries(set).forEach(([key, value]) => element.setAttribute(key, value));
+      return element;
+    };
+    const low = Math.min(...lines.flat()), high = Math.max(...lines.flat()), svg = make("svg", { viewBox: "0 0 100 60", preserveAspectRatio: "none" });
+    lines.forEach((line, i) => svg.append(make("polyline", {
+      class: `line${i + 1}`, points: line.map((v, j) => `${(100 * j) / Math.max(line.length - 1, 1)},${57 - (54 * (v - low)) / (high - low || 1)}`).join(" "),
+    })));
+    return svg;
+  }
+
+  document.querySelectorAll("[data-examples]").forEach((matrix) => {
+    const known = JSON.parse(matrix.dataset.examples), cells = [...matrix.querySelectorAll("[data-cell]")];
+    const choose = (cell) => {
+      cells.forEach((other) => other.setAttribute("aria-pressed", other === cell));
+      matrix.querySelector(".chosen").textContent = cell.dataset.title;
+      matrix.querySelector(".samples").replaceChildren(...known[cell.dataset.key].map(sample));
+    };
+    cells.forEach((cell) => cell.addEventListener("click", () => choose(cell)));
+    const first = cells.find((cell) => cell.dataset.key === matrix.dataset.first);
+    if (first) choose(first);
+  });
+
   Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
   Chart.defaults.font.size = 12;
   draw();
