@@ -93,6 +93,11 @@ class BundleView:
     pictures: tuple[tuple[str, bytes], ...]
 
     @property
+    def timed(self) -> bool:
+        """Whether any latency was measured, by whatever protocol."""
+        return any(bench.p50 is not None for bench in self.bench)
+
+    @property
     def quantized(self) -> bool:
         return self.graph == INT8_GRAPH
 

@@ -188,6 +188,7 @@ def render(
         charts=drawn,
         fronts=fronts,
         confusions=[_confusion(view) for view in views if view.confusion],
+        unjudged=[view.name for view in views if not view.confusion],
         pictures=embedded[:shown],
         left_out=len(embedded) - shown,
         style=_asset("report.css"),
@@ -209,6 +210,7 @@ def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> d
     return {
         "latency": charts.tradeoff([(v.name, b.p50, v.top1) for v, b in judged if b], "Latency p50 (ms)"),
         "size": charts.tradeoff([(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged], "Graph size (kB)"),
+        "absent": _absent(rows),
         "curves": charts.curves(views),
         "histograms": [{"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench],
         "times": [{"bundle": v.name, "bench": b, "rows": charts.times(b)} for v in views for b in v.bench if b.layers],
@@ -218,6 +220,19 @@ def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> d
             {"view": v, "sensitivity": charts.sensitivity(v), "ranges": charts.ranges(v)} for v in views if v.quantized
         ],
     }
+
+
+def _absent(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(bundle, why it has no point, the command that gives it one) for each that a chart of several bundles lacks."""
+    found: list[tuple[str, str, str]] = []
+    for view, bench in ((row["view"], row["bench"]) for row in rows):
+        if view.top1 is None:
+            found.append((view.name, "no accuracy was measured on these weights", "edgekit eval B --data SPEC"))
+        elif bench is None and view.timed:
+            found.append((view.name, "its latency is of another device, backend or scenario", "edgekit bench B"))
+        elif bench is None:
+            found.append((view.name, "no latency was measured", "edgekit bench B"))
+    return found
 
 
 def _cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,24 @@ def test_samples_stand_behind_the_cells_of_their_own_matrix(digits_bundle: Bundl
     text = section(Bundle.open(judged.path), {"eval/examples.json": other}, "confusion", out)
     assert "No samples were kept beside this matrix. edgekit eval B --data SPEC" in text
     assert "<button" not in out.read_text(encoding="utf-8")
+
+
+def test_bundles_that_a_chart_lacks_are_named_with_the_reason(digits_bundle: Bundle, tiny_bundle: Bundle, out: Path) -> None:
+    matrix = [[int(i == j) for j in range(10)] for i in range(10)]
+    figures = {"top1": 0.9, "confusion": matrix}
+    names = ("here", "there", "elsewhere", "unjudged")
+    bundles = []
+    for name in names:
+        path = digits_bundle.path.with_name(f"{name}.edge")
+        shutil.copytree(tiny_bundle.path if name == "unjudged" else digits_bundle.path, path)
+        bundle = Bundle.open(path)
+        cpu = "another" if name == "elsewhere" else "the same"
+        file = {"bench/a.json": json.dumps({**RESULT, "device": {"cpu": cpu, "cores": 2}}).encode()}
+        entry = bundle.entry("eval", {"data": "digits"}, {} if name == "unjudged" else figures)
+        bundles.append(bundle.extend(file, entry))
+    report(bundles, out=out)
+    page = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", out.read_text(encoding="utf-8"))).split())
+    assert "elsewhere , its latency is of another device, backend or scenario edgekit bench B" in page
+    assert "unjudged , no accuracy was measured on these weights edgekit eval B --data SPEC" in page
+    assert "No confusion matrix was measured on the weights of unjudged." in page
+    assert 'class="warn" title="of another device' in out.read_text(encoding="utf-8")

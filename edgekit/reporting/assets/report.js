@@ -176,12 +176,29 @@
     return { grid: { display: false }, border: { display: false }, ticks: { color: style("--soft"), font: { size: 11 }, autoSkip: false, callback: cut } };
   }
 
-  function draw() {
-    drawn.splice(0).forEach((chart) => chart.destroy());
-    document.querySelectorAll("canvas[data-kind]").forEach((canvas) => {
+  // What is in sight comes first and at once; the others follow one by one, so that the page can be read and scrolled
+  // meanwhile. Paper takes no "later": for it all are drawn at once.
+  let turn = 0;
+  function draw(all = false) {
+    const mine = ++turn, waiting = [];
+    const one = (canvas) => {
       drawn.push(new Chart(canvas, KINDS[canvas.dataset.kind](JSON.parse(canvas.dataset.chart))));
+      document.documentElement.dataset.drawn = drawn.length;
+    };
+    const next = () => {
+      if (mine !== turn) return;
+      if (!waiting.length) return void performance.mark("drawn");
+      one(waiting.shift());
+      setTimeout(next);
+    };
+    drawn.splice(0).forEach((chart) => chart.destroy());
+    document.documentElement.dataset.drawn = 0;
+    document.querySelectorAll("canvas[data-kind]").forEach((canvas) => {
+      const { top, bottom } = canvas.parentElement.getBoundingClientRect();
+      if (all || (top < innerHeight && bottom > 0)) one(canvas);
+      else waiting.push(canvas);
     });
-    document.documentElement.dataset.drawn = drawn.length;
+    setTimeout(next);
   }
 
   // Samples of a cell of the confusion matrix; the most frequent mistake's are there from the start.
@@ -224,11 +241,11 @@
   Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
   Chart.defaults.font.size = 12;
   draw();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
   addEventListener("beforeprint", () => {
     document.querySelectorAll("details").forEach((element) => (element.open = true));
     document.documentElement.dataset.print = "";
-    draw();
+    draw(true);
   });
   addEventListener("afterprint", () => {
     delete document.documentElement.dataset.print;
