@@ -81,7 +81,9 @@ def test_charts_follow_the_scheme_and_print_opens_the_details(browser: Any, page
     browser.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert browser.evaluate(f"new Promise((done) => setTimeout(() => done({ink}), 100))") != light
     assert browser.evaluate("document.querySelectorAll('details:not([open])').length") > 0
+    browser.evaluate(f"addEventListener('beforeprint', () => (window.inked = {INKED}))")  # while the browser shows it dark
     browser.call("Page.printToPDF")
+    assert all(count > 500 for count in browser.evaluate("window.inked"))
     assert browser.evaluate("document.querySelectorAll('details:not([open])').length") == 0
     assert browser.complaints() == []
 

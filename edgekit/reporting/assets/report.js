@@ -179,7 +179,7 @@
   // What is in sight comes first and at once; the others follow one by one, so that the page can be read and scrolled
   // meanwhile. Paper takes no "later": for it all are drawn at once.
   let turn = 0;
-  function draw(all = false) {
+  function draw() {
     const mine = ++turn, waiting = [];
     const one = (canvas) => {
       drawn.push(new Chart(canvas, KINDS[canvas.dataset.kind](JSON.parse(canvas.dataset.chart))));
@@ -195,7 +195,7 @@
     document.documentElement.dataset.drawn = 0;
     document.querySelectorAll("canvas[data-kind]").forEach((canvas) => {
       const { top, bottom } = canvas.parentElement.getBoundingClientRect();
-      if (all || (top < innerHeight && bottom > 0)) one(canvas);
+      if ("print" in document.documentElement.dataset || (top < innerHeight && bottom > 0)) one(canvas);
       else waiting.push(canvas);
     });
     setTimeout(next);
@@ -245,7 +245,7 @@
   addEventListener("beforeprint", () => {
     document.querySelectorAll("details").forEach((element) => (element.open = true));
     document.documentElement.dataset.print = "";
-    draw(true);
+    draw();
   });
   addEventListener("afterprint", () => {
     delete document.documentElement.dataset.print;
