@@ -33,6 +33,7 @@ from .manifest import (
 
 __all__ = [
     "CALIBRATION",
+    "EXAMPLES",
     "FLOAT_GRAPH",
     "GOLDEN",
     "INT8_GRAPH",
@@ -53,6 +54,7 @@ INT8_GRAPH = "model.int8.onnx"
 CALIBRATION = "calibration.json"
 GOLDEN = "golden.npz"
 REPORT = "report.html"
+EXAMPLES = "eval/examples.json"
 TOKENIZER = "tokenizer.json"
 
 #: Files that say what the model is; everything else is derived from them.

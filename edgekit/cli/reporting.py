@@ -5,13 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
+
+from edgekit.errors import UsageError
 
 from .common import Answer, answers, bundle_argument, table
 
 __all__ = ["explain", "report"]
 
 
-@click.command()
+class _Serving(click.Command):
+    """``--serve`` with and without a port: what follows is the port where it is a number, else the first bundle."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = list(args)
+        if "--serve" in rest:
+            at = rest.index("--serve")
+            port = rest.pop(at + 1) if rest[at + 1 :] and rest[at + 1].isdecimal() else "0"
+            rest[at] = f"--serve={port}"
+        return super().parse_args(ctx, rest)
+
+
+@click.command(cls=_Serving)
 @click.argument("bundles", metavar="B...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -27,24 +42,44 @@ __all__ = ["explain", "report"]
     type=click.Path(path_type=Path),
     help="Show the pictures that `edgekit explain --out DIR` wrote.",
 )
+@click.option(
+    "--serve",
+    "port",
+    metavar="[PORT]",
+    type=click.IntRange(0, 65535),
+    help="Write nothing; show bundles, or all in a folder, live on 127.0.0.1 until Ctrl-C.  [default: a free port]",
+)
 @answers
-def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> Answer:
+def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None, port: int | None) -> Answer:
     """One self-contained HTML page about one or several bundles.
 
     Accuracy against latency and size, training curves, confusion, latency histograms, quantization, engines and
     provenance. Nothing is measured here: what is missing is said in its place, with the command that measures it.
     The page needs no network. A study of edgekit search --objective accuracy,latency stands for the bundles on its front,
-    and is drawn with all its trials.
+    and is drawn with all its trials. With --serve the page follows its bundles: the browser loads it again when a
+    stage has made or measured one, and keeps its place.
 
     \b
     Examples:
       edgekit report digits.edge digits8.edge --out report.html
       edgekit report front.study --out report.html
+      edgekit report --serve 8000 runs/digits
     """
+    if port is not None:
+        from edgekit.reporting import serve
+
+        _refuse_with_serve(explanations)
+        return Answer(serve(bundles, port=port), "ended")
     from edgekit.reporting import report as write
 
     data = write(bundles, out=out, explanations=explanations)
     return Answer(data, f"{data['report']}: {len(data['bundles'])} bundles, {data['size_bytes'] / 1e3:.0f} kB")
+
+
+def _refuse_with_serve(explanations: Path | None) -> None:
+    """What only a written page has; explanations that lie in a bundle are served with it."""
+    if explanations is not None or click.get_current_context().get_parameter_source("out") != ParameterSource.DEFAULT:
+        raise UsageError("--serve writes no file and shows bundles only", "leave --out and --explanations away")
 
 
 @click.command()

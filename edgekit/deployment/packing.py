@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import msgspec
 
-from edgekit.bundle import REPORT, WEIGHTS, Bundle
+from edgekit.bundle import EXAMPLES, REPORT, WEIGHTS, Bundle
 from edgekit.errors import BundleError, OutputExists
 from edgekit.files import sync_path
 from edgekit.manifest import History, Manifest
@@ -80,7 +80,7 @@ def packed_manifest(bundle: Bundle) -> Manifest:
     The entry carries the time of the bundle's last change, not the hour of packing: the same bundle, the same bytes.
     """
     manifest = bundle.manifest
-    left_out = [n for n in manifest.files if n in (WEIGHTS, REPORT) or n.startswith("bench/")]
+    left_out = [n for n in manifest.files if n in (WEIGHTS, REPORT, EXAMPLES) or n.startswith("bench/")]
     files = {name: digest for name, digest in manifest.files.items() if name not in left_out}
     last = manifest.history[-1].time if manifest.history else "1980-01-01T00:00:00Z"
     entry = History("pack", last, __version__, {"left_out": left_out}, bundle.digest)

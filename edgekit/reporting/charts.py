@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 from edgekit.pruned import Pruning, kl_ticks, pruning_of
 
-from .collect import Bench, BundleView, TensorRange
+from .bench import Bench
+from .collect import BundleView, TensorRange
 from .figures import Curve, curve, pareto
 
-__all__ = ["MAX_BARS", "curves", "headline", "histogram", "protocol", "prunings", "ranges", "sensitivity", "tradeoff"]
+__all__ = ["MAX_BARS", "curves", "headline", "histogram", "protocol", "prunings", "ranges", "sensitivity", "times", "tradeoff"]
 
 MAX_BARS = 30
+MAX_TIMES = 16
 NAMED = 6  # lines that can be told apart by colour and shape
 
 Protocol = tuple[str | None, str | None, str | None]
@@ -77,12 +79,24 @@ def _is_share(values: Sequence[float | None]) -> bool:
 
 def histogram(bench: Bench) -> dict[str, Any] | None:
     """Edges, shares of the drawn runs (percent) and percentile marks; None where no histogram was stored."""
-    if not bench.counts:
+    if not bench.counts or bench.constant:
         return None
     marks = {"p50": bench.p50, "p90": bench.p90, "p99": bench.p99}
     drawn = sum(bench.counts) or 1.0
     shares = [100 * count / drawn for count in bench.counts]
     return {"edges": bench.edges, "shares": shares, "marks": {k: v for k, v in marks.items() if v is not None}}
+
+
+def times(bench: Bench) -> list[dict[str, Any]]:
+    """The slowest layers, and one row for all others; ``length`` of the bar as a share of the longest."""
+    cut = MAX_TIMES if len(bench.layers) > MAX_TIMES + 1 else len(bench.layers)
+    shown, others = bench.layers[:cut], bench.layers[cut:]
+    rows = [{**layer._asdict(), "rest": False} for layer in shown]
+    if others:
+        total = {"us": sum(layer.us for layer in others), "share": sum(layer.share for layer in others)}
+        rows.append({"name": f"{len(others)} others", "op": "", "output": "", **total, "rest": True})
+    longest = max((row["us"] for row in rows), default=0.0) or 1.0
+    return [{**row, "length": row["us"] / longest} for row in rows]
 
 
 def sensitivity(view: BundleView) -> dict[str, Any] | None:

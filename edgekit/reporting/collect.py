@@ -4,51 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.bundle import CALIBRATION, EXAMPLES, INT8_GRAPH, Bundle
 from edgekit.files import printable
 from edgekit.manifest import History
 
+from .bench import Bench, read_bench
+from .engine_layers import EngineLayers, read_layers
+from .examples import Examples, read_examples
 from .figures import MAKERS, comparable, confusion, latest, mapping, number, numbers, words
 
-__all__ = ["Bench", "BundleView", "Engine", "Layer", "TensorRange", "collect"]
+__all__ = ["BundleView", "Engine", "Layer", "TensorRange", "collect"]
 
 MAX_JSON_BYTES = 8 << 20
-BINS, FEWEST_BINS = 40, 12
-TAIL = 1.6  # a histogram is drawn up to this multiple of p99: one stall would squeeze the rest into a line
-
-
-class Bench(NamedTuple):
-    """One result of `edgekit bench`; times in milliseconds. ``beyond`` runs are slower than the drawn histogram."""
-
-    name: str
-    backend: str | None
-    precision: str | None
-    scenario: str | None
-    device: str | None
-    p50: float | None
-    p90: float | None
-    p95: float | None
-    p99: float | None
-    mean: float | None
-    cv: float | None
-    throughput: float | None
-    runs: float | None
-    trustworthy: bool | None
-    reasons: tuple[str, ...]
-    edges: list[float]
-    counts: list[float]
-    beyond: int
-
-    @property
-    def protocol(self) -> tuple[str | None, str | None, str | None]:
-        """What must be equal before two latencies may be compared."""
-        return self.backend, self.scenario, self.device
 
 
 class Engine(NamedTuple):
@@ -60,6 +32,7 @@ class Engine(NamedTuple):
     precision: str | None
     size_bytes: int
     seconds: float | None
+    layers: EngineLayers | None = None
 
 
 class TensorRange(NamedTuple):
@@ -112,11 +85,17 @@ class BundleView:
     bench: tuple[Bench, ...]
     engines: tuple[Engine, ...]
     confusion: list[list[int]] | None
+    examples: Examples
     layers: tuple[Layer, ...]
     ranges: tuple[TensorRange, ...]
     history: tuple[History, ...]
     files: tuple[tuple[str, int, str], ...]
     pictures: tuple[tuple[str, bytes], ...]
+
+    @property
+    def timed(self) -> bool:
+        """Whether any latency was measured, by whatever protocol."""
+        return any(bench.p50 is not None for bench in self.bench)
 
     @property
     def quantized(self) -> bool:
@@ -147,15 +126,27 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         graph=bundle.graph,
         graph_bytes=bundle.size_bytes() if bundle.has(bundle.graph) else 0,
         form=bundle.form if bundle.has(INT8_GRAPH) else "float",
-        bench=tuple(_bench(Path(f).stem, _json(bundle, f), bundle.form) for f in manifest.files if _in(f, "bench", ".json")),
+        bench=tuple(
+            read_bench(Path(f).stem, _json(bundle, f), bundle.form) for f in manifest.files if _in(f, "bench", ".json")
+        ),
         engines=_engines(bundle),
         confusion=confusion(own, len(manifest.labels)),
+        examples=_examples(bundle, own),
         layers=_layers(calibration),
         ranges=_ranges(calibration),
         history=manifest.history,
         files=files,
         pictures=tuple((Path(f).name, bundle.file(f).read_bytes()) for f in manifest.files if _in(f, "explanations", ".png")),
     )
+
+
+def _examples(bundle: Bundle, own: Sequence[History]) -> Examples:
+    """Samples of the evaluation whose matrix is shown, and no other's."""
+    classes = len(bundle.manifest.labels)
+    entry = next((entry for entry in reversed(own) if confusion([entry], classes)), None)
+    if entry is None or not bundle.has(EXAMPLES):
+        return {}
+    return read_examples(_json(bundle, EXAMPLES), entry.config.get("data"), classes)
 
 
 def _in(file: str, folder: str, suffix: str) -> bool:
@@ -170,72 +161,11 @@ def _json(bundle: Bundle, file: str) -> Mapping[str, Any]:
     return {}
 
 
-def _bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
-    p99 = number(data, "latency_ms.p99")
-    edges, counts, beyond = _histogram(data, p99)
-    reasons = data.get("reasons", ())
-    trust = data.get("trustworthy")
-    return Bench(
-        name=name,
-        backend=words(data, "backend"),
-        precision={INT8_GRAPH: form, FLOAT_GRAPH: "float"}.get(str(data.get("graph"))) or words(data, "precision"),
-        scenario=words(data, "scenario"),
-        device=_device(data),
-        p50=number(data, "latency_ms.p50"),
-        p90=number(data, "latency_ms.p90"),
-        p95=number(data, "latency_ms.p95"),
-        p99=p99,
-        mean=number(data, "latency_ms.mean"),
-        cv=number(data, "cv"),
-        throughput=number(data, "throughput"),
-        runs=number(data, "iterations"),
-        trustworthy=trust if isinstance(trust, bool) else None,
-        reasons=tuple(map(str, reasons)) if isinstance(reasons, Sequence) and not isinstance(reasons, str) else (),
-        edges=edges,
-        counts=counts,
-        beyond=beyond,
-    )
-
-
-def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float], list[float], int]:
-    """(edges in ms, counts, runs beyond the last edge), cut at `TAIL` times p99.
-
-    Where a few stalls left the stored bins too wide for that stretch, the stored samples (every n-th run) are binned anew.
-    """
-    shape = mapping(data.get("histogram"))
-    edges, counts = numbers(shape.get("bins")) or [], numbers(shape.get("counts")) or []
-    if len(edges) != len(counts) + 1 or sorted(edges) != edges:
-        edges, counts = [], []
-    total, limit = sum(counts) + (number(shape, "over") or 0), TAIL * (p99 or float("inf"))
-    while len(counts) > 1 and edges[-2] > limit:
-        counts.pop()
-        edges.pop()
-    if len(counts) >= FEWEST_BINS:
-        return edges, counts, int(total - sum(counts))
-    samples = [v for v in numbers(data.get("samples_ms")) or [] if v <= limit]
-    if len(samples) < 2 or min(samples) == max(samples):
-        return edges, counts, int(total - sum(counts))
-    low, width = min(samples), (max(samples) - min(samples)) / BINS
-    tally = Counter(min(BINS - 1, int((v - low) / width)) for v in samples)
-    return [low + i * width for i in range(BINS + 1)], [float(tally[i]) for i in range(BINS)], 0
-
-
-def _device(data: Mapping[str, Any]) -> str | None:
-    """The part that ran: the Jetson, the GPU for TensorRT, else the CPU."""
-    device = mapping(data.get("device"))
-    gpus = device.get("gpu")
-    if board := words(device, "jetson.model"):
-        return board
-    if str(data.get("backend")).startswith("tensorrt") and isinstance(gpus, Sequence) and gpus:
-        return str(gpus[0])
-    cpu, cores = words(device, "cpu"), words(device, "cores")
-    return f"{cpu}, {cores} cores" if cpu and cores else cpu or words(data, "device")
-
-
 def _engines(bundle: Bundle) -> tuple[Engine, ...]:
     found = []
     for file in bundle.manifest.files:
-        sidecar = f"{file.removesuffix('.engine').removesuffix('.kit.zip')}.json"
+        stem = file.removesuffix(".engine").removesuffix(".kit.zip")
+        sidecar, report = f"{stem}.json", f"{stem}.layers.json"
         built = _in(file, "engines", ".engine")
         if not built and not _in(file, "engines", ".kit.zip"):
             continue
@@ -248,6 +178,7 @@ def _engines(bundle: Bundle) -> tuple[Engine, ...]:
                 precision=words(data, "precision"),
                 size_bytes=bundle.file(file).stat().st_size,
                 seconds=number(data, "seconds"),
+                layers=read_layers(_json(bundle, report)) if bundle.has(report) else None,
             )
         )
     return tuple(sorted(found, key=lambda e: (not e.built, e.target)))

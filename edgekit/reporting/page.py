@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgekit.bundle import REPORT, Bundle
 from edgekit.errors import DataError, MissingExtra, OutputExists, UsageError
@@ -20,11 +20,12 @@ from edgekit.files import atomic_write
 from edgekit.version import __version__
 
 from . import charts
-from .collect import Bench, BundleView, collect
+from .bench import Bench
+from .collect import BundleView, collect
 from .figures import number, words
 from .front import Front, front_file, read_front, row_words
 
-__all__ = ["report"]
+__all__ = ["Live", "numbered", "render", "report"]
 
 GENERATOR = b'<meta name="generator" content="edgekit'
 MAX_CLASSES = 24  # a larger confusion matrix is unreadable; its worst pairs are listed instead
@@ -33,6 +34,13 @@ MAX_PICTURES_TEXT = 2_000_000  # characters of all pictures together, so that th
 PNG = b"\x89PNG\r\n\x1a\n"
 
 Source = Bundle | str | os.PathLike[str]
+
+
+class Live(NamedTuple):
+    """Of a page that a server keeps up to date. ``skipped``: (folder, why it is not shown)."""
+
+    version: str
+    skipped: tuple[tuple[str, str], ...]
 
 
 def report(
@@ -105,8 +113,12 @@ def _check_out(out: Path, opened: Sequence[Bundle]) -> Bundle | None:
 
 
 def _names(opened: Sequence[Bundle]) -> list[str]:
-    """Short names that tell the bundles apart: the folder's, numbered where two are equal."""
-    stems = [bundle.path.name.removesuffix(".edge") or bundle.manifest.name for bundle in opened]
+    """Short names that tell the bundles apart: the folder's."""
+    return numbered([bundle.path.name.removesuffix(".edge") or bundle.manifest.name for bundle in opened])
+
+
+def numbered(stems: Sequence[str]) -> list[str]:
+    """Equal ones get a number each."""
     total, seen = Counter(stems), Counter[str]()
     names = []
     for stem in stems:
@@ -144,7 +156,12 @@ def _data_uri(png: bytes) -> str | None:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]], fronts: Sequence[Front] = ()) -> str:
+def render(
+    views: Sequence[BundleView],
+    pictures: Sequence[Mapping[str, Any]],
+    fronts: Sequence[Front] = (),
+    live: Live | None = None,
+) -> str:
     """The page as text. Everything that came out of a bundle is escaped by Jinja2 or encoded as JSON."""
     try:
         import jinja2
@@ -161,8 +178,9 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]], f
     embedded = [*pictures, *(_picture(uri, name, None, None, None) for name, uri in stored if uri)]
     total = itertools.accumulate(len(picture["uri"]) for picture in embedded)
     shown = sum(size <= MAX_PICTURES_TEXT for size in total)
-    scripts = [_asset("chart.umd.min.js"), _asset("report.js")]
+    scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
     return environment.from_string(_asset("report.html")).render(
+        live=live,
         cards=_cards(rows),
         views=views,
         rows=rows,
@@ -170,6 +188,7 @@ def render(views: Sequence[BundleView], pictures: Sequence[Mapping[str, Any]], f
         charts=drawn,
         fronts=fronts,
         confusions=[_confusion(view) for view in views if view.confusion],
+        unjudged=[view.name for view in views if not view.confusion],
         pictures=embedded[:shown],
         left_out=len(embedded) - shown,
         style=_asset("report.css"),
@@ -191,15 +210,29 @@ def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> d
     return {
         "latency": charts.tradeoff([(v.name, b.p50, v.top1) for v, b in judged if b], "Latency p50 (ms)"),
         "size": charts.tradeoff([(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged], "Graph size (kB)"),
+        "absent": _absent(rows),
         "curves": charts.curves(views),
-        "histograms": [
-            {"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench if b.p50 is not None
-        ],
+        "histograms": [{"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench],
+        "times": [{"bundle": v.name, "bench": b, "rows": charts.times(b)} for v in views for b in v.bench if b.layers],
+        "untimed": [v.name for v in views if not any(b.layers for b in v.bench)],
         "prunings": charts.prunings(views),
         "quantization": [
             {"view": v, "sensitivity": charts.sensitivity(v), "ranges": charts.ranges(v)} for v in views if v.quantized
         ],
     }
+
+
+def _absent(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(bundle, why it has no point, the command that gives it one) for each that a chart of several bundles lacks."""
+    found: list[tuple[str, str, str]] = []
+    for view, bench in ((row["view"], row["bench"]) for row in rows):
+        if view.top1 is None:
+            found.append((view.name, "no accuracy was measured on these weights", "edgekit eval B --data SPEC"))
+        elif bench is None and view.timed:
+            found.append((view.name, "its latency is of another device, backend or scenario", "edgekit bench B"))
+        elif bench is None:
+            found.append((view.name, "no latency was measured", "edgekit bench B"))
+    return found
 
 
 def _cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -235,15 +268,20 @@ def _confusion(view: BundleView) -> dict[str, Any]:
     matrix = view.confusion or []
     labels = view.labels or tuple(str(i) for i in range(len(matrix)))
     sums = [sum(row) or 1 for row in matrix]
-    pairs = [(n, labels[i], labels[j], n / sums[i]) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    wrong = [(i, j, n) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    pairs = [(n, labels[i], labels[j], n / sums[i], f"{i}/{j}") for i, j, n in wrong]
+    worst = sorted(pairs, key=lambda p: (-p[0], -p[3]))[:8]
     return {
         "name": view.name,
         "labels": labels,
+        "first": next((key for *_, key in worst if key in view.examples), next(iter(view.examples), "")),
+        "unnamed": not view.labels,
+        "examples": view.examples,
         "rows": [[(n, n / sums[i]) for n in row] for i, row in enumerate(matrix)] if len(matrix) <= MAX_CLASSES else None,
         "classes": len(matrix),
         "samples": sum(map(sum, matrix)),
         "right": sum(row[i] for i, row in enumerate(matrix)),
-        "worst": sorted(pairs, key=lambda p: (-p[0], -p[3]))[:8],
+        "worst": worst,
     }
 
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle
+from edgekit.bundle import CALIBRATION, EXAMPLES, FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle
 from edgekit.deployment import archive as archive_module
 from edgekit.deployment import contents, keygen, pack, verify
 from edgekit.deployment.signing import TRAILER_BYTES, sign_file
@@ -80,7 +80,7 @@ def test_what_the_device_does_not_need_stays_at_home(tmp_path: Path, keys) -> No
         )
     bundle = Bundle.open(tmp_path / "b.edge")
     bundle = bundle.extend(
-        {REPORT: b"<html>", "bench/a.json": b"{}", "engines/t.engine": b"plan"}, bundle.entry("build", {}, {})
+        {REPORT: b"<html>", "bench/a.json": b"{}", EXAMPLES: b"{}", "engines/t.engine": b"plan"}, bundle.entry("build", {}, {})
     )
     held = contents(pack(bundle, out=tmp_path / "b.zip"))
     assert [f["name"] for f in held["files"]] == [CALIBRATION, "engines/t.engine", GOLDEN, FLOAT_GRAPH]
@@ -90,7 +90,7 @@ def test_what_the_device_does_not_need_stays_at_home(tmp_path: Path, keys) -> No
     assert manifest.history[-1].stage == "pack"
     assert manifest.history[-1].parent == bundle.digest
     assert manifest.history[-1].time == bundle.manifest.history[-1].time
-    assert manifest.history[-1].config == {"left_out": ["bench/a.json", REPORT, "weights.safetensors"]}
+    assert manifest.history[-1].config == {"left_out": ["bench/a.json", EXAMPLES, REPORT, "weights.safetensors"]}
 
 
 def test_a_damaged_bundle_is_not_packed(tmp_path: Path, tiny_bundle: Bundle) -> None:

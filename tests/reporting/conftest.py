@@ -80,14 +80,19 @@ class Browser:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def open(self, page: Path, width: int = 1280, scheme: str = "light") -> None:
-        """Load a file and wait for its load event."""
+    def open(self, page: Path | str, width: int = 1280, scheme: str = "light") -> None:
+        """Load a file or an address, and wait for its load event and the last of its charts."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         self.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(60))
+        for _ in range(100):
+            if self.evaluate("performance.getEntriesByName('drawn').length > 0"):
+                return
+            self.evaluate("new Promise((done) => setTimeout(done, 20))")
+        raise TimeoutError("the page did not draw its charts")
 
     def evaluate(self, script: str) -> Any:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

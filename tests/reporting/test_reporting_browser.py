@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -80,8 +81,32 @@ def test_charts_follow_the_scheme_and_print_opens_the_details(browser: Any, page
     browser.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert browser.evaluate(f"new Promise((done) => setTimeout(() => done({ink}), 100))") != light
     assert browser.evaluate("document.querySelectorAll('details:not([open])').length") > 0
+    browser.evaluate(f"addEventListener('beforeprint', () => (window.inked = {INKED}))")  # while the browser shows it dark
     browser.call("Page.printToPDF")
+    assert all(count > 500 for count in browser.evaluate("window.inked"))
     assert browser.evaluate("document.querySelectorAll('details:not([open])').length") == 0
+    assert browser.complaints() == []
+
+
+def test_a_click_on_a_cell_shows_its_samples(browser: Any, digits_bundle: Bundle, tmp_path: Path) -> None:
+    matrix = [[9 if i == j else int((i, j) == (3, 5)) for j in range(10)] for i in range(10)]
+    picture = io.BytesIO()
+    Image.new("L", (8, 8)).save(picture, "PNG")
+    png = {"id": "a", "score": 0.9, "png": base64.b64encode(picture.getvalue()).decode()}
+    others = [{"id": "b", "score": None, "text": HOSTILE}, {"id": "c", "score": 0.5, "series": [[1, 2, 0], [0, 0, 0]]}]
+    cells = [{"truth": 3, "answer": 5, "samples": [png]}, {"truth": 4, "answer": 4, "samples": others}]
+    file = json.dumps({"data": "digits", "cells": cells}).encode()
+    entry = digits_bundle.entry("eval", {"data": "digits"}, {"top1": 0.9, "confusion": matrix})
+    report(digits_bundle.extend({"eval/examples.json": file}, entry), out=tmp_path / "r.html")
+    browser.open(tmp_path / "r.html")
+    shown = "[...document.querySelectorAll('.samples figure')].map((f) => f.firstChild.tagName)"
+    assert browser.evaluate(shown) == ["IMG"]  # the mistake, from the start
+    assert browser.evaluate("document.querySelector('.samples img').naturalWidth") == 8
+    browser.evaluate("document.querySelector('[data-key=\"4/4\"]').click()")
+    assert browser.evaluate(shown) == ["BLOCKQUOTE", "svg"]
+    assert browser.evaluate("document.querySelector('.chosen').textContent") == "4, right but least sure"
+    assert browser.evaluate("document.querySelectorAll('[aria-pressed=true]').length") == 1
+    assert browser.evaluate("window.hacked === undefined")
     assert browser.complaints() == []
 
 

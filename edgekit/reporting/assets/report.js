@@ -68,7 +68,7 @@
         ctx.lineTo(x, chartArea.bottom);
         ctx.stroke();
         ctx.textAlign = row ? "left" : "center";
-        ctx.fillText(name, row ? x + 4 : x, chartArea.top - 4 + row * 13);
+        ctx.fillText(name, row ? x + 4 : Math.max(x, chartArea.left + width / 2), chartArea.top - 4 + row * 13);
       });
       ctx.restore();
     },
@@ -176,18 +176,72 @@
     return { grid: { display: false }, border: { display: false }, ticks: { color: style("--soft"), font: { size: 11 }, autoSkip: false, callback: cut } };
   }
 
+  // What is in sight comes first and at once; the others follow one by one, so that the page can be read and scrolled
+  // meanwhile. Paper takes no "later": for it all are drawn at once.
+  let turn = 0;
   function draw() {
-    drawn.splice(0).forEach((chart) => chart.destroy());
-    document.querySelectorAll("canvas[data-kind]").forEach((canvas) => {
+    const mine = ++turn, waiting = [];
+    const one = (canvas) => {
       drawn.push(new Chart(canvas, KINDS[canvas.dataset.kind](JSON.parse(canvas.dataset.chart))));
+      document.documentElement.dataset.drawn = drawn.length;
+    };
+    const next = () => {
+      if (mine !== turn) return;
+      if (!waiting.length) return void performance.mark("drawn");
+      one(waiting.shift());
+      setTimeout(next);
+    };
+    drawn.splice(0).forEach((chart) => chart.destroy());
+    document.documentElement.dataset.drawn = 0;
+    document.querySelectorAll("canvas[data-kind]").forEach((canvas) => {
+      const { top, bottom } = canvas.parentElement.getBoundingClientRect();
+      if ("print" in document.documentElement.dataset || (top < innerHeight && bottom > 0)) one(canvas);
+      else waiting.push(canvas);
     });
-    document.documentElement.dataset.drawn = drawn.length;
+    setTimeout(next);
   }
+
+  // Samples of a cell of the confusion matrix; the most frequent mistake's are there from the start.
+  function sample({ png, text, series, id, score }) {
+    const figure = document.createElement("figure"), caption = document.createElement("figcaption");
+    caption.textContent = score === null ? id : `${(100 * score).toFixed(0)} % sure`;
+    figure.title = id;
+    if (png) figure.append(Object.assign(new Image(), { src: `data:image/png;base64,${png}`, alt: id }));
+    else if (series) figure.append(sparkline(series));
+    else figure.append(Object.assign(document.createElement("blockquote"), { textContent: text }));
+    figure.append(caption);
+    return figure;
+  }
+
+  function sparkline(lines) {
+    const make = (name, set) => {
+      const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+      Object.entries(set).forEach(([key, value]) => element.setAttribute(key, value));
+      return element;
+    };
+    const low = Math.min(...lines.flat()), high = Math.max(...lines.flat()), svg = make("svg", { viewBox: "0 0 100 60", preserveAspectRatio: "none" });
+    lines.forEach((line, i) => svg.append(make("polyline", {
+      class: `line${i + 1}`, points: line.map((v, j) => `${(100 * j) / Math.max(line.length - 1, 1)},${57 - (54 * (v - low)) / (high - low || 1)}`).join(" "),
+    })));
+    return svg;
+  }
+
+  document.querySelectorAll("[data-examples]").forEach((matrix) => {
+    const known = JSON.parse(matrix.dataset.examples), cells = [...matrix.querySelectorAll("[data-cell]")];
+    const choose = (cell) => {
+      cells.forEach((other) => other.setAttribute("aria-pressed", other === cell));
+      matrix.querySelector(".chosen").textContent = cell.dataset.title;
+      matrix.querySelector(".samples").replaceChildren(...known[cell.dataset.key].map(sample));
+    };
+    cells.forEach((cell) => cell.addEventListener("click", () => choose(cell)));
+    const first = cells.find((cell) => cell.dataset.key === matrix.dataset.first);
+    if (first) choose(first);
+  });
 
   Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
   Chart.defaults.font.size = 12;
   draw();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
   addEventListener("beforeprint", () => {
     document.querySelectorAll("details").forEach((element) => (element.open = true));
     document.documentElement.dataset.print = "";

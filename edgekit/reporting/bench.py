@@ -1,0 +1,191 @@
+"""A result of `edgekit bench` -> what the report says about it; malformed parts count as absent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH
+
+from .figures import mapping, number, numbers, words
+
+__all__ = ["Bench", "LayerTime", "read_bench"]
+
+BINS, FEWEST_BINS = 40, 12
+TAIL = 1.6  # a histogram is drawn up to this multiple of p99: one stall would squeeze the rest into a line
+
+
+class LayerTime(NamedTuple):
+    """A layer as the runtime ran it: median microseconds, and its share of all layers' sum."""
+
+    name: str
+    op: str
+    us: float
+    share: float
+    output: str
+
+
+class Bench(NamedTuple):
+    """One result of `edgekit bench`; times in milliseconds. ``beyond`` runs are slower than the drawn histogram.
+
+    ``constant``: every run took the same time. ``key``: the figure that its scenario compares. ``facts``: (what, words).
+    ``layers``: slowest first; ``run_us`` of a run with each layer timed, ``between_us`` of it outside of all layers.
+    """
+
+    name: str
+    backend: str | None
+    precision: str | None
+    scenario: str | None
+    device: str | None
+    p50: float | None
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    p999: float | None
+    cv: float | None
+    throughput: float | None
+    runs: float | None
+    trustworthy: bool | None
+    reasons: tuple[str, ...]
+    edges: list[float]
+    counts: list[float]
+    beyond: int
+    constant: bool
+    key: str | None
+    facts: tuple[tuple[str, str], ...]
+    layers: tuple[LayerTime, ...]
+    run_us: float | None
+    between_us: float | None
+
+    @property
+    def protocol(self) -> tuple[str | None, str | None, str | None]:
+        """What must be equal before two latencies may be compared."""
+        return self.backend, self.scenario, self.device
+
+    @property
+    def percentiles(self) -> list[tuple[str, float | None]]:
+        """Name and milliseconds; p95 and p99.9 only where they were taken."""
+        found = [("p50", self.p50), ("p90", self.p90), ("p95", self.p95), ("p99", self.p99), ("p99.9", self.p999)]
+        return [(name, value) for name, value in found if value is not None or name in ("p50", "p90", "p99")]
+
+
+def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
+    """A result file; ``form`` is what the bundle's quantized graph holds."""
+    p99 = number(data, "latency_ms.p99")
+    edges, counts, beyond = _histogram(data, p99)
+    reasons = data.get("reasons", ())
+    trust = data.get("trustworthy")
+    return Bench(
+        name=name,
+        backend=words(data, "backend"),
+        precision={INT8_GRAPH: form, FLOAT_GRAPH: "float"}.get(str(data.get("graph"))) or words(data, "precision"),
+        scenario=words(data, "scenario"),
+        device=_device(data),
+        p50=number(data, "latency_ms.p50"),
+        p90=number(data, "latency_ms.p90"),
+        p95=number(data, "latency_ms.p95"),
+        p99=p99,
+        p999=number(data, "latency_ms.p999"),
+        cv=number(data, "cv"),
+        throughput=number(data, "throughput"),
+        runs=number(data, "iterations"),
+        trustworthy=trust if isinstance(trust, bool) else None,
+        reasons=tuple(map(str, reasons)) if isinstance(reasons, Sequence) and not isinstance(reasons, str) else (),
+        edges=edges,
+        counts=counts,
+        beyond=beyond,
+        constant=_constant(data),
+        key=words(data, "key"),
+        facts=tuple(_facts(data)),
+        layers=_layer_times(data),
+        run_us=number(data, "profile.run_us"),
+        between_us=number(data, "profile.between_us"),
+    )
+
+
+def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float], list[float], int]:
+    """(edges in ms, counts, runs beyond the last edge), cut at `TAIL` times p99.
+
+    Where a few stalls left the stored bins too wide for that stretch, the stored samples (every n-th run) are binned anew.
+    """
+    shape = mapping(data.get("histogram"))
+    edges, counts = numbers(shape.get("bins")) or [], numbers(shape.get("counts")) or []
+    if len(edges) != len(counts) + 1 or sorted(edges) != edges:
+        edges, counts = [], []
+    total, limit = sum(counts) + (number(shape, "over") or 0), TAIL * (p99 or float("inf"))
+    while len(counts) > 1 and edges[-2] > limit:
+        counts.pop()
+        edges.pop()
+    if len(counts) >= FEWEST_BINS:
+        return edges, counts, int(total - sum(counts))
+    samples = [v for v in numbers(data.get("samples_ms")) or [] if v <= limit]
+    if len(samples) < 2 or min(samples) == max(samples):
+        return edges, counts, int(total - sum(counts))
+    low, width = min(samples), (max(samples) - min(samples)) / BINS
+    tally = Counter(min(BINS - 1, int((v - low) / width)) for v in samples)
+    return [low + i * width for i in range(BINS + 1)], [float(tally[i]) for i in range(BINS)], 0
+
+
+def _device(data: Mapping[str, Any]) -> str | None:
+    """The part that ran: the Jetson, the GPU for TensorRT, else the CPU."""
+    device = mapping(data.get("device"))
+    gpus = device.get("gpu")
+    if board := words(device, "jetson.model"):
+        return board
+    if str(data.get("backend")).startswith("tensorrt") and isinstance(gpus, Sequence) and gpus:
+        return str(gpus[0])
+    cpu, cores = words(device, "cpu"), words(device, "cores")
+    return f"{cpu}, {cores} cores" if cpu and cores else cpu or words(data, "device")
+
+
+def _constant(data: Mapping[str, Any]) -> bool:
+    low, high = number(data, "latency_ms.min"), number(data, "latency_ms.max")
+    return low is not None and low == high
+
+
+def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What else was measured. A sensor that was asked and is not there is said, one that nobody asked is not."""
+    for name, what in (("jitter_ms", "jitter"), ("cold_start_ms", "cold start"), ("process_start_ms", "process start")):
+        value = number(data, name)
+        if value is not None:
+            yield what, f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+    if (streams := number(data, "streams")) is not None:
+        yield "streams", f"{streams:.0f} a query"
+    if (memory := number(data, "memory.rss_mb")) is not None:
+        own = number(data, "memory.model_mb")
+        yield "memory", f"{memory:.0f} MB" + (f", {own:.1f} by the model" if own is not None else "")
+    if "energy" in data:
+        yield "energy", _energy(mapping(data["energy"])) or "no power rail to read"
+    if "temperatures" in data:
+        yield "heat", _heat(data) or "no sensor to read"
+
+
+def _energy(energy: Mapping[str, Any]) -> str | None:
+    """Of the rail that feeds all where there is one, else of each: rails may feed one another, so they are not added up."""
+    rails = {str(k): v for k, v in mapping(energy.get("mj_per_inference")).items() if isinstance(v, int | float)}
+    whole = words(energy, "whole")
+    shown = {whole: rails[whole]} if whole in rails else rails
+    return ", ".join(f"{value:.3g} mJ an inference ({rail})" for rail, value in shown.items()) or None
+
+
+def _heat(data: Mapping[str, Any]) -> str | None:
+    """The sensor that was hottest in the end."""
+    before, after = (mapping(mapping(data["temperatures"]).get(when)) for when in ("before", "after"))
+    known = {str(name): value for name in after if (value := number(after, str(name))) is not None}
+    if not known:
+        return None
+    hottest = max(known, key=lambda name: known[name])
+    start = number(before, hottest)
+    return (f"{start:.0f} → " if start is not None else "") + f"{known[hottest]:.0f} °C ({hottest})"
+
+
+def _layer_times(data: Mapping[str, Any]) -> tuple[LayerTime, ...]:
+    raw = mapping(data.get("profile")).get("layers")
+    found = []
+    for row in raw if isinstance(raw, Sequence) and not isinstance(raw, str) else ():
+        us, share = number(row, "us"), number(row, "share")
+        if us is not None and share is not None and us >= 0:
+            name = words(row, "layer") or words(row, "op") or "?"
+            found.append(LayerTime(name, words(row, "op") or "", us, share, words(row, "output") or ""))
+    return tuple(sorted(found, key=lambda layer: -layer.us))

@@ -1,0 +1,167 @@
+"""The page of a folder of bundles, live: rebuilt when one changes, on loopback only, read-only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from edgekit.bundle import MANIFEST, Bundle
+from edgekit.errors import BundleError, EdgekitError, UsageError
+from edgekit.progress import say
+
+from .collect import BundleView, collect
+from .page import Live, numbered, render
+
+__all__ = ["serve"]
+
+HOST = "127.0.0.1"
+SUFFIX = ".edge"
+WRITING = "is being written"
+
+Stamp = tuple[int, int, int]
+
+
+class Watched:
+    """Bundles, by name or as what lies in a folder. `page` is built anew only where a manifest is not what it was."""
+
+    def __init__(self, sources: Sequence[Path]) -> None:
+        self._sources = sources
+        self._lock = threading.Lock()  # two tabs that ask at once build one page
+        self._views: dict[Path, tuple[Stamp, BundleView]] = {}
+        self._seen: object = None
+        self._live, self._page = Live("", ()), b""
+
+    def version(self) -> str:
+        """Changes with the page."""
+        self._refresh()
+        return self._live.version
+
+    def page(self) -> bytes:
+        self._refresh()
+        return self._page
+
+    def _refresh(self) -> None:
+        with self._lock:
+            stamps = [(path, _stamp(path)) for path in self._paths()]
+            drafts = sorted(self._drafts())
+            if self._seen == (stamps, drafts):
+                return
+            # Looked at before it is read: what changes meanwhile differs from this the next time.
+            views: list[BundleView] = []
+            skipped = [(name, WRITING) for name in drafts]
+            for path, stamp in stamps:
+                try:
+                    views.append(self._view(path, stamp))
+                except (EdgekitError, OSError) as error:
+                    skipped.append((path.name, WRITING if stamp is None else str(error)))
+            views.sort(key=lambda view: (len(view.chain.split("→")), view.name))
+            names = numbered([view.name for view in views])
+            views = [dataclasses.replace(view, name=name) for view, name in zip(views, names, strict=True)]
+            version = hashlib.sha256(repr((stamps, drafts)).encode()).hexdigest()[:16]
+            self._live = Live(version, tuple(skipped))
+            self._page = render(views, [], live=self._live).encode()
+            self._seen = (stamps, drafts)
+
+    def _view(self, path: Path, stamp: Stamp | None) -> BundleView:
+        if stamp is None:
+            raise BundleError(f"there is no {MANIFEST} in {path}")
+        known = self._views.get(path)
+        if known is None or known[0] != stamp:
+            self._views[path] = known = (stamp, collect(Bundle.open(path), path.name.removesuffix(SUFFIX)))
+        return known[1]
+
+    def _paths(self) -> list[Path]:
+        found: dict[str, Path] = {}
+        for source in self._sources:
+            alone = (source / MANIFEST).exists() or source.name.endswith(SUFFIX)
+            for path in [source] if alone else sorted(source.glob(f"[!.]*{SUFFIX}")):
+                found.setdefault(os.path.realpath(path), path)
+        return list(found.values())
+
+    def _drafts(self) -> Iterator[str]:
+        """What a stage is about to make: a bundle is written under ``.NAME.edge.XXXX`` and renamed when it is whole."""
+        for source in self._sources:
+            for path in source.glob(f".*{SUFFIX}.*"):
+                yield path.name[1 : path.name.rindex(SUFFIX)] + SUFFIX
+
+
+def _stamp(path: Path) -> Stamp | None:
+    with contextlib.suppress(OSError):
+        status = (path / MANIFEST).stat()
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    return None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, port: int, watched: Watched) -> None:
+        self.watched = watched
+        super().__init__((HOST, port), _Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Two fixed answers: no path of a request ever meets the disk."""
+
+    server: _Server
+    server_version, sys_version = "edgekit", ""
+
+    def do_GET(self) -> None:
+        # A page elsewhere whose name was pointed at this machine sends that name: it may not read what lies here.
+        if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
+            self._send(403, "text/plain", b"this page is for the machine that it runs on\n")
+        elif self.path == "/":
+            self._send(200, "text/html", self.server.watched.page())
+        elif self.path == "/version":
+            self._send(200, "text/plain", self.server.watched.version().encode())
+        else:
+            self._send(404, "text/plain", b"there is only one page here: /\n")
+
+    def _send(self, code: int, kind: str, body: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # the tab was closed meanwhile
+            self.send_response(code)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name that http.server gives it
+        """Nothing: a request a second and tab would hide what the pipeline says."""
+
+
+def serve(
+    sources: Sequence[str | os.PathLike[str]], *, port: int = 0, ready: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Show bundles, or all in a folder, as a page that follows them, until Ctrl-C.
+
+    ``port`` 0 takes a free one. ``ready`` gets the address once it answers. Returns ``url``.
+    Raises `UsageError` where nothing lies at a source, or the port is taken.
+    """
+    paths = [Path(source) for source in sources]
+    if not paths:
+        raise UsageError("no folder and no bundle was named", "edgekit report --serve runs/digits")
+    for path in paths:
+        if not path.is_dir():
+            raise UsageError(f"there is no folder and no bundle at {path}", "name the folder that the pipeline writes to")
+    watched = Watched(paths)
+    watched.page()  # what cannot work at all fails here, not in a browser
+    try:
+        server = _Server(port, watched)
+    except OSError as error:
+        raise UsageError(f"port {port} cannot be used: {error.strerror}", "--serve without a port takes a free one") from None
+    url = f"http://{HOST}:{server.server_port}/"
+    with server, contextlib.suppress(KeyboardInterrupt):
+        say(f"{url}  Ctrl-C ends it")
+        if ready is not None:
+            ready(url)
+        server.serve_forever(poll_interval=0.2)
+    return {"url": url}
