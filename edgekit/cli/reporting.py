@@ -85,8 +85,9 @@ def explain(
 ) -> Answer:
     """Show what the model looks at, one picture an image (a folder stands for its images).
 
-    Orange speaks for the class, blue against it. Each map is checked by deletion: the areas it calls important are
-    hidden first, and the score must fall faster (a smaller area under the curve) than with the same map misplaced.
+    Orange speaks for the class, blue against it. Each map is checked twice: what it calls important is hidden first, and
+    the score must fall faster (deletion_auc, a smaller area under the curve) than with the same map misplaced
+    (misplaced_auc); then it is shown first, and the score must rise faster (insertion_auc above misplaced_insertion_auc).
 
     \b
     Examples:
@@ -97,6 +98,7 @@ def explain(
 
     data = run(bundle, images, out=out, method=method, label=label, precision=precision, samples=samples)
     columns = ["source", "label", "score", "overlay", "deletion_auc", "misplaced_auc"]
+    columns += ["insertion_auc", "misplaced_insertion_auc"]
     rows = [{k: image[k] for k in columns if k in image} for image in data["images"]]
     text = table(rows)
     if "layers" in data:

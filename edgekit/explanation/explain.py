@@ -21,7 +21,7 @@ from edgekit.preprocess import IMAGE_SUFFIXES, Frame, read_image
 from edgekit.progress import say, track
 from edgekit.runtime import Model
 
-from .faithfulness import deletion
+from .faithfulness import faithfulness
 from .question import Question
 
 __all__ = ["METHODS", "RECORD", "explain"]
@@ -59,7 +59,7 @@ def explain(
     ``activations`` reports each layer's range, zeros, dead channels and saturation instead of a map. ``label``: the class
     in question (default: the predicted). ``precision``: which graph. ``samples``: how often LIME asks.
     Returns ``out``, ``method``, ``images`` (``source``, ``label``, ``score``, ``overlay``, and for maps ``explained``,
-    ``deletion_auc``, ``misplaced_auc``), ``skipped`` and, for activations, ``layers``.
+    ``deletion_auc`` and ``insertion_auc`` with their controls), ``skipped`` and, for activations, ``layers``.
     Raises `UsageError` for a bundle without images or a method it cannot serve, `DataError` for a missing image or
     where none can be read.
     """
@@ -243,12 +243,11 @@ class _Judge:
             maps = x[0] if maps is None else maps
             return row, picture.sheet(frame, maps, f"{caption}: first feature maps · {name}")
         attribution = self._attribute(question)
-        check = deletion(question, attribution.heat)
+        check = faithfulness(question, attribution.heat)
         if question.target != best:
             explained = float(question.probability(logits)[0])
             caption = f"why {self._name(question.target)} ({explained:.1%})? answer {caption}"
-        row |= {"explained": self._name(question.target), "deletion_auc": check.auc, "misplaced_auc": check.misplaced}
-        row |= {"deletion_curve": check.curve, **attribution.figures}
+        row |= {"explained": self._name(question.target), **check.figures(), **attribution.figures}
         spec = self._model.bundle.manifest.preprocessing
         assert isinstance(spec, ImagePreprocessing)
         return row, picture.overlay(frame, np.asarray(attribution.heat, np.float32), spec, f"{caption} · {name}")

@@ -23,7 +23,7 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.data import load
 from edgekit.errors import BundleError, DataError, OutputExists, UsageError
 from edgekit.explanation import METHODS, explain
-from edgekit.explanation.faithfulness import deletion
+from edgekit.explanation.faithfulness import faithfulness
 from edgekit.explanation.lime import attribute as lime
 from edgekit.explanation.lime import superpixels
 from edgekit.explanation.occlusion import attribute as occlusion
@@ -91,14 +91,16 @@ def test_lime_says_how_well_its_linear_model_fits(tmp_path: Path, digits_bundle:
     assert np.array_equal(first.heat, again.heat)
 
 
-def test_deletion_prefers_the_right_map(tmp_path: Path, digits_bundle: Bundle) -> None:
+def test_deletion_and_insertion_prefer_the_right_map(tmp_path: Path, digits_bundle: Bundle) -> None:
     with Model.open(corner_bundle(tmp_path, digits_bundle).path) as model:
         question = Question(model, model.preprocess(corner_frame()), 1)
         right, wrong = np.zeros((2, 28, 28), np.float32)
         right[:8, :8] = wrong[20:, 20:] = 1
-        good, bad = deletion(question, right), deletion(question, wrong)
-    assert good.auc < good.misplaced < bad.auc
-    assert len(good.curve) == 21
+        good, bad = faithfulness(question, right), faithfulness(question, wrong)
+    assert good.deletion.auc < good.deletion.misplaced < bad.deletion.auc
+    assert good.insertion.auc > good.insertion.misplaced > bad.insertion.auc
+    assert len(good.deletion.values) == len(good.insertion.values) == 21
+    assert good.insertion.values[-1] == pytest.approx(good.deletion.values[0])  # all of it is shown
 
 
 @pytest.mark.parametrize("method", ["activations", "lime", "occlusion"])
@@ -119,6 +121,7 @@ def test_each_method_writes_a_picture_an_image(
         assert [layer["name"] for layer in answer.json["layers"]] == ["conv1", "relu1", "conv2", "relu2", "gemm"]
     else:
         assert row["deletion_auc"] < row["misplaced_auc"]
+        assert row["insertion_auc"] > row["misplaced_insertion_auc"]
 
 
 def test_people_get_a_table(cli: Callable[..., Any], digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
