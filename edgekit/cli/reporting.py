@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -49,7 +50,7 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
 
 @click.command()
 @bundle_argument()
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", metavar="IMAGE|TEXT...", nargs=-1, required=True)  # no Path: it would change a text
 @click.option(
     "--out",
     required=True,
@@ -77,14 +78,15 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
     type=click.IntRange(50, 20_000),
     default=1000,
     show_default=True,
-    help="lime: how many pictures with hidden parts the model is asked about.",
+    help="lime: how often the model is asked, each time with other parts hidden.",
 )
 @answers
 def explain(
-    bundle: Path, images: tuple[Path, ...], out: Path, method: str, label: str | None, precision: str, samples: int
+    bundle: Path, images: tuple[str, ...], out: Path, method: str, label: str | None, precision: str, samples: int
 ) -> Answer:
-    """Show what the model looks at, one picture an image (a folder stands for its images).
+    """Show what the model looks at, one picture a sample: an image, or a text (itself, or a .txt file).
 
+    A folder stands for the images, or the .txt files, in it.
     Orange speaks for the class, blue against it. Each map is checked twice: what it calls important is hidden first, and
     the score must fall faster (deletion_auc, a smaller area under the curve) than with the same map misplaced
     (misplaced_auc); then it is shown first, and the score must rise faster (insertion_auc above misplaced_insertion_auc).
@@ -93,6 +95,7 @@ def explain(
     Examples:
       edgekit explain digits8.edge photo.png --out why
       edgekit explain digits.edge photos/ --out why --method gradcam
+      edgekit explain mails8.edge "You have won a prize" --out why --method lime
     """
     from edgekit.explanation import explain as run
 
@@ -103,6 +106,15 @@ def explain(
     text = table(rows)
     if "layers" in data:
         text += "\n\n" + table(data["layers"], ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated"])
+    text += "".join(f"\n\n{_words(image)}" for image in data["images"] if "words" in image)
     if data["skipped"]:
-        text += f"\n{len(data['skipped'])} images were skipped: {', '.join(data['skipped'])}"
+        text += f"\n{len(data['skipped'])} samples were skipped: {', '.join(data['skipped'])}"
     return Answer(data, f"{text}\n\npictures and explanation.json: {data['out']}")
+
+
+def _words(image: dict[str, Any], most: int = 8) -> str:
+    """The words of one text that say most, for and against."""
+    ranked = sorted(image["words"], key=lambda word: -abs(word["weight"]))[:most]
+    sides = [[f"{w['word']} {w['weight']:+.2f}" for w in ranked if (w["weight"] > 0) is side] for side in (True, False)]
+    told = [f"{name} {', '.join(side)}" for name, side in zip(("for:", "against:"), sides, strict=True) if side]
+    return f"{image['explained']}  {'  '.join(told)}  ({image['source']})"

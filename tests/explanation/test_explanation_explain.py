@@ -24,11 +24,11 @@ from edgekit.data import load
 from edgekit.errors import BundleError, DataError, OutputExists, UsageError
 from edgekit.explanation import METHODS, explain
 from edgekit.explanation.faithfulness import faithfulness
+from edgekit.explanation.images import ImageQuestion
 from edgekit.explanation.lime import attribute as lime
-from edgekit.explanation.lime import superpixels
 from edgekit.explanation.occlusion import attribute as occlusion
 from edgekit.explanation.picture import onto_frame
-from edgekit.explanation.question import Question
+from edgekit.explanation.superpixels import superpixels
 from edgekit.manifest import ImagePreprocessing
 from edgekit.runtime import Model
 
@@ -75,7 +75,7 @@ def corner_frame() -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("batch", ["n", 1])
 def test_the_map_finds_what_the_model_uses(tmp_path: Path, digits_bundle: Bundle, attribute: Any, batch: int | str) -> None:
     with Model.open(corner_bundle(tmp_path, digits_bundle, batch).path) as model:
-        heat = attribute(Question(model, model.preprocess(corner_frame()), 1)).heat
+        heat = attribute(ImageQuestion(model, model.preprocess(corner_frame()), 1)).heat
     assert heat.shape == (28, 28)
     upper, lower = heat[1:7, 1:7].mean(), heat[21:27, 21:27].mean()
     ignored = [abs(heat[1:7, 21:27].mean()), abs(heat[21:27, 1:7].mean())]
@@ -85,7 +85,7 @@ def test_the_map_finds_what_the_model_uses(tmp_path: Path, digits_bundle: Bundle
 
 def test_lime_says_how_well_its_linear_model_fits(tmp_path: Path, digits_bundle: Bundle) -> None:
     with Model.open(corner_bundle(tmp_path, digits_bundle).path) as model:
-        question = Question(model, model.preprocess(corner_frame()), 1)
+        question = ImageQuestion(model, model.preprocess(corner_frame()), 1)
         first, again = lime(question, samples=300), lime(question, samples=300)
     assert first.figures["r2"] > 0.95  # the model is linear but for the ridge
     assert np.array_equal(first.heat, again.heat)
@@ -93,7 +93,7 @@ def test_lime_says_how_well_its_linear_model_fits(tmp_path: Path, digits_bundle:
 
 def test_deletion_and_insertion_prefer_the_right_map(tmp_path: Path, digits_bundle: Bundle) -> None:
     with Model.open(corner_bundle(tmp_path, digits_bundle).path) as model:
-        question = Question(model, model.preprocess(corner_frame()), 1)
+        question = ImageQuestion(model, model.preprocess(corner_frame()), 1)
         right, wrong = np.zeros((2, 28, 28), np.float32)
         right[:8, :8] = wrong[20:, 20:] = 1
         good, bad = faithfulness(question, right), faithfulness(question, wrong)
