@@ -50,7 +50,7 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
 
 @click.command()
 @bundle_argument()
-@click.argument("images", metavar="IMAGE|TEXT...", nargs=-1, required=True)  # no Path: it would change a text
+@click.argument("images", metavar="SAMPLE...", nargs=-1, required=True)  # no Path: it would change a text
 @click.option(
     "--out",
     required=True,
@@ -84,9 +84,10 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
 def explain(
     bundle: Path, images: tuple[str, ...], out: Path, method: str, label: str | None, precision: str, samples: int
 ) -> Answer:
-    """Show what the model looks at, one picture a sample: an image, or a text (itself, or a .txt file).
+    """Show what the model looks at, one picture a sample.
 
-    A folder stands for the images, or the .txt files, in it.
+    A sample is an image; a text (itself, or a .txt file); a sensor series, .csv with a row a time step and a column a
+    channel, or .npy or .npz of (time, channels). A folder stands for what the model takes of it.
     Orange speaks for the class, blue against it. Each map is checked twice: what it calls important is hidden first, and
     the score must fall faster (deletion_auc, a smaller area under the curve) than with the same map misplaced
     (misplaced_auc); then it is shown first, and the score must rise faster (insertion_auc above misplaced_insertion_auc).

@@ -22,6 +22,7 @@ from edgekit.runtime import Model
 from .faithfulness import faithfulness
 from .images import Images
 from .modality import Modality, View
+from .series import Series
 from .sources import RECORD, Pictures, Source, collect
 from .texts import Texts
 
@@ -29,7 +30,7 @@ __all__ = ["METHODS", "RECORD", "explain"]
 
 METHODS = ("activations", "gradcam", "lime", "occlusion")
 PRECISIONS = ("auto", "float", "int8")
-MODALITIES: dict[str, type[Modality]] = {kind.task: kind for kind in (Images, Texts)}
+MODALITIES: dict[str, type[Modality]] = {kind.task: kind for kind in (Images, Series, Texts)}
 #: These explain the PyTorch weights, not a graph.
 OF_WEIGHTS = ("gradcam",)
 
@@ -57,13 +58,13 @@ def explain(
 ) -> dict[str, Any]:
     """Explain a bundle's answers, with a picture each and ``explanation.json`` in ``out``.
 
-    ``images``: files or folders of what the model takes, which may be texts; a str that is no path is a text itself.
+    ``images``: files or folders of what the model takes, which may be texts or series; a str that is no path is a text.
     ``method``: ``occlusion`` and ``lime`` ask the graph through the runtime, ``gradcam`` the PyTorch weights,
     ``activations`` reports each layer's range, zeros, dead channels and saturation instead of a map. ``label``: the class
     in question (default: the predicted). ``precision``: which graph. ``samples``: how often LIME asks.
     Returns ``out``, ``method``, ``images`` (one entry a sample: ``source``, ``label``, ``score``, ``overlay``, and for maps
-    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; for a text its ``words``), ``skipped`` and,
-    for activations, ``layers``.
+    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps`` and
+    ``channels`` of a series), ``skipped`` and, for activations, ``layers``.
     Raises `UsageError` for a bundle or a method that cannot be served, `DataError` for a missing sample or where none can
     be read.
     """
@@ -71,7 +72,7 @@ def explain(
     settings = _settings(opened, method, label, precision, samples)
     folder = Path(out)
     kind = settings.modality
-    sources = collect([images] if isinstance(images, str | os.PathLike) else images, folder, kind.noun, kind.suffixes)
+    sources = collect([images] if isinstance(images, str | os.PathLike) else images, folder, kind)
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)
     refuse_inside_bundle(folder / RECORD)
@@ -92,7 +93,7 @@ def explain(
                 rows.append({"source": source.shown, **row, "overlay": pictures.write(stem, png)})
         described = model.runner.describe()
     if not rows:
-        raise DataError(f"none of {len(sources)} {kind.noun}s can be read; the first is {sources[0].shown}", kind.advice)
+        raise DataError(f"none of {len(sources)} {kind.plural} can be read; the first is {sources[0].shown}", kind.advice)
     layers = judge.layers()
     graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
     result = {

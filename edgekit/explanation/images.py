@@ -60,6 +60,7 @@ class Images(Modality):
     """See `Modality`. A sample is a uint8 frame."""
 
     noun = "image"
+    plural = "images"
     task = "image-classification"
     suffixes = IMAGE_SUFFIXES
     advice = "give PNG or JPEG files"

@@ -25,6 +25,7 @@ class Modality(Protocol):
     """``suffixes``: what stands for it in a folder. ``methods``: what can explain it. ``advice``: what to give instead."""
 
     noun: ClassVar[str]
+    plural: ClassVar[str]
     task: ClassVar[str]
     suffixes: ClassVar[frozenset[str]]
     advice: ClassVar[str]

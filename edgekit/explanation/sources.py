@@ -12,6 +12,8 @@ import msgspec
 from edgekit.errors import DataError, OutputExists, UsageError
 from edgekit.files import atomic_write, printable
 
+from .modality import Modality
+
 __all__ = ["RECORD", "Pictures", "Source", "collect"]
 
 RECORD = "explanation.json"
@@ -27,29 +29,29 @@ class Source(NamedTuple):
     text: str = ""
 
 
-def collect(given: Sequence[str | os.PathLike[str]], out: Path, noun: str, suffixes: frozenset[str]) -> list[Source]:
-    """Files as given, folders as their ``suffixes``, without what an earlier explanation put into ``out``.
+def collect(given: Sequence[str | os.PathLike[str]], out: Path, kind: type[Modality]) -> list[Source]:
+    """Files as given, folders as what the modality reads, without what an earlier explanation put into ``out``.
 
-    Where ``noun`` is text, a str that is no path stands for itself. Raises `DataError` for what is not there.
+    For texts, a str that is no path stands for itself. Raises `DataError` for what is not there.
     """
     found: list[Source] = []
     for one in given:
         path = Path(one)
         if os.path.isdir(path):  # unlike Path's, it answers for names that are too long
-            inside = _inside(path, out, suffixes)
+            inside = _inside(path, out, kind.suffixes)
             if not inside:
-                raise DataError(f"{path} holds no {noun}s", f"add files ({', '.join(sorted(suffixes))})")
+                raise DataError(f"{path} holds no {kind.plural}", f"add files ({', '.join(sorted(kind.suffixes))})")
             found += map(_file, inside)
         elif os.path.isfile(path):
             found.append(_file(path))
-        elif noun == "text" and not (path.suffix.lower() in suffixes and len(str(one).split()) == 1):
+        elif kind.noun == "text" and not (path.suffix.lower() in kind.suffixes and len(str(one).split()) == 1):
             text = os.fspath(one)
             short = " ".join(text[: 4 * SHOWN].split())
             found.append(Source(printable(short if len(short) <= SHOWN else f"{short[: SHOWN - 1]}…"), "text", None, text))
         else:
-            raise DataError(f"there is no {noun} {path}", "check the path")
+            raise DataError(f"there is no {kind.noun} {path}", "check the path")
     if not found:
-        raise UsageError(f"no {noun} was named", f"edgekit explain B {noun.upper()}... --out DIR")
+        raise UsageError(f"no {kind.noun} was named", f"edgekit explain B {kind.noun.upper()}... --out DIR")
     return found
 
 

@@ -74,6 +74,7 @@ class Texts(Modality):
     """See `Modality`. A sample is a str."""
 
     noun = "text"
+    plural = "texts"
     task = "text-classification"
     suffixes = frozenset({".txt"})
     advice = "give a text of a word or more, or .txt files in UTF-8"
