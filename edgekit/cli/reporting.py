@@ -60,10 +60,11 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
 )
 @click.option(
     "--method",
-    type=click.Choice(["activations", "gradcam", "lime", "occlusion"]),
+    type=click.Choice(["activations", "gradcam", "lime", "occlusion", "rollout"]),
     default="occlusion",
     show_default=True,
-    help="occlusion, lime: any graph, through the runtime. gradcam: PyTorch weights. activations: layers of the graph.",
+    help="occlusion, lime: any graph, through the runtime. gradcam, rollout (attention of "
+    "the presets vit and transformer-text): PyTorch weights. activations: layers of an image model's graph.",
 )
 @click.option("--label", metavar="NAME", help="Explain this class instead of the predicted one.")
 @click.option(
@@ -71,7 +72,7 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
     type=click.Choice(["auto", "float", "int8"]),
     default="auto",
     show_default=True,
-    help="Which graph of the bundle; auto takes int8 where there is one. Not for gradcam.",
+    help="Which graph of the bundle; auto takes int8 where there is one. Not for gradcam and rollout, which are float.",
 )
 @click.option(
     "--samples",

@@ -28,11 +28,11 @@ from .texts import Texts
 
 __all__ = ["METHODS", "RECORD", "explain"]
 
-METHODS = ("activations", "gradcam", "lime", "occlusion")
+METHODS = ("activations", "gradcam", "lime", "occlusion", "rollout")
 PRECISIONS = ("auto", "float", "int8")
 MODALITIES: dict[str, type[Modality]] = {kind.task: kind for kind in (Images, Series, Texts)}
 #: These explain the PyTorch weights, not a graph.
-OF_WEIGHTS = ("gradcam",)
+OF_WEIGHTS = ("gradcam", "rollout")
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ def explain(
     """Explain a bundle's answers, with a picture each and ``explanation.json`` in ``out``.
 
     ``images``: files or folders of what the model takes, which may be texts or series; a str that is no path is a text.
-    ``method``: ``occlusion`` and ``lime`` ask the graph through the runtime, ``gradcam`` the PyTorch weights,
-    ``activations`` reports each layer's range, zeros, dead channels and saturation instead of a map. ``label``: the class
-    in question (default: the predicted). ``precision``: which graph. ``samples``: how often LIME asks.
+    ``method``: ``occlusion`` and ``lime`` ask the graph through the runtime, ``gradcam`` and ``rollout`` (transformer
+    presets) the PyTorch weights; ``activations`` reports each layer's range, zeros, dead channels and saturation instead
+    of a map. ``label``: the class in question (default: the predicted). ``precision``: which graph. ``samples``: how often
+    LIME asks.
     Returns ``out``, ``method``, ``images`` (one entry a sample: ``source``, ``label``, ``score``, ``overlay``, and for maps
     ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps`` and
     ``channels`` of a series), ``skipped`` and, for activations, ``layers``.
@@ -128,6 +129,8 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
         raise UsageError(f"{method} is not for {bundle.manifest.task}", f"choose one of: {', '.join(kind.methods)}")
     if label is not None and label not in labels:
         raise UsageError(f"the model has no class {label!r}", f"choose one of: {', '.join(labels[:12]) or 'none'}")
+    if method == "rollout" and label is not None:
+        raise UsageError("rollout has one map for all classes", "leave --label out, or use --method occlusion")
     if method in OF_WEIGHTS:
         if not bundle.has(WEIGHTS) or precision == "int8":
             what = "explains the float weights" if bundle.has(WEIGHTS) else f"needs PyTorch weights, which {bundle.path} lacks"

@@ -64,7 +64,7 @@ class Images(Modality):
     task = "image-classification"
     suffixes = IMAGE_SUFFIXES
     advice = "give PNG or JPEG files"
-    methods = ("activations", "gradcam", "lime", "occlusion")
+    methods = ("activations", "gradcam", "lime", "occlusion", "rollout")
 
     def __init__(self, model: Model) -> None:
         self._model = model

@@ -78,7 +78,7 @@ class Texts(Modality):
     task = "text-classification"
     suffixes = frozenset({".txt"})
     advice = "give a text of a word or more, or .txt files in UTF-8"
-    methods = ("lime", "occlusion")
+    methods = ("lime", "occlusion", "rollout")
 
     def __init__(self, model: Model) -> None:
         spec = model.bundle.manifest.preprocessing

@@ -317,8 +317,8 @@ def test_a_cropped_map_lands_where_the_model_looked() -> None:
     assert boxed[0, 2] == pytest.approx(1)
 
 
-def test_only_gradcam_needs_torch() -> None:
-    rooms = "edgekit.explanation, edgekit.explanation.lime, edgekit.explanation.activations"
+def test_only_gradcam_and_rollout_need_torch() -> None:
+    rooms = ", ".join(f"edgekit.explanation.{n}" for n in ("lime", "activations", "text_picture", "series_picture", "picture"))
     code = f"import sys, {rooms}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert set(METHODS) == {"activations", "gradcam", "lime", "occlusion"}
+    assert set(METHODS) == {"activations", "gradcam", "lime", "occlusion", "rollout"}
