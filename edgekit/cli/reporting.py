@@ -81,9 +81,21 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
     show_default=True,
     help="lime: how often the model is asked, each time with other parts hidden.",
 )
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="occlusion, lime: the float graph's map beside the int8 graph's, with the rank correlation of the two.",
+)
 @answers
 def explain(
-    bundle: Path, images: tuple[str, ...], out: Path, method: str, label: str | None, precision: str, samples: int
+    bundle: Path,
+    images: tuple[str, ...],
+    out: Path,
+    method: str,
+    label: str | None,
+    precision: str,
+    samples: int,
+    compare: bool,
 ) -> Answer:
     """Show what the model looks at, one picture a sample.
 
@@ -98,20 +110,31 @@ def explain(
       edgekit explain digits8.edge photo.png --out why
       edgekit explain digits.edge photos/ --out why --method gradcam
       edgekit explain mails8.edge "You have won a prize" --out why --method lime
+      edgekit explain digits8.edge photo.png --out why --compare
     """
     from edgekit.explanation import explain as run
 
-    data = run(bundle, images, out=out, method=method, label=label, precision=precision, samples=samples)
+    data = run(bundle, images, out=out, method=method, label=label, precision=precision, samples=samples, compare=compare)
     columns = ["source", "label", "score", "overlay", "deletion_auc", "misplaced_auc"]
     columns += ["insertion_auc", "misplaced_insertion_auc"]
     rows = [{k: image[k] for k in columns if k in image} for image in data["images"]]
     text = table(rows)
+    if compare:
+        text += f"\n\n{table([_compared(image) for image in data['images']])}"
     if "layers" in data:
         text += "\n\n" + table(data["layers"], ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated"])
     text += "".join(f"\n\n{_words(image)}" for image in data["images"] if "words" in image)
     if data["skipped"]:
         text += f"\n{len(data['skipped'])} samples were skipped: {', '.join(data['skipped'])}"
     return Answer(data, f"{text}\n\npictures and explanation.json: {data['out']}")
+
+
+def _compared(image: dict[str, Any]) -> dict[str, Any]:
+    """What the two graphs say of one sample."""
+    row = {"overlay": image["overlay"], "spearman": image["compared"]["spearman"]}
+    for graph in ("float", "int8"):
+        row |= {f"{graph}_{key}": image["compared"][graph][key] for key in ("label", "deletion_auc", "insertion_auc")}
+    return row
 
 
 def _words(image: dict[str, Any], most: int = 8) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from edgekit.files import atomic_write, printable
 from edgekit.progress import say, track
 from edgekit.runtime import Model
 
+from .agreement import spearman
 from .faithfulness import faithfulness
 from .images import Images
 from .modality import Modality, View
+from .question import Question
 from .series import Series
 from .sources import RECORD, Pictures, Source, collect
 from .texts import Texts
@@ -44,6 +47,7 @@ class Settings:
     precision: Any
     target: int | None
     samples: int
+    compare: bool
 
 
 def explain(
@@ -55,6 +59,7 @@ def explain(
     label: str | None = None,
     precision: str = "auto",
     samples: int = 1000,
+    compare: bool = False,
 ) -> dict[str, Any]:
     """Explain a bundle's answers, with a picture each and ``explanation.json`` in ``out``.
 
@@ -62,27 +67,51 @@ def explain(
     ``method``: ``occlusion`` and ``lime`` ask the graph through the runtime, ``gradcam`` and ``rollout`` (transformer
     presets) the PyTorch weights; ``activations`` reports each layer's range, zeros, dead channels and saturation instead
     of a map. ``label``: the class in question (default: the predicted). ``precision``: which graph. ``samples``: how often
-    LIME asks.
+    LIME asks. ``compare``: the float graph's map beside the int8 graph's, for the class that the latter answers.
     Returns ``out``, ``method``, ``images`` (one entry a sample: ``source``, ``label``, ``score``, ``overlay``, and for maps
     ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps`` and
-    ``channels`` of a series), ``skipped`` and, for activations, ``layers``.
+    ``channels`` of a series; ``compared``: ``spearman`` and the figures of ``float`` and ``int8``), ``skipped`` and, for
+    activations, ``layers``.
     Raises `UsageError` for a bundle or a method that cannot be served, `DataError` for a missing sample or where none can
     be read.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    settings = _settings(opened, method, label, precision, samples)
+    settings = _settings(opened, method, label, precision, samples, compare)
     folder = Path(out)
     kind = settings.modality
     sources = collect([images] if isinstance(images, str | os.PathLike) else images, folder, kind)
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)
     refuse_inside_bundle(folder / RECORD)
+    pictures = Pictures(folder, method, [source.file for source in sources if source.file])
+    rows, skipped, rest = _rows(opened, settings, sources, pictures)
+    if not rows:
+        raise DataError(f"none of {len(sources)} {kind.plural} can be read; the first is {sources[0].shown}", kind.advice)
+    graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
+    result = {
+        "method": method,
+        "bundle": printable(opened.path),
+        "digest": opened.digest,
+        "graph": WEIGHTS if method in OF_WEIGHTS else graph,
+        "images": rows,
+        "skipped": skipped,
+        **rest,
+    }
+    atomic_write(folder / RECORD, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    return {"out": str(folder), **result}
+
+
+def _rows(
+    bundle: Bundle, settings: Settings, sources: list[Source], pictures: Pictures
+) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
+    """An entry a sample, what was skipped, and what explanation.json says of the run."""
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
-    pictures = Pictures(folder, method, [source.file for source in sources if source.file])
-    with Model.open(opened.path, precision=settings.precision) as model:
-        judge = _Judge(model, settings)
-        for source in track(sources, f"explaining by {method}"):
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(Model.open(bundle.path, precision=settings.precision))
+        reference = stack.enter_context(Model.open(bundle.path, precision="float")) if settings.compare else None
+        judge = _Judge(model, settings, reference)
+        for source in track(sources, f"explaining by {settings.method}"):
             try:
                 answers = judge(source)
             except (DataError, InputError) as error:
@@ -92,26 +121,11 @@ def explain(
             for name, row, png in answers:
                 stem = f"{source.stem}-{name}" if name else source.stem
                 rows.append({"source": source.shown, **row, "overlay": pictures.write(stem, png)})
-        described = model.runner.describe()
-    if not rows:
-        raise DataError(f"none of {len(sources)} {kind.plural} can be read; the first is {sources[0].shown}", kind.advice)
-    layers = judge.layers()
-    graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
-    result = {
-        "method": method,
-        "bundle": printable(opened.path),
-        "digest": opened.digest,
-        "graph": WEIGHTS if method in OF_WEIGHTS else graph,
-        "images": rows,
-        "skipped": skipped,
-        **({"layers": layers} if layers else {}),
-        **described,
-    }
-    atomic_write(folder / RECORD, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    return {"out": str(folder), **result}
+        layers = judge.layers()
+        return rows, skipped, {**({"layers": layers} if layers else {}), **model.runner.describe()}
 
 
-def _settings(bundle: Bundle, method: str, label: str | None, precision: str, samples: int) -> Settings:
+def _settings(bundle: Bundle, method: str, label: str | None, precision: str, samples: int, compare: bool) -> Settings:
     """Refuse what cannot work before any sample is read."""
     labels = bundle.manifest.labels
     if method not in METHODS:
@@ -136,18 +150,32 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
             what = "explains the float weights" if bundle.has(WEIGHTS) else f"needs PyTorch weights, which {bundle.path} lacks"
             raise UsageError(f"{method} {what}", "use --method occlusion or lime: they need only the graph")
         precision = "float"  # score and faithfulness come from the same weights as the map
+    if compare:
+        _check_compare(bundle, method, precision)
+        precision = "int8"
     if precision != "auto":
         bundle.file(FLOAT_GRAPH if precision == "float" else INT8_GRAPH)
     if not 50 <= samples <= 20_000:
         raise UsageError(f"{samples} samples are too few or too many", "choose --samples from 50 to 20000")
-    return Settings(kind, method, precision, None if label is None else labels.index(label), samples)
+    return Settings(kind, method, precision, None if label is None else labels.index(label), samples, compare)
+
+
+def _check_compare(bundle: Bundle, method: str, precision: str) -> None:
+    if method not in ("lime", "occlusion"):
+        raise UsageError(f"{method} does not ask both graphs", "compare with --method occlusion or lime")
+    if precision != "auto":
+        raise UsageError(f"--compare explains both graphs, not {precision} alone", "leave --precision out")
+    if missing := [name for name in (INT8_GRAPH, FLOAT_GRAPH) if not bundle.has(name)]:
+        raise UsageError(
+            f"{bundle.path} has no {missing[0]} to compare", f"make a bundle with both: edgekit quantize {bundle.path} --out B"
+        )
 
 
 class _Judge:
     """One source -> of each of its samples the name, a row of figures and the picture."""
 
-    def __init__(self, model: Model, settings: Settings) -> None:
-        self._model, self._settings = model, settings
+    def __init__(self, model: Model, settings: Settings, reference: Model | None = None) -> None:
+        self._model, self._settings, self._reference = model, settings, reference
         self._modality = settings.modality(model)
         self._probe: Any = None
         if settings.method == "activations":
@@ -166,8 +194,8 @@ class _Judge:
         question = self._modality.question(sample, 0)
         logits = question.logits(question.x)
         best = int(logits[0].argmax())
-        score = float(self._modality.question(sample, best).probability(logits)[0])
-        question = self._modality.question(sample, best if self._settings.target is None else self._settings.target)
+        score = float(replace(question, target=best).probability(logits)[0])
+        question = replace(question, target=best if self._settings.target is None else self._settings.target)
         row: dict[str, Any] = {"label": self._name(best), "score": score}
         caption = f"{row['label']} {score:.1%} · {self._settings.method}"
         if self._probe is not None:
@@ -176,15 +204,42 @@ class _Judge:
             maps = self._probe(question.x)
             maps = question.x[0] if maps is None else maps
             return row, picture.sheet(sample, maps, f"{caption}: first feature maps · {name}")
-        attribution = self._attribute(question)
         if question.target != best:
             explained = float(question.probability(logits)[0])
             caption = f"why {self._name(question.target)} ({explained:.1%})? answer {caption}"
+        figures, view = self._map(question)
+        row |= {"explained": self._name(question.target), **figures}
+        views = [view]
+        if self._reference is not None:
+            compared, other = self._against(sample, row, view, question.target)
+            row["compared"] = compared
+            agreement = compared["spearman"]
+            caption += "" if agreement is None else f" · Spearman {agreement:.3f}"
+            views = [other, view._replace(title=f"int8: {row['label']} {score:.1%}")]
+        return row, self._modality.picture(sample, views, f"{caption} · {name}" if name else caption)
+
+    def _map(self, question: Question) -> tuple[dict[str, Any], View]:
+        attribution = self._attribute(question)
         check = faithfulness(question, attribution.heat)
         detail = self._modality.detail(question, attribution)
-        row |= {"explained": self._name(question.target), **check.figures(), **attribution.figures, **detail}
         view = View("", np.asarray(attribution.heat, np.float32), detail)
-        return row, self._modality.picture(sample, [view], f"{caption} · {name}" if name else caption)
+        return {**check.figures(), **attribution.figures, **detail}, view
+
+    def _against(self, sample: Any, row: dict[str, Any], view: View, target: int) -> tuple[dict[str, Any], View]:
+        """The float graph's map of the same class, and what both come to."""
+        question = self._modality.question(sample, target, self._reference)
+        logits = question.logits(question.x)
+        best = int(logits[0].argmax())
+        score = float(replace(question, target=best).probability(logits)[0])
+        figures, other = self._map(question)
+        answer = {"label": self._name(best), "score": score}
+        kept = ("label", "score", "deletion_auc", "misplaced_auc", "insertion_auc", "misplaced_insertion_auc")
+        compared = {
+            "spearman": spearman(other.heat, view.heat),
+            "float": {name: {**answer, **figures}[name] for name in kept},
+            "int8": {name: row[name] for name in kept},
+        }
+        return compared, other._replace(title=f"float: {answer['label']} {score:.1%}")
 
     def layers(self) -> list[dict[str, Any]]:
         return [layer.figures() for layer in self._probe.layers.values()] if self._probe is not None else []
