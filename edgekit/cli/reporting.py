@@ -64,7 +64,7 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None) -> A
     default="occlusion",
     show_default=True,
     help="occlusion, lime: any graph, through the runtime. gradcam, rollout (attention of "
-    "the presets vit and transformer-text): PyTorch weights. activations: layers of an image model's graph.",
+    "the presets vit and transformer-text): PyTorch weights. activations: an image model's layers, against their calibration.",
 )
 @click.option("--label", metavar="NAME", help="Explain this class instead of the predicted one.")
 @click.option(
@@ -122,7 +122,9 @@ def explain(
     if compare:
         text += f"\n\n{table([_compared(image) for image in data['images']])}"
     if "layers" in data:
-        text += "\n\n" + table(data["layers"], ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated"])
+        columns = ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated", "beyond"]
+        text += "\n\n" + table(data["layers"], columns)
+        text += "".join(f"\n{layer['name']}: {layer['note']}" for layer in data["layers"] if layer["note"])
     text += "".join(f"\n\n{_words(image)}" for image in data["images"] if "words" in image)
     if data["skipped"]:
         text += f"\n{len(data['skipped'])} samples were skipped: {', '.join(data['skipped'])}"

@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 from onnx import helper
 from PIL import Image
 
-from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.data import load
 from edgekit.errors import BundleError, DataError, OutputExists, UsageError
 from edgekit.explanation import METHODS, explain
@@ -273,6 +273,36 @@ def test_dead_channels_and_saturation_are_counted(tmp_path: Path, digits_bundle:
     assert layers["even"]["saturated"] == pytest.approx((np.round(scaled) >= 127).sum() / (3 * x.size))
     assert layers["clip"]["high"] == 0.5
     assert layers["pool"]["dead"] is None  # one value a channel: nobody can say
+
+
+def test_values_beyond_the_calibrated_range_are_counted_and_said(
+    cli: Callable[..., Any], digits_bundle: Bundle, digits_graph: bytes, digit: Path, tmp_path: Path
+) -> None:
+    def write(name: str, calibration: str) -> Path:
+        with Bundle.create(tmp_path / name) as draft:
+            draft.write(FLOAT_GRAPH, digits_graph)
+            draft.write(CALIBRATION, calibration.encode())
+            draft.manifest = msgspec.structs.replace(digits_bundle.manifest, golden={}, name="calibrated")
+        return tmp_path / name
+
+    record = {
+        "tensors": {"x": {"minimum": -9, "maximum": 9, "scale": 1}, "r1": {"minimum": 0, "maximum": 0.5, "scale": 1}},
+        "groups": {"r1": "r1", "r2": "r1", "c2": "gone"},
+    }
+    asked = (write("calibrated.edge", json.dumps(record)), digit, "--out", tmp_path / "why", "--method", "activations")
+    answer = cli("explain", *asked, "--json")
+    assert answer.code == 0, answer.err
+    layers = {layer["name"]: layer for layer in answer.json["layers"]}
+    assert list(layers) == ["x", "conv1", "relu1", "conv2", "relu2", "gemm"]
+    assert (layers["x"]["beyond"], layers["x"]["note"]) == (0, None)
+    assert (layers["conv1"]["beyond"], layers["conv2"]["beyond"], layers["gemm"]["note"]) == (None, None, None)
+    assert layers["relu1"]["high"] > 0.5
+    assert 0 < layers["relu1"]["beyond"] < 1
+    assert layers["relu2"]["calibrated_high"] == 0.5  # the range of its group
+    assert "calibration saw 0 to 0.5" in layers["relu1"]["note"]
+    assert f"relu1: {layers['relu1']['note']}" in cli("explain", *asked).out
+    damaged = cli("explain", write("damaged.edge", "[]"), *asked[1:])
+    assert (damaged.code, "quantize the bundle again" in damaged.err) == (1, True)
 
 
 @given(
