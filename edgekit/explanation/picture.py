@@ -118,5 +118,5 @@ def page(panels: Sequence[NDArray[np.uint8]], caption: str, titles: Sequence[str
         text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
     pen.text((GAP, height - STRIP), text, INK, font)
     buffer = io.BytesIO()
-    paper.save(buffer, "PNG", optimize=True)
+    paper.save(buffer, "PNG")  # optimized it would be 3% smaller, in five times the time
     return buffer.getvalue()
