@@ -15,7 +15,7 @@ from edgekit.preprocess import IMAGE_SUFFIXES, Frame, read_image
 from edgekit.runtime import Model
 
 from .modality import Modality, View
-from .question import Attribution, Float, Mask, Question
+from .question import Attribution, Mask, Question
 from .superpixels import superpixels
 
 __all__ = ["ImageQuestion", "Images"]
@@ -26,13 +26,13 @@ STEPS = 3  # patches overlap so that each pixel is judged by about STEPS squared
 
 @dataclass(frozen=True)
 class ImageQuestion(Question):
-    """``x`` float32 (1, C, H, W); masks and heat are (H, W)."""
+    """``x`` float32 (1, C, H, W), or uint8 where the graph takes bytes; masks and heat are (H, W)."""
 
-    _fill: Float = field(init=False, repr=False)
+    _fill: NDArray[Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # The median colour is the paper of a drawing and a dull tone of a photo: hiding with it removes and adds little.
-        object.__setattr__(self, "_fill", np.median(self.x, axis=(2, 3), keepdims=True).astype(np.float32))
+        object.__setattr__(self, "_fill", np.median(self.x, axis=(2, 3), keepdims=True).astype(self.x.dtype))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,7 +53,7 @@ class ImageQuestion(Question):
                 yield mask
 
     def parts(self) -> NDArray[np.int64]:
-        return superpixels(self.x[0])
+        return superpixels(self.x[0].astype(np.float32))
 
 
 class Images(Modality):

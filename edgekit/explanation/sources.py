@@ -37,12 +37,12 @@ def collect(given: Sequence[str | os.PathLike[str]], out: Path, kind: type[Modal
     found: list[Source] = []
     for one in given:
         path = Path(one)
-        if os.path.isdir(path):  # unlike Path's, it answers for names that are too long
+        if os.path.isdir(one):  # unlike Path's, it answers for names that are too long, and "" is not the current folder
             inside = _inside(path, out, kind.suffixes)
             if not inside:
                 raise DataError(f"{path} holds no {kind.plural}", f"add files ({', '.join(sorted(kind.suffixes))})")
             found += map(_file, inside)
-        elif os.path.isfile(path):
+        elif os.path.isfile(one):
             found.append(_file(path))
         elif kind.noun == "text" and not (path.suffix.lower() in kind.suffixes and len(str(one).split()) == 1):
             text = os.fspath(one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ WIDTH = 640  # pixels of one view, 480 where two stand side by side
 LINE, SIZE = 26, 16
 LINES = 80  # a longer text is cut: what the model reads ends before
 UNREAD = (150, 156, 164)
+#: Pillow's own font has hardly more than ASCII; of the system's, the first that is there draws the rest.
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "arial.ttf")
 
 Piece = tuple[str, float | None]
 
@@ -48,7 +51,7 @@ def _pieces(text: str, view: View) -> list[Piece]:
 
 
 def _panel(pieces: list[Piece], largest: float, width: int) -> NDArray[np.uint8]:
-    font = ImageFont.load_default(SIZE)
+    font = _font("".join(content for content, _ in pieces))
     paper = Image.new("RGB", (width, LINES * LINE), PAPER)
     pen = ImageDraw.Draw(paper)
     x, y = float(GAP), 4
@@ -70,6 +73,13 @@ def _panel(pieces: list[Piece], largest: float, width: int) -> NDArray[np.uint8]
             pen.text((x, y), printed(part), UNREAD if weight is None else INK, font)
             x += length
     return np.asarray(paper.crop((0, 0, width, y + LINE)), np.uint8)
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    for name in () if text.isascii() else FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, SIZE - 1)
+    return ImageFont.load_default(SIZE)
 
 
 def _parts(content: str) -> list[str]:

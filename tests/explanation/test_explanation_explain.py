@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from onnx import helper
+from onnx import TensorProto, helper
 from PIL import Image
 
 from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
@@ -223,6 +224,35 @@ def test_what_cannot_be_explained_is_refused(
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no images"):
         explain(digits_bundle, tmp_path / "empty", out=out)
+
+
+@pytest.mark.parametrize("method", ["lime", "occlusion"])
+def test_a_graph_that_takes_bytes_is_asked_with_bytes(
+    digits_bundle: Bundle, digits_graph: bytes, digit: Path, tmp_path: Path, method: str
+) -> None:
+    model = onnx.load_from_string(digits_graph)
+    spec = digits_bundle.manifest.preprocessing
+    assert isinstance(spec, ImagePreprocessing)
+    for node in model.graph.node:
+        node.input[:] = ["normal" if name == "x" else name for name in node.input]
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    scale, shift = 1 / (255 * spec.std[0]), -spec.mean[0] / spec.std[0]
+    model.graph.initializer.extend(
+        helper.make_tensor(name, 1, [], [value]) for name, value in (("scale", scale), ("shift", shift))
+    )
+    for node in (
+        helper.make_node("Add", ["scaled", "shift"], ["normal"]),
+        helper.make_node("Mul", ["cast", "scale"], ["scaled"]),
+        helper.make_node("Cast", ["x"], ["cast"], to=1),
+    ):
+        model.graph.node.insert(0, node)
+    inputs = tuple(msgspec.structs.replace(entry, dtype="uint8") for entry in digits_bundle.manifest.inputs)
+    with Bundle.create(tmp_path / "bytes.edge") as draft:
+        draft.write(FLOAT_GRAPH, model.SerializeToString())
+        draft.manifest = msgspec.structs.replace(digits_bundle.manifest, golden={}, name="bytes", inputs=inputs)
+    row = explain(tmp_path / "bytes.edge", digit, out=tmp_path / "why", method=method, samples=100)["images"][0]
+    assert row["label"] == "4"
+    assert row["deletion_auc"] < row["misplaced_auc"]
 
 
 def test_dead_channels_and_saturation_are_counted(tmp_path: Path, digits_bundle: Bundle, digit: Path) -> None:
