@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -84,7 +85,7 @@ def _refuse_with_serve(explanations: Path | None) -> None:
 
 @click.command()
 @bundle_argument()
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", metavar="SAMPLE...", nargs=-1, required=True)  # no Path: it would change a text
 @click.option(
     "--out",
     required=True,
@@ -94,10 +95,11 @@ def _refuse_with_serve(explanations: Path | None) -> None:
 )
 @click.option(
     "--method",
-    type=click.Choice(["activations", "gradcam", "lime", "occlusion"]),
+    type=click.Choice(["activations", "gradcam", "lime", "occlusion", "rollout"]),
     default="occlusion",
     show_default=True,
-    help="occlusion, lime: any graph, through the runtime. gradcam: PyTorch weights. activations: layers of the graph.",
+    help="occlusion, lime: any graph, through the runtime. gradcam, rollout (attention of "
+    "the presets vit and transformer-text): PyTorch weights. activations: an image model's layers, against their calibration.",
 )
 @click.option("--label", metavar="NAME", help="Explain this class instead of the predicted one.")
 @click.option(
@@ -105,37 +107,76 @@ def _refuse_with_serve(explanations: Path | None) -> None:
     type=click.Choice(["auto", "float", "int8"]),
     default="auto",
     show_default=True,
-    help="Which graph of the bundle; auto takes int8 where there is one. Not for gradcam.",
+    help="Which graph of the bundle; auto takes int8 where there is one. Not for gradcam and rollout, which are float.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(50, 20_000),
     default=1000,
     show_default=True,
-    help="lime: how many pictures with hidden parts the model is asked about.",
+    help="lime: how often the model is asked, each time with other parts hidden.",
+)
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="occlusion, lime: the float graph's map beside the int8 graph's, with the rank correlation of the two.",
 )
 @answers
 def explain(
-    bundle: Path, images: tuple[Path, ...], out: Path, method: str, label: str | None, precision: str, samples: int
+    bundle: Path,
+    images: tuple[str, ...],
+    out: Path,
+    method: str,
+    label: str | None,
+    precision: str,
+    samples: int,
+    compare: bool,
 ) -> Answer:
-    """Show what the model looks at, one picture an image (a folder stands for its images).
+    """Show what the model looks at, one picture a sample.
 
-    Orange speaks for the class, blue against it. Each map is checked by deletion: the areas it calls important are
-    hidden first, and the score must fall faster (a smaller area under the curve) than with the same map misplaced.
+    A sample is an image; a text (itself, or a .txt file); a sensor series, .csv with a row a time step and a column a
+    channel, or .npy or .npz of (time, channels). A folder stands for what the model takes of it.
+    Orange speaks for the class, blue against it. Each map is checked twice: what it calls important is hidden first, and
+    the score must fall faster (deletion_auc, a smaller area under the curve) than with the same map misplaced
+    (misplaced_auc); then it is shown first, and the score must rise faster (insertion_auc above misplaced_insertion_auc).
 
     \b
     Examples:
       edgekit explain digits8.edge photo.png --out why
       edgekit explain digits.edge photos/ --out why --method gradcam
+      edgekit explain mails8.edge "You have won a prize" --out why --method lime
+      edgekit explain digits8.edge photo.png --out why --compare
     """
     from edgekit.explanation import explain as run
 
-    data = run(bundle, images, out=out, method=method, label=label, precision=precision, samples=samples)
+    data = run(bundle, images, out=out, method=method, label=label, precision=precision, samples=samples, compare=compare)
     columns = ["source", "label", "score", "overlay", "deletion_auc", "misplaced_auc"]
+    columns += ["insertion_auc", "misplaced_insertion_auc"]
     rows = [{k: image[k] for k in columns if k in image} for image in data["images"]]
     text = table(rows)
+    if compare:
+        text += f"\n\n{table([_compared(image) for image in data['images']])}"
     if "layers" in data:
-        text += "\n\n" + table(data["layers"], ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated"])
+        columns = ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated", "beyond"]
+        text += "\n\n" + table(data["layers"], columns)
+        text += "".join(f"\n{layer['name']}: {layer['note']}" for layer in data["layers"] if layer["note"])
+    text += "".join(f"\n\n{_words(image)}" for image in data["images"] if "words" in image)
     if data["skipped"]:
-        text += f"\n{len(data['skipped'])} images were skipped: {', '.join(data['skipped'])}"
+        text += f"\n{len(data['skipped'])} samples were skipped: {', '.join(data['skipped'])}"
     return Answer(data, f"{text}\n\npictures and explanation.json: {data['out']}")
+
+
+def _compared(image: dict[str, Any]) -> dict[str, Any]:
+    """What the two graphs say of one sample."""
+    row = {"overlay": image["overlay"], "spearman": image["compared"]["spearman"]}
+    for graph in ("float", "int8"):
+        row |= {f"{graph}_{key}": image["compared"][graph][key] for key in ("label", "deletion_auc", "insertion_auc")}
+    return row
+
+
+def _words(image: dict[str, Any], most: int = 8) -> str:
+    """The words of one text that say most, for and against."""
+    ranked = sorted(image["words"], key=lambda word: -abs(word["weight"]))[:most]
+    sides = [[f"{w['word']} {w['weight']:+.2f}" for w in ranked if (w["weight"] > 0) is side] for side in (True, False)]
+    told = [f"{name} {', '.join(side)}" for name, side in zip(("for:", "against:"), sides, strict=True) if side]
+    return f"{image['explained']}  {'  '.join(told)}  ({image['source']})"

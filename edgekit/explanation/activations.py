@@ -1,4 +1,7 @@
-"""What the layers carry: ranges, sparsity, dead channels and saturation, read from the graph that runs."""
+"""What the layers carry: ranges, sparsity, dead channels and saturation, read from the graph that runs.
+
+Of a quantized bundle also how far the ranges leave those that calibration saw.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from edgekit.bundle import Bundle
 from edgekit.errors import GraphError, MissingExtra
 from edgekit.runtime.onnxruntime import session
 
+from .calibrated import Range, calibrated
 from .question import Float
 
 try:
@@ -30,20 +34,27 @@ _ACTIVATIONS = {"Relu", "Clip", "HardSwish", "LeakyRelu", "PRelu", "Elu", "Gelu"
 #: Bounded functions and where they flatten; Clip's bounds are its own.
 _BOUNDS = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 _CLOSE = 1e-3
+#: Of a calibrated range: what lies so near beyond it is the rounding of the layers before.
+_ROUNDING = 1e-3
 MAX_GRAPH_BYTES = 1 << 30
 
 
 @dataclass
 class Layer:
-    """One node's output over all images seen. Channels are axis 1; one is dead where it never changes."""
+    """One node's output over all images seen. Channels are axis 1; one is dead where it never changes.
+
+    ``seen``: what calibration saw of it; ``beyond``: how many values leave that.
+    """
 
     name: str
     op: str
+    seen: Range | None = None
     shape: tuple[int, ...] = ()
     low: float = np.inf
     high: float = -np.inf
     zeros: int = 0
     limited: int | None = None
+    beyond: int = 0
     count: int = 0
     lows: NDArray[Any] = field(default_factory=lambda: np.empty(0))
     highs: NDArray[Any] = field(default_factory=lambda: np.empty(0))
@@ -60,9 +71,14 @@ class Layer:
         self.zeros += int((values == 0).sum())
         self.limited = None if limited is None else (self.limited or 0) + limited
         self.count += values.size
+        if self.seen is not None:
+            low, high = self.seen.minimum, self.seen.maximum
+            slack = _ROUNDING * (high - low)
+            self.beyond += int(((values < low - slack) | (values > high + slack)).sum())
 
     def figures(self) -> dict[str, Any]:
-        """Shares in 0..1: ``zeros`` of the values, ``saturated`` of them (None where nothing limits them).
+        """Shares in 0..1: ``zeros`` of the values, ``saturated`` of them (None where nothing limits them), ``beyond`` what
+        calibration saw (None where it recorded nothing), with a ``note`` where there are any.
 
         ``dead`` is None where each channel gave a single value, of which nobody can say whether it changes.
         """
@@ -79,7 +95,15 @@ class Layer:
             "dead_channels": np.flatnonzero(still).tolist(),
             "channels": len(still),
             "saturated": None if self.limited is None else self.limited / self.count,
+            **self._against_calibration(),
         }
+
+    def _against_calibration(self) -> dict[str, Any]:
+        if self.seen is None:
+            return {"calibrated_low": None, "calibrated_high": None, "beyond": None, "note": None}
+        low, high, share = self.seen.minimum, self.seen.maximum, self.beyond / self.count
+        found = f"{self.low:.4g} to {self.high:.4g}, calibration saw {low:.4g} to {high:.4g}: {share:.2%} beyond"
+        return {"calibrated_low": low, "calibrated_high": high, "beyond": share, "note": found if self.beyond else None}
 
 
 class Probe:
@@ -102,12 +126,20 @@ class Probe:
         known = {value.name for value in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(wanted) if name not in known)
         self._session = session(model.SerializeToString())
-        self.layers = {n.output[0]: Layer(n.name or n.output[0], n.op_type) for n in self._nodes}
+        ranges = calibrated(bundle)
+        self._input = self._session.get_inputs()[0].name
+        # Samples unlike those that calibrated leave the range at the input first.
+        self.layers = {self._input: Layer(self._input, "Input", ranges[self._input])} if self._input in ranges else {}
+        for node in self._nodes:
+            name = node.output[0]
+            self.layers[name] = Layer(node.name or name, node.op_type, ranges.get(name))
 
     def __call__(self, x: Float) -> Float | None:
         """Run one image (1, C, H, W), add to `layers`; the first layer's feature maps (C, h, w), None without any."""
         names = [output.name for output in self._session.get_outputs()]
-        values = dict(zip(names, self._session.run(None, {self._session.get_inputs()[0].name: x}), strict=True))
+        values = dict(zip(names, self._session.run(None, {self._input: x}), strict=True))
+        if self._input in self.layers:
+            self.layers[self._input].add(x, None)
         maps: dict[str, Float] = {}
         for node in self._nodes:
             found = values[node.output[0]]

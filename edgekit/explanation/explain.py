@@ -1,12 +1,13 @@
-"""`explain`: images in, one picture an image and explanation.json out."""
+"""`explain`: samples in, one picture each and explanation.json out."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,212 +17,166 @@ import numpy as np
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle, refuse_inside_bundle
 from edgekit.errors import DataError, InputError, OutputExists, UsageError
 from edgekit.files import atomic_write, printable
-from edgekit.manifest import ImagePreprocessing
-from edgekit.preprocess import IMAGE_SUFFIXES, Frame, make_preprocessor, read_image
 from edgekit.progress import say, track
 from edgekit.runtime import Model
 
-from .faithfulness import deletion
+from .agreement import spearman
+from .faithfulness import faithfulness
+from .images import Images
+from .modality import Modality, View
 from .question import Question
+from .series import Series
+from .sources import RECORD, Pictures, Source, collect
+from .texts import Texts
 
 __all__ = ["METHODS", "RECORD", "explain"]
 
-METHODS = ("activations", "gradcam", "lime", "occlusion")
+METHODS = ("activations", "gradcam", "lime", "occlusion", "rollout")
 PRECISIONS = ("auto", "float", "int8")
-RECORD = "explanation.json"
-
-Source = str | os.PathLike[str]
+MODALITIES: dict[str, type[Modality]] = {kind.task: kind for kind in (Images, Series, Texts)}
+#: These explain the PyTorch weights, not a graph.
+OF_WEIGHTS = ("gradcam", "rollout")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What was asked for, checked against the bundle. ``target``: the class, None for the predicted one."""
 
+    modality: type[Modality]
     method: str
     precision: Any
     target: int | None
     samples: int
+    compare: bool
 
 
 def explain(
     bundle: Bundle | str | os.PathLike[str],
-    images: Source | Sequence[Source],
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     out: str | os.PathLike[str],
     method: str = "occlusion",
     label: str | None = None,
     precision: str = "auto",
     samples: int = 1000,
+    compare: bool = False,
 ) -> dict[str, Any]:
-    """Explain a bundle's answers on images (files or folders), with a picture each and ``explanation.json`` in ``out``.
+    """Explain a bundle's answers, with a picture each and ``explanation.json`` in ``out``.
 
-    ``method``: ``occlusion`` and ``lime`` ask the graph through the runtime, ``gradcam`` the PyTorch weights,
-    ``activations`` reports each layer's range, zeros, dead channels and saturation instead of a map. ``label``: the class
-    in question (default: the predicted). ``precision``: which graph. ``samples``: how often LIME asks.
-    Returns ``out``, ``method``, ``images`` (``source``, ``label``, ``score``, ``overlay``, and for maps ``explained``,
-    ``deletion_auc``, ``misplaced_auc``), ``skipped`` and, for activations, ``layers``.
-    Raises `UsageError` for a bundle without images or a method it cannot serve, `DataError` for a missing image or
-    where none can be read.
+    ``images``: files or folders of what the model takes, which may be texts or series; a str that is no path is a text.
+    ``method``: ``occlusion`` and ``lime`` ask the graph through the runtime, ``gradcam`` and ``rollout`` (transformer
+    presets) the PyTorch weights; ``activations`` reports each layer's range, zeros, dead channels and saturation instead
+    of a map. ``label``: the class in question (default: the predicted). ``precision``: which graph. ``samples``: how often
+    LIME asks. ``compare``: the float graph's map beside the int8 graph's, for the class that the latter answers.
+    Returns ``out``, ``method``, ``images`` (one entry a sample: ``source``, ``label``, ``score``, ``overlay``, and for maps
+    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps`` and
+    ``channels`` of a series; ``compared``: ``spearman`` and the figures of ``float`` and ``int8``), ``skipped`` and, for
+    activations, ``layers``.
+    Raises `UsageError` for a bundle or a method that cannot be served, `DataError` for a missing sample or where none can
+    be read.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    settings = _settings(opened, method, label, precision, samples)
+    settings = _settings(opened, method, label, precision, samples, compare)
     folder = Path(out)
-    files = _files([images] if isinstance(images, str | os.PathLike) else images, folder)
+    kind = settings.modality
+    sources = collect([images] if isinstance(images, str | os.PathLike) else images, folder, kind)
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)
     refuse_inside_bundle(folder / RECORD)
-    rows: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    pictures = _Pictures(folder, method, files)
-    with Model.open(opened.path, precision=settings.precision) as model:
-        judge = _Judge(model, settings)
-        for file in track(files, f"explaining by {method}"):
-            try:
-                frame = read_image(file)
-                row, png = judge(frame, printable(file.name))
-            except (DataError, InputError) as error:
-                skipped.append(printable(file))
-                say(f"skipped {printable(file)}: {error.message}")
-                continue
-            rows.append({"source": printable(file), **row, "overlay": pictures.write(file, png)})
-        described = model.runner.describe()
+    pictures = Pictures(folder, method, [source.file for source in sources if source.file])
+    rows, skipped, rest = _rows(opened, settings, sources, pictures)
     if not rows:
-        raise DataError(f"none of {len(files)} images can be read; the first is {files[0]}", "give PNG or JPEG files")
-    layers = judge.layers()
+        raise DataError(f"none of {len(sources)} {kind.plural} can be read; the first is {sources[0].shown}", kind.advice)
     graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
     result = {
         "method": method,
         "bundle": printable(opened.path),
         "digest": opened.digest,
-        "graph": WEIGHTS if method == "gradcam" else graph,
+        "graph": WEIGHTS if method in OF_WEIGHTS else graph,
         "images": rows,
         "skipped": skipped,
-        **({"layers": layers} if layers else {}),
-        **described,
+        **rest,
     }
     atomic_write(folder / RECORD, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     return {"out": str(folder), **result}
 
 
-def _settings(bundle: Bundle, method: str, label: str | None, precision: str, samples: int) -> Settings:
-    """Refuse what cannot work before any image is read."""
+def _rows(
+    bundle: Bundle, settings: Settings, sources: list[Source], pictures: Pictures
+) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
+    """An entry a sample, what was skipped, and what explanation.json says of the run."""
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(Model.open(bundle.path, precision=settings.precision))
+        reference = stack.enter_context(Model.open(bundle.path, precision="float")) if settings.compare else None
+        judge = _Judge(model, settings, reference)
+        for source in track(sources, f"explaining by {settings.method}"):
+            try:
+                answers = judge(source)
+            except (DataError, InputError) as error:
+                skipped.append(source.shown)
+                say(f"skipped {source.shown}: {error.message}")
+                continue
+            for name, row, png in answers:
+                stem = f"{source.stem}-{name}" if name else source.stem
+                rows.append({"source": source.shown, **row, "overlay": pictures.write(stem, png)})
+        layers = judge.layers()
+        return rows, skipped, {**({"layers": layers} if layers else {}), **model.runner.describe()}
+
+
+def _settings(bundle: Bundle, method: str, label: str | None, precision: str, samples: int, compare: bool) -> Settings:
+    """Refuse what cannot work before any sample is read."""
     labels = bundle.manifest.labels
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", f"choose one of: {', '.join(METHODS)}")
     if precision not in PRECISIONS:
         raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(PRECISIONS)}")
-    if bundle.manifest.task != "image-classification" or not isinstance(bundle.manifest.preprocessing, ImagePreprocessing):
+    kind = MODALITIES.get(bundle.manifest.task)
+    if kind is None or bundle.manifest.preprocessing is None:
         what = "takes raw tensors" if bundle.manifest.preprocessing is None else f"does {bundle.manifest.task}"
         raise UsageError(
-            f"{bundle.path} {what}, so there is no image to explain",
-            "explain is for image models: make one with edgekit train --data SPEC --out B",
+            f"{bundle.path} {what}, so there is no sample to explain",
+            f"explain is for {', '.join(MODALITIES)}: make one with edgekit train --data SPEC --out B",
         )
+    if method not in kind.methods:
+        raise UsageError(f"{method} is not for {bundle.manifest.task}", f"choose one of: {', '.join(kind.methods)}")
     if label is not None and label not in labels:
         raise UsageError(f"the model has no class {label!r}", f"choose one of: {', '.join(labels[:12]) or 'none'}")
-    if method == "gradcam":
+    if method == "rollout" and label is not None:
+        raise UsageError("rollout has one map for all classes", "leave --label out, or use --method occlusion")
+    if method in OF_WEIGHTS:
         if not bundle.has(WEIGHTS) or precision == "int8":
             what = "explains the float weights" if bundle.has(WEIGHTS) else f"needs PyTorch weights, which {bundle.path} lacks"
-            raise UsageError(f"gradcam {what}", "use --method occlusion or lime: they need only the graph")
+            raise UsageError(f"{method} {what}", "use --method occlusion or lime: they need only the graph")
         precision = "float"  # score and faithfulness come from the same weights as the map
+    if compare:
+        _check_compare(bundle, method, precision)
+        precision = "int8"
     if precision != "auto":
         bundle.file(FLOAT_GRAPH if precision == "float" else INT8_GRAPH)
     if not 50 <= samples <= 20_000:
         raise UsageError(f"{samples} samples are too few or too many", "choose --samples from 50 to 20000")
-    return Settings(method, precision, None if label is None else labels.index(label), samples)
+    return Settings(kind, method, precision, None if label is None else labels.index(label), samples, compare)
 
 
-def _files(images: Sequence[Source], out: Path) -> list[Path]:
-    """Files as given, folders as their images, without what an earlier explanation put into ``out``.
-
-    Raises `DataError` for what is not there.
-    """
-    found: list[Path] = []
-    for path in map(Path, images):
-        if path.is_dir():
-            shown = (p for p in path.iterdir() if not p.name.startswith("."))
-            made = _earlier_pictures(path / RECORD) if path.resolve() == out.resolve() else set()
-            shown = (p for p in shown if p.name not in made)
-            inside = sorted(p for p in shown if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not inside:
-                raise DataError(f"{path} holds no images", f"add images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise DataError(f"there is no image {path}", "check the path")
-    if not found:
-        raise UsageError("no image was named", "edgekit explain B IMAGE... --out DIR")
-    return found
-
-
-class _Pictures:
-    """Names and writes one picture an image; equal stems are numbered.
-
-    Only what an earlier explanation wrote here is replaced, as its ``explanation.json`` lists it; sources never are.
-    Raises `OutputExists` where that file is somebody else's.
-    """
-
-    def __init__(self, folder: Path, method: str, sources: Sequence[Path]) -> None:
-        self._folder, self._method = folder, method
-        self._taken = {source.resolve() for source in sources}
-        self._names: set[str] = set()
-        self._ours = _earlier_pictures(folder / RECORD)
-
-    def write(self, source: Path, png: bytes) -> str:
-        name = next(
-            n
-            for n in self._candidates(printable(source.stem).replace("\\", "_"))
-            if n not in self._names and self._free(n, png)
+def _check_compare(bundle: Bundle, method: str, precision: str) -> None:
+    if method not in ("lime", "occlusion"):
+        raise UsageError(f"{method} does not ask both graphs", "compare with --method occlusion or lime")
+    if precision != "auto":
+        raise UsageError(f"--compare explains both graphs, not {precision} alone", "leave --precision out")
+    if missing := [name for name in (INT8_GRAPH, FLOAT_GRAPH) if not bundle.has(name)]:
+        raise UsageError(
+            f"{bundle.path} has no {missing[0]} to compare", f"make a bundle with both: edgekit quantize {bundle.path} --out B"
         )
-        self._names.add(name)
-        atomic_write(self._folder / name, png)
-        return name
-
-    def _candidates(self, stem: str) -> Iterator[str]:
-        yield f"{stem}.{self._method}.png"
-        number = 2
-        while True:
-            yield f"{stem}-{number}.{self._method}.png"
-            number += 1
-
-    def _free(self, name: str, png: bytes) -> bool:
-        path = self._folder / name
-        if path.resolve() in self._taken:
-            return False
-        # The same picture: left by an explanation that was cut off before it wrote its record.
-        return name in self._ours or not os.path.lexists(path) or (path.is_file() and path.read_bytes() == png)
-
-
-def _earlier_pictures(record: Path) -> set[str]:
-    """The pictures that an earlier explanation lists. Raises `OutputExists` where ``record`` is none."""
-    try:
-        return {image.overlay for image in msgspec.json.decode(record.read_bytes(), type=_Record).images}
-    except FileNotFoundError:
-        return set()
-    except msgspec.DecodeError:
-        raise OutputExists(record) from None
-
-
-class _Image(msgspec.Struct):
-    overlay: str
-
-
-class _Record(msgspec.Struct):
-    """What marks an ``explanation.json`` as ours."""
-
-    method: str
-    digest: str
-    images: list[_Image]
 
 
 class _Judge:
-    """One frame -> its row of figures and its picture."""
+    """One source -> of each of its samples the name, a row of figures and the picture."""
 
-    def __init__(self, model: Model, settings: Settings) -> None:
-        self._model, self._settings = model, settings
-        spec = model.bundle.manifest.preprocessing
-        # Maps are of the graph's float input. An engine that takes bytes is asked by `run_samples`, which makes them of it.
-        self._read = make_preprocessor(spec) if spec and model.runner.frames else model.preprocess
+    def __init__(self, model: Model, settings: Settings, reference: Model | None = None) -> None:
+        self._model, self._settings, self._reference = model, settings, reference
+        self._modality = settings.modality(model)
         self._probe: Any = None
         if settings.method == "activations":
             graph = {"auto": model.bundle.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
@@ -230,31 +185,61 @@ class _Judge:
             attribute = importlib.import_module(f".{settings.method}", __package__).attribute
             self._attribute = functools.partial(attribute, samples=settings.samples) if settings.method == "lime" else attribute
 
-    def __call__(self, frame: Frame, name: str) -> tuple[dict[str, Any], bytes]:
-        from . import picture
+    def __call__(self, source: Source) -> list[tuple[str, dict[str, Any], bytes]]:
+        samples = [("", source.text)] if source.file is None else self._modality.read(source.file)
+        shown = "" if source.file is None else printable(source.file.name)  # a text is its own picture
+        return [(name, *self._explain(sample, f"{shown} {name}".strip())) for name, sample in samples]
 
-        x = self._read(frame)
-        question = Question(self._model, x, 0)
-        logits = question.logits(x)
+    def _explain(self, sample: Any, name: str) -> tuple[dict[str, Any], bytes]:
+        question = self._modality.question(sample, 0)
+        logits = question.logits(question.x)
         best = int(logits[0].argmax())
-        question = Question(self._model, x, best if self._settings.target is None else self._settings.target)
-        score = float(Question(self._model, x, best).probability(logits)[0])
+        score = float(replace(question, target=best).probability(logits)[0])
+        question = replace(question, target=best if self._settings.target is None else self._settings.target)
         row: dict[str, Any] = {"label": self._name(best), "score": score}
         caption = f"{row['label']} {score:.1%} · {self._settings.method}"
         if self._probe is not None:
-            maps = self._probe(x)
-            maps = x[0] if maps is None else maps
-            return row, picture.sheet(frame, maps, f"{caption}: first feature maps · {name}")
-        attribution = self._attribute(question)
-        check = deletion(question, attribution.heat)
+            from . import picture
+
+            maps = self._probe(question.x)
+            maps = question.x[0] if maps is None else maps
+            return row, picture.sheet(sample, maps, f"{caption}: first feature maps · {name}")
         if question.target != best:
             explained = float(question.probability(logits)[0])
             caption = f"why {self._name(question.target)} ({explained:.1%})? answer {caption}"
-        row |= {"explained": self._name(question.target), "deletion_auc": check.auc, "misplaced_auc": check.misplaced}
-        row |= {"deletion_curve": check.curve, **attribution.figures}
-        spec = self._model.bundle.manifest.preprocessing
-        assert isinstance(spec, ImagePreprocessing)
-        return row, picture.overlay(frame, np.asarray(attribution.heat, np.float32), spec, f"{caption} · {name}")
+        figures, view = self._map(question)
+        row |= {"explained": self._name(question.target), **figures}
+        views = [view]
+        if self._reference is not None:
+            compared, other = self._against(sample, row, view, question.target)
+            row["compared"] = compared
+            agreement = compared["spearman"]
+            caption += "" if agreement is None else f" · Spearman {agreement:.3f}"
+            views = [other, view._replace(title=f"int8: {row['label']} {score:.1%}")]
+        return row, self._modality.picture(sample, views, f"{caption} · {name}" if name else caption)
+
+    def _map(self, question: Question) -> tuple[dict[str, Any], View]:
+        attribution = self._attribute(question)
+        check = faithfulness(question, attribution.heat)
+        detail = self._modality.detail(question, attribution)
+        view = View("", np.asarray(attribution.heat, np.float32), detail)
+        return {**check.figures(), **attribution.figures, **detail}, view
+
+    def _against(self, sample: Any, row: dict[str, Any], view: View, target: int) -> tuple[dict[str, Any], View]:
+        """The float graph's map of the same class, and what both come to."""
+        question = self._modality.question(sample, target, self._reference)
+        logits = question.logits(question.x)
+        best = int(logits[0].argmax())
+        score = float(replace(question, target=best).probability(logits)[0])
+        figures, other = self._map(question)
+        answer = {"label": self._name(best), "score": score}
+        kept = ("label", "score", "deletion_auc", "misplaced_auc", "insertion_auc", "misplaced_insertion_auc")
+        compared = {
+            "spearman": spearman(other.heat, view.heat),
+            "float": {name: {**answer, **figures}[name] for name in kept},
+            "int8": {name: row[name] for name in kept},
+        }
+        return compared, other._replace(title=f"float: {answer['label']} {score:.1%}")
 
     def layers(self) -> list[dict[str, Any]]:
         return [layer.figures() for layer in self._probe.layers.values()] if self._probe is not None else []

@@ -1,45 +1,70 @@
-"""Does the model rely on what the map shows? The deletion curve (Petsiuk, Das and Saenko 2018, arXiv:1806.07421)."""
+"""Does the model rely on what the map shows? Deletion and insertion curves (Petsiuk, Das and Saenko 2018, arXiv:1806.07421).
+
+What is not shown has the question's fill in both curves; the authors blur it for insertion, which text has no equal of.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .question import Float, Mask, Question
 
-__all__ = ["Deletion", "deletion"]
+__all__ = ["Curve", "Faithfulness", "faithfulness"]
 
 STEPS = 20
 CONTROLS = 4
 
 
-class Deletion(NamedTuple):
-    """Areas under probability over hidden share, in 0..1. ``misplaced``: the same map shifted at random, the control.
+class Curve(NamedTuple):
+    """The area under the class's probability over the share hidden (or shown), in 0..1, and the same map's when misplaced.
 
-    A map is faithful where ``auc`` lies below ``misplaced``. ``curve``: `STEPS` + 1 probabilities.
+    ``misplaced`` is the control: the mean over `CONTROLS` random shifts of the map. ``values``: `STEPS` + 1 probabilities.
     """
 
     auc: float
     misplaced: float
-    curve: list[float]
+    values: list[float]
 
 
-def deletion(question: Question, heat: Float) -> Deletion:
-    """Hide the pixels in falling order of ``heat`` (H, W), a twentieth at a time."""
+class Faithfulness(NamedTuple):
+    """A map is faithful where ``deletion.auc`` lies below its control and ``insertion.auc`` above it."""
+
+    deletion: Curve
+    insertion: Curve
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "deletion_auc": self.deletion.auc,
+            "misplaced_auc": self.deletion.misplaced,
+            "insertion_auc": self.insertion.auc,
+            "misplaced_insertion_auc": self.insertion.misplaced,
+            "deletion_curve": self.deletion.values,
+            "insertion_curve": self.insertion.values,
+        }
+
+
+def faithfulness(question: Question, heat: Float) -> Faithfulness:
+    """Hide, and from nothing show, what ``heat`` (of the question's size) ranks highest, a twentieth at a time."""
     rng = np.random.default_rng(0)
-    shifts = [(int(rng.integers(1, max(2, s))), int(rng.integers(1, max(2, t)))) for s, t in [heat.shape] * CONTROLS]
-    maps = [heat, *(np.roll(heat, shift, (0, 1)) for shift in shifts)]
-    masks = (mask for one in maps for mask in _steps(one))
+    axes = tuple(range(heat.ndim))
+    shifts = [tuple(int(rng.integers(1, max(2, side))) for side in heat.shape) for _ in range(CONTROLS)]
+    maps = [heat, *(np.roll(heat, shift, axes) for shift in shifts)]
+    masks = (mask for inserting in (False, True) for one in maps for mask in _steps(one, inserting))
     p = np.concatenate([question.probability(logits) for logits in question.hide(masks)])
-    curves = p.reshape(len(maps), STEPS + 1)
-    areas = ((curves[:, 1:] + curves[:, :-1]) / 2).mean(1)
-    return Deletion(float(areas[0]), float(areas[1:].mean()), curves[0].tolist())
+    curves = p.reshape(2, len(maps), STEPS + 1)
+    areas = ((curves[:, :, 1:] + curves[:, :, :-1]) / 2).mean(2)  # (2, maps)
+    deletion, insertion = (
+        Curve(float(area[0]), float(area[1:].mean()), curve[0].tolist()) for area, curve in zip(areas, curves, strict=True)
+    )
+    return Faithfulness(deletion, insertion)
 
 
-def _steps(heat: Float) -> Iterator[Mask]:
+def _steps(heat: Float, inserting: bool) -> Iterator[Mask]:
     rank = np.empty(heat.size, np.int64)
     rank[np.argsort(-heat, axis=None, kind="stable")] = np.arange(heat.size)
     for step in range(STEPS + 1):
-        yield (rank < round(step * heat.size / STEPS)).reshape(heat.shape)
+        first = (rank < round(step * heat.size / STEPS)).reshape(heat.shape)
+        yield ~first if inserting else first

@@ -301,7 +301,7 @@ class Explain(Stage, frozen=True):
     bundle: str
     images: str
     out: str
-    method: Literal["activations", "gradcam", "lime", "occlusion"] | None = None
+    method: Literal["activations", "gradcam", "lime", "occlusion", "rollout"] | None = None
     label_: str | None = msgspec.field(name="label", default=None)
     samples: Annotated[int, Meta(ge=50, le=20_000)] | None = None
     precision: Precision | None = None
@@ -313,8 +313,8 @@ class Explain(Stage, frozen=True):
         return (staging_name(self.out), f"{self.out}/{RECORD}")
 
     def check(self, data: str | None) -> None:
-        if self.method == "gradcam" and self.precision == "int8":
-            raise UsageError("gradcam explains the float weights", "leave precision out, or choose occlusion or lime")
+        if self.method in ("gradcam", "rollout") and self.precision == "int8":
+            raise UsageError(f"{self.method} explains the float weights", "leave precision out, or choose occlusion or lime")
 
     def paths_read(self) -> tuple[str | None, ...]:
         return (self.images,)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import BundleError, InputError, MissingExtra
 from edgekit.manifest import TextPreprocessing
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 __all__ = ["TextPreprocessor"]
 
@@ -24,18 +29,25 @@ class TextPreprocessor:
             raise MissingExtra("text", "tokenizers") from None
         self.spec = spec
         try:
-            self._tokenizer = Tokenizer.from_buffer(tokenizer)
+            self.tokenizer = Tokenizer.from_buffer(tokenizer)
         except Exception as error:  # noqa: BLE001  the library raises bare Exception
             raise BundleError(f"tokenizer.json cannot be read: {error}", "restore the bundle, or make it again") from None
-        self._tokenizer.enable_truncation(spec.length)
-        self._tokenizer.no_padding()
+        self.tokenizer.enable_truncation(spec.length)
+        self.tokenizer.no_padding()
 
     def __call__(self, text: str) -> NDArray[np.int64]:
         """Raises `InputError` for what is no str."""
+        out = np.full((1, self.spec.length), self.spec.pad, np.int64)
+        ids = self.encode(text).ids
+        out[0, : len(ids)] = ids
+        return out
+
+    def encode(self, text: str) -> Encoding:
+        """The tokens that the model sees, with the characters of ``text`` that each stands for (``offsets``).
+
+        Raises `InputError` for what is no str.
+        """
         if not isinstance(text, str):
             raise InputError(f"a {type(text).__name__} arrived, the model takes a str", "pass the text itself")
         clean = text[: self.spec.length * CHARACTERS_A_TOKEN].encode("utf-8", "replace").decode()  # no lone surrogates
-        ids = self._tokenizer.encode(clean).ids
-        out = np.full((1, self.spec.length), self.spec.pad, np.int64)
-        out[0, : len(ids)] = ids
-        return out
+        return self.tokenizer.encode(clean)

@@ -12,23 +12,24 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from onnx import helper
+from onnx import TensorProto, helper
 from PIL import Image
 
-from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.data import load
 from edgekit.errors import BundleError, DataError, OutputExists, UsageError
 from edgekit.explanation import METHODS, explain
-from edgekit.explanation.faithfulness import deletion
+from edgekit.explanation.faithfulness import faithfulness
+from edgekit.explanation.images import ImageQuestion
 from edgekit.explanation.lime import attribute as lime
-from edgekit.explanation.lime import superpixels
 from edgekit.explanation.occlusion import attribute as occlusion
 from edgekit.explanation.picture import onto_frame
-from edgekit.explanation.question import Question
+from edgekit.explanation.superpixels import superpixels
 from edgekit.manifest import ImagePreprocessing
 from edgekit.runtime import Model
 
@@ -75,7 +76,7 @@ def corner_frame() -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("batch", ["n", 1])
 def test_the_map_finds_what_the_model_uses(tmp_path: Path, digits_bundle: Bundle, attribute: Any, batch: int | str) -> None:
     with Model.open(corner_bundle(tmp_path, digits_bundle, batch).path) as model:
-        heat = attribute(Question(model, model.preprocess(corner_frame()), 1)).heat
+        heat = attribute(ImageQuestion(model, model.preprocess(corner_frame()), 1)).heat
     assert heat.shape == (28, 28)
     upper, lower = heat[1:7, 1:7].mean(), heat[21:27, 21:27].mean()
     ignored = [abs(heat[1:7, 21:27].mean()), abs(heat[21:27, 1:7].mean())]
@@ -85,20 +86,22 @@ def test_the_map_finds_what_the_model_uses(tmp_path: Path, digits_bundle: Bundle
 
 def test_lime_says_how_well_its_linear_model_fits(tmp_path: Path, digits_bundle: Bundle) -> None:
     with Model.open(corner_bundle(tmp_path, digits_bundle).path) as model:
-        question = Question(model, model.preprocess(corner_frame()), 1)
+        question = ImageQuestion(model, model.preprocess(corner_frame()), 1)
         first, again = lime(question, samples=300), lime(question, samples=300)
     assert first.figures["r2"] > 0.95  # the model is linear but for the ridge
     assert np.array_equal(first.heat, again.heat)
 
 
-def test_deletion_prefers_the_right_map(tmp_path: Path, digits_bundle: Bundle) -> None:
+def test_deletion_and_insertion_prefer_the_right_map(tmp_path: Path, digits_bundle: Bundle) -> None:
     with Model.open(corner_bundle(tmp_path, digits_bundle).path) as model:
-        question = Question(model, model.preprocess(corner_frame()), 1)
+        question = ImageQuestion(model, model.preprocess(corner_frame()), 1)
         right, wrong = np.zeros((2, 28, 28), np.float32)
         right[:8, :8] = wrong[20:, 20:] = 1
-        good, bad = deletion(question, right), deletion(question, wrong)
-    assert good.auc < good.misplaced < bad.auc
-    assert len(good.curve) == 21
+        good, bad = faithfulness(question, right), faithfulness(question, wrong)
+    assert good.deletion.auc < good.deletion.misplaced < bad.deletion.auc
+    assert good.insertion.auc > good.insertion.misplaced > bad.insertion.auc
+    assert len(good.deletion.values) == len(good.insertion.values) == 21
+    assert good.insertion.values[-1] == pytest.approx(good.deletion.values[0])  # all of it is shown
 
 
 @pytest.mark.parametrize("method", ["activations", "lime", "occlusion"])
@@ -119,6 +122,7 @@ def test_each_method_writes_a_picture_an_image(
         assert [layer["name"] for layer in answer.json["layers"]] == ["conv1", "relu1", "conv2", "relu2", "gemm"]
     else:
         assert row["deletion_auc"] < row["misplaced_auc"]
+        assert row["insertion_auc"] > row["misplaced_insertion_auc"]
 
 
 def test_people_get_a_table(cli: Callable[..., Any], digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
@@ -222,6 +226,35 @@ def test_what_cannot_be_explained_is_refused(
         explain(digits_bundle, tmp_path / "empty", out=out)
 
 
+@pytest.mark.parametrize("method", ["lime", "occlusion"])
+def test_a_graph_that_takes_bytes_is_asked_with_bytes(
+    digits_bundle: Bundle, digits_graph: bytes, digit: Path, tmp_path: Path, method: str
+) -> None:
+    model = onnx.load_from_string(digits_graph)
+    spec = digits_bundle.manifest.preprocessing
+    assert isinstance(spec, ImagePreprocessing)
+    for node in model.graph.node:
+        node.input[:] = ["normal" if name == "x" else name for name in node.input]
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    scale, shift = 1 / (255 * spec.std[0]), -spec.mean[0] / spec.std[0]
+    model.graph.initializer.extend(
+        helper.make_tensor(name, 1, [], [value]) for name, value in (("scale", scale), ("shift", shift))
+    )
+    for node in (
+        helper.make_node("Add", ["scaled", "shift"], ["normal"]),
+        helper.make_node("Mul", ["cast", "scale"], ["scaled"]),
+        helper.make_node("Cast", ["x"], ["cast"], to=1),
+    ):
+        model.graph.node.insert(0, node)
+    inputs = tuple(msgspec.structs.replace(entry, dtype="uint8") for entry in digits_bundle.manifest.inputs)
+    with Bundle.create(tmp_path / "bytes.edge") as draft:
+        draft.write(FLOAT_GRAPH, model.SerializeToString())
+        draft.manifest = msgspec.structs.replace(digits_bundle.manifest, golden={}, name="bytes", inputs=inputs)
+    row = explain(tmp_path / "bytes.edge", digit, out=tmp_path / "why", method=method, samples=100)["images"][0]
+    assert row["label"] == "4"
+    assert row["deletion_auc"] < row["misplaced_auc"]
+
+
 def test_dead_channels_and_saturation_are_counted(tmp_path: Path, digits_bundle: Bundle, digit: Path) -> None:
     """Conv with a silent channel, then Clip at 0.5, then int8 with a scale that cuts a half off."""
     weight = np.zeros((3, 1, 1, 1), np.float32)
@@ -272,6 +305,36 @@ def test_dead_channels_and_saturation_are_counted(tmp_path: Path, digits_bundle:
     assert layers["pool"]["dead"] is None  # one value a channel: nobody can say
 
 
+def test_values_beyond_the_calibrated_range_are_counted_and_said(
+    cli: Callable[..., Any], digits_bundle: Bundle, digits_graph: bytes, digit: Path, tmp_path: Path
+) -> None:
+    def write(name: str, calibration: str) -> Path:
+        with Bundle.create(tmp_path / name) as draft:
+            draft.write(FLOAT_GRAPH, digits_graph)
+            draft.write(CALIBRATION, calibration.encode())
+            draft.manifest = msgspec.structs.replace(digits_bundle.manifest, golden={}, name="calibrated")
+        return tmp_path / name
+
+    record = {
+        "tensors": {"x": {"minimum": -9, "maximum": 9, "scale": 1}, "r1": {"minimum": 0, "maximum": 0.5, "scale": 1}},
+        "groups": {"r1": "r1", "r2": "r1", "c2": "gone"},
+    }
+    asked = (write("calibrated.edge", json.dumps(record)), digit, "--out", tmp_path / "why", "--method", "activations")
+    answer = cli("explain", *asked, "--json")
+    assert answer.code == 0, answer.err
+    layers = {layer["name"]: layer for layer in answer.json["layers"]}
+    assert list(layers) == ["x", "conv1", "relu1", "conv2", "relu2", "gemm"]
+    assert (layers["x"]["beyond"], layers["x"]["note"]) == (0, None)
+    assert (layers["conv1"]["beyond"], layers["conv2"]["beyond"], layers["gemm"]["note"]) == (None, None, None)
+    assert layers["relu1"]["high"] > 0.5
+    assert 0 < layers["relu1"]["beyond"] < 1
+    assert layers["relu2"]["calibrated_high"] == 0.5  # the range of its group
+    assert "calibration saw 0 to 0.5" in layers["relu1"]["note"]
+    assert f"relu1: {layers['relu1']['note']}" in cli("explain", *asked).out
+    damaged = cli("explain", write("damaged.edge", "[]"), *asked[1:])
+    assert (damaged.code, "quantize the bundle again" in damaged.err) == (1, True)
+
+
 @given(
     arrays(
         np.float32,
@@ -314,8 +377,8 @@ def test_a_cropped_map_lands_where_the_model_looked() -> None:
     assert boxed[0, 2] == pytest.approx(1)
 
 
-def test_only_gradcam_needs_torch() -> None:
-    rooms = "edgekit.explanation, edgekit.explanation.lime, edgekit.explanation.activations"
+def test_only_gradcam_and_rollout_need_torch() -> None:
+    rooms = ", ".join(f"edgekit.explanation.{n}" for n in ("lime", "activations", "text_picture", "series_picture", "picture"))
     code = f"import sys, {rooms}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert set(METHODS) == {"activations", "gradcam", "lime", "occlusion"}
+    assert set(METHODS) == {"activations", "gradcam", "lime", "occlusion", "rollout"}

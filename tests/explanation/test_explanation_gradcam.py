@@ -12,7 +12,7 @@ from edgekit.bundle import WEIGHTS, Bundle
 from edgekit.data import load
 from edgekit.errors import UsageError
 from edgekit.explanation import explain
-from edgekit.explanation.question import Question
+from edgekit.explanation.images import ImageQuestion
 from edgekit.manifest import FORMAT, Manifest, ModelConfig, history_entry
 from edgekit.runtime import Model, open_runner
 
@@ -55,7 +55,7 @@ def test_the_map_is_gradient_times_activation(tmp_path: Path) -> None:
         draft.manifest = manifest()
     bundle = Bundle.open(tmp_path / "net.edge")
     model = Model(bundle, open_runner(bundle))  # never entered: the map needs the weights alone
-    question = Question(model, model.preprocess(load("digits").test.read(0)), 3)
+    question = ImageQuestion(model, model.preprocess(load("digits").test.read(0)), 3)
     found = attribute(question)
     module = load_module(bundle)
     kept = []

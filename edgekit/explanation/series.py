@@ -1,0 +1,167 @@
+"""Sensor series: windows of time are hidden by each channel's median; the heat lies behind the curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import DataError
+from edgekit.files import npz_problem, printable
+from edgekit.runtime import Model
+
+from .modality import Modality, View
+from .occlusion import attribute
+from .question import Attribution, Float, Mask, Question
+
+__all__ = ["Series", "SeriesQuestion"]
+
+WINDOW = 1 / 10  # of the time: a window that hides one movement, not the series
+STEPS = 3  # windows overlap so that each time step is judged by about STEPS of them
+PARTS = 20
+MAX_CHANNELS = 32  # asked about one by one
+MAX_BYTES = 64 << 20
+#: Columns of a csv that are no channels, as in ``edgekit train --data csv:PATH``.
+RESERVED = frozenset({"series", "id", "time", "label", "group", "split"})
+
+
+@dataclass(frozen=True)
+class SeriesQuestion(Question):
+    """``x`` float32 (1, T, C + 1), the last channel 1 where there is a sample; masks and heat are (t,), t <= T of them.
+
+    ``by_channel``: masks and heat are (t, C), and a window hides one channel.
+    """
+
+    by_channel: bool = False
+    _fill: Float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # The median is a sensor at rest, or the middle of what swings; zero may be neither.
+        object.__setattr__(self, "_fill", np.median(self.x[0, : self.steps, :-1], axis=0).astype(np.float32))
+
+    @property
+    def steps(self) -> int:
+        return max(1, int((self.x[0, :, -1] > 0).sum()))
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return (self.steps, self.x.shape[2] - 1) if self.by_channel else (self.steps,)
+
+    def covered(self, masks: Mask) -> NDArray[Any]:
+        batch = np.repeat(self.x, len(masks), 0)
+        hidden = masks if self.by_channel else masks[:, :, None]  # (N, t, C or 1)
+        seen = batch[:, : self.steps, :-1]
+        batch[:, : self.steps, :-1] = np.where(hidden, self._fill, seen)
+        return batch
+
+    def windows(self) -> Iterator[Mask]:
+        window = max(1, round(self.steps * WINDOW))
+        step = max(1, window // STEPS)
+        columns: list[Any] = list(range(self.size[1])) if self.by_channel else [...]
+        for column in columns:
+            for start in range(step - window, self.steps, step):
+                mask = np.zeros(self.size, bool)
+                rows = slice(max(0, start), start + window)
+                mask[rows, column] = True
+                yield mask
+
+    def parts(self) -> NDArray[np.int64]:
+        count = min(PARTS, self.steps)
+        parts: NDArray[np.int64] = np.arange(self.steps, dtype=np.int64) * count // self.steps
+        return parts[:, None] + count * np.arange(self.size[1]) if self.by_channel else parts
+
+
+class Series(Modality):
+    """See `Modality`. A sample is float (T, C)."""
+
+    noun = "series"
+    plural = "series"
+    task = "series-classification"
+    suffixes = frozenset({".csv", ".npy", ".npz"})
+    advice = "give .csv with a column a channel, or .npy or .npz of (time, channels)"
+    methods = ("lime", "occlusion")
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def read(self, path: Path) -> list[tuple[str, NDArray[Any]]]:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{printable(path)} is over {MAX_BYTES >> 20} MiB", "give the stretch that the model sees")
+        return _read_csv(path) if path.suffix.lower() == ".csv" else _read_arrays(path)
+
+    def question(self, sample: NDArray[Any], target: int, model: Model | None = None) -> SeriesQuestion:
+        model = model or self._model
+        return SeriesQuestion(model, model.preprocess(sample), target)
+
+    def detail(self, question: Question, attribution: Attribution) -> dict[str, Any]:
+        """``time_steps`` (t,); ``channels``, each with its heat (t,), found by occlusion for every method."""
+        assert isinstance(question, SeriesQuestion)
+        found: dict[str, Any] = {"time_steps": attribution.heat.tolist()}
+        if 1 < question.x.shape[2] - 1 <= MAX_CHANNELS:
+            found["channels"] = attribute(replace(question, by_channel=True)).heat.T.tolist()
+        return found
+
+    def picture(self, sample: NDArray[Any], views: Sequence[View], caption: str) -> bytes:
+        from . import series_picture
+
+        steps = len(views[0].heat)
+        array = np.asarray(sample, np.float32).reshape(len(sample), -1)[:steps]
+        return series_picture.curves(array, views, caption)
+
+
+def _read_arrays(path: Path) -> list[tuple[str, NDArray[Any]]]:
+    try:
+        with path.open("rb") as stream:  # numpy would leave a file that is no zip open
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                return [("", file)]
+            with file:
+                names = file.files
+                return [("" if len(names) == 1 else name, file[name]) for name in names]
+    except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes
+        reason = npz_problem(path, error) if path.suffix.lower() == ".npz" else "it is no .npy of numbers"
+        raise DataError(f"{printable(path)} cannot be read: {reason}", "write it with numpy.save(path, array)") from None
+
+
+def _read_csv(path: Path) -> list[tuple[str, NDArray[Any]]]:
+    """One series, or those that a column ``series`` (or ``id``) names. Every column but `RESERVED` is a channel."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = [row for row in csv.reader(io.StringIO(text), _dialect(text)) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{printable(path)} is no csv: {error}", "save it as UTF-8, separated by commas") from None
+    if not rows:
+        raise DataError(f"{printable(path)} is empty", "one row a time step, one column a channel")
+    header = [] if all(_is_number(cell) for cell in rows[0]) else [cell.strip().lower() for cell in rows.pop(0)]
+    channels = [i for i in range(len(header or rows[0])) if not header or header[i] not in RESERVED]
+    key = next((header.index(name) for name in ("series", "id") if name in header), None)
+    found: dict[str, list[list[float]]] = {}
+    for line, row in enumerate(rows, 1 + bool(header)):
+        try:
+            found.setdefault("" if key is None else row[key], []).append([float(row[i]) for i in channels])
+        except (ValueError, IndexError):
+            shown = ",".join(row)[:40]
+            raise DataError(f"{printable(path)}, row {line}: {shown!r} is no number a channel", "fill it, or drop it") from None
+    alone = len(found) == 1
+    return [("" if alone else name, np.array(values, np.float32)) for name, values in found.items()]
+
+
+def _dialect(text: str) -> type[csv.Dialect]:
+    class Found(csv.excel):
+        delimiter = max(",;\t", key=text[: text.find("\n") if "\n" in text else None].count)
+
+    return Found
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
