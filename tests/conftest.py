@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import numpy as np
 import onnx
 import pytest
@@ -38,6 +40,16 @@ class Outcome(NamedTuple):
 
 
 Cli = Callable[..., Outcome]
+
+#: Speed is no business of tests. CI tries the same examples each time: a change is judged by what it changed; new ones are tried
+#: at every other run.
+hypothesis.settings.register_profile(
+    "edgekit",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=os.environ.get("CI") == "true",
+)
+hypothesis.settings.load_profile("edgekit")
 
 
 @pytest.fixture(scope="session", autouse=True)
