@@ -41,8 +41,8 @@ class Outcome(NamedTuple):
 
 Cli = Callable[..., Outcome]
 
-#: Speed is no business of tests. CI tries the same examples each time: a change is judged by what it changed; new ones are tried
-#: at every other run.
+#: Speed is no business of tests. CI tries the same examples each time, so that a change is judged by what it changed; new ones
+#: are tried at every other run.
 hypothesis.settings.register_profile(
     "edgekit",
     deadline=None,
