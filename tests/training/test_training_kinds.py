@@ -158,7 +158,7 @@ def test_commands_for_pictures_refuse_the_rest(text_bundle: Bundle, cli, tmp_pat
     image = tmp_path / "x.png"
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(image)
     for words in (
-        ["explain", text_bundle.path, image, "--out", tmp_path / "why"],
+        ["explain", text_bundle.path, image, "--method", "gradcam", "--out", tmp_path / "why"],
         ["scan", text_bundle.path, "--source", image, "--sink", f"jsonl:{tmp_path / 'o.jsonl'}"],
         ["eval", text_bundle.path, "--data", "digits"],
         ["quantize", text_bundle.path, "--out", tmp_path / "q.edge", "--calib", "digits"],
@@ -167,6 +167,9 @@ def test_commands_for_pictures_refuse_the_rest(text_bundle: Bundle, cli, tmp_pat
         assert outcome.code == 2, words
         assert len(outcome.err.strip().splitlines()) <= 2
     assert not (tmp_path / "q.edge").exists()
+    outcome = cli("explain", text_bundle.path, image, "--out", tmp_path / "why")  # texts are explained; this is none
+    assert outcome.code == 1
+    assert "hint: give a text" in outcome.err
 
 
 @pytest.mark.parametrize(
