@@ -24,7 +24,7 @@ from _machine import save
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.benchmarking.harness import MAX_DRIFT
-from edgekit.benchmarking.pairs import _rounds
+from edgekit.benchmarking.pairs import in_turns
 from edgekit.benchmarking.scenarios import no_collector, single_stream
 from edgekit.benchmarking.statistics import coefficient_of_variation, median_ratio, paired_ratio, thin
 from edgekit.runtime.onnxruntime import session
@@ -103,12 +103,12 @@ def gates(call: Call, other: Call, pairs: int) -> dict[str, dict[str, float]]:
     verdicts: dict[str, list[str]] = {"against": [], "in turns": []}
     for _ in range(pairs):
         first, second = (single_stream(one, 0.5).samples_ms for one in (call, other))
-        rounds = _rounds([call, other], 0.5)[1]
+        rounds = in_turns([call, other], 0.5)[1]
         for kind, interval in (
             ("against", median_ratio(thin(first), thin(second))),
             ("in turns", paired_ratio(rounds[0], rounds[1])),
         ):
-            verdicts[kind].append("slower" if interval.low > 1 else "faster" if interval.high < 1 else "same")
+            verdicts[kind].append(interval.verdict)
     return {
         kind: {word: found.count(word) / pairs for word in ("slower", "faster", "same")} for kind, found in verdicts.items()
     }

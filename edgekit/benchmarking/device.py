@@ -147,6 +147,11 @@ class Load(NamedTuple):
             found.append(f"other processes kept {self.others:.1f} of {cores} cores busy")
         if self.stolen > 0.02 * cores:
             found.append(f"the hypervisor took {self.stolen:.2f} cores away")
+        return found + self.slowed()
+
+    def slowed(self) -> list[str]:
+        """Why the machine itself was not at its pace."""
+        found = []
         if self.throttled:
             found.append(f"the machine throttled {self.throttled} times, on heat or current")
         if self.held:

@@ -94,15 +94,14 @@ def judge(earlier: Earlier, now: dict[str, Any], limit: float | None, *, force: 
         )
     interval = median_ratio(np.array(earlier.samples_ms), np.array(now["samples_ms"]))
     old, new = earlier.latency_ms["p50"], now["latency_ms"]["p50"]  # of all samples; the stored ones are a part
-    verdict = "slower" if interval.low > 1 else "faster" if interval.high < 1 else "same"
-    exceeded = limit is not None and new / old > 1 + limit and verdict == "slower"
+    exceeded = limit is not None and new / old > 1 + limit and interval.verdict == "slower"
     return {
         "old_p50_ms": old,
         "new_p50_ms": new,
         "ratio": new / old,
         "low": interval.low,
         "high": interval.high,
-        "verdict": verdict,
+        "verdict": interval.verdict,
         "differs": differs,
         "both_trustworthy": earlier.trustworthy and now["trustworthy"],
         "limit": limit,

@@ -1,4 +1,13 @@
-"""`bench`: latency and throughput of a bundle, with the protocol, the device and what makes the figure doubtful."""
+"""`bench`: latency and throughput of a bundle, with the protocol, the device and what makes the figure doubtful.
+
+The answer holds ``latency_ms`` (p50, p90, p95, p99, p999 from 10,000 samples on, min, mean, max), ``throughput``
+(inferences/s), ``key`` (which of these MLPerf compares), ``cv`` (all samples) and ``drift`` (CV of the medians of twenty
+stretches), ``jitter_ms`` (median change from one call to the next), ``histogram``, ``cold_start_ms`` (open, hash check
+and first inference), ``process_start_ms`` (the same from the start of Python on), ``memory``, ``end_to_end`` (`Model`
+called with a frame; image models, single-stream), ``energy`` (by power rail, in a run of its own; None without rails),
+``temperatures`` and ``clocks_mhz`` ``before`` and ``after``, ``trustworthy`` with ``reasons``, ``device``, ``load``,
+``protocol``, ``samples_ms``.
+"""
 
 from __future__ import annotations
 
@@ -82,58 +91,48 @@ def bench(
     each layer (`profile`); ``plot``: draw them as SVG. ``history``: a folder that the result is added to, with a picture of
     all that lie there. ``save=False`` leaves the bundle as it is.
 
-    The answer holds ``latency_ms`` (p50, p90, p95, p99, p999 from 10,000 samples on, min, mean, max), ``throughput``
-    (inferences/s), ``key`` (which of these MLPerf compares), ``cv`` (all samples) and ``drift`` (CV of the medians of twenty
-    stretches), ``jitter_ms`` (median change from one call to the next), ``histogram``, ``cold_start_ms`` (open, hash check
-    and first inference), ``process_start_ms`` (the same from the start of Python on), ``memory``, ``end_to_end`` (`Model`
-    called with a frame; image models, single-stream), ``energy`` (by power rail, in a run of its own; None without rails),
-    ``temperatures`` and ``clocks_mhz`` ``before`` and ``after``, ``trustworthy`` with ``reasons``, ``device``, ``load``,
-    ``protocol``, ``samples_ms``.
-    A failed gate never overwrites the file it was held against.
+    A failed gate never overwrites the file it was held against. What the answer holds stands at the head of this file.
 
     Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run it.
     """
     asked = Asked(scenario, seconds, batch, streams, rate)
     asked.check()
+    folder = None if history is None else Path(history)
+    limit = _checked_limit(precision, folder, against, fail_over)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    with _opened(opened, backend, precision, threads, starts=_STARTS if seconds >= 1 else 1) as (model, costs):
+        graph = _graph(opened, precision)
+        if profiled := layers or plot is not None:
+            check_profile(model.runner.name, plot)
+        name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
+        earlier = None if against is None else load_earlier(against, name)
+        if earlier and scenario == "server":
+            asked = asked._replace(rate=rate or earlier.rate)  # latencies under another load would tell nothing
+        result = {**_subject(opened, graph), **_measure(model, asked), **costs}
+        if profiled:
+            result["profile"] = _profiled(model, graph, threads, seconds, plot)
+    comparison = judge(earlier, result, limit, force=force) if earlier else None
+    replaces = against is not None and _same(opened.path / name, Path(against))
+    if save and not (replaces and comparison and comparison["passed"] is False):
+        config = {"backend": backend, "precision": precision, "threads": threads, **asked._asdict(), "rate": rate}
+        _save(opened, name, result, config)
+    else:
+        name = ""
+    kept = None if folder is None else add(folder, result)
+    places = {"file": str(opened.path / name) if name else None, "history": str(kept) if kept else None}
+    return _passed({"bundle": str(opened.path), **places, **result, "against": comparison})
+
+
+def _checked_limit(precision: str, history: Path | None, against: object, fail_over: str | float | None) -> float | None:
+    """The gate's limit. Raises `UsageError` for what is wrong before anything is measured."""
     if precision not in get_args(Precision):
         raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(get_args(Precision))}")
     if history is not None:
-        check_history(Path(history))
+        check_history(history)
     limit = parse_share(fail_over)
     if limit is not None and against is None:
         raise UsageError("--fail-over needs a result to hold this one against", "add --against FILE")
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    layers = layers or plot is not None
-    with _opened(opened, backend, precision, threads, starts=_STARTS if seconds >= 1 else 1) as (model, costs):
-        graph = _graph(opened, precision)
-        if layers:
-            check_profile(model.runner.name, plot)
-        name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
-        earlier = load_earlier(against, name) if against is not None else None
-        if earlier and scenario == "server":
-            asked = asked._replace(rate=rate or earlier.rate)  # latencies under another load would tell nothing
-        measured = _measure(model, asked)
-        if layers:
-            measured["profile"] = _profiled(model, graph, threads, seconds, plot)
-    result = {**_subject(opened, graph), **measured, **costs}
-    comparison = judge(earlier, result, limit, force=force) if earlier else None
-    failed = comparison is not None and comparison["passed"] is False
-    overwrites = against is not None and _same(opened.path / name, Path(against))
-    saved = save and not (failed and overwrites)
-    if saved:
-        config = {"backend": backend, "scenario": scenario, "precision": precision, "threads": threads}
-        _save(opened, name, result, config | {"seconds": seconds, "batch": batch, "streams": streams, "rate": rate})
-    kept = add(Path(history), result) if history is not None else None
-    answer = {
-        "bundle": str(opened.path),
-        "history": str(kept) if kept else None,
-        "file": str(opened.path / name) if saved else None,
-        **result,
-        "against": comparison,
-    }
-    if comparison and failed:
-        raise _gate_failed(comparison, answer)
-    return answer
+    return limit
 
 
 def _subject(bundle: Bundle, graph: str) -> dict[str, Any]:
@@ -154,7 +153,11 @@ def _save(bundle: Bundle, name: str, result: dict[str, Any], config: dict[str, A
     bundle.extend({name: msgspec.json.encode(result) + b"\n"}, bundle.entry("bench", config, figures))
 
 
-def _gate_failed(comparison: dict[str, Any], answer: dict[str, Any]) -> BudgetNotMet:
+def _passed(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer, where its gate lets it through. Raises `BudgetNotMet`."""
+    comparison = answer["against"]
+    if comparison is None or comparison["passed"] is not False:
+        return answer
     message = (
         f"p50 is {comparison['new_p50_ms']:.4g} ms, {comparison['ratio'] - 1:.1%} over the earlier "
         f"{comparison['old_p50_ms']:.4g} ms; allowed is {comparison['limit']:.1%} "
@@ -163,7 +166,7 @@ def _gate_failed(comparison: dict[str, Any], answer: dict[str, Any]) -> BudgetNo
     hint = "find the change that made it slower, or raise --fail-over"
     if not comparison["both_trustworthy"]:
         hint = f"measure again on an idle machine: {'; '.join(answer['reasons']) or 'the earlier run was disturbed'}"
-    return BudgetNotMet(message, hint, answer)
+    raise BudgetNotMet(message, hint, answer)
 
 
 def _same(file: Path, against: Path) -> bool:

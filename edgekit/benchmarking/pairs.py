@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekit.bundle import Bundle
-from edgekit.errors import BudgetNotMet, UsageError
+from edgekit.errors import BudgetNotMet
 from edgekit.progress import say, track
 from edgekit.runtime import Model
 from edgekit.runtime.model import Precision
 
+from .asked import Asked
 from .device import Sensors, fingerprint
 from .gate import parse_share
 from .inputs import golden_or_none, runner_feeds
 from .scenarios import Call, no_collector, stretch, warm_up
 from .statistics import paired_ratio, percentiles
 
-__all__ = ["bench_pair"]
+__all__ = ["bench_pair", "in_turns"]
 
 ROUNDS = 40  # at least
 BURST_S = 0.01  # of one model before the other has its turn
@@ -49,44 +49,29 @@ def bench_pair(
     Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run one of them.
     """
     limit = parse_share(fail_over)
-    if not 0.01 <= seconds <= 3600:
-        raise UsageError(f"{seconds:g} seconds cannot be measured", "choose --seconds from 0.01 to 3600")
+    Asked("single-stream", seconds, None, None, None).check()
     bundles = [bundle if isinstance(bundle, Bundle) else Bundle.open(bundle) for bundle in (first, second)]
     models = [Model.open(bundle.path, backend, precision=precision, threads=threads) for bundle in bundles]
-    with models[0] as one, models[1] as other:
-        calls = [_call(model) for model in (one, other)]
+    with models[0], models[1]:
+        calls = [_call(model) for model in models]
         say(f"warming up {bundles[0].path.name} and {bundles[1].path.name}")
         for call in calls:
             warm_up(call, limit_s=min(1.0, seconds))
         before = Sensors()
-        samples, medians = _rounds(calls, seconds)
+        samples, medians = in_turns(calls, seconds)
         load = Sensors().since(before)
-        about = [
-            {
-                "bundle": str(bundle.path),
-                "model": bundle.manifest.name,
-                "digest": bundle.digest,
-                **model.runner.describe(),
-                "graph": getattr(model.runner, "graph", None),
-                "latency_ms": percentiles(taken),
-                "iterations": len(taken),
-            }
-            for bundle, model, taken in zip(bundles, (one, other), samples, strict=True)
-        ]
+        about = [_about(model, taken) for model, taken in zip(models, samples, strict=True)]
     interval = paired_ratio(medians[0], medians[1])
-    verdict = "slower" if interval.low > 1 else "faster" if interval.high < 1 else "same"
-    reasons = []
+    reasons = load.slowed()
     if interval.high / interval.low > 1 + WIDE:
         reasons.append(f"the interval is wide ({interval.low:.3f} to {interval.high:.3f}): raise --seconds")
-    if load.throttled or load.held:
-        reasons += load.reasons(os.cpu_count() or 1, threads)[-1:]
     answer = {
         "bundles": about,
         **interval._asdict(),
-        "verdict": verdict,
+        "verdict": interval.verdict,
         "rounds": len(medians[0]),
         "limit": limit,
-        "passed": None if limit is None else not (interval.ratio > 1 + limit and verdict == "slower"),
+        "passed": None if limit is None else not (interval.ratio > 1 + limit and interval.verdict == "slower"),
         "trustworthy": not reasons,
         "reasons": reasons,
         "load": load._asdict(),
@@ -95,12 +80,25 @@ def bench_pair(
     }
     if answer["passed"] is False:
         raise BudgetNotMet(
-            f"{Path(about[1]['bundle']).name} takes {interval.ratio - 1:.1%} longer than {Path(about[0]['bundle']).name}; "
+            f"{bundles[1].path.name} takes {interval.ratio - 1:.1%} longer than {bundles[0].path.name}; "
             f"allowed is {limit:.1%} (99% interval of the ratio: {interval.low:.3f} to {interval.high:.3f})",
             "find the change that made it slower, or raise --fail-over",
             answer,
         )
     return answer
+
+
+def _about(model: Model, taken: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """One of the two: what ran, and its latencies."""
+    return {
+        "bundle": str(model.bundle.path),
+        "model": model.bundle.manifest.name,
+        "digest": model.bundle.digest,
+        **model.runner.describe(),
+        "graph": getattr(model.runner, "graph", None),
+        "latency_ms": percentiles(taken),
+        "iterations": len(taken),
+    }
 
 
 def _call(model: Model) -> Call:
@@ -109,7 +107,7 @@ def _call(model: Model) -> Call:
     return lambda: runner.run(feeds)
 
 
-def _rounds(calls: list[Call], seconds: float) -> tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
+def in_turns(calls: list[Call], seconds: float) -> tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
     """All latencies, and the median of every burst, in ms, of each call."""
     rounds = max(ROUNDS, round(seconds / BURST_S))
     samples: list[list[int]] = [[] for _ in calls]

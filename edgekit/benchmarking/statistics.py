@@ -65,6 +65,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def verdict(self) -> str:
+        """``same`` where the interval holds 1, else ``slower`` or ``faster``."""
+        return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
+
 
 def median_ratio(old_ms: Floats, new_ms: Floats) -> Interval:
     """median(new) / median(old) with a 99% confidence interval, by batch means.

@@ -94,10 +94,7 @@ def prune(
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     target = new_path(out)
-    if sparsity not in (None, "2:4"):
-        raise UsageError(f"there is no sparsity {sparsity!r}", "the one pattern that tensor cores know is 2:4")
-    if max_drop is not None and not 0 <= max_drop <= 100:
-        raise UsageError(f"--max-drop {max_drop:g} is no number of points", "give points of top-1, for example 0.5")
+    _check_numbers(sparsity, max_drop)
     wanted = target_of(keep, size, speedup, latency_ms, whole=sparsity is not None)
     importance_named(importance)
     patterns = (freeze,) if isinstance(freeze, str) else tuple(freeze)
@@ -119,6 +116,13 @@ def prune(
     run.resume.forget()
     _gate(pruned, figures, None if roofline else wanted, max_drop)
     return pruned
+
+
+def _check_numbers(sparsity: str | None, max_drop: float | None) -> None:
+    if sparsity not in (None, "2:4"):
+        raise UsageError(f"there is no sparsity {sparsity!r}", "the one pattern that tensor cores know is 2:4")
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise UsageError(f"--max-drop {max_drop:g} is no number of points", "give points of top-1, for example 0.5")
 
 
 def _write(
