@@ -318,7 +318,13 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     """Build, check, write; returns what TARGET.json says, and ``engine``, the path."""
     spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
     _verify(options.kit, spec)
-    trt = importlib.import_module(options.module)
+    try:
+        trt = importlib.import_module(options.module)
+    except ImportError as error:
+        raise BuildError(
+            f"this Python has no usable {options.module} ({error}); JetPack's own has it: sudo apt-get install tensorrt, then "
+            "run the system's python3, outside any virtual environment"
+        ) from None
     name = spec["graph" if asked.strongly_typed(trt) else "untyped_graph"]
     graph = (options.kit / name).read_bytes()
     if not options.no_check:

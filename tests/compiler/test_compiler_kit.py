@@ -181,7 +181,8 @@ def test_a_damaged_kit_is_refused(kit: Path) -> None:
 def test_without_tensorrt_the_script_says_so(kit: Path) -> None:
     done = run_kit(kit, "--no-check")
     assert done.returncode == 1
-    assert "tensorrt" in done.stderr
+    assert "this Python has no usable tensorrt" in done.stderr
+    assert "apt-get install tensorrt" in done.stderr
     assert "Traceback" not in done.stderr
 
 
