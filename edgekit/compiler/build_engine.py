@@ -118,7 +118,7 @@ def build(
         config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(" ".join(" ".join(lines[-1:]).split()) or "TensorRT gave no reason")
+        raise BuildError(asked.shape_inputs(network) or " ".join(" ".join(lines[-1:]).split()) or "TensorRT gave no reason")
     dla = asked.fallback(config, network) if options.get("dla") is not None else None
     layers = asked.network_layers(network) if options.get("verbose") else None
     return Built(bytes(plan), dla, asked.timings_of(config) if timings is not None else None, unused, layers)

@@ -33,6 +33,7 @@ __all__ = [
     "precision_flags",
     "quantized",
     "read_timings",
+    "shape_inputs",
     "strongly_typed",
     "timings_of",
     "use_timings",
@@ -104,6 +105,13 @@ def parser_error(parser: Any) -> str:
     name = error.node_name() if hasattr(error, "node_name") else ""
     where = "{} (node {})".format(operator or "an operator", name or f"number {error.node()}")
     return "{}: {}".format(where, " ".join(str(error.desc()).split()))
+
+
+def shape_inputs(network: Any) -> str:
+    """Why a network with inputs that decide shapes does not build, "" where it has none: their values belong in a profile."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    names = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
+    return f"{', '.join(names)} decides shapes: TensorRT needs such values when it compiles" if names else ""
 
 
 def check_device(spec: dict[str, Any], capability: str) -> None:

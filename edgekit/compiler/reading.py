@@ -69,11 +69,12 @@ def read_model(path: Path) -> Source:
         model.ir_version = max(model.ir_version, 8)
         changed = True
     border = plain_border(model)
-    changed = _renamed(model.graph) or changed or bool(border)
+    opened = _opened(model.graph)
+    changed = _renamed(model.graph) or changed or bool(border) or bool(opened)
     _check_types(model)
     refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in UNBUILDABLE})
     notes = [f"TensorRT does not build {', '.join(refused[:4])}; ONNX Runtime runs it"] if refused else []
-    return Source(model, changed, [*border, *notes])
+    return Source(model, changed, [*border, *opened, *notes])
 
 
 def check_model(model: onnx.ModelProto) -> None:
@@ -103,6 +104,19 @@ def _renamed(graph: onnx.GraphProto) -> bool:
             changed = True
         seen.add(node.name)
     return changed
+
+
+def _opened(graph: onnx.GraphProto) -> list[str]:
+    """Clear the axes of 0, in place, which some exporters write for open ones, and note in which inputs: ONNX Runtime would
+    take no tensor with elements for them."""
+    notes = []
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        empty = [d for d in value.type.tensor_type.shape.dim if d.HasField("dim_value") and d.dim_value == 0]
+        for dim in empty:
+            dim.Clear()
+        if empty and value in graph.input:
+            notes.append(f"input {value.name} states an axis of 0: it is taken for an open one")
+    return notes
 
 
 def _no_text(message: Any) -> bytes | None:
@@ -192,10 +206,15 @@ def _check_operators(model: onnx.ModelProto) -> None:
 def _check_types(model: onnx.ModelProto) -> None:
     for kind, values in (("input", model.graph.input), ("output", model.graph.output)):
         for value in values:
-            if not value.type.HasField("tensor_type") or value.type.tensor_type.elem_type not in _TENSOR_TYPES:
-                raise GraphError(
-                    f"{kind} {value.name} is not a tensor of numbers or bools ({value.type.WhichOneof('value')})",
-                    "cut strings, sequences and optionals off before the export",
-                )
+            what = value.type.WhichOneof("value") or "nothing"
+            if what == "tensor_type" and value.type.tensor_type.elem_type in _TENSOR_TYPES:
+                continue
+            what = what.removesuffix("_type")
+            if what == "tensor" and (held := value.type.tensor_type.elem_type) in TensorProto.DataType.values():
+                what = f"tensor of {TensorProto.DataType.Name(held)}"
+            raise GraphError(
+                f"{kind} {value.name} is not a tensor of numbers or bools that numpy has: {what}",
+                "cut strings, sequences and optionals off before the export; types such as bfloat16 and float8 stay inside",
+            )
     if not model.graph.input:
         raise GraphError("the graph has no inputs", "give it one; a constant needs no model")

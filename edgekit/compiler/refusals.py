@@ -16,6 +16,7 @@ __all__ = ["cure", "explained"]
 LONGEST = 500  # characters of a message
 _PARSER = re.compile(r"^(\w+) \(node (.+?)\): (.*)$", re.DOTALL)
 _AFTERMATH = re.compile(r"\s*\[checkMacros\.cpp.*$", re.DOTALL)  # that there is no GPU here, which nobody needs
+_SHAPES = re.compile(r"^(.+?)(?:, .+)? decides shapes: ")
 _LAYER = re.compile(r"\bI\w*Layer (.+?): ")
 _FUSED = re.compile(r"\{ForeignNode\[(.+?)(?:\.\.\.|\])")
 
@@ -40,6 +41,8 @@ def explained(graph: bytes, refusal: str) -> str:
 
 def cure(graph: bytes, refusal: str) -> str:
     """What a user can do about it."""
+    if found := _SHAPES.match(refusal):
+        return f"import it again with its values: --constant {found[1]}:V,V; ONNX Runtime takes them at run time"
     node = _node(onnx.load_model_from_string(graph), refusal)
     operator = node.op_type if node is not None else refusal.split(" ", 1)[0]
     if operator in UNBUILDABLE or refusal.endswith(": false"):

@@ -19,8 +19,8 @@ _SIGNED: dict[int, int] = {
     TensorProto.UINT32: TensorProto.INT64,
     TensorProto.UINT64: TensorProto.INT64,
 }
-#: TensorRT has it; numpy, and so a runtime's caller, does not.
-_NO_NUMPY: dict[int, str] = {TensorProto.BFLOAT16: "bfloat16"}
+#: TensorRT has them; numpy, and so a runtime's caller, does not.
+_NO_NUMPY: dict[int, str] = {TensorProto.BFLOAT16: "bfloat16", TensorProto.FLOAT8E4M3FN: "float8_e4m3fn"}
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
@@ -50,7 +50,10 @@ def to_signed(model: onnx.ModelProto) -> bool:
 
 
 def plain_border(model: onnx.ModelProto) -> list[str]:
-    """Inputs and outputs of bfloat16 become float32, in place, with a Cast inside; returns notes."""
+    """Inputs and outputs of bfloat16 and float8 become float32, in place, with a Cast inside; returns notes.
+
+    TensorRT casts nothing to or from float8: there it is quantization by 1.
+    """
     graph, taken, notes = model.graph, tensor_names(model.graph), list[str]()
     behind, ahead = list[onnx.NodeProto](), list[onnx.NodeProto]()
     inputs, outputs = ({value.name for value in values} for values in (graph.input, graph.output))
@@ -62,9 +65,15 @@ def plain_border(model: onnx.ModelProto) -> list[str]:
         taken.add(inner)
         for node in graph.node:
             rename(node, {value.name: inner})
-        cast = [value.name, inner] if is_input else [inner, value.name]
-        made = helper.make_node("Cast", cast[:1], cast[1:], name=f"{inner}/cast", to=kind if is_input else TensorProto.FLOAT)
-        (behind if is_input else ahead).append(made)
+        source, result = (value.name, inner) if is_input else (inner, value.name)
+        if kind == TensorProto.BFLOAT16:
+            cast = helper.make_node("Cast", [source], [result], f"{inner}/cast", to=kind if is_input else TensorProto.FLOAT)
+        else:
+            graph.initializer.append(helper.make_tensor(f"{inner}/one", TensorProto.FLOAT, [], [1.0]))
+            graph.initializer.append(helper.make_tensor(f"{inner}/zero", kind, [], [0.0]))
+            operator = "QuantizeLinear" if is_input else "DequantizeLinear"
+            cast = helper.make_node(operator, [source, f"{inner}/one", f"{inner}/zero"], [result], f"{inner}/cast")
+        (behind if is_input else ahead).append(cast)
         value.type.tensor_type.elem_type = TensorProto.FLOAT
         notes.append(f"{value.name} is float32 at the border: numpy has no {_NO_NUMPY[kind]}")
     if notes:

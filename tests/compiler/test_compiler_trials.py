@@ -1,0 +1,123 @@
+"""What an import tries a foreign graph on: sizes that nobody states, inputs that leave it finite, types that numpy lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekit.compiler import build, import_onnx, trials
+from edgekit.errors import GraphError
+from edgekit.runtime import Model, check_golden
+from edgekit.runtime.golden import load_golden
+
+F = TensorProto.FLOAT
+N = helper.make_node
+V = helper.make_tensor_value_info
+
+
+def saved(path: Path, nodes: list[Any], inputs: list[Any], y: Any, version: int = 19, **weights: Any) -> Path:
+    kept = [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "g", inputs, [y], kept)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=9)
+    path.write_bytes(made.SerializeToString())
+    return path
+
+
+def test_an_axis_of_zero_is_an_open_one(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], [V("x", F, [0, 3])], V("y", F, [0, 3]))
+    bundle = import_onnx(path, out=tmp_path / "open.edge")
+    assert bundle.manifest.inputs[0].shape == ("batch", 3)
+    assert "input x states an axis of 0: it is taken for an open one" in bundle.manifest.history[-1].figures["notes"]
+    fixed = import_onnx(path, out=tmp_path / "fixed.edge", shape="x:2x3")
+    with Model.open(fixed.path) as model:
+        assert model.run({"x": np.ones((2, 3), np.float32)})["y"].shape == (2, 3)
+
+
+def test_infinities_of_a_mask_are_golden(tmp_path: Path) -> None:
+    mask = np.triu(np.full((4, 4), -np.inf, np.float32), 1)
+    path = saved(tmp_path / "m.onnx", [N("Add", ["x", "mask"], ["y"])], [V("x", F, [4, 4])], V("y", F, [4, 4]), mask=mask)
+    bundle = import_onnx(path, out=tmp_path / "b.edge")
+    assert np.array_equal(np.isinf(load_golden(bundle)[1]["y"]), mask < 0)
+    assert check_golden(bundle).relative == 0
+
+
+def test_finite_inputs_go_before_infinite_ones(tmp_path: Path) -> None:
+    """The logarithm of a normal number is NaN now and then, that of a rounded one often -inf; of 1..2 it is neither."""
+    nodes = [N("Floor", ["x"], ["f"]), N("Log", ["f"], ["y"])]
+    bundle = import_onnx(saved(tmp_path / "m.onnx", nodes, [V("x", F, [4, 9])], V("y", F, [4, 9])), out=tmp_path / "b.edge")
+    assert np.isfinite(load_golden(bundle)[1]["y"]).all()
+
+
+def test_a_nan_is_never_golden(tmp_path: Path) -> None:
+    bad = np.where(np.eye(4, dtype=bool), np.nan, 1).astype(np.float32)
+    path = saved(tmp_path / "m.onnx", [N("Add", ["x", "bad"], ["y"])], [V("x", F, [4, 4])], V("y", F, [4, 4]), bad=bad)
+    with pytest.raises(GraphError, match="not finite"):
+        import_onnx(path, out=tmp_path / "b.edge")
+
+
+def test_every_seed_must_stay_finite() -> None:
+    class Run:
+        calls = 0
+
+        def get_outputs(self) -> list[Any]:
+            return [onnx.ValueInfoProto(name="y")]
+
+        def run(self, names: list[str], feeds: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+            self.calls += 1
+            return [np.full(1, np.inf if self.calls == 2 else 1, np.float32)]  # the second seed of the first kind
+
+    made = helper.make_model(helper.make_graph([], "g", [V("x", F, [1, 2])], []))
+    run = Run()
+    trials.trial_feeds(run, made, {}, [])
+    assert run.calls > 4
+
+
+def test_float8_at_the_border_is_float32_and_builds(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    kind = TensorProto.FLOAT8E4M3FN
+    path = saved(
+        tmp_path / "m.onnx",
+        [N("DequantizeLinear", ["x", "s"], ["y"])],
+        [V("x", kind, [4])],
+        V("y", F, [4]),
+        s=np.float32(2),
+    )
+    bundle = import_onnx(path, out=tmp_path / "b.edge")
+    assert bundle.manifest.inputs[0].dtype == "float32"
+    with Model.open(bundle.path) as model:
+        found = model.run({"x": np.array([0.5, 1, -448, 3], np.float32)})["y"]
+    assert found.tolist() == [1, 2, -896, 6]
+    assert build(bundle, target="rtx-ada", precision="fp32").engine is not None
+
+
+def test_an_input_that_decides_shapes_is_named_at_build(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    path = saved(
+        tmp_path / "m.onnx",
+        [N("ConstantOfShape", ["dims"], ["y"])],
+        [V("dims", TensorProto.INT64, [3])],
+        V("y", F, [None, None, None]),
+    )
+    bundle = import_onnx(path, out=tmp_path / "b.edge")
+    with pytest.raises(GraphError, match="dims decides shapes") as caught:
+        build(bundle, target="rtx-ada", precision="fp32")
+    assert "--constant dims:" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (V("x", TensorProto.STRING, [4]), "tensor of STRING"),
+        (V("x", TensorProto.COMPLEX64, [4]), "tensor of COMPLEX64"),
+        (helper.make_value_info("x", helper.make_sequence_type_proto(helper.make_tensor_type_proto(F, [4]))), "sequence"),
+    ],
+)
+def test_a_border_of_no_numbers_says_what_it_holds(tmp_path: Path, value: Any, what: str) -> None:
+    path = saved(tmp_path / "m.onnx", [N("Identity", ["x"], ["y"])], [value], V("y", F, [4]))
+    with pytest.raises(GraphError, match=f"that numpy has: {what}"):
+        import_onnx(path, out=tmp_path / "b.edge")
