@@ -14,6 +14,8 @@ try:
 except ImportError:
     raise MissingExtra("onnx", "onnx") from None
 
+from edgekit.graphs.editing import all_nodes, subgraphs
+
 __all__ = ["GraphCost", "LayerCost", "Tensor", "graph_cost"]
 
 #: Operators that only rename or retype a tensor; TensorRT gives them no kernel of their own.
@@ -175,7 +177,7 @@ class _Counter:
         fresh = [t for t in weights.values() if t.name not in self.seen and self.types.get(t.name) != TensorProto.INT64]
         scales = node.op_type == "QuantizeLinear"  # scales and zero points are no parameters of the model
         self.seen |= {t.name for t in fresh}
-        parameters = 0 if scales else sum(t.elements for t in fresh)
+        parameters = 0 if scales else sum(t.elements for t in fresh) + sum(map(_held, subgraphs(node)))
         used = tuple(self.dequantized & set(inputs[:2]))
         int8 = len(used) == 2 or node.op_type in ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
         kept = () if scales else tuple(weights.values())
@@ -222,6 +224,14 @@ class _Counter:
                 return None
             return data[0] * data[1] * (math.prod(weight) + math.prod(recurrent))
         return None if op in ("Einsum", "Attention") else 0
+
+
+def _held(graph: onnx.GraphProto) -> int:
+    """Parameters that a branch or a loop's body holds, those of graphs inside it as well."""
+    nodes = list(all_nodes(graph))
+    weights = [tensor for held in (graph, *(g for node in nodes for g in subgraphs(node))) for tensor in held.initializer]
+    weights += [a.t for node in nodes if node.op_type == "Constant" for a in node.attribute if a.HasField("t")]
+    return sum(int(math.prod(tensor.dims)) for tensor in weights if tensor.data_type != TensorProto.INT64)
 
 
 def _bits(kind: int) -> int:

@@ -24,6 +24,7 @@ from edgekit.runtime.onnxruntime import DTYPES, session
 
 from . import passes
 from .binding import bind_constants, bind_inputs
+from .coverage import refused
 from .evaluator import Evaluator
 from .faults import check_structure, inference_fault
 from .reading import check_model, read_model
@@ -34,6 +35,7 @@ __all__ = ["import_graph"]
 
 MIN_SNR_DB = 10.0  # between a quantized original and its float form: only rounding may be missing
 EXACT_SNR_DB = 25.0  # with the rounding emulated, ties and the order of sums remain: 45 to 200 dB are usual
+SHOWN = 4  # of the nodes that TensorRT does not build
 OLDEST_RUN = 7  # the oldest opset that ONNX Runtime states to run
 
 
@@ -94,6 +96,8 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         changed = True
     proof = _Proof(trials, truths, evaluated)
     run, figures = _rewritten(bound, folder / FLOAT_GRAPH, None if changed else path, proof, notes)
+    if names := refused(onnx.load_model(str(folder / FLOAT_GRAPH), load_external_data=False)):
+        notes.append(f"TensorRT does not build {', '.join(names[:SHOWN])}; ONNX Runtime runs it")
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
     return {
         "inputs": [_spec(value) for value in run.get_inputs()],

@@ -72,9 +72,7 @@ def read_model(path: Path) -> Source:
     opened = _opened(model.graph)
     changed = _renamed(model.graph) or changed or bool(border) or bool(opened)
     _check_types(model)
-    refused = sorted({f"{n.op_type} ({n.name or n.output[0]})" for n in all_nodes(model.graph) if n.op_type in UNBUILDABLE})
-    notes = [f"TensorRT does not build {', '.join(refused[:4])}; ONNX Runtime runs it"] if refused else []
-    return Source(model, changed, [*border, *opened, *notes])
+    return Source(model, changed, [*border, *opened])
 
 
 def check_model(model: onnx.ModelProto) -> None:

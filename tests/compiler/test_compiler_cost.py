@@ -67,6 +67,15 @@ def test_shared_weights_are_counted_once() -> None:
     assert graph_cost(graph(nodes, {"w": zeros(4, 4)}, [1, 4])).parameters == 16
 
 
+def test_the_weights_of_branches_are_parameters() -> None:
+    value = helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 7])
+    kept, stated = numpy_helper.from_array(zeros(5, 7), "w"), numpy_helper.from_array(zeros(5, 7), "v")
+    yes = helper.make_graph([N("MatMul", ["x", "w"], ["z"])], "yes", [], [value], [kept])
+    no = helper.make_graph([N("Constant", [], ["v"], value=stated), N("MatMul", ["x", "v"], ["z"])], "no", [], [value])
+    made = graph([N("If", ["c"], ["y"], then_branch=yes, else_branch=no)], {"c": np.array(True)}, [1, 5])
+    assert graph_cost(made).parameters == 1 + 35 + 35
+
+
 def quantized() -> onnx.ModelProto:
     """x -> Q/DQ -> Conv(int8 weights) -> Relu -> Q/DQ -> Conv(int8 weights)."""
     weights: dict[str, Any] = {"s": np.float32(0.1), "z": np.int8(0), "w": np.zeros((16, 16, 1, 1), np.int8)}

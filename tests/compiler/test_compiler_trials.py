@@ -109,6 +109,14 @@ def test_an_input_that_decides_shapes_is_named_at_build(tmp_path: Path) -> None:
     assert "--constant dims:" in caught.value.hint
 
 
+def test_what_tensorrt_does_not_build_is_noted(tmp_path: Path) -> None:
+    node = N("ScatterND", ["x", "i", "u"], ["y"], name="s", reduction="add")
+    ends: dict[str, Any] = {"i": np.zeros((1, 1), np.int64), "u": np.ones((1, 4), np.float32)}
+    path = saved(tmp_path / "m.onnx", [node], [V("x", F, [2, 4])], V("y", F, [2, 4]), **ends)
+    notes = import_onnx(path, out=tmp_path / "b.edge").manifest.history[-1].figures["notes"]
+    assert "TensorRT does not build ScatterND (s, reduction='add'); ONNX Runtime runs it" in notes
+
+
 @pytest.mark.parametrize(
     ("value", "what"),
     [
