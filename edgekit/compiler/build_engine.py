@@ -139,7 +139,7 @@ class _Cuda:
     def call(self, name: str, *arguments: Any) -> None:
         code = getattr(self.library, name)(*arguments)
         if code:
-            raise BuildError(f"{name} failed with CUDA error {code}")
+            raise BuildError(f"{name} failed with CUDA error {code}: {asked.CUDA_CURES.get(code, 'see cudaError_t')}")
 
     def capability(self) -> str:
         """Of the first GPU: "8.7"."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
+    "CUDA_CURES",
     "TIMINGS",
     "BuildError",
     "changes",
@@ -40,6 +41,13 @@ __all__ = [
 ]
 
 TIMINGS = "timing.cache"  # the file of a kit
+#: What to do about an error of the CUDA runtime, by its number (cudaError_t).
+CUDA_CURES = {
+    35: "the driver is older than this CUDA runtime: update JetPack or the driver",
+    46: "the GPU is in use by another process, exclusively",
+    100: "there is no GPU here: run this on the device, or with --no-check",
+    999: "the driver does not answer: restart the device",
+}
 MEMINFO, STATUS = "/proc/meminfo", "/proc/self/status"
 
 

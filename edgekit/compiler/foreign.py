@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN
 from edgekit.errors import BackendError, EdgekitError, GraphError, UsageError
@@ -36,6 +37,7 @@ __all__ = ["import_graph"]
 MIN_SNR_DB = 10.0  # between a quantized original and its float form: only rounding may be missing
 EXACT_SNR_DB = 25.0  # with the rounding emulated, ties and the order of sums remain: 45 to 200 dB are usual
 SHOWN = 4  # of the nodes that TensorRT does not build
+_MEND = "mend that node, or export the model again"
 OLDEST_RUN = 7  # the oldest opset that ONNX Runtime states to run
 
 
@@ -63,7 +65,7 @@ def _by_node(path: Path, error: EdgekitError) -> EdgekitError:
         fault = inference_fault(model)
     except EdgekitError as found:
         return found
-    return GraphError(fault, "mend that node, or export the model again") if fault else error
+    return GraphError(fault, _MEND) if fault else error
 
 
 def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -100,8 +102,8 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         notes.append(f"TensorRT does not build {', '.join(names[:SHOWN])}; ONNX Runtime runs it")
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
     return {
-        "inputs": [_spec(value) for value in run.get_inputs()],
-        "outputs": [_spec(value) for value in run.get_outputs()],
+        "inputs": [_spec(value, trials[0][value.name]) for value in run.get_inputs()],
+        "outputs": [_spec(value, truths[0][value.name]) for value in run.get_outputs()],
         "shape": {name: [axis.low for axis in axes] for name, axes in binding.fixed.items()},
         "dynamic": {name: "x".join(map(str, axes)) for name, axes in binding.dynamic.items()},
         "notes": notes,
@@ -183,7 +185,9 @@ def _full_range(model: onnx.ModelProto, feeds: Feeds) -> Iterator[Feeds]:
 
 
 def _evaluator(model: onnx.ModelProto, refusal: BackendError, notes: list[str]) -> Evaluator:
-    """ONNX's own evaluator, slow and in numpy, for graphs that ONNX Runtime has no kernels for."""
+    """ONNX's own evaluator, slow and in numpy, for graphs that ONNX Runtime has no kernels for; not for contradictory ones."""
+    if fault := inference_fault(model):
+        raise GraphError(fault, _MEND)
     kept = onnx.ModelProto()
     kept.CopyFrom(model)
     try:
@@ -348,6 +352,12 @@ def _without_branches(bound: onnx.ModelProto) -> bool:
     return True
 
 
-def _spec(value: Any) -> dict[str, Any]:
-    shape = [axis if axis is not None else f"{value.name}_{i}" for i, axis in enumerate(value.shape)]
+def _spec(value: Any, found: NDArray[Any]) -> dict[str, Any]:
+    """What the manifest says of an input or output. Axes that a file states and ``found`` contradicts are open ones: ONNX
+    Runtime only warns of an output that has another shape than its file says."""
+    stated = value.shape if len(value.shape) == found.ndim else [None] * found.ndim
+    shape = [
+        f"{value.name}_{index}" if axis is None or (isinstance(axis, int) and axis != size) else axis
+        for index, (axis, size) in enumerate(zip(stated, found.shape, strict=True))
+    ]
     return {"name": value.name, "dtype": DTYPES[value.type], "shape": shape}

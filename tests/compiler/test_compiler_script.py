@@ -13,7 +13,8 @@ from unittest.mock import ANY
 import pytest
 
 from edgekit.bundle import Bundle
-from edgekit.compiler import build, build_options
+from edgekit.compiler import build, build_engine, build_options
+from edgekit.compiler.build_engine import _Cuda
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -170,3 +171,14 @@ def test_a_gpu_that_this_tensorrt_does_not_compile_for_is_named(script: Callable
     done = script("--compute-capability", "9.9", release="rtx1.7")
     assert done.code == 1
     assert "does not compile for compute capability 9.9 (SM99)" in done.err
+
+
+def test_a_machine_without_a_gpu_is_told_what_to_do(
+    script: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(cudaDeviceGetAttribute=lambda *_: 100)  # cudaErrorNoDevice
+    monkeypatch.setattr(build_engine.ctypes, "CDLL", lambda name: library)
+    done = script(cuda=_Cuda())
+    assert done.code == 1
+    assert "CUDA error 100: there is no GPU here: run this on the device, or with --no-check" in done.err
+    assert not engine_of(tmp_path / "kit").exists()

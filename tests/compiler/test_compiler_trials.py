@@ -117,6 +117,19 @@ def test_what_tensorrt_does_not_build_is_noted(tmp_path: Path) -> None:
     assert "TensorRT does not build ScatterND (s, reduction='add'); ONNX Runtime runs it" in notes
 
 
+@pytest.mark.parametrize(("stated", "shape"), [(["n", 4], ("n", "y_1")), (["n", 3, 1], ("y_0", "y_1"))])
+def test_an_output_that_a_file_states_wrongly_is_open(tmp_path: Path, stated: list[Any], shape: tuple[Any, ...]) -> None:
+    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], [V("x", F, ["n", 3])], V("y", F, stated))
+    assert import_onnx(path, out=tmp_path / "b.edge").manifest.outputs[0].shape == shape
+
+
+def test_an_output_of_another_type_than_its_node_makes_is_refused(tmp_path: Path) -> None:
+    """ONNX's evaluator would run it, and no backend."""
+    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"], "r")], [V("x", F, [3])], V("y", TensorProto.INT64, [3]))
+    with pytest.raises(GraphError, match=r"node r \(Relu\): Inferred elem type differs"):
+        import_onnx(path, out=tmp_path / "b.edge")
+
+
 @pytest.mark.parametrize(
     ("value", "what"),
     [
