@@ -11,7 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -219,8 +219,10 @@ class Bundle:
             shutil.rmtree(work, ignore_errors=True)
             raise
 
-    def extend(self, files: Mapping[str, bytes], entry: History | None = None) -> Bundle:
+    def extend(self, files: Mapping[str, bytes], entry: History | None = None, *, drop: Iterable[str] = ()) -> Bundle:
         """Add or replace derived files, and a history entry; returns the bundle as it is now.
+
+        ``drop``: derived files that those take the place of; they go once the manifest no longer names them.
 
         The entry takes the place of an earlier one of the same stage and config (a repeated eval or bench), so that a
         bundle which is measured every day does not grow.
@@ -229,14 +231,15 @@ class Bundle:
         manifest before it changes on disk and comes back after, so that a crash between the steps costs the derived
         file, never the bundle.
         """
-        if bad := [name for name in files if not is_safe_name(name) or name in (*IDENTITY, MANIFEST)]:
+        gone = [name for name in drop if name in self.manifest.files]
+        if bad := [name for name in (*files, *gone) if not is_safe_name(name) or name in (*IDENTITY, MANIFEST)]:
             raise ValueError(f"not a derived file: {bad[0]}")
         with locked(self.path):
             manifest = _read_manifest(self.path)
-            for name in files:
+            for name in (*files, *gone):
                 if (self.path / name).parent.is_symlink():
                     raise BundleError(f"{(self.path / name).parent} is a symbolic link", "do not trust this bundle")
-            before = {name: digest for name, digest in manifest.files.items() if name not in files}
+            before = {name: digest for name, digest in manifest.files.items() if name not in (*files, *gone)}
             after = before | {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
             replaced = before.keys() != manifest.files.keys()
             without = msgspec.structs.replace(manifest, files=before)
@@ -254,6 +257,9 @@ class Bundle:
                     os.replace(names[path], path)
                     sync_path(path.parent)
                 os.replace(names[index], index)
+            for name in gone:
+                with contextlib.suppress(OSError):  # a file that no manifest names does no harm
+                    (self.path / name).unlink()
             sync_path(self.path)
         return Bundle(self.path, manifest)
 

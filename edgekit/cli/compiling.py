@@ -191,10 +191,10 @@ def _target_row(row: dict[str, Any]) -> dict[str, Any]:
 @bundle_argument()
 @target_option
 @click.option("--precision", default="best", show_default=True, metavar="P", help="fp32, fp16, int8 or best.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples at once.")
+@click.option("--batch", type=click.IntRange(1), help="Samples at once; 1, or the fewest that the graph takes, if not given.")
 @targets_option
 @answers
-def estimate(bundle: Path, target: str, precision: str, batch: int) -> Answer:
+def estimate(bundle: Path, target: str, precision: str, batch: int | None) -> Answer:
     """Predict the latency on a device by the roofline model. A prediction, not a measurement.
 
     latency_ms is fitted to published latencies, bound_ms is what the peaks alone would give. int8 of a bundle that is not

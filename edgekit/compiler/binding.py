@@ -89,6 +89,7 @@ def bind_inputs(model: onnx.ModelProto, fixed: Stated, dynamic: Stated) -> Bindi
     values = {i.name: i for i in model.graph.input}
     symbols: dict[str, int] = {}
     ranges: dict[str, Axis] = {}
+    _part_batches(values, {names[asked]: axes for asked, axes in {**fixed, **dynamic}.items()})
     for asked, axes in {**fixed, **dynamic}.items():
         _bind(values[names[asked]], axes, symbols, ranges)
     if clash := sorted(set(symbols) & set(ranges)):
@@ -159,6 +160,18 @@ def _bind(value: onnx.ValueInfoProto, axes: tuple[Axis, ...], symbols: dict[str,
         if store.setdefault(symbol, wanted) != wanted:
             raise UsageError(f"the axis {symbol!r} was stated as {store[symbol]} and as {wanted}", "state one size for it")
         tensor.shape.dim[index].dim_param = symbol
+
+
+def _part_batches(values: Mapping[str, onnx.ValueInfoProto], stated: Stated) -> None:
+    """Nameless first axes are one batch, unless different sizes are stated for them: then each has a name of its own."""
+    nameless = [
+        name
+        for name, axes in stated.items()
+        if values[name].type.tensor_type.shape.dim and axes and dims(values[name])[0] is None
+    ]
+    if len({stated[name][0] for name in nameless}) > 1:
+        for name in nameless:
+            values[name].type.tensor_type.shape.dim[0].dim_param = f"{name}_0"
 
 
 def _name_axes(value: onnx.ValueInfoProto, symbols: Mapping[str, int], is_input: bool) -> None:

@@ -29,7 +29,7 @@ from .build_options import layer_report
 from .changes import changes, difference
 from .kit import SCRIPTS, make_kit
 from .options import Options, check_precision, frame_profiles, frames_of, read_timings
-from .shapes import Profiles, assumed_sizes, profiles_for
+from .shapes import Profiles, profiles_for, unstated_sizes
 from .versions import listed, readers, tensorrt_version
 
 __all__ = ["BuildResult", "build"]
@@ -139,16 +139,18 @@ def _kept(bundle: Bundle, files: Mapping[str, bytes], record: Mapping[str, Any],
     """The bundle with what was built, its record and a line of history."""
     sidecar = {f"engines/{record['target']}.json": msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"}
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
-    updated = bundle.extend({**files, **sidecar}, bundle.entry("build", config, figures))
+    # A target may have changed its kind: the record is the new one's.
+    other = {f"engines/{record['target']}{suffix}" for suffix in (".engine", ".kit.zip")} - files.keys()
+    updated = bundle.extend({**files, **sidecar}, bundle.entry("build", config, figures), drop=other)
     if "engine_sha256" in record:
         trust_engine(record["engine_sha256"])  # made here: the runtime may load it here
     return updated
 
 
-def _assumptions(bundle: Bundle) -> list[str]:
+def _assumptions(bundle: Bundle, profiles: Profiles) -> list[str]:
     """A note where the engine takes sizes that nobody stated."""
-    sizes = ", ".join(f"{symbol}={size}" for symbol, size in assumed_sizes(bundle).items())
-    return [f"takes {sizes} only, at which its golden outputs were made: import it with --shape or --dynamic"] if sizes else []
+    sizes = ", ".join(f"{symbol}={size}" for symbol, size in unstated_sizes(bundle, profiles).items())
+    return [f"takes {sizes} only, which nobody stated: import it with --shape or --dynamic"] if sizes else []
 
 
 def _compiled(
@@ -167,7 +169,7 @@ def _compiled(
             answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
         answer.setdefault("tensorrt", spec["tensorrt"])
         options.check_chosen(answer)
-        answer["notes"] += _assumptions(bundle)
+        answer["notes"] += _assumptions(bundle, spec["profiles"])
         answer["notes"] += options.notes(target, answer["precision"], answer.get("memory"))
         return _outputs(bundle, target, spec, answer, folder, options.timings)
 

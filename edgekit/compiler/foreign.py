@@ -28,7 +28,7 @@ from .binding import bind_constants, bind_inputs
 from .coverage import refused
 from .evaluator import Evaluator
 from .faults import check_structure, inference_fault
-from .reading import check_model, read_model
+from .reading import check_model, drop_unproven, read_model
 from .shapes import Axis, Constant
 from .trials import MAX_RELATIVE, Feeds, first_line, outputs, trial_feeds
 
@@ -80,7 +80,8 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         bind_constants(bound, {name: Constant(*stated) for name, stated in constants.items()})
         changed = True
     check_model(bound)
-    notes = [*source.notes]
+    dropped, said = drop_unproven(bound)
+    changed, notes = changed or dropped, [*source.notes, *said]
     original: Any = _reference(bound, folder / "original.onnx" if changed else path, notes)
     binding = bind_inputs(bound, fixed, ranges)
     notes += binding.notes

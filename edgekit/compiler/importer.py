@@ -65,7 +65,7 @@ def import_onnx(
     with Bundle.create(out) as draft, tempfile.TemporaryDirectory(prefix="edgekit-import-") as work:
         digest = _checked_file(path)
         say(f"importing {path.name}")
-        request = {"model": str(path.resolve()), "shape": fixed, "dynamic": ranges, "constants": values}
+        request = {"model": os.path.abspath(path), "shape": fixed, "dynamic": ranges, "constants": values}
         answer = child.call("foreign:import_graph", request, Path(work), timeout_s)
         for file in (FLOAT_GRAPH, GOLDEN):
             shutil.move(Path(work) / file, draft.path / file)

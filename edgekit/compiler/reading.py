@@ -14,13 +14,13 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_m
 
 from edgekit.errors import GraphError
 from edgekit.graphs import MICROSOFT_OPERATORS
-from edgekit.graphs.editing import free_name
+from edgekit.graphs.editing import free_name, subgraphs
 from edgekit.graphs.light import outline
 from edgekit.graphs.narrow import plain_border
 
-from .passes import all_nodes, opset
+from .passes import all_nodes, dims, opset
 
-__all__ = ["UNBUILDABLE", "Source", "check_model", "read_model"]
+__all__ = ["UNBUILDABLE", "Source", "check_model", "drop_unproven", "read_model"]
 
 MAX_BYTES = 2 << 30
 #: TensorRT's parser refuses these, or its result cannot be run (seen on TensorRT-RTX 1.7): a note, for ONNX Runtime runs them.
@@ -117,6 +117,59 @@ def _opened(graph: onnx.GraphProto) -> list[str]:
     return notes
 
 
+def drop_unproven(model: onnx.ModelProto) -> tuple[bool, list[str]]:
+    """Leave out, in place, the shapes that a graph with open axes states and that do not follow from its inputs: a graph that
+    was traced at one size and opened afterwards still holds them, and whoever folds constants would take them for true.
+
+    Returns whether there were any, and a note where some contradict its inputs.
+    """
+    graph = model.graph
+    if all(isinstance(axis, int) for value in graph.input for axis in dims(value)):
+        return False, []
+    bare = outline(model)
+    _forget(bare.graph)
+    try:
+        bare = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    except Exception:  # noqa: BLE001  InferenceError and others: nothing is proven then
+        bare = outline(model)
+        _forget(bare.graph)
+    known = {value.name: dims(value) for value in (*bare.graph.input, *bare.graph.value_info, *bare.graph.output)}
+    dropped, wrong = _drop_unproven_of(graph, known)
+    for node in all_nodes(graph):
+        for inner in subgraphs(node):
+            dropped |= bool(inner.value_info)
+            del inner.value_info[:]
+    more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+    said = f"shapes that the file states for {', '.join(wrong[:3])}{more} contradict its inputs: they were left out"
+    return dropped, [said] if wrong else []
+
+
+def _forget(graph: onnx.GraphProto) -> None:
+    """Drop what is stated of tensors inside, and the sizes of outputs."""
+    del graph.value_info[:]
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+
+
+def _drop_unproven_of(graph: onnx.GraphProto, known: dict[str, list[int | str | None]]) -> tuple[bool, list[str]]:
+    """(whether sizes were dropped, the tensors whose sizes are known to be others)."""
+    unproven, wrong = set[str](), list[str]()
+    for value in (*graph.value_info, *graph.output):
+        stated, found = dims(value), known.get(value.name, [])
+        found = found if len(found) == len(stated) else [None] * len(stated)
+        for axis, own, inferred in zip(value.type.tensor_type.shape.dim, stated, found, strict=True):
+            if isinstance(own, int) and own != inferred:
+                axis.Clear()
+                unproven.add(value.name)
+                if inferred is not None and value.name not in wrong:
+                    wrong.append(value.name)
+    kept = [value for value in graph.value_info if value.name not in unproven]
+    if len(kept) != len(graph.value_info):
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+    return bool(unproven), wrong
+
+
 def _no_text(message: Any) -> bytes | None:
     """What should be text and is not UTF-8, if anything: protobuf gives it as bytes."""
     for field, value in message.ListFields():
@@ -154,6 +207,11 @@ def _load_external(model: onnx.ModelProto, path: Path) -> bool:
         location = ExternalDataInfo(tensor).location
         file = folder / location
         inside = location and not Path(location).is_absolute() and ".." not in Path(location).parts
+        if inside and file.is_symlink():
+            raise GraphError(
+                f"the external data {location!r} is a symbolic link, which may lead anywhere",
+                f"copy the files themselves, as cp -L {path.parent}/* FOLDER does, and import the copy",
+            )
         if not inside or not file.resolve().is_relative_to(folder) or file.resolve() != file:
             raise GraphError(
                 f"the weights of {tensor.name!r} lie outside the model's folder: {location!r}",

@@ -153,12 +153,13 @@ def _eight_bits(cost: GraphCost, outputs: set[str]) -> frozenset[str]:
 
 
 def estimate(
-    bundle: Bundle | str | os.PathLike[str], *, target: str, precision: str = "best", batch: int = 1
+    bundle: Bundle | str | os.PathLike[str], *, target: str, precision: str = "best", batch: int | None = None
 ) -> dict[str, Any]:
     """Predict the latency of one inference on a target, in ms. ``"prediction": true`` marks it.
 
     ``precision`` best: int8 where the bundle is quantized, else fp16 (fp32 where the target has none). int8 of a bundle that
-    is not quantized counts as if every layer with weights were, and says so. ``bound_ms``: no kernel below its peaks,
+    is not quantized counts as if every layer with weights were, and says so. ``batch``: 1 if not given, or the fewest samples
+    that the graph is stated to take. ``bound_ms``: no kernel below its peaks,
     launches free. Raises `UsageError` for a target without figures (those are per card), a precision it lacks, or dynamic
     axes without a range.
     """
@@ -169,7 +170,8 @@ def estimate(
     quantized = precision == "int8" and opened.has(INT8_GRAPH)
     model = onnx.load_model(str(opened.file(INT8_GRAPH if quantized else FLOAT_GRAPH)), load_external_data=False)
     rest = "fp16" if "fp16" in chosen.precisions else "fp32"
-    works, cost = work_of(model, precision, _sizes(opened, batch), rest=rest)
+    batch, sizes = _sizes(opened, batch)
+    works, cost = work_of(model, precision, sizes, rest=rest)
     rows = [_row(work, chosen) for work in works]
     total = sum(row["us"] for row in rows)
     bounds = ("math", "memory", "launch")
@@ -262,11 +264,14 @@ def _check_figures(target: Target, precision: str) -> None:
         )
 
 
-def _sizes(bundle: Bundle, batch: int) -> dict[str, int]:
-    """Symbol -> size: the batch, and the largest of each stated range."""
-    dynamic = any(spec.shape and isinstance(spec.shape[0], str) for spec in bundle.manifest.inputs)
-    profiles = profiles_for(bundle, batch if dynamic or batch != 1 else None)
-    return {
+def _sizes(bundle: Bundle, batch: int | None) -> tuple[int, dict[str, int]]:
+    """(the batch, symbol -> size: that batch, and the largest of each other stated range)."""
+    least = {spec.name: shapes for spec in bundle.manifest.inputs if (shapes := profiles_for(bundle).get(spec.name))}
+    first = next((spec for spec in bundle.manifest.inputs if spec.shape and isinstance(spec.shape[0], str)), None)
+    if batch is None:
+        batch = least[first.name][0][0] if first is not None else 1
+    profiles = profiles_for(bundle, batch if first is not None or batch != 1 else None)
+    return batch, {
         symbol: profiles[spec.name][2][index]
         for spec in bundle.manifest.inputs
         for index, symbol in enumerate(spec.shape)

@@ -20,6 +20,7 @@ __all__ = [
     "parse_shapes",
     "profiles_for",
     "shape_text",
+    "unstated_sizes",
 ]
 
 MAX_AXIS = 1 << 24
@@ -163,17 +164,34 @@ def assumed_sizes(bundle: Bundle) -> dict[str, int]:
     return sizes
 
 
+def unstated_sizes(bundle: Bundle, profiles: Profiles) -> dict[str, int]:
+    """Axis symbol -> the only size that a profile has for it although nobody stated it; not the batch."""
+    stated, batch = _stated_ranges(bundle), _batch(bundle)
+    return {
+        symbol: profiles[spec.name][2][index]
+        for spec in bundle.manifest.inputs
+        for index, symbol in enumerate(spec.shape)
+        if isinstance(symbol, str) and symbol not in stated and symbol != batch and spec.name in profiles
+    }
+
+
+def _batch(bundle: Bundle) -> str | None:
+    """The symbol of the batch: the first dynamic first axis."""
+    return next((spec.shape[0] for spec in bundle.manifest.inputs if spec.shape and isinstance(spec.shape[0], str)), None)
+
+
 def profiles_for(bundle: Bundle, batch: int | str | None = None) -> Profiles:
     """The optimization profile of a bundle's graph: empty where every axis is fixed.
 
-    A dynamic first axis is the batch: ``batch`` if given, else the range stated at import, else 1. Other dynamic axes
-    have the range from the import, else the one size at which its golden outputs were made (`assumed_sizes`). The fastest
+    The first dynamic first axis is the batch: ``batch`` if given, else the range stated at import, else 1. Other dynamic axes
+    have the range from the import, else 1 where they are first ones, too, else the one size at which its golden outputs were
+    made (`assumed_sizes`). The fastest
     (opt) shape is the largest: a device's worst case is what it must bear. Raises `UsageError` for an axis of which nothing
     is known, and for a batch that the graph cannot take.
     """
     wanted, stated = parse_batch(batch), _stated_ranges(bundle)
     stated |= {symbol: Axis(size, size) for symbol, size in assumed_sizes(bundle).items()}
-    first = next((spec.shape[0] for spec in bundle.manifest.inputs if spec.shape and isinstance(spec.shape[0], str)), None)
+    first = _batch(bundle)
     if wanted and first is None:
         fixed = {spec.shape[0] for spec in bundle.manifest.inputs if spec.shape}
         if fixed != {wanted.low} or not wanted.fixed:

@@ -104,7 +104,7 @@ def _foreign(path: Path, fixed: Mapping[str, tuple[Axis, ...]], layers: bool) ->
     """An ONNX file, read in a child process as `import_onnx` reads it; nothing is written that stays."""
     digest = sha256_file(path)
     with tempfile.TemporaryDirectory(prefix="edgekit-inspect-") as work:
-        request = {"model": str(path.resolve()), "shape": fixed, "layers": layers}
+        request = {"model": os.path.abspath(path), "shape": fixed, "layers": layers}
         found = child.call("inspection:inspect_graph", request, Path(work), TIMEOUT_S)
     return {"file": str(path), "size_bytes": path.stat().st_size, "sha256": digest, **found}
 

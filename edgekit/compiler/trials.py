@@ -75,7 +75,7 @@ def trial_feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], no
         )
         if failure and any(math.prod(map(int, shape)) > MAX_TRIED for shape in shapes):
             continue
-        masked: list[Feeds] = []
+        masked: tuple[str, list[Feeds]] | None = None
         for kind in ("normal", "uniform", "small", "above"):
             trials = [_random(model, sizes, kind, seed) for seed in range(SEEDS)]
             try:
@@ -88,13 +88,14 @@ def trial_feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], no
             if not all(np.isfinite(value).all() for value in floats):
                 failure = failure or GraphError("the graph's outputs are not finite on random inputs", _PARAMETERS)
                 if not masked and all(_masked(value) for value in floats):
-                    masked = trials
+                    masked = kind, trials
                 continue
             _check_repeats(truths[0], twice)
-            return _chosen(model, batched, sizes, ranges, trials, notes)
+            return _chosen(run, model, (sizes, batched, ranges), (kind, trials), notes)
         if masked:
-            _check_repeats(outputs(run, masked[0]), outputs(run, masked[0]))
-            return _chosen(model, batched, sizes, ranges, masked, notes)
+            kind, trials = masked
+            _check_repeats(outputs(run, trials[0]), outputs(run, trials[0]))
+            return _chosen(run, model, (sizes, batched, ranges), masked, notes)
     raise failure or GraphError("the graph has no inputs", "give it one; a constant needs no model")
 
 
@@ -109,18 +110,52 @@ def _check_repeats(once: Feeds, twice: Feeds) -> None:
 
 
 def _chosen(
+    run: Any,
     model: onnx.ModelProto,
-    batched: set[str],
-    sizes: dict[str, int],
-    ranges: Mapping[str, Axis],
-    trials: list[Feeds],
+    axes: tuple[dict[str, int], set[str], Mapping[str, Axis]],
+    found: tuple[str, list[Feeds]],
     notes: list[str],
 ) -> list[Feeds]:
-    """``trials``, and a note on the sizes that nobody stated."""
+    """The trials that were found, and inputs of the other sizes that the graph is to take; a note on what nobody stated.
+
+    ``axes``: sizes of the trials, the symbols that go with the batch, the stated ranges. ``found``: kind and trials.
+    """
+    (sizes, batched, ranges), (kind, trials) = axes, found
+    ends = list(_ends(run, model, axes, kind))
     unstated = {k: v for k, v in _tied(model, batched, sizes).items() if k not in ranges}
     if unstated:
         notes.append(f"golden outputs were made with {', '.join(f'{k}={v}' for k, v in unstated.items())}")
-    return trials
+    return [*trials, *ends]
+
+
+def _ends(
+    run: Any, model: onnx.ModelProto, axes: tuple[dict[str, int], set[str], Mapping[str, Axis]], kind: str
+) -> Iterator[Feeds]:
+    """Inputs of the smallest and of the largest sizes that are stated, or of one sample where nothing is: what a graph bakes
+    in of the size at which it was traced shows at another one only. Raises `GraphError` for a range that it does not run in."""
+    sizes, batched, ranges = axes
+    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} & sizes.keys() | batched
+    for which in (0, 1):
+        wanted = {name: ranges[name][which] if name in ranges else 1 if name in first else size for name, size in sizes.items()}
+        shapes = [
+            [wanted.get(axis, 1) if isinstance(axis, str) else axis or 1 for axis in passes.dims(v)] for v in model.graph.input
+        ]
+        if wanted == sizes or any(math.prod(shape) > MAX_TRIED for shape in shapes):
+            continue
+        feeds = _random(model, wanted, kind, SEEDS)
+        try:
+            answer = outputs(run, feeds)
+        except GraphError as error:
+            stated = {name: size for name, size in wanted.items() if name in ranges and size != sizes[name]}
+            if not stated:
+                continue  # nobody said that it takes one sample
+            text = ", ".join(f"{name}={size}" for name, size in stated.items())
+            raise GraphError(
+                f"the graph does not run at {text}, which --dynamic states: {error.message}"[:500],
+                "state the range in which it runs, or fix the axis by --shape",
+            ) from None
+        if all(_masked(value) for value in answer.values() if value.dtype.kind in "fc"):
+            yield feeds
 
 
 def _tied(model: onnx.ModelProto, batched: set[str], sizes: dict[str, int]) -> dict[str, int]:

@@ -479,3 +479,27 @@ def test_a_crash_without_dynamic_axes_is_told(digits_bundle: Bundle, monkeypatch
     monkeypatch.setattr(child, "call", call)
     with pytest.raises(GraphError, match="crashed"):
         build(digits_bundle, target="rtx-ada", precision="fp32", again=True)
+
+
+def test_sizes_that_nobody_stated_are_noted(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    made = linear(np.ones((8, 4)))
+    points = helper.make_tensor_value_info("p", TensorProto.FLOAT, ["points", 4])
+    made.graph.input.append(points)
+    made.graph.node.append(helper.make_node("Neg", ["p"], ["q"]))
+    made.graph.output.append(helper.make_tensor_value_info("q", TensorProto.FLOAT, ["points", 4]))
+    onnx.save(made, tmp_path / "m.onnx")
+    import_onnx(tmp_path / "m.onnx", out=tmp_path / "b.edge")
+    result = build(tmp_path / "b.edge", target="jetson-orin-nano", batch="1..8", precision="fp32")
+    assert "takes points=1 only, which nobody stated: import it with --shape or --dynamic" in result.note
+
+
+def test_a_target_of_another_kind_takes_the_place_of_its_namesake(
+    tmp_path: Path, tiny_bundle: Bundle, cli: Callable[..., Any]
+) -> None:
+    for like, file in (("jetson-orin-nano", "board.kit.zip"), ("rtx-ada", "board.engine")):
+        (tmp_path / "t.toml").write_text(f'[board]\nlike = "{like}"\ntitle = "Ours"\n')
+        done = cli("build", tiny_bundle.path, "--target", "board", "--precision", "fp32", "--targets", tmp_path / "t.toml")
+        assert done.code == 0, done.err
+        kept = [name for name in Bundle.open(tiny_bundle.path).manifest.files if name.startswith("engines/")]
+        assert kept == sorted(["engines/board.json", f"engines/{file}"])
+        assert not (tiny_bundle.path / "engines" / ("board.engine" if file.endswith("zip") else "board.kit.zip")).exists()

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.compiler import estimate
+from edgekit.compiler import estimate, import_onnx
 from edgekit.compiler.cost import graph_cost
 from edgekit.compiler.roofline import fuse, work_of
 from edgekit.errors import UsageError
@@ -201,3 +201,11 @@ def test_odd_channels_are_named(tiny_bundle: Bundle) -> None:
 def test_a_fit_made_on_orin_says_so_elsewhere(tiny_bundle: Bundle) -> None:
     assert any("fitted on Orin" in c for c in estimate(tiny_bundle, target="l4")["caveats"])
     assert not any("fitted on Orin" in c for c in estimate(tiny_bundle, target="jetson-orin-nx")["caveats"])
+
+
+def test_an_estimate_takes_the_fewest_samples_that_a_graph_takes(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    onnx.save(graph([N("MatMul", ["x", "w"], ["y"])], {"w": np.ones((5, 7), np.float32)}, ["n", 5]), tmp_path / "m.onnx")
+    import_onnx(tmp_path / "m.onnx", out=tmp_path / "b.edge", dynamic="x:2..8x5")
+    words = ("estimate", tmp_path / "b.edge", "--target", "jetson-orin-nano", "--json")
+    assert cli(*words).json["batch"] == 2
+    assert cli(*words, "--batch", 8).json["batch"] == 8

@@ -197,7 +197,7 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: s
     weight.ClearField("raw_data")
     weight.data_location = TensorProto.EXTERNAL
     weight.external_data.add(key="location", value=location)
-    with pytest.raises(GraphError, match=r"outside the model's folder|missing"):
+    with pytest.raises(GraphError, match=r"outside the model's folder|missing|is a symbolic link"):
         import_onnx(saved(folder / "m.onnx", made), out=tmp_path / "b.edge")
     assert not (tmp_path / "b.edge").exists()
 

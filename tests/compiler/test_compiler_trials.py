@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.compiler import build, import_onnx, trials
+from edgekit.compiler.reading import drop_unproven, read_model
 from edgekit.errors import GraphError
 from edgekit.runtime import Model, check_golden
 from edgekit.runtime.golden import load_golden
@@ -36,6 +37,69 @@ def test_an_axis_of_zero_is_an_open_one(tmp_path: Path) -> None:
     fixed = import_onnx(path, out=tmp_path / "fixed.edge", shape="x:2x3")
     with Model.open(fixed.path) as model:
         assert model.run({"x": np.ones((2, 3), np.float32)})["y"].shape == (2, 3)
+
+
+def stale(path: Path, **stated: Any) -> Path:
+    """y: the number of rows of x, through a tensor z of which the file says what it was when it was traced."""
+    nodes = [N("Relu", ["x"], ["z"]), N("Shape", ["z"], ["y"])]
+    saved(path, nodes, [V("x", F, ["n", 8])], V("y", TensorProto.INT64, [2]))
+    made = onnx.load_model(str(path))
+    made.graph.value_info.append(V("z", F, stated["z"]))
+    onnx.save(made, path)
+    return path
+
+
+def test_sizes_of_an_earlier_trace_are_left_out(tmp_path: Path) -> None:
+    """ONNX Runtime itself folds Shape from them, so that no comparison would show it."""
+    bundle = import_onnx(stale(tmp_path / "m.onnx", z=[4, 8]), out=tmp_path / "b.edge", dynamic="x:1..8x8")
+    assert (
+        "shapes that the file states for z contradict its inputs: they were left out"
+        in bundle.manifest.history[-1].figures["notes"]
+    )
+    with Model.open(bundle.path) as model:
+        for rows in (1, 2, 8):
+            assert model.run({"x": np.zeros((rows, 8), np.float32)})["y"].tolist() == [rows, 8]
+
+
+def test_sizes_that_follow_from_the_inputs_stay(tmp_path: Path) -> None:
+    path = stale(tmp_path / "m.onnx", z=["n", 8])
+    assert read_model(path).model.graph.value_info[0].name == "z"
+    assert drop_unproven(onnx.load_model(str(path))) == (False, [])
+
+
+def test_a_range_is_tried_at_both_ends(tmp_path: Path) -> None:
+    """Four rows are baked into the graph: it runs at the range's middle only."""
+    nodes = [N("Add", ["x", "w"], ["y"])]
+    path = saved(tmp_path / "m.onnx", nodes, [V("x", F, ["n", 8])], V("y", F, ["n", 8]), w=np.ones((4, 8), np.float32))
+    with pytest.raises(GraphError, match="does not run at n=8, which --dynamic states") as caught:
+        import_onnx(path, out=tmp_path / "b.edge", dynamic="x:1..8x8")
+    assert "--shape" in caught.value.hint
+    import_onnx(path, out=tmp_path / "c.edge", shape="x:4x8")
+
+
+def test_nameless_first_axes_of_different_sizes_are_no_batch(tmp_path: Path) -> None:
+    inputs = [V("a", F, [None, 3]), V("b", F, [None, 3])]
+    path = saved(tmp_path / "m.onnx", [N("Gemm", ["a", "b"], ["y"], transB=1)], inputs, V("y", F, [None, None]))
+    bundle = import_onnx(path, out=tmp_path / "b.edge", shape=["a:2x3", "b:5x3"])
+    assert [spec.shape for spec in bundle.manifest.inputs] == [(2, 3), (5, 3)]
+    ranged = import_onnx(path, out=tmp_path / "c.edge", dynamic=["a:1..2x3", "b:1..5x3"])
+    assert [spec.shape for spec in ranged.manifest.inputs] == [("a_0", 3), ("b_0", 3)]
+
+
+def test_files_behind_symbolic_links_are_told_how_to_copy(tmp_path: Path) -> None:
+    """As a cache of downloads lays them out: names are links into a folder of blobs."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "names").mkdir()
+    path = saved(
+        tmp_path / "blobs/m.onnx", [N("Add", ["x", "w"], ["y"])], [V("x", F, [4])], V("y", F, [4]), w=np.ones(4, np.float32)
+    )
+    made = onnx.load_model(str(path))
+    onnx.save(made, path, save_as_external_data=True, location="m.bin", size_threshold=0)
+    for real, name in (("m.onnx", "model.onnx"), ("m.bin", "m.bin")):
+        (tmp_path / "names" / name).symlink_to(tmp_path / "blobs" / real)
+    with pytest.raises(GraphError, match=r"'m\.bin' is a symbolic link") as caught:
+        import_onnx(tmp_path / "names/model.onnx", out=tmp_path / "b.edge")
+    assert f"cp -L {tmp_path}/names/* FOLDER" in caught.value.hint
 
 
 def test_infinities_of_a_mask_are_golden(tmp_path: Path) -> None:
@@ -117,9 +181,14 @@ def test_what_tensorrt_does_not_build_is_noted(tmp_path: Path) -> None:
     assert "TensorRT does not build ScatterND (s, reduction='add'); ONNX Runtime runs it" in notes
 
 
-@pytest.mark.parametrize(("stated", "shape"), [(["n", 4], ("n", "y_1")), (["n", 3, 1], ("y_0", "y_1"))])
-def test_an_output_that_a_file_states_wrongly_is_open(tmp_path: Path, stated: list[Any], shape: tuple[Any, ...]) -> None:
-    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], [V("x", F, ["n", 3])], V("y", F, stated))
+@pytest.mark.parametrize(
+    ("x", "stated", "shape"),
+    [(["n", 3], ["n", 4], ("n", 3)), ([2, 3], [2, 4], (2, "y_1")), (["n", 3], ["n", 3, 1], ("y_0", "y_1"))],
+)
+def test_an_output_that_a_file_states_wrongly_is_open(
+    tmp_path: Path, x: list[Any], stated: list[Any], shape: tuple[Any, ...]
+) -> None:
+    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], [V("x", F, x)], V("y", F, stated))
     assert import_onnx(path, out=tmp_path / "b.edge").manifest.outputs[0].shape == shape
 
 
