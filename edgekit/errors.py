@@ -35,7 +35,13 @@ __all__ = [
     "OutputExists",
     "SignatureError",
     "UsageError",
+    "first_line",
 ]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 #: Optional module -> the extra of pyproject.toml that brings it; the smallest, where several do.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from edgekit.errors import GraphError, MissingExtra
+from edgekit.errors import GraphError, MissingExtra, first_line
 
 try:
     import onnx.shape_inference
@@ -111,7 +111,7 @@ def _at(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(bound, data_prop=True)
     except Exception as error:  # noqa: BLE001  onnx raises several types
-        reason = (str(error).strip().splitlines() or ["?"])[0][:200]
+        reason = first_line(error)[:200]
         raise GraphError(f"the graph's shapes cannot be inferred: {reason}", "import it with fixed shapes: --shape") from None
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import onnx
 
+from edgekit.graphs.editing import all_nodes
 from edgekit.targets import JetPack, Target, load_targets
 
 from .faults import stated_attributes
-from .passes import all_nodes, opset
+from .passes import opset
 from .precision import HALF_SCALE_OPSET
 from .reading import UNBUILDABLE
 

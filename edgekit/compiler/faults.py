@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import onnx
 
 from edgekit.errors import GraphError
-from edgekit.graphs.editing import subgraphs
+from edgekit.graphs.editing import all_nodes, subgraphs
 from edgekit.graphs.light import outline
 
 from .passes import opset
@@ -51,7 +51,7 @@ def check_structure(model: onnx.ModelProto) -> None:
     if twice := _repeated(weight.name for weight in graph.initializer):
         raise GraphError(f"weight {twice!r} is there twice", _EXPORT)
     _check_names(graph, set())
-    for node in _nodes(graph):
+    for node in all_nodes(graph):
         _check_attributes(node, opset(model))
     _check_inferred(model)
 
@@ -68,7 +68,7 @@ def inference_fault(model: onnx.ModelProto) -> str:
     if by_node is None:
         return " ".join(found.split())[:300]
     op, name, reason = by_node[1], by_node[2] or "", by_node[3].strip().rstrip(".")
-    node = next((n for n in _nodes(model.graph) if n.op_type == op and n.name == name), None)
+    node = next((n for n in all_nodes(model.graph) if n.op_type == op and n.name == name), None)
     stated = stated_attributes(node, reason) if node is not None else ""
     return f"node {name or '?'} ({op}): {reason}{f' ({stated})' if stated else ''}"[:400]
 
@@ -103,13 +103,6 @@ def _value(attribute: onnx.AttributeProto) -> str | None:
         items = [item.decode(errors="replace") if isinstance(item, bytes) else item for item in value[:_SHOWN]]
         return f"[{', '.join(map(str, items))}{', ...' if len(value) > _SHOWN else ''}]"
     return None
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for inner in subgraphs(node):
-            yield from _nodes(inner)
 
 
 def _repeated(names: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN
-from edgekit.errors import BackendError, EdgekitError, GraphError, UsageError
+from edgekit.errors import BackendError, EdgekitError, GraphError, UsageError, first_line
 from edgekit.graphs import exact_reference, float_biases, is_explicit, quantized_nodes, to_float
 from edgekit.graphs.control import drop_branches
 from edgekit.graphs.light import outline, store
@@ -30,7 +30,7 @@ from .evaluator import Evaluator
 from .faults import check_structure, inference_fault
 from .reading import check_model, drop_unproven, read_model
 from .shapes import Axis, Constant
-from .trials import MAX_RELATIVE, Feeds, first_line, outputs, trial_feeds
+from .trials import MAX_RELATIVE, Feeds, outputs, trial_feeds
 
 __all__ = ["import_graph"]
 

@@ -11,13 +11,14 @@ import onnx
 
 from edgekit.errors import EdgekitError, GraphError
 from edgekit.graphs import is_explicit, quantized_nodes, to_float
+from edgekit.graphs.editing import all_nodes
 from edgekit.graphs.sparsity import dense_layers
 
 from .binding import bind_inputs
 from .cost import LayerCost, Tensor, graph_cost
 from .coverage import coverage
 from .faults import check_structure, inference_fault
-from .passes import all_nodes, dims, opset
+from .passes import dims, opset
 from .reading import MAX_BYTES, check_model, read_model
 from .shapes import Axis
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 
 from edgekit.errors import BackendError
 from edgekit.graphs.control import inline_constant_branches
-from edgekit.graphs.editing import all_nodes, subgraphs
+from edgekit.graphs.editing import all_nodes, prune, subgraphs
 from edgekit.graphs.light import outline
 from edgekit.graphs.opset import MIN_OPSET, opset
 from edgekit.graphs.opset import raise_opset as raise_to_wanted
@@ -19,7 +19,6 @@ from edgekit.runtime.onnxruntime import session
 
 __all__ = [
     "WEIGHT_TYPES",
-    "all_nodes",
     "dims",
     "drop_dead",
     "fold_constants",
@@ -214,20 +213,8 @@ def drop_dead(model: onnx.ModelProto) -> bool:
     """Remove nodes and initializers that nothing reads."""
     graph = model.graph
     before = len(graph.node) + len(graph.initializer)
-    while True:
-        used = _used(graph)
-        live = [n for n in graph.node if any(name in used for name in n.output)]
-        if len(live) == len(graph.node):
-            break
-        kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in live]
-        del graph.node[:]
-        graph.node.extend(kept)
-    weights = [i for i in graph.initializer if i.name in used]
-    if len(weights) != len(graph.initializer):
-        copies = [onnx.TensorProto.FromString(i.SerializeToString()) for i in weights]
-        del graph.initializer[:]
-        graph.initializer.extend(copies)
-    gone = {v.name for v in graph.value_info} - used
+    prune(model, [value.name for value in graph.output])
+    gone = {v.name for v in graph.value_info} - _used(graph)
     if gone:
         infos = [v for v in graph.value_info if v.name not in gone]
         copies_info = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in infos]

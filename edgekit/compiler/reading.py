@@ -12,13 +12,13 @@ import onnx.inliner
 from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
 
-from edgekit.errors import GraphError
+from edgekit.errors import GraphError, first_line
 from edgekit.graphs import MICROSOFT_OPERATORS
-from edgekit.graphs.editing import free_name, subgraphs
+from edgekit.graphs.editing import all_nodes, free_name, subgraphs
 from edgekit.graphs.light import outline
 from edgekit.graphs.narrow import plain_border
 
-from .passes import all_nodes, dims, opset
+from .passes import dims, opset
 
 __all__ = ["UNBUILDABLE", "Source", "check_model", "drop_unproven", "read_model"]
 
@@ -51,7 +51,7 @@ def read_model(path: Path) -> Source:
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # noqa: BLE001  protobuf's exception type depends on its backend
-        raise GraphError(f"{path.name} is not an ONNX file: {_first(error)}", "export the model again") from None
+        raise GraphError(f"{path.name} is not an ONNX file: {first_line(error)[:300]}", "export the model again") from None
     if not model.HasField("graph") or not model.graph.output or not model.opset_import:
         raise GraphError(f"{path.name} is not an ONNX file: it holds no graph", "export the model again")
     if (odd := _no_text(model)) is not None:
@@ -83,11 +83,7 @@ def check_model(model: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(shaped)
     except Exception as error:  # noqa: BLE001  ValidationError, and protobuf's for a model above 2 GiB
-        raise GraphError(f"the file is not valid ONNX: {_first(error)}", "export the model again") from None
-
-
-def _first(error: BaseException) -> str:
-    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:300]
+        raise GraphError(f"the file is not valid ONNX: {first_line(error)[:300]}", "export the model again") from None
 
 
 def _renamed(graph: onnx.GraphProto) -> bool:
@@ -229,7 +225,7 @@ def _load_external(model: onnx.ModelProto, path: Path) -> bool:
             load_external_data_for_model(model, str(folder))
         except Exception as error:  # noqa: BLE001  onnx raises several types for wrong offsets and lengths
             raise GraphError(
-                f"the external data of {path.name} cannot be read: {_first(error)}", "export the model again"
+                f"the external data of {path.name} cannot be read: {first_line(error)[:300]}", "export the model again"
             ) from None
     return bool(tensors)
 

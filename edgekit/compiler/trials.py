@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgekit.errors import EdgekitError, GraphError
+from edgekit.errors import EdgekitError, GraphError, first_line
 from edgekit.runtime.golden import compare_arrays
 
 from . import passes
 from .shapes import Axis
 
-__all__ = ["MAX_RELATIVE", "Feeds", "first_line", "outputs", "trial_feeds"]
+__all__ = ["MAX_RELATIVE", "Feeds", "outputs", "trial_feeds"]
 
 _PARAMETERS = "give inputs that are parameters their values: --constant NAME:V; or state --shape"
 MAX_RELATIVE = 1e-4  # as the bundle's golden tolerance
@@ -27,11 +27,6 @@ SIZES = (64, 32, 128, 224, 256, 16, 8, 1, 512, 640, 2048, 16000)  # tried for dy
 MAX_GOLDEN_AXIS = 640
 MAX_TRIED = 1 << 22  # elements of an input of sizes that nobody stated
 Feeds = dict[str, NDArray[Any]]
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def outputs(run: Any, feeds: Feeds) -> Feeds:

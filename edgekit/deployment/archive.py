@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import BundleError
+from edgekit.errors import BundleError, first_line
 from edgekit.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, encode_manifest, is_safe_name
 
 __all__ = ["MAX_FILES", "MAX_PACK_BYTES", "Archive", "Entry", "open_archive", "write_archive"]
@@ -155,7 +155,7 @@ def _refusing(where: str) -> Iterator[None]:
     except (*_ZIP_ERRORS, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek to where no file reaches
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BundleError(
             f"{where} is no sound zip: {reason}", "fetch it again, or make it: edgekit pack B --out F.zip"
         ) from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from edgekit.bundle import refuse_inside_bundle
-from edgekit.errors import MissingExtra, OutputExists, SignatureError
+from edgekit.errors import MissingExtra, OutputExists, SignatureError, first_line
 
 __all__ = ["TRAILER_BYTES", "Signature", "check_signature", "key_id_of", "keygen", "read_trailer", "sign_file"]
 
@@ -148,7 +148,7 @@ def _private_key(path: Path) -> Any:
         key = serialization.load_pem_private_key(data, password=None)
     except Exception as error:  # noqa: BLE001  bad PEM, a password, an algorithm OpenSSL lacks: all mean "not our key"
         raise SignatureError(
-            f"{path} is not a private key: {_first_line(error)}", "make one: edgekit keygen --out DIR"
+            f"{path} is not a private key: {first_line(error)}", "make one: edgekit keygen --out DIR"
         ) from None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise SignatureError(f"{path} is not an Ed25519 private key", "make one: edgekit keygen --out DIR")
@@ -161,14 +161,10 @@ def _public_key(path: Path) -> Any:
     try:
         key = serialization.load_pem_public_key(data)
     except Exception as error:  # noqa: BLE001  as above
-        raise SignatureError(f"{path} is not a public key: {_first_line(error)}", "give the edgekit.pub of keygen") from None
+        raise SignatureError(f"{path} is not a public key: {first_line(error)}", "give the edgekit.pub of keygen") from None
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise SignatureError(f"{path} is not an Ed25519 public key", "give the edgekit.pub of keygen")
     return key
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_key(path: Path) -> bytes:

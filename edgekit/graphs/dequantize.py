@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from edgekit.errors import GraphError
+from edgekit.errors import GraphError, first_line
 
 from .editing import all_nodes, attribute, constants, prune, set_constant
 from .microsoft import HANDLERS as MICROSOFT
@@ -119,7 +119,7 @@ def to_float(model: onnx.ModelProto, rounding: bool = False) -> tuple[bool, list
         _replace(model, rewriter)
     # Inputs that the schema requires are missing, a tensor's bytes do not fill its shape, a name is no UTF-8.
     except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise GraphError(f"{where} is damaged: {reason}"[:300], "export the model again") from None
     left = Counter(node.op_type for node in quantized_nodes(model))
     return True, _notes(rewriter, left)

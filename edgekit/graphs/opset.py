@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import version_converter
 
-from edgekit.errors import GraphError
+from edgekit.errors import GraphError, first_line
 
 __all__ = ["MIN_OPSET", "WANTED_OPSET", "opset", "raise_opset", "with_opset"]
 
@@ -68,5 +68,5 @@ def _converted(model: onnx.ModelProto, wanted: int) -> tuple[onnx.ModelProto | N
         converted = version_converter.convert_version(model, wanted)
         onnx.checker.check_model(converted)
     except Exception as error:  # noqa: BLE001  the converter raises plain RuntimeErrors
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return None, first_line(error)[:160]
     return converted, ""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from edgekit.errors import GraphError, MissingExtra
+from edgekit.errors import GraphError, MissingExtra, first_line
 
 from .tidy import tidy
 
@@ -55,7 +55,7 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
             )
         assert program is not None
     except Exception as error:  # noqa: BLE001  the exporter raises many types of its own
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise GraphError(
             f"torch cannot export this model to ONNX: {reason}", "avoid data-dependent shapes and branches"
         ) from None

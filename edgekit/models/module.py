@@ -19,7 +19,7 @@ import numpy as np
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, TOKENIZER, WEIGHTS, Bundle
 from edgekit.data.tensors import Rows
-from edgekit.errors import BundleError, GoldenError, MissingExtra, UsageError
+from edgekit.errors import BundleError, GoldenError, MissingExtra, UsageError, first_line
 from edgekit.manifest import History, Manifest, ModelConfig, ModelEdits, TensorSpec, Tolerance
 from edgekit.runtime import compare_arrays
 from edgekit.runtime.golden import save_golden
@@ -67,7 +67,7 @@ def create(config: ModelConfig) -> nn.Module:
     try:
         preset: nn.Module = getattr(importlib.import_module(module), name)(**config.args)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(
             f"the model {config.name} does not take {dict(config.args)}: {reason}", "try another model or image size"
         ) from None
@@ -132,7 +132,7 @@ def load(bundle: Bundle) -> nn.Module:
         adopt_shapes(module, state)
         module.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError, AttributeError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise BundleError(f"the weights in {bundle.path} do not fit its model: {reason}", "train the bundle again") from None
     return module.eval()
 

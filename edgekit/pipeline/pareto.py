@@ -19,7 +19,7 @@ import torch
 
 from edgekit.benchmarking.device import fingerprint
 from edgekit.compiler.roofline import predictable
-from edgekit.errors import DataError, EdgekitError, UsageError
+from edgekit.errors import DataError, EdgekitError, UsageError, first_line
 from edgekit.progress import say
 from edgekit.reporting.figures import pareto as undominated
 from edgekit.training.journal import Journal, check_study, described
@@ -138,7 +138,7 @@ class _Search:
             if isinstance(error, UsageError | DataError):
                 self._again(trial.number)
                 raise
-            reason = (str(error).splitlines() or ["out of memory"])[0]
+            reason = first_line(error)
             self.journal.tell(trial, "FAIL", reason=reason)
             outcome = f"failed: {reason}"
         except BaseException:

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
-from edgekit.errors import GraphError
+from edgekit.errors import GraphError, first_line
 from edgekit.graphs.editing import exposed, free_name, prune, tensor_names
 from edgekit.runtime.golden import MAX_DB, decibel, distance, is_choice, signal_names
 
@@ -40,7 +40,7 @@ class Simulator:
         try:
             self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
-            raise GraphError(f"ONNX Runtime refuses the graph: {_first(error)}", _cure(model, _first(error))) from None
+            raise GraphError(f"ONNX Runtime refuses the graph: {first_line(error)}", _cure(model, first_line(error))) from None
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
 
@@ -49,7 +49,7 @@ class Simulator:
             return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
         except Exception as error:  # noqa: BLE001  as above
             raise GraphError(
-                f"ONNX Runtime failed on a calibration sample: {_first(error)}",
+                f"ONNX Runtime failed on a calibration sample: {first_line(error)}",
                 "check the samples' shapes against: edgekit inspect B",
             ) from None
 
@@ -62,11 +62,6 @@ def _cure(model: onnx.ModelProto, reason: str) -> str:
         "edgekit made this graph: where the float graph runs (edgekit compare B --backends onnxruntime), report it as a defect "
         f"of edgekit{f', at the node {node[1]!r}' if node else ''}"
     )
-
-
-def _first(error: BaseException) -> str:
-    """An error's first line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def measured_shapes(model: onnx.ModelProto, tensors: Iterable[str], feeds: Feeds) -> dict[str, tuple[int, ...]]:

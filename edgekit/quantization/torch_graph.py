@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from edgekit.errors import GraphError, MissingExtra
+from edgekit.errors import GraphError, MissingExtra, first_line
 from edgekit.graphs.sparsity import dense_layers
 
 from .prepare import attribute, constants, consumers
@@ -197,7 +197,7 @@ class TorchGraph(nn.Module):
             try:
                 found = run(*inputs)
             except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 raise GraphError(
                     f"node {node.name or node.output[0]!r} ({node.op_type}) does not run in PyTorch: {reason[:200]}",
                     "quantize it without --qat",

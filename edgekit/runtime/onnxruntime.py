@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgekit.bundle import INT8_GRAPH, Bundle
-from edgekit.errors import BackendError, BundleError, MissingExtra
+from edgekit.errors import BackendError, BundleError, MissingExtra, first_line
 from edgekit.manifest import ImagePreprocessing, TensorSpec, Tolerance
 
 from .feeds import check_feeds
@@ -79,7 +79,7 @@ def session(model: str | bytes, threads: int = 1, *, sparing: bool = False, prof
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise BackendError(
             f"ONNX Runtime cannot load the graph: {reason}", "import it again: edgekit import MODEL.onnx --out B"
         ) from None
@@ -134,7 +134,7 @@ class OnnxRuntimeRunner:
             return dict(zip(self._names, self._session.run(None, feeds), strict=True))
         except Exception as error:  # noqa: BLE001  as above; the feeds are checked only once they failed
             check_feeds(self.inputs, feeds)
-            raise BackendError(f"ONNX Runtime failed: {str(error).splitlines()[0]}", "check the input values") from None
+            raise BackendError(f"ONNX Runtime failed: {first_line(error)}", "check the input values") from None
 
     def describe(self) -> dict[str, Any]:
         """``int8``, of a quantized graph: ``kernels``, or ``float`` where Q/DQ is computed as it is written."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from edgekit.data import Dataset, Tensors, check_damaged, load
 from edgekit.data.augment import Augmentation, make_augmentation
-from edgekit.errors import DataError, GraphError, MissingExtra, UsageError
+from edgekit.errors import DataError, GraphError, MissingExtra, UsageError, first_line
 from edgekit.manifest import ImagePreprocessing, ModelConfig, Preprocessing, TextPreprocessing
 from edgekit.models import DEFAULTS, Preset, check_model, is_custom, preset_named, sized, trust
 from edgekit.models.export import export_onnx
@@ -210,7 +210,7 @@ def check_custom(module: nn.Module, plan: Plan, samples: Tensors) -> None:
         with torch.no_grad():
             found = tuple(module.eval()(x).shape)
     except Exception as error:  # noqa: BLE001  it is the user's code
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(f"{plan.model.name} cannot be run: {reason}", f"it is given {tuple(x.shape)}") from None
     classes = len(plan.dataset.labels)
     if len(found) != (3 if plan.dataset.task == "text-recognition" else 2) or found[-1] != classes:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgekit.data import Tensors, check_damaged
 from edgekit.data.augment import Augmentation, make_augmentation, policy_named
-from edgekit.errors import DataError, EdgekitError, UsageError
+from edgekit.errors import DataError, EdgekitError, UsageError, first_line
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say
 
@@ -188,7 +188,7 @@ def _attempt(journal: Journal, space: _Space, trainer: _Trainer, trials: int) ->
     except (EdgekitError, torch.OutOfMemoryError) as error:
         if isinstance(error, UsageError | DataError):
             raise
-        reason = (str(error).splitlines() or ["out of memory"])[0]
+        reason = first_line(error)
         journal.tell(trial, "FAIL", reason=reason)
         outcome = f"failed: {reason}"
     except BaseException:
