@@ -99,8 +99,6 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         changed = True
     proof = _Proof(trials, truths, evaluated)
     run, figures = _rewritten(bound, folder / FLOAT_GRAPH, None if changed else path, proof, notes)
-    if names := refused(onnx.load_model(str(folder / FLOAT_GRAPH), load_external_data=False)):
-        notes.append(f"TensorRT does not build {', '.join(names[:SHOWN])}; ONNX Runtime runs it")
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
     return {
         "inputs": [_spec(value, trials[0][value.name]) for value in run.get_inputs()],
@@ -288,48 +286,49 @@ def _rewritten(
     bound: onnx.ModelProto, file: Path, source: Path | None, proof: _Proof, notes: list[str]
 ) -> tuple[Any, dict[str, Any]]:
     """Write the most rewritten form that still agrees: all passes, else only the bound inputs. Returns what runs it, and
-    figures. ``source``: the file that holds ``bound`` as it is."""
-    reasons = []
-    for rewrite in (True, False):
-        said: list[str] = []
-        if rewrite:
-            better = onnx.ModelProto()
-            better.CopyFrom(bound)
-            rewrote, said = passes.simplify(better)
-            if not rewrote:
-                del better
-                continue
-            figures = _written(better, file)
-            del better
-        elif source is not None:
-            shutil.copyfile(source, file)
-            figures = _counted(bound)
-        else:
-            figures = _written(bound, file)
+    figures. ``source``: the file that holds ``bound`` as it is; without one it is written beside ``file``, so that memory
+    never holds it twice."""
+    if source is None:
+        source = file.with_name("bound.onnx")
+        store(bound, source)
+    before, reason = _counted(bound), ""
+    rewrote, said = passes.simplify(bound)
+    if rewrote:
+        figures = _counted(bound)
+        store(bound, file)
         try:
-            run = proof.runner(str(file))
-            error = proof.error(run)
-        except EdgekitError as reason:
-            reasons.append(reason.message)
-            continue
-        if error <= MAX_RELATIVE:
-            notes += said + ([f"kept as it was: {reasons[0]}"] if reasons else [])
-            return run, {**figures, "relative_error": error}
-        reasons.append(f"the rewritten graph differs from the original by {error:.2g} (relative), allowed {MAX_RELATIVE:g}")
-    raise GraphError(reasons[-1], "the graph may hold random operators; export it in inference mode")
+            return _proven(file, proof, figures, [*notes, *said], notes)
+        except EdgekitError as error:
+            reason = error.message
+    shutil.copyfile(source, file)
+    return _proven(file, proof, before, [*notes, *([f"kept as it was: {reason}"] if reason else [])], notes)
 
 
-def _written(model: onnx.ModelProto, file: Path) -> dict[str, Any]:
-    store(model, file)
-    return _counted(model)
+def _proven(
+    file: Path, proof: _Proof, figures: dict[str, Any], said: list[str], notes: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    """What runs ``file``, and its figures, where it answers as the original; ``notes`` become ``said`` then."""
+    run = proof.runner(str(file))
+    error = proof.error(run)
+    if error > MAX_RELATIVE:
+        raise GraphError(
+            f"the rewritten graph differs from the original by {error:.2g} (relative), allowed {MAX_RELATIVE:g}",
+            "the graph may hold random operators; export it in inference mode",
+        )
+    if names := figures.pop("refused"):
+        said = [*said, f"TensorRT does not build {', '.join(names[:SHOWN])}; ONNX Runtime runs it"]
+    notes[:] = said
+    return run, {**figures, "relative_error": error}
 
 
 def _counted(model: onnx.ModelProto) -> dict[str, Any]:
+    """``refused``: nodes that TensorRT does not build."""
     weights = (i for i in model.graph.initializer if i.data_type in passes.WEIGHT_TYPES)
     return {
         "opset": passes.opset(model),
         "nodes": len(model.graph.node),
         "parameters": sum(int(np.prod(i.dims)) for i in weights),
+        "refused": refused(model),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-__all__ = ["outline", "store"]
+__all__ = ["outline", "refit", "store"]
 
 _LARGE = 1024  # elements; below are shapes, axes and scales
 _GRAPH, _INITIALIZER = onnx.ModelProto.GRAPH_FIELD_NUMBER, onnx.GraphProto.INITIALIZER_FIELD_NUMBER
@@ -36,6 +36,30 @@ def outline(model: onnx.ModelProto) -> onnx.ModelProto:
         sparse_initializer=graph.sparse_initializer,
     )
     return helper.make_model(body, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version)
+
+
+def refit(model: onnx.ModelProto, changed: onnx.ModelProto) -> None:
+    """Give ``model``, in place, the nodes, tensors and opset of what its `outline` became; its large weights stay."""
+    graph, new = model.graph, changed.graph
+    large = {weight.name for weight in graph.initializer if math.prod(weight.dims) > _LARGE}
+    large -= {value.name for value in graph.input}
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in large:
+            del graph.initializer[index]
+    graph.initializer.extend(new.initializer)
+    fields = {
+        "node": new.node,
+        "input": [value for value in new.input if value.name not in large],
+        "output": new.output,
+        "value_info": new.value_info,
+    }
+    for name, values in fields.items():
+        graph.ClearField(name)
+        getattr(graph, name).extend(values)
+    for name in ("opset_import", "functions"):
+        model.ClearField(name)
+        getattr(model, name).extend(getattr(changed, name))
+    model.ir_version = changed.ir_version
 
 
 def store(model: onnx.ModelProto, file: Path) -> None:

@@ -7,6 +7,8 @@ from onnx import version_converter
 
 from edgekit.errors import GraphError, first_line
 
+from .light import outline, refit
+
 __all__ = ["MIN_OPSET", "WANTED_OPSET", "opset", "raise_opset", "with_opset"]
 
 MIN_OPSET, WANTED_OPSET = 13, 17  # 13 has a scale per channel, 17 is what TensorRT 8.6 reads
@@ -25,11 +27,12 @@ def raise_opset(model: onnx.ModelProto) -> tuple[bool, str]:
         return False, ""
     reason = ""
     for wanted in (WANTED_OPSET, MIN_OPSET):
-        converted, reason = _converted(model, wanted)
-        if converted is not None:
-            model.CopyFrom(converted)
-            model.ir_version = max(model.ir_version, 8)
-            return True, ""
+        for source in (outline(model), model):  # the converter copies four times what it gets; it seldom needs large weights
+            converted, reason = _converted(source, wanted)
+            if converted is not None:
+                refit(model, converted) if source is not model else model.CopyFrom(converted)
+                model.ir_version = max(model.ir_version, 8)
+                return True, ""
     return False, reason
 
 
