@@ -36,6 +36,7 @@ def install() -> Any:
     spec.loader.exec_module(simulated)
     trt = simulated.make_module(simulated.RTX, SimpleNamespace(sm=open_cuda().device().sm))
     trt.execute = simulated.device_copy(importlib.import_module("cuda.bindings.runtime"))
+    del trt.CudaGraphStrategy  # a copy captures nothing by itself: the runner shall
     trt.__version__ = "stand-in"
     trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt_rtx", None)
     sys.modules["tensorrt_rtx"] = trt

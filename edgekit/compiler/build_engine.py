@@ -97,7 +97,7 @@ def build(
     logger = asked.make_logger(trt, lines, warnings)
     builder = trt.Builder(logger)
     network = builder.create_network(asked.network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
+    parser = asked.parser_of(trt, network, logger, spec.get("options", {}))
     if not parser.parse(graph):
         raise BuildError(asked.parser_error(parser))
     config = builder.create_builder_config()

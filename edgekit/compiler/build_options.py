@@ -31,6 +31,7 @@ __all__ = [
     "network_flags",
     "network_layers",
     "parser_error",
+    "parser_of",
     "precision_flags",
     "quantized",
     "read_timings",
@@ -102,6 +103,15 @@ def make_logger(trt: Any, errors: list[str] | None = None, warnings: list[str] |
                 kept.append(message)
 
     return Logger()
+
+
+def parser_of(trt: Any, network: Any, logger: Any, options: dict[str, Any]) -> Any:
+    """The parser of a graph; where the DLA is asked for, one that writes layers as the DLA takes them (TensorRT 10.16)."""
+    parser = trt.OnnxParser(network, logger)
+    flag = getattr(getattr(trt, "OnnxParserFlag", None), "ADJUST_FOR_DLA", None)
+    if options.get("dla") is not None and flag is not None:
+        parser.set_flag(flag)
+    return parser
 
 
 def parser_error(parser: Any) -> str:

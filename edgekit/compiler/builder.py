@@ -21,7 +21,7 @@ from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError
 from edgekit.manifest import Tolerance
 from edgekit.targets import Target, buildable
-from edgekit.trust import trust_engine
+from edgekit.trust import is_trusted, trust_engine
 from edgekit.version import __version__
 
 from . import child
@@ -228,7 +228,6 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any], options: O
         "target_precisions": list(target.precisions),
         "engine": target.kind == "rtx",
         "module": "tensorrt_rtx",
-        "extra": "rtx",
         "compute_capability": target.sm,
         "profiles": spec["profiles"],
         "options": {**spec["options"], "verbose": options.verbose},
@@ -337,12 +336,20 @@ def _earlier(bundle: Bundle, target: Target) -> dict[str, Any] | None:
         return None  # a damaged derived file is made again
 
 
+def _ours(bundle: Bundle, record: Mapping[str, Any]) -> bool:
+    """Whether the runtime here takes the engine of a record: a copied bundle's must be built again, never trusted for that."""
+    digest: str = bundle.manifest.files[record["file"]]
+    return digest == record["engine_sha256"] and is_trusted(digest)
+
+
 def _serves(bundle: Bundle, target: Target, record: Mapping[str, Any], key: str, options: Options) -> bool:
-    """Whether an earlier build has the same key, and files that are there and whole."""
+    """Whether an earlier build has the same key, files that are there and whole, and an engine that may be loaded here."""
     try:
         if record["key"] != key or not bundle.has(record["file"]):
             return False
         bundle.file(record["file"])
+        if target.kind == "rtx" and not _ours(bundle, record):
+            return False
         reported = not options.verbose or target.kind == "device"
         return reported or json.loads(bundle.read(_layers(target)))["key"] == key
     except (ValueError, KeyError, BundleError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import sys
 import time
@@ -17,11 +16,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgekit.errors import EdgekitError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.errors import EdgekitError, GoldenError, GraphError, UsageError
 from edgekit.graphs.sparsity import dense_layers
 from edgekit.progress import say
 from edgekit.runtime.golden import parse_golden
 from edgekit.runtime.onnxruntime import session
+from edgekit.runtime.tensorrt_engine import load_library
 
 from . import build_engine, frames, passes, precision
 from .memory import build_memory
@@ -287,11 +287,11 @@ def _advance(bar: Any, phase: str, share: float) -> bool:
 
 
 def _engine(graph: bytes, request: Mapping[str, Any]) -> tuple[build_engine.Built, str, float]:
-    """(what was built, TensorRT version, seconds). Parser and builder errors become `GraphError`."""
-    try:
-        trt: Any = importlib.import_module(request["module"])
-    except ImportError:
-        raise MissingExtra(request["extra"], request["module"]) from None
+    """(what was built, TensorRT version, seconds). Parser and builder errors become `GraphError`.
+
+    Raises `MissingExtra` where TensorRT is not installed, `BackendError` where it does not load.
+    """
+    trt: Any = load_library(request["module"])
     if "SM" + request["compute_capability"].replace(".", "") not in trt.ComputeCapability.__members__:
         raise UsageError(
             f"TensorRT {trt.__version__} does not compile for SM {request['compute_capability']}", "choose another --target"

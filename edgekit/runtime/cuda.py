@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,10 @@ from edgekit.errors import BackendError, MissingExtra
 __all__ = ["CaptureRefused", "Cuda", "Device", "Pinned", "open_cuda"]
 
 _DRIVER_HINT = "edgekit doctor shows what this machine has; the NVIDIA driver brings libcuda.so"
+_MEMORY_HINT = "free GPU memory (other processes hold it), or build for a smaller batch: edgekit build --batch N"
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class CaptureRefused(BackendError):
@@ -237,6 +242,17 @@ class _Bindings:
         self._call("cudaGraphExecDestroy", graph)
 
 
+def _in_words(method: Callable[Concatenate[_PyCuda, _P], _T]) -> Callable[Concatenate[_PyCuda, _P], _T]:
+    """A method of `_PyCuda` whose pycuda errors are `BackendError`, so that a caller may go on, or give back what it can."""
+
+    @functools.wraps(method)
+    def call(self: _PyCuda, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self._words():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class _PyCuda:
     """``pycuda.driver``: objects free themselves when dropped, so they are kept here by their integer handles."""
 
@@ -256,8 +272,10 @@ class _PyCuda:
         try:
             yield
         except self._driver.Error as error:
-            raise BackendError(f"CUDA failed: {(str(error).splitlines() or ['no reason given'])[0]}", _DRIVER_HINT) from None
+            hint = _MEMORY_HINT if isinstance(error, self._driver.MemoryError) else _DRIVER_HINT
+            raise BackendError(f"CUDA failed: {(str(error).splitlines() or ['no reason given'])[0]}", hint) from None
 
+    @_in_words
     def device(self) -> Device:
         attribute = self._driver.device_attribute
         major, minor = self._device.compute_capability()
@@ -274,31 +292,38 @@ class _PyCuda:
     def current(self) -> Iterator[None]:
         with self._words():
             self._context.push()
-            try:
-                yield
-            finally:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(self._driver.Error):  # after a fault; its own error is the one to be seen
                 self._driver.Context.pop()
 
     def _keep(self, handle: int, thing: Any) -> int:
         self._held[handle] = thing
         return handle
 
+    @_in_words
     def stream(self) -> int:
         stream = self._driver.Stream()
         return self._keep(int(stream.handle), stream)
 
+    @_in_words
     def free_stream(self, stream: int) -> None:
         self._held.pop(stream)
 
+    @_in_words
     def synchronize(self, stream: int) -> None:
         self._held[stream].synchronize()
 
+    @_in_words
     def event(self) -> Any:
         return self._driver.Event()
 
+    @_in_words
     def record(self, event: Any, stream: int) -> None:
         event.record(self._held[stream])
 
+    @_in_words
     def elapsed_ms(self, start: Any, end: Any) -> float:
         end.synchronize()
         return float(start.time_till(end))
@@ -306,24 +331,30 @@ class _PyCuda:
     def free_event(self, event: Any) -> None:
         """Freed with its last reference."""
 
+    @_in_words
     def allocate(self, size: int) -> int:
         memory = self._driver.mem_alloc(size)
         return self._keep(int(memory), memory)
 
+    @_in_words
     def free(self, address: int) -> None:
         self._held.pop(address).free()
 
+    @_in_words
     def pin(self, size: int, *, mapped: bool) -> Pinned:
         flags = self._driver.host_alloc_flags.DEVICEMAP if mapped else 0
         host = self._driver.pagelocked_empty((size,), np.uint8, mem_flags=flags)
         return Pinned(host, int(host.base.get_device_pointer()) if mapped else 0, host)
 
+    @_in_words
     def unpin(self, pinned: Pinned) -> None:
         pinned.handle.base.free()
 
+    @_in_words
     def upload(self, address: int, pinned: Pinned, size: int, stream: int) -> None:
         self._driver.memcpy_htod_async(address, pinned.host[:size], self._held[stream])
 
+    @_in_words
     def download(self, pinned: Pinned, address: int, size: int, stream: int) -> None:
         self._driver.memcpy_dtoh_async(pinned.host[:size], address, self._held[stream])
 
@@ -347,7 +378,7 @@ def _text(value: Any) -> str:
 def _hint(code: int) -> str:
     """What mends the CUDA errors that a user can mend."""
     if code == 2:  # cudaErrorMemoryAllocation
-        return "free GPU memory (other processes hold it), or build for a smaller batch: edgekit build --batch N"
+        return _MEMORY_HINT
     if code == 35:  # cudaErrorInsufficientDriver
         return "install the NVIDIA driver, or a newer one: the CUDA library here is newer than it"
     return _DRIVER_HINT

@@ -2,7 +2,8 @@
 
 Features are asked for by name, never by version. An engine is checked (`engines.choose`) before it is loaded. Inputs and
 outputs go through page-locked memory, which an integrated GPU reads where it lies; upload, inference and download are
-captured as one CUDA graph once the shapes stay the same. What a run does is in `TensorRtRunner.describe`.
+captured as one CUDA graph once the shapes stay the same, but by TensorRT-RTX, which captures inference by itself. What a run
+does is in `TensorRtRunner.describe`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
+#: What a parser makes of types that its TensorRT lacks: int64 before TensorRT 10, float64 always.
+NARROWED = {("int64", "int32"), ("float64", "float32")}
 _CLOSED = "use it inside: with Model.open(path) as model"
 
 
@@ -53,11 +56,11 @@ class _Tensor:
         self.view: NDArray[Any] = np.empty(0, dtype)
 
     def take(self, array: NDArray[Any]) -> None:
-        """Copy an input to page-locked memory; int64 for an engine of int32 must fit."""
+        """Copy an input to page-locked memory; wider numbers than the engine's must fit."""
         if array.dtype != self.dtype and array.size and not _fits(array, self.dtype):
             raise InputError(
-                f"input {self.name} holds {array.min()} to {array.max()}, which this engine's {self.dtype} cannot",
-                "TensorRT before 10 has no int64: give smaller numbers, or use --backend onnxruntime",
+                f"input {self.name} holds {np.nanmin(array)} to {np.nanmax(array)}, which this engine's {self.dtype} cannot",
+                f"this TensorRT has no {array.dtype}: give smaller numbers, or use --backend onnxruntime",
             )
         np.copyto(self.view, array, casting="same_kind")
 
@@ -100,12 +103,12 @@ class TensorRtRunner:
         return other
 
     def __enter__(self) -> TensorRtRunner:
-        engine = self._engine = self._engine or Engine(self.bundle, self.graph, self.module)
+        engine = self._engine = self._engine or Engine(self.bundle, self.graph, self.module, cuda_graph=self._wish[0])
         self._cuda = engine.cuda
         self._stream = 0
         self._graph: Any = None
         self._bound: dict[str, tuple[int, ...]] | None = None
-        self._no_graph = "" if self._wish[0] else "switched off"
+        self._no_graph = self._ungraphed()
         self._zero_copy = engine.device.integrated if self._wish[1] is None else self._wish[1]
         self.tolerance, self.frames = engine.choice.record.golden, engine.choice.record.frames
         with self._cuda.current():
@@ -128,7 +131,9 @@ class TensorRtRunner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        with self._cuda.current():
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(BackendError):  # after a fault
+                stack.enter_context(self._cuda.current())
             self._close()
 
     def _close(self) -> None:
@@ -163,8 +168,8 @@ class TensorRtRunner:
             axes = tuple(engine.get_tensor_shape(name))
             names = known.shape if known and len(known.shape) == len(axes) else tuple(f"{name}_{i}" for i in range(len(axes)))
             shape = tuple(axis if axis >= 0 else str(names[i]) for i, axis in enumerate(axes))
-            wide = known is not None and (known.dtype, dtype) == ("int64", "int32")
-            tensor = _Tensor(name, dtype, TensorSpec(name, "int64" if wide else dtype, shape))
+            wide = known is not None and (known.dtype, dtype) in NARROWED
+            tensor = _Tensor(name, dtype, TensorSpec(name, known.dtype if known and wide else dtype, shape))
             if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                 least, _, most = engine.get_tensor_profile_shape(name, 0)
                 tensor.least, tensor.most = tuple(least), tuple(most)
@@ -213,10 +218,10 @@ class TensorRtRunner:
             _check_profile(tensor, arrays[tensor.name].shape)
         self._drop_graph()
         self._bound = None
-        self._no_graph = "" if self._wish[0] else "switched off"
+        self._no_graph = self._ungraphed()
         context = self._context
         if self._engine is not None:
-            self._engine.log.lines.clear()  # what it said of other calls would mislead
+            self._engine.log.clear()
         for tensor in self._ins:
             if not context.set_input_shape(tensor.name, tuple(arrays[tensor.name].shape)):
                 raise self._failed(f"TensorRT refuses input {tensor.name} of shape {_shape(arrays[tensor.name].shape)}")
@@ -266,6 +271,8 @@ class TensorRtRunner:
                 self._cuda.upload(tensor.address, tensor.pinned, tensor.view.nbytes, self._stream)
 
     def _execute(self) -> None:
+        if self._engine is not None:
+            self._engine.log.clear()  # a refused capture leaves lines behind
         if not self._context.execute_async_v3(self._stream):
             raise self._failed("TensorRT did not run")
 
@@ -276,14 +283,16 @@ class TensorRtRunner:
 
     def _capture(self) -> None:
         """Keep a run as a graph; where that is refused, say why and go on without."""
-        capturable = getattr(self._context, "is_stream_capturable", None)
-        if capturable is not None and not capturable(self._stream):
-            self._no_graph = "TensorRT says that this engine cannot be captured"
-            return
         try:
             self._graph = self._cuda.capture(self._enqueue, self._stream)
         except CaptureRefused as error:
             self._no_graph = error.message
+
+    def _ungraphed(self) -> str:
+        """Why runs are not captured here, "" where they shall be."""
+        if not self._wish[0]:
+            return "switched off"
+        return "by TensorRT-RTX" if self._engine is not None and self._engine.captures else ""
 
     def _drop_graph(self) -> None:
         if self._graph is not None:
@@ -311,7 +320,7 @@ class TensorRtRunner:
         return dict(zip(("upload", "compute", "download"), spans, strict=True))
 
     def describe(self) -> dict[str, Any]:
-        """``cuda_graph``: True, or why there is none. ``suboptimal``: why TensorRT-RTX expects less speed, or None."""
+        """``cuda_graph``: True, who makes it, or why none. ``suboptimal``: why TensorRT-RTX expects less speed, or None."""
         engine = self._engine
         if engine is None:
             return {"backend": self.name, "version": "", "threads": 1}
@@ -341,6 +350,8 @@ class TensorRtRtxRunner(TensorRtRunner):
 
 
 def _fits(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    if dtype.kind == "f":  # an infinity stays one
+        return not bool((np.abs(array[np.isfinite(array)]) > np.finfo(dtype).max).any())
     limits = np.iinfo(dtype)
     return bool(limits.min <= array.min() and array.max() <= limits.max)
 

@@ -38,20 +38,31 @@ def _line(text: str) -> str:
 
 
 class Log:
-    """TensorRT's errors since the last look: its calls answer False or None and say why only here."""
+    """TensorRT's errors since the last `clear`: its calls answer False or None and say why only here.
+
+    There is one for the process, which several cameras' threads use: each sees what was said in its own, and what TensorRT's
+    own threads said.
+    """
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self._own = threading.local()  # of a thread that has called `clear`
+        self._others: list[str] = []
 
     def add(self, severity: int, worst: int, message: str) -> None:
-        if severity <= worst and len(self.lines) < 100:
-            self.lines.append(message)
+        lines = getattr(self._own, "lines", self._others)
+        if severity <= worst and len(lines) < 100:
+            lines.append(message)
+
+    def clear(self) -> None:
+        """Before a call whose reason may be asked for: what was said of other calls would mislead."""
+        self._own.lines = []
+        self._others.clear()
 
     def take(self) -> str:
         """The first error: those after it follow from it."""
-        text = _line(self.lines[0]) if self.lines else "TensorRT gave no reason"
-        self.lines.clear()
-        return text
+        lines = [*getattr(self._own, "lines", ()), *self._others]
+        self.clear()
+        return _line(lines[0]) if lines else "TensorRT gave no reason"
 
 
 @functools.cache
@@ -69,10 +80,27 @@ def registered_logger(trt: Any) -> tuple[Any, Log]:
     return Logger(), log
 
 
-class Engine:
-    """A loaded engine, which the contexts of several runners share; unloaded with the last of them."""
+def _capture_inside(trt: Any, config: Any) -> bool:
+    """Let TensorRT-RTX make the CUDA graphs of its contexts; False where it has no such choice.
 
-    def __init__(self, bundle: Bundle, graph: str, module: str) -> None:
+    It runs fallback kernels until those for a shape are compiled, in the background: only it knows when a capture pays, and
+    one from outside would keep the fallback for good. (That one would also want the builder's REQUIRE_USER_ALLOCATION, and
+    then each context memory from its caller; its own falls back to plain runs where an engine cannot be captured.)
+    """
+    strategy = getattr(getattr(trt, "CudaGraphStrategy", None), "WHOLE_GRAPH_CAPTURE", None)
+    if strategy is None or not hasattr(config, "cuda_graph_strategy"):
+        return False
+    config.cuda_graph_strategy = strategy
+    return bool(config.cuda_graph_strategy == strategy)
+
+
+class Engine:
+    """A loaded engine, which the contexts of several runners share; unloaded with the last of them.
+
+    ``cuda_graph``: whether its runs shall be CUDA graphs. ``captures``: whether TensorRT makes them by itself.
+    """
+
+    def __init__(self, bundle: Bundle, graph: str, module: str, *, cuda_graph: bool) -> None:
         self.cuda: Cuda = open_cuda()
         self.trt = load_library(module)
         self._lock = threading.Lock()
@@ -80,6 +108,7 @@ class Engine:
         with self.cuda.current():
             self.device: Device = self.cuda.device()
             logger, self.log = registered_logger(self.trt)
+            self.log.clear()
             self._runtime = self.trt.Runtime(logger)
             validity = self._valid if hasattr(self._runtime, "get_engine_validity") else None
             version = str(self.trt.__version__)
@@ -92,6 +121,7 @@ class Engine:
                     f"build it again: edgekit build {bundle.path} --target {self.choice.record.target}",
                 )
             self._config, self._cache = rtx_cache.restore(self.engine, self.choice, self.device)
+            self.captures = cuda_graph and _capture_inside(self.trt, self._config)
 
     def _prepare(self, options: Options) -> None:
         if options.dla is not None:
@@ -111,6 +141,7 @@ class Engine:
         with self._lock:
             if self.engine is None:
                 raise BackendError("the model that this one shares was closed", "enter the share while it is open")
+            self.log.clear()
             context = self.engine.create_execution_context(*([] if self._config is None else [self._config]))
             if context is None:
                 raise BackendError(

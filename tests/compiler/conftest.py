@@ -24,7 +24,7 @@ RELEASES: list[str] = API["versions"]
 RTX = "rtx1.7"
 _ENUMERATIONS = (
     "BuilderFlag MemoryPoolType DeviceType HardwareCompatibilityLevel ProfilingVerbosity ComputeCapability "
-    "NetworkDefinitionCreationFlag LayerInformationFormat"
+    "NetworkDefinitionCreationFlag LayerInformationFormat OnnxParserFlag"
 )
 
 
@@ -78,7 +78,7 @@ class SimulatedBuilder:
 
     def __init__(self, release: str, cores: int = 0, gpu_only: str = "", timings: bytes = b"timings") -> None:
         self.release, self.cores, self.gpu_only, self.timings = release, cores, gpu_only.split(), timings
-        self.told: dict[str, Any] = {"flags": []}
+        self.told: dict[str, Any] = {"flags": [], "parser_flags": []}
         self.network: Any = None
         self.used: set[tuple[str, str]] = set()  # (class, attribute)
         self.ignored: set[str] = set()  # attributes that are taken, logged as unsupported, and left as they were
@@ -109,7 +109,7 @@ class SimulatedBuilder:
 
     def _parser(self, network: Any, logger: Any) -> Any:
         def parse(graph: bytes) -> bool:
-            self.graph = graph
+            self.graph, self.told["parsed_with"] = graph, list(self.told["parser_flags"])
             read = onnx.load_model_from_string(graph).graph
             nodes = read.node
             bytes_in = {value.name for value in read.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
@@ -120,7 +120,7 @@ class SimulatedBuilder:
             self.network = network
             return True
 
-        return self.part("OnnxParser", parse=parse, num_errors=0)
+        return self.part("OnnxParser", parse=parse, set_flag=self.told["parser_flags"].append, num_errors=0)
 
     def _layer(self, node: onnx.NodeProto) -> Any:
         tensors = [self.part("ITensor", name=n, dtype=types.SimpleNamespace(name="HALF"), shape=(-1, 4)) for n in node.output]

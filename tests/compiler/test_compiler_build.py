@@ -18,10 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.compiler import build, build_engine, child, import_onnx, summarise
 from edgekit.compiler.compilation import compile_graph
-from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError
+from edgekit.errors import BackendError, BundleError, GoldenError, GraphError, MissingExtra, UsageError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance, history_entry
 from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
+from edgekit.trust import is_trusted
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -117,6 +118,23 @@ def test_a_damaged_or_missing_engine_is_not_served(digits_bundle: Bundle) -> Non
     assert build(digits_bundle.path, target="rtx-ada", precision="fp32").cached
 
 
+def test_an_engine_of_another_machine_is_built_again(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime refuses it and says "build it here", which therefore must build, and is what makes it trusted."""
+    made = build(tiny_bundle, target="rtx-ada")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    digest = record(made.bundle, "rtx-ada")["engine_sha256"]
+    assert not is_trusted(digest)
+    again = build(tiny_bundle.path, target="rtx-ada")
+    assert not again.cached
+    assert is_trusted(record(again.bundle, "rtx-ada")["engine_sha256"])
+    assert build(tiny_bundle.path, target="rtx-ada").cached
+    kit = build(tiny_bundle.path, target="jetson-thor")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "a third"))
+    assert build(kit.bundle.path, target="jetson-thor").cached  # a kit holds no engine: nothing of it is loaded
+
+
 def test_a_cached_build_loads_no_heavy_library(digits_bundle: Bundle) -> None:
     build(digits_bundle, target="rtx-ada")
     code = (
@@ -192,7 +210,7 @@ def test_int8_keeps_float32_around_it_where_tensorrt_refuses_float16(
         "precision": "best",
         "target_precisions": ["fp32", "fp16", "int8"],
     }
-    request |= {"engine": True, "module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.9", "target": "rtx-ada"}
+    request |= {"engine": True, "module": "tensorrt_rtx", "compute_capability": "8.9", "target": "rtx-ada"}
     request |= {"sparse": True, "profiles": {}}
     answer = compile_graph(request, tmp_path)
     assert (answer["precision"], answer["opset"], answer["golden_snr_db"]) == ("int8", 17, None)
@@ -277,7 +295,7 @@ def test_the_flag_reaches_the_builders_configuration(tmp_path: Path, monkeypatch
     monkeypatch.setattr(trt, "Builder", Builder)
     request = {"float_graph": str(bundle.file(FLOAT_GRAPH)), "int8_graph": None, "golden": str(bundle.file(GOLDEN))}
     request |= {"precision": "fp16", "target_precisions": ["fp32", "fp16"], "engine": True, "form": "int8", "target": "here"}
-    request |= {"module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.6"}
+    request |= {"module": "tensorrt_rtx", "compute_capability": "8.6"}
     request |= {"profiles": {"x": [[1, 64], [1, 64], [1, 64]]}}
     for sparse in (True, False):
         answer = compile_graph({**request, "sparse": sparse}, tmp_path)
@@ -354,6 +372,18 @@ def test_without_tensorrt_rtx_the_extra_is_named(tiny_bundle: Bundle, monkeypatc
         build(tiny_bundle, target="rtx-ada")
     assert caught.value.hint == "pip install 'edgekit[rtx]'"
     assert build(tiny_bundle, target="jetson-thor").kit is not None
+
+
+def test_a_tensorrt_rtx_without_its_library_is_not_called_missing(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "broken/tensorrt_rtx.py"
+    module.parent.mkdir()
+    module.write_text("raise ImportError('libtensorrt_rtx.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(module.parent))  # where the child that compiles looks too
+    with pytest.raises(BackendError, match=r"tensorrt_rtx does not load: libtensorrt_rtx\.so\.1") as caught:
+        build(tiny_bundle, target="rtx-ada")
+    assert "install it again" in caught.value.hint
 
 
 def test_the_command_answers_what_scripts_rely_on(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:

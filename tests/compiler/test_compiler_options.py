@@ -91,6 +91,15 @@ def test_the_dla_is_set_and_what_falls_back_is_named(release: str, simulated_bui
     assert text == f"DLA core 1: {len(left)} of {len(nodes)} layers fall back to the GPU: {counted(left)}"
 
 
+def test_the_parser_adjusts_a_graph_for_the_dla_alone(release: str, simulated_builder: Builder, tiny_bundle: Bundle) -> None:
+    """The flag came with TensorRT 10.16, and must be set before the graph is read."""
+    for options in ({"dla": 0}, {}):
+        simulated = simulated_builder(release, cores=2)
+        compile_with(simulated, tiny_bundle, options=options)
+        has = release in ("10.16", "11.4", "rtx1.7") and "dla" in options
+        assert simulated.told["parsed_with"] == (["ADJUST_FOR_DLA"] if has else [])
+
+
 def test_a_device_without_that_dla_refuses_the_kit(simulated_builder: Builder, tiny_bundle: Bundle) -> None:
     for cores, why in ((0, "has no DLA"), (1, "has 1 DLA cores")):
         with pytest.raises(build_engine.BuildError, match=why):

@@ -58,12 +58,14 @@ def _helper(name: str) -> Any:
 
 
 simulated_cuda, simulated_tensorrt = _helper("simulated_cuda"), _helper("simulated_tensorrt")
+simulated_pycuda = _helper("simulated_pycuda")
 
 
 class Simulation:
-    """A GPU (`cuda`), its CUDA module (`runtime`) and a TensorRT (`trt`), which the process imports as the real ones."""
+    """A GPU (`cuda`), its CUDA module (`runtime`; `driver` for pycuda) and a TensorRT (`trt`), which the process imports as
+    the real ones."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, release: str, cuda: Any) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, release: str, cuda: Any, library: str = "cuda-bindings") -> None:
         self.cuda, self.release = cuda, release
         self.trt = simulated_tensorrt.make_module(release, cuda)
         self.backend = "tensorrt-rtx" if release == simulated_tensorrt.RTX else "tensorrt"
@@ -71,12 +73,22 @@ class Simulation:
         self._pretend(patch, {self.trt.__name__: self.trt})
         if not isinstance(cuda, simulated_cuda.SimulatedCuda):
             return  # a real GPU, with the CUDA that is installed
+        if library == "pycuda":
+            package: Any = types.ModuleType("pycuda")
+            package.VERSION_TEXT = "2026.1"
+            self.runtime = None
+            self.driver = simulated_pycuda.Driver(cuda)
+            patch.setitem(sys.modules, "cuda.bindings.runtime", None)
+            patch.setitem(sys.modules, "pycuda", package)
+            patch.setitem(sys.modules, "pycuda.driver", self.driver)
+            return
         self.runtime = cuda.module()
         bindings: Any = types.ModuleType("cuda.bindings")
         bindings.__version__ = "13.0.0"
         bindings.runtime = self.runtime
-        package = types.ModuleType("cuda")
-        self._pretend(patch, {"cuda": package, "cuda.bindings": bindings, "cuda.bindings.runtime": self.runtime})
+        self._pretend(
+            patch, {"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": self.runtime}
+        )
 
     def _pretend(self, patch: pytest.MonkeyPatch, modules: dict[str, types.ModuleType]) -> None:
         for name, module in modules.items():
@@ -121,12 +133,15 @@ class Simulation:
 
 @pytest.fixture
 def simulate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Simulation]:
-    """``simulate(release, sm="8.6", integrated=False)``: from here on the process has a GPU. Caches are the test's own."""
+    """``simulate(release, library="cuda-bindings", sm="8.6", integrated=False)``: from here on the process has a GPU.
+
+    Caches are the test's own.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
-    def make(release: str = simulated_tensorrt.RTX, **gpu: Any) -> Simulation:
-        return Simulation(monkeypatch, release, simulated_cuda.SimulatedCuda(**gpu))
+    def make(release: str = simulated_tensorrt.RTX, library: str = "cuda-bindings", **gpu: Any) -> Simulation:
+        return Simulation(monkeypatch, release, simulated_cuda.SimulatedCuda(**gpu), library)
 
     return make
 
@@ -148,13 +163,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Simulation:
     runtime = pytest.importorskip("cuda.bindings.runtime")
     simulation = Simulation(monkeypatch, simulated_tensorrt.RTX, types.SimpleNamespace(sm=device.sm))
     simulation.trt.execute = simulated_tensorrt.device_copy(runtime)
+    del simulation.trt.CudaGraphStrategy  # a copy captures nothing by itself: the runner shall
     return simulation
-
-
-@pytest.fixture
-def simulated_pycuda() -> Any:
-    """The module of that name."""
-    return _helper("simulated_pycuda")
 
 
 RELEASES: list[str] = simulated_tensorrt.VERSIONS

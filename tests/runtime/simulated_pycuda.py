@@ -12,6 +12,10 @@ class Error(Exception):
     """As ``pycuda.driver.Error``: the first line says what failed."""
 
 
+class MemoryError(Error):  # noqa: A001  the name is pycuda's
+    """As ``pycuda.driver.MemoryError``."""
+
+
 class Pages(np.ndarray[Any, Any]):
     """Page-locked memory; ``base`` is what owns it."""
 
@@ -19,13 +23,15 @@ class Pages(np.ndarray[Any, Any]):
 
 
 class Driver:
-    """The module; ``depth`` counts the contexts that are pushed."""
+    """The module; ``depth`` counts the contexts that are pushed. ``refuses``: after a fault, a context cannot be pushed."""
 
     def __init__(self, simulated: Any) -> None:
-        self.simulated, self.depth = simulated, 0
+        self.simulated, self.depth, self.refuses = simulated, 0, False
         driver = self
 
         class Stream:
+            handle = 0
+
             def __init__(self) -> None:
                 self.handle = driver.call("cudaStreamCreateWithFlags", 1)
 
@@ -45,7 +51,8 @@ class Driver:
             def free(self) -> None:
                 driver.call("cudaFree", self.address)
 
-        self.Error, self.Stream, self.mem_alloc, self.Event = Error, Stream, Memory, _Event
+        self.Error, self.MemoryError = Error, MemoryError
+        self.Stream, self.mem_alloc, self.Event = Stream, Memory, _Event
         self.Context = types.SimpleNamespace(pop=self._pop)
         self.Device: Any = lambda index: self._device()
         self.Device.count = lambda: simulated.count
@@ -58,7 +65,8 @@ class Driver:
             raise Error(f"{name} failed: invalid device context")
         error, *results = getattr(self.simulated, name)(*arguments)
         if error:
-            raise Error(f"{name} failed: {error.name}\nmore")
+            kind = MemoryError if error == self.simulated.cudaError_t.cudaErrorMemoryAllocation else Error
+            raise kind(f"{name} failed: {error.name}\nmore")
         return results[0] if results else None
 
     def init(self) -> None: ...
@@ -76,6 +84,8 @@ class Driver:
         )
 
     def _push(self) -> None:
+        if self.refuses and self.simulated.error:
+            raise Error(f"cuCtxPushCurrent failed: {self.simulated.error.name}")
         self.depth += 1
 
     def _pop(self) -> None:

@@ -37,8 +37,10 @@ class DataType(enum.IntEnum):
 _TYPES = {"float32": "FLOAT", "float16": "HALF", "int8": "INT8", "int32": "INT32", "bool": "BOOL", "uint8": "UINT8"}
 _TYPES["int64"] = "INT64"
 _NUMPY = {name: dtype for dtype, name in _TYPES.items()}
+_TYPES["float64"] = "FLOAT"  # what every parser makes of it
 TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
 TensorLocation = enum.Enum("TensorLocation", ["DEVICE", "HOST"])
+CudaGraphStrategy = enum.Enum("CudaGraphStrategy", ["DISABLED", "WHOLE_GRAPH_CAPTURE"])
 EngineValidity = enum.Enum("EngineValidity", ["VALID", "SUBOPTIMAL", "INVALID"])
 EngineInvalidityDiagnostics = enum.IntFlag("EngineInvalidityDiagnostics", ["VERSION_MISMATCH", "UNSUPPORTED_CC"])
 
@@ -79,11 +81,12 @@ def make_module(release: str, cuda: Any) -> types.ModuleType:
     trt.TensorIOMode, trt.TensorLocation = TensorIOMode, TensorLocation
     if release == RTX:
         trt.EngineValidity, trt.EngineInvalidityDiagnostics = EngineValidity, EngineInvalidityDiagnostics
+        trt.CudaGraphStrategy = CudaGraphStrategy
     trt.logger = None  # the first that the process registers stays; later ones are ignored
     trt.Runtime = lambda logger: _Runtime(trt, logger)
     trt.execute = None  # (name -> (address, shape, dtype), stream) -> bool: what runs instead, where the CUDA is a real one
-    trt.capturable = True  # what RTX answers to is_stream_capturable
     trt.breaks_capture = False  # whether execution does something that a capture forbids
+    trt.ran = []  # of each inference: "own", or RTX's "fallback" or "specialized" kernels, and " in a graph" of RTX's own
     trt.alive = 0  # engines and contexts that exist
     trt.compiled = 0  # kernels that RTX had to compile for want of a cache
     return trt  # type: ignore[no-any-return]
@@ -184,13 +187,15 @@ class _Engine(_Guarded):
             self._trt.compiled += 1
         if cache is not None:
             cache._kernels.add(self._digest)
-        return _Context(self._trt, self._logger, self)
+        captures = config is not None and self._trt.release == RTX and config.cuda_graph_strategy != CudaGraphStrategy.DISABLED
+        return _Context(self._trt, self._logger, self, captures)
 
 
 class _RuntimeConfig(_Guarded):
     def __init__(self, trt: Any) -> None:
         super().__init__("IRuntimeConfig", trt)
         self._cache: Any = None
+        self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
 
     def create_runtime_cache(self) -> Any:
         return _RuntimeCache(self._trt)
@@ -217,9 +222,10 @@ class _RuntimeCache(_Guarded):
 
 
 class _Context(_Guarded):
-    def __init__(self, trt: Any, logger: Any, engine: _Engine) -> None:
+    def __init__(self, trt: Any, logger: Any, engine: _Engine, captures: bool) -> None:
         super().__init__("IExecutionContext", trt)
-        self._logger, self._engine = logger, engine
+        self._logger, self._engine, self._captures = logger, engine, captures
+        self._runs: dict[Any, int] = {}  # of each shape
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         trt.alive += 1
@@ -258,8 +264,15 @@ class _Context(_Guarded):
         self._addresses[name] = address
         return True
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return bool(self._trt.capturable)
+    def _kernels(self) -> str:
+        """Which kernels an inference starts now: RTX compiles those for a shape while it runs others, for three runs here."""
+        shapes = tuple(sorted(self._shapes.items()))
+        self._runs[shapes] = self._runs.get(shapes, 0) + 1
+        if self._trt.release != RTX:
+            return "own"
+        if self._runs[shapes] <= 3:
+            return "fallback"
+        return "specialized in a graph" if self._captures else "specialized"
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, engine = self._trt.cuda, self._engine
@@ -274,10 +287,15 @@ class _Context(_Guarded):
         }
         if self._trt.execute is not None:
             return bool(self._trt.execute(places, stream))
-        if self._trt.breaks_capture:
-            cuda._forbidden()
+        if any(stream.captured is not None for stream in cuda.streams.values()):
+            if self._trt.breaks_capture and cuda._forbidden():
+                self._error("enqueueV3: Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)")
+            if self._captures:
+                return self._error("enqueueV3: Consider turning off RTX Cudagraphs capture if capturing the stream externally.")
+        kernels = self._kernels()
 
         def work() -> None:
+            self._trt.ran.append(kernels)
             feeds = {}
             for name in engine._inputs:
                 address, shape, dtype = places[name]

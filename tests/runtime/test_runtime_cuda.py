@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-import types
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +86,9 @@ def test_cuda_bindings(simulate: Any) -> None:
 
 
 @pytest.fixture
-def pycuda(simulate: Any, simulated_pycuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def pycuda(simulate: Any) -> Any:
     """A simulation in which cuda-bindings is absent and pycuda is there."""
-    simulation = simulate("10.3", sm="8.7")
-    package: Any = types.ModuleType("pycuda")
-    package.VERSION_TEXT = "2026.1"
-    simulation.driver = simulated_pycuda.Driver(simulation.cuda)
-    for name, module in {"cuda.bindings.runtime": None, "pycuda": package, "pycuda.driver": simulation.driver}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return simulation
+    return simulate("10.3", library="pycuda", sm="8.7")
 
 
 def test_pycuda(pycuda: Any) -> None:
@@ -108,9 +100,28 @@ def test_pycuda(pycuda: Any) -> None:
         cuda.free_stream(stream)
     assert pycuda.driver.depth == 0
     assert pycuda.cuda.left == {}
-    pycuda.cuda.error = pycuda.cuda.cudaError_t.cudaErrorIllegalAddress
-    with pytest.raises(BackendError, match=r"cudaMalloc failed: cudaErrorIllegalAddress$"), cuda.current():
-        cuda.allocate(1)
+
+
+def test_every_call_of_pycuda_fails_in_words(pycuda: Any) -> None:
+    """Inside of `current`, so that who closes a runner after a fault goes on with the rest."""
+    cuda = open_cuda()
+    with cuda.current():
+        stream, address, pinned = cuda.stream(), cuda.allocate(8), cuda.pin(8, mapped=False)
+        pycuda.cuda.error = pycuda.cuda.cudaError_t.cudaErrorIllegalAddress
+        calls: list[Any] = [
+            cuda.stream,
+            lambda: cuda.synchronize(stream),
+            lambda: cuda.allocate(1),
+            lambda: cuda.pin(1, mapped=True),
+            lambda: cuda.upload(address, pinned, 8, stream),
+            lambda: cuda.download(pinned, address, 8, stream),
+            lambda: cuda.unpin(pinned),
+            lambda: cuda.free(address),
+        ]
+        for call in calls:
+            with pytest.raises(BackendError, match=r"failed: cudaErrorIllegalAddress$"):
+                call()
+    assert pycuda.driver.depth == 0
 
 
 @pytest.mark.parametrize("integrated", [False, True])
@@ -138,7 +149,14 @@ def test_every_name_asked_of_tensorrt_rtx_exists(simulate: Any, tiny_bundle: Bun
             runner.run({"x": np.zeros((1, 3, 32, 32), np.float32)})
     assert len(simulation.trt.used) >= 20
     assert [name for name in sorted(simulation.trt.used) if not hasattr(getattr(real, name[0]), name[1])] == []
-    for name in ("ILogger.ERROR", "Runtime", "TensorIOMode.INPUT", "TensorLocation.DEVICE", "EngineValidity.INVALID"):
+    for name in (
+        "ILogger.ERROR",
+        "Runtime",
+        "TensorIOMode.INPUT",
+        "TensorLocation.DEVICE",
+        "EngineValidity.INVALID",
+        "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+    ):
         thing = real
         for part in name.split("."):
             thing = getattr(thing, part)
@@ -147,8 +165,8 @@ def test_every_name_asked_of_tensorrt_rtx_exists(simulate: Any, tiny_bundle: Bun
 
 def test_every_name_asked_of_cuda_bindings_exists(simulate: Any, tiny_bundle: Bundle) -> None:
     real = pytest.importorskip("cuda.bindings.runtime")
-    simulation = simulate()
-    with TensorRtRtxRunner(simulation.engine(tiny_bundle), "model.onnx", 1) as runner:
+    simulation = simulate("11.4")
+    with TensorRtRunner(simulation.engine(tiny_bundle), "model.onnx", 1) as runner:
         for _ in range(3):
             runner.run({"x": np.zeros((1, 3, 32, 32), np.float32)})
         runner.device_ms({"x": np.zeros((1, 3, 32, 32), np.float32)})

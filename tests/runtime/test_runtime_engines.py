@@ -376,7 +376,7 @@ def test_bench_measures_within_the_engines_batches(simulate: Any, tiny_bundle: B
     bundle = simulate().engine(tiny_bundle)
     options = ["--backend", "tensorrt-rtx", "--seconds", "0.02", "--json"]
     found = cli("bench", bundle.path, *options).json
-    assert (found["backend"], found["engine"], found["cuda_graph"]) == ("tensorrt-rtx", "rtx-ampere", True)
+    assert (found["backend"], found["engine"], found["cuda_graph"]) == ("tensorrt-rtx", "rtx-ampere", "by TensorRT-RTX")
     assert cli("bench", bundle.path, "--scenario", "offline", *options).json["batch"] in (1, 4)
     done = cli("bench", bundle.path, "--scenario", "offline", "--batch", "16", *options)
     assert done.code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def test_every_release_is_given_what_it_has(simulation: Any, tiny_bundle: Bundle
     used = {name for _, name in simulation.trt.used}
     assert {"execute_async_v3", "set_input_shape", "set_tensor_address", "deserialize_cuda_engine"} <= used
     rtx = simulation.backend == "tensorrt-rtx"
-    assert ({"get_engine_validity", "is_stream_capturable", "set_runtime_cache"} <= used) == rtx
+    assert ({"get_engine_validity", "cuda_graph_strategy", "set_runtime_cache"} <= used) == rtx
     assert ("create_runtime_config" in used) == (simulation.release in ("10.13", "10.16", "11.4", "rtx1.7"))
 
 
@@ -108,7 +109,7 @@ def test_answers_are_the_callers_own(simulate: Any, tiny_bundle: Bundle) -> None
 
 
 def test_the_second_run_of_a_shape_is_a_graph(simulate: Any, tiny_bundle: Bundle) -> None:
-    simulation = simulate()
+    simulation = simulate("10.16")
     with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
         assert "second run" in runner.describe()["cuda_graph"]
         runner.run({"x": samples(1)})
@@ -123,13 +124,9 @@ def test_the_second_run_of_a_shape_is_a_graph(simulate: Any, tiny_bundle: Bundle
     nothing_left(simulation)
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [("capturable", "TensorRT says"), ("breaks_capture", "cudaErrorStreamCaptureInvalidated"), ("off", "switched off")],
-)
+@pytest.mark.parametrize(("case", "words"), [("breaks_capture", "cudaErrorStreamCaptureInvalidated"), ("off", "switched off")])
 def test_without_a_graph_it_says_why_and_runs(simulate: Any, tiny_bundle: Bundle, case: str, words: str) -> None:
-    simulation = simulate()
-    simulation.trt.capturable = case != "capturable"
+    simulation = simulate("11.4")
     simulation.trt.breaks_capture = case == "breaks_capture"
     with runner_of(simulation, simulation.engine(tiny_bundle), cuda_graph=case != "off") as runner:
         for seed in range(3):
@@ -138,6 +135,94 @@ def test_without_a_graph_it_says_why_and_runs(simulate: Any, tiny_bundle: Bundle
         assert words in runner.describe()["cuda_graph"]
         assert "GraphLaunch" not in simulation.cuda.log
     nothing_left(simulation)
+
+
+@pytest.mark.parametrize(("wish", "last"), [(True, "specialized in a graph"), (False, "specialized")])
+def test_tensorrt_rtx_makes_its_graphs_when_its_kernels_are_there(
+    simulate: Any, tiny_bundle: Bundle, wish: bool, last: str
+) -> None:
+    """A graph of the runner's own would keep the kernels of the second run, on which TensorRT-RTX falls back at first."""
+    simulation = simulate()
+    bundle = simulation.engine(tiny_bundle)
+    with runner_of(simulation, bundle, cuda_graph=wish) as runner, runner.share() as other:
+        for shape in (1, 2, 1):
+            for seed in range(4):
+                x = samples(shape, seed)
+                for each in (runner, other):
+                    np.testing.assert_allclose(each.run({"x": x})["y"], truth(tiny_bundle, x), rtol=1e-6)
+            assert simulation.trt.ran[:2] == ["fallback"] * 2
+            assert simulation.trt.ran[-2:] == [last] * 2
+        assert other.describe()["cuda_graph"] == ("by TensorRT-RTX" if wish else "switched off")
+        assert "GraphLaunch" not in simulation.cuda.log
+    nothing_left(simulation)
+
+
+def test_a_tensorrt_rtx_without_graphs_of_its_own_is_captured(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate()
+    del simulation.trt.CudaGraphStrategy
+    with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
+        runner.run({"x": samples(1)})
+        assert runner.describe()["cuda_graph"] is True
+
+
+# What TensorRT said of it
+
+
+def out_of_tricks(simulation: Any, meanwhile: Callable[[], Any] = lambda: None) -> Callable[..., bool]:
+    """For ``trt.execute``: a run that fails and says why; ``meanwhile`` happens before the caller can ask."""
+
+    def execute(places: Any, stream: int) -> bool:
+        simulation.trt.execute = None
+        simulation.trt.logger.log(1, "Error Code 2: Internal Error (out of tricks)")
+        meanwhile()
+        return False
+
+    return execute
+
+
+def test_a_failure_is_not_told_by_what_a_refused_capture_said(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate("10.16")
+    simulation.trt.breaks_capture = True
+    with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
+        runner.run({"x": samples(1)})
+        simulation.trt.execute = out_of_tricks(simulation)
+        with pytest.raises(BackendError, match=r"did not run: Error Code 2: Internal Error \(out of tricks\)"):
+            runner.run({"x": samples(1)})
+
+
+def test_another_camera_does_not_take_the_reason(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate("10.16")
+
+    def camera(shared: TensorRtRunner) -> None:
+        with shared:
+            shared.run({"x": samples(2)})
+
+    with runner_of(simulation, simulation.engine(tiny_bundle), cuda_graph=False) as runner:
+
+        def in_thread() -> None:
+            thread = threading.Thread(target=camera, args=(runner.share(),))
+            thread.start()
+            thread.join()
+
+        runner.run({"x": samples(1)})
+        simulation.trt.execute = out_of_tricks(simulation, in_thread)
+        with pytest.raises(BackendError, match="out of tricks"):
+            runner.run({"x": samples(1)})
+
+
+def test_what_a_thread_of_tensorrt_says_is_told(simulate: Any, tiny_bundle: Bundle) -> None:
+    simulation = simulate("10.16")
+
+    def execute(places: Any, stream: int) -> bool:
+        thread = threading.Thread(target=simulation.trt.logger.log, args=(1, "no memory for a kernel"))
+        thread.start()
+        thread.join()
+        return False
+
+    with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
+        simulation.trt.execute = execute
+        with pytest.raises(BackendError, match="no memory for a kernel"):
+            runner.run({"x": samples(1)})
 
 
 # Memory
@@ -155,8 +240,14 @@ def test_an_integrated_gpu_copies_nothing(simulate: Any, tiny_bundle: Bundle) ->
     nothing_left(simulation)
 
 
-def test_a_full_gpu_is_one_line_and_leaves_nothing(simulate: Any, tiny_bundle: Bundle) -> None:
-    simulation = simulate()
+@pytest.fixture(params=["cuda-bindings", "pycuda"])
+def either(request: pytest.FixtureRequest, simulate: Any) -> Any:
+    """A simulation with one of the two libraries."""
+    return simulate("10.16", library=request.param)
+
+
+def test_a_full_gpu_is_one_line_and_leaves_nothing(either: Any, tiny_bundle: Bundle) -> None:
+    simulation = either
     with open_runner(simulation.engine(tiny_bundle), simulation.backend) as runner:
         runner.run({"x": samples(1)})
         simulation.cuda.limit = 1 << 12
@@ -200,16 +291,32 @@ def test_an_address_that_is_not_set_is_refused(simulate: Any, tiny_bundle: Bundl
     nothing_left(simulation)
 
 
-def test_freed_memory_is_an_illegal_address(simulate: Any, tiny_bundle: Bundle) -> None:
-    simulation = simulate()
-    with runner_of(simulation, simulation.engine(tiny_bundle), cuda_graph=False) as runner:
+@pytest.mark.parametrize("refuses", [False, True])
+def test_freed_memory_is_an_illegal_address(either: Any, tiny_bundle: Bundle, refuses: bool) -> None:
+    if either.runtime is None:
+        either.driver.refuses = refuses
+    with runner_of(either, either.engine(tiny_bundle), cuda_graph=False) as runner:
         runner.run({"x": samples(1)})
-        simulation.cuda.memory.clear()
+        either.cuda.memory.clear()
         for _ in range(2):  # it stays: a CUDA context does not recover
             with pytest.raises(BackendError, match="cudaErrorIllegalAddress"):
                 runner.run({"x": samples(1)})
     gc.collect()
-    assert simulation.trt.alive == 0  # closing goes to its end all the same
+    assert either.trt.alive == 0  # closing goes to its end all the same
+
+
+def test_a_fault_is_seen_and_not_what_closing_meets(either: Any, tiny_bundle: Bundle) -> None:
+    def fault() -> None:
+        with runner_of(either, either.engine(tiny_bundle), cuda_graph=False) as runner, runner.share() as other:
+            other.run({"x": samples(1)})
+            either.cuda.memory.clear()
+            other.run({"x": samples(1)})
+
+    with pytest.raises(BackendError, match="cudaStreamSynchronize failed: cudaErrorIllegalAddress") as caught:
+        fault()
+    del caught  # its traceback holds the contexts
+    gc.collect()
+    assert either.trt.alive == 0
 
 
 # Inputs that do not fit
@@ -265,6 +372,25 @@ def test_int64_of_an_engine_before_tensorrt_10(simulate: Any, tmp_path: Path) ->
         np.testing.assert_array_equal(found, 2 * x)
         with pytest.raises(InputError, match="holds -4 to 4294967296, which this engine's int32 cannot"):
             runner.run({"x": np.array([[1 << 32, -4, 5]], np.int64)})
+
+
+def test_float64_is_float32_on_the_gpu(simulation: Any, tmp_path: Path) -> None:
+    """Every parser makes FLOAT of DOUBLE; the model's own type is what goes in and comes out."""
+    nodes = [helper.make_node("Add", ["x", "x"], ["y"])]
+    x = np.array([[0.1, -4, np.inf]])
+    bundle = write(tmp_path / "double.edge", nodes, x, (TensorProto.DOUBLE, ["n", 3]), ["n", 3])
+    bundle = simulation.engine(bundle)
+    with open_runner(bundle, simulation.backend) as runner:
+        assert [spec.dtype for spec in (*runner.inputs, *runner.outputs)] == ["float64", "float64"]
+        for feed in (x, np.full_like(x, np.nan)):
+            found = runner.run({"x": feed})["y"]
+            assert found.dtype == np.float64
+            np.testing.assert_allclose(found, 2 * feed, rtol=1e-7)
+        with pytest.raises(InputError, match=r"holds -1e\+300 to inf, which this engine's float32 cannot"):
+            runner.run({"x": np.array([[0.1, -1e300, np.inf]])})
+        with pytest.raises(InputError, match="x is float32, the model takes float64"):
+            runner.run({"x": x.astype(np.float32)})
+    assert check_golden(bundle, backend=simulation.backend).snr_db > 100
 
 
 def test_a_graph_that_takes_bytes_is_given_the_frame(simulate: Any, tmp_path: Path) -> None:
