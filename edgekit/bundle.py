@@ -86,8 +86,9 @@ class Bundle:
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
-        """Read a bundle. ``verify`` hashes every file now; else each is hashed when it is first used.
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True, but: str = "") -> Bundle:
+        """Read a bundle. ``verify`` hashes every file now, those below the folder ``but`` left out; else each is hashed when
+        it is first used.
 
         Raises `BundleError` where the bundle is missing, damaged or of a newer format.
         """
@@ -104,7 +105,8 @@ class Bundle:
         bundle = cls(folder, _read_manifest(folder))
         if verify:
             for name in bundle.manifest.files:
-                bundle.file(name)
+                if not but or not name.startswith(f"{but}/"):
+                    bundle.file(name)
         return bundle
 
     @property
@@ -164,14 +166,20 @@ class Bundle:
         if any(part.is_symlink() for part in (path, *folders)):
             raise BundleError(f"{path} is a symbolic link", "do not trust this bundle")
         if not path.is_file():
-            raise BundleError(f"{path} is missing", "restore the bundle, or make it again")
+            raise BundleError(f"{path} is missing", self._cure(name))
         return path
+
+    def _cure(self, name: str) -> str:
+        """What brings a file back: engines and kits are made anew from what the bundle holds."""
+        folder, _, file = name.partition("/")
+        if folder != "engines":
+            return "restore the bundle, or make it again"
+        target = file.removesuffix(".zip").removesuffix(".kit").removesuffix(".layers.json").removesuffix(".json")
+        return f"make it again: edgekit build {self.path} --target {target.removesuffix('.engine')}"
 
     def _check(self, name: str, digest: str) -> None:
         if digest != self.manifest.files[name]:
-            raise BundleError(
-                f"{self.path / name} is damaged: its sha256 is not the manifest's", "restore the bundle, or make it again"
-            )
+            raise BundleError(f"{self.path / name} is damaged: its sha256 is not the manifest's", self._cure(name))
         self._checked.add(name)
 
     def size_bytes(self) -> int:

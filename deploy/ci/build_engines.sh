@@ -38,6 +38,8 @@ print(functools.reduce(lambda found, key: found[key], sys.argv[2:], json.load(op
 
 # gate WHAT HAVE "at least"|"at most" WANT
 gate() {
+    # awk takes what is no number for 0, and a gate that asks for 0 lets all through
+    echo "$4" | grep -Eq '^[0-9]+([.][0-9]+)?$' || fail "$1: '$4' is not a number to ask for"
     if awk -v have="$2" -v want="$4" -v least="$3" 'BEGIN { exit !(least == "at least" ? have + 0 >= want + 0 : have + 0 <= want + 0) }'; then
         echo "gate: $1 is $2; asked: $3 $4"
     else
@@ -61,7 +63,7 @@ mkdir -p "$out"
 key=$({ cat "$float/manifest.json" "$frozen"; "$edgekit" --version; } | sha256sum | cut -d" " -f1)
 kept=${CACHE:+$CACHE/$key}
 if [ -n "$kept" ] && [ -d "$kept" ]; then
-    echo "take int8.edge from the cache"
+    echo "take int8.edge from the cache $kept (remove it to make all anew)"
     cp -R "$kept/int8.edge" "$kept/quantize.json" "$out/"
 else
     echo "quantize $float with the ranges in $frozen"

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
-from edgekit.errors import BundleError
+from edgekit.errors import BundleError, UsageError
 from edgekit.manifest import Tolerance
 from edgekit.targets import Target, buildable
 from edgekit.trust import is_trusted, trust_engine
@@ -114,7 +114,7 @@ def build(
     """
     started = time.perf_counter()
     chosen = buildable(target)
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, but="engines")  # a damaged engine is made again
     check_precision(opened, chosen, precision)
     frames = frames_of(opened) if uint8_input else None
     profiles = profiles_for(opened, batch) if frames is None else frame_profiles(profiles_for(opened, batch))
@@ -125,7 +125,10 @@ def build(
     key = hashlib.sha256(msgspec.json.encode(spec, order="sorted")).hexdigest()
     earlier = _earlier(opened, chosen)
     if earlier is not None and not again and _serves(opened, chosen, earlier, key, options):
+        remarks += _foreign(chosen, earlier)
         return _result(opened, chosen, earlier, remarks, cached=True, seconds=time.perf_counter() - started)
+    if not os.access(opened.path, os.W_OK | os.X_OK):
+        raise UsageError(f"{opened.path} may not be written", "copy it to where you may write: an engine goes into its bundle")
     files, record = _compiled(opened, chosen, options, {**spec, "key": key}, timeout_s)
     changed, reproduced = _compared(opened, earlier, record, files[record["file"]])
     updated = _kept(opened, files, record, {"target": target, "precision": precision, "batch": batch, **spec["options"]})
@@ -296,13 +299,14 @@ def _outputs(
         if bundle.has(GOLDEN):  # where the engine takes frames, the child wrote one whose inputs are frames
             golden = (folder / GOLDEN if frames else bundle.file(GOLDEN)).read_bytes()
         able, unable = readers(target, answer["opset"], answer["untyped_opset"], "dla" in spec["options"])
-        record["tensorrt"], record["usable"] = listed(able) or "none", bool(able)
-        useless = f"NOTHING BUILDS THIS KIT: no TensorRT for {target.name} takes it; ONNX Runtime runs its graph"
-        record["notes"] = [*([] if able else [useless]), *record["notes"], *unable]
+        reason = answer["refused_as"] or ("" if able else f"no TensorRT for {target.name} takes it")
+        record["tensorrt"], record["usable"] = listed(able) or "none", not reason
+        useless = f"NOTHING BUILDS THIS KIT: {reason}; ONNX Runtime runs its graph"
+        record["notes"] = [*([useless] if reason else []), *record["notes"], *unable]
         untyped = (folder / "untyped.onnx").read_bytes() if answer["untyped_opset"] else None
         data = make_kit(target, able, record, graph, golden, untyped, timings)
         name, record["kit_sha256"] = f"engines/{target.name}.kit.zip", hashlib.sha256(data).hexdigest()
-        if able:
+        if record["usable"]:
             record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")
     return {name: data, **files}, {**record, "file": name, "size_bytes": len(data)}
 
@@ -336,20 +340,19 @@ def _earlier(bundle: Bundle, target: Target) -> dict[str, Any] | None:
         return None  # a damaged derived file is made again
 
 
-def _ours(bundle: Bundle, record: Mapping[str, Any]) -> bool:
-    """Whether the runtime here takes the engine of a record: a copied bundle's must be built again, never trusted for that."""
-    digest: str = bundle.manifest.files[record["file"]]
-    return digest == record["engine_sha256"] and is_trusted(digest)
+def _foreign(target: Target, record: Mapping[str, Any]) -> list[str]:
+    """A remark where the engine in the cache came with its bundle: it may be passed on, and a cache never vouches for it."""
+    if target.kind != "rtx" or is_trusted(record["engine_sha256"]):
+        return []
+    return ["not built on this machine, whose runtime loads it after edgekit build --again, or out of a signed pack"]
 
 
 def _serves(bundle: Bundle, target: Target, record: Mapping[str, Any], key: str, options: Options) -> bool:
-    """Whether an earlier build has the same key, files that are there and whole, and an engine that may be loaded here."""
+    """Whether an earlier build has the same key, and files that are there and whole."""
     try:
         if record["key"] != key or not bundle.has(record["file"]):
             return False
         bundle.file(record["file"])
-        if target.kind == "rtx" and not _ours(bundle, record):
-            return False
         reported = not options.verbose or target.kind == "device"
         return reported or json.loads(bundle.read(_layers(target)))["key"] == key
     except (ValueError, KeyError, BundleError):

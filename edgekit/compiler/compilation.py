@@ -24,6 +24,7 @@ from edgekit.runtime.onnxruntime import session
 from edgekit.runtime.tensorrt_engine import load_library
 
 from . import build_engine, frames, passes, precision
+from .coverage import refused, said_of
 from .memory import build_memory
 from .refusals import cure, explained
 from .remedies import Refusal, remedies
@@ -63,8 +64,8 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     ``golden_snr_db`` (ONNX Runtime's, None where the graph is one that an earlier stage checked), ``tensorrt``,
     ``seconds`` in TensorRT, ``graph_sha256``, ``opset``, ``untyped_opset`` (None where there is none), ``sparse_layers`` (how
     many are 2:4), ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``) and, for a
-    device, ``memory`` (see `build_memory`). With ``request["frames"]`` all graphs take frames of bytes, and there is a
-    ``golden.npz`` of them (`frames`).
+    device, ``memory`` (see `build_memory`) and ``refused_as`` (what its TensorRT does not build, or nothing). With
+    ``request["frames"]`` all graphs take frames of bytes, and there is a ``golden.npz`` of them (`frames`).
     """
     started = time.perf_counter()
     graph, chosen = _typed_graph(request)
@@ -97,6 +98,8 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     (folder / "graph.onnx").write_bytes(graph)
     if not request["engine"]:
         answer["memory"] = build_memory(graph, request["profiles"], request["options"].get("workspace_mb"))
+        names = refused(onnx.load_model_from_string(graph), "device")
+        answer["refused_as"] = said_of(names) if names else ""
     return {**answer, "notes": [*answer["notes"], *about, *note]}
 
 

@@ -12,9 +12,9 @@ from edgekit.targets import JetPack, Target, load_targets
 from .faults import stated_attributes
 from .passes import opset
 from .precision import HALF_SCALE_OPSET
-from .reading import UNBUILDABLE
+from .reading import UNBUILDABLE, UNBUILDABLE_BY_RTX
 
-__all__ = ["coverage", "refused"]
+__all__ = ["coverage", "refused", "said_of"]
 
 #: Integer operators that TensorRT's parser refuses as well; `import` computes them in float.
 _INTEGER = frozenset(("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"))
@@ -27,16 +27,23 @@ def coverage(model: onnx.ModelProto, form: str) -> list[dict[str, Any]]:
     ``form``: "float", or how the graph is quantized (`Bundle.form`). ``precision`` is what ``build --precision best`` would
     begin with, ``tensorrt`` the versions that read the graph, ``why`` what stands against the others.
     """
-    names = refused(model)
-    return [_row(target, form, opset(model), names) for target in load_targets().values()]
+    names = {kind: refused(model, kind) for kind in ("rtx", "device", "cpu")}
+    return [_row(target, form, opset(model), names[target.kind]) for target in load_targets().values()]
 
 
-def refused(model: onnx.ModelProto) -> list[str]:
+def refused(model: onnx.ModelProto, kind: str = "rtx") -> list[str]:
     """Nodes of operators that TensorRT does not build, as "operator (node)"; ONNX Runtime runs most of them.
 
-    Where an attribute is at fault, it is there as well: "ScatterND (node, reduction='add')".
+    ``kind``: of the target; a device's classic TensorRT builds more than TensorRT-RTX. Where an attribute is at fault, it is
+    there as well: "ScatterND (node, reduction='add')".
     """
-    return sorted({_named(node) for node in all_nodes(model.graph) if _refused(node)})
+    return sorted({_named(node) for node in all_nodes(model.graph) if _refused(node, kind)})
+
+
+def said_of(names: list[str]) -> str:
+    """``names`` (`refused`) in words, the first few."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"TensorRT does not build {', '.join(names[:_SHOWN])}{more}"
 
 
 def _named(node: onnx.NodeProto) -> str:
@@ -44,10 +51,11 @@ def _named(node: onnx.NodeProto) -> str:
     return f"{node.op_type} ({', '.join(filter(None, (node.name or next(iter(node.output), '?'), stated)))})"
 
 
-def _refused(node: onnx.NodeProto) -> bool:
+def _refused(node: onnx.NodeProto, kind: str) -> bool:
     if node.op_type == "ScatterND":
         return any(a.name == "reduction" and a.s not in (b"", b"none") for a in node.attribute)
-    return node.op_type in UNBUILDABLE or node.op_type in _INTEGER
+    by_rtx = kind == "rtx" and node.op_type in UNBUILDABLE_BY_RTX
+    return by_rtx or node.op_type in UNBUILDABLE or node.op_type in _INTEGER
 
 
 def _row(target: Target, form: str, version: int, names: list[str]) -> dict[str, Any]:
@@ -57,8 +65,7 @@ def _row(target: Target, form: str, version: int, names: list[str]) -> dict[str,
         return {**row, "why": "by ONNX Runtime, nothing to build"}
     reasons = []
     if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        reasons.append(f"TensorRT does not build {', '.join(names[:_SHOWN])}{more}")
+        reasons.append(said_of(names))
     if form == "fp8" and "fp8" not in target.precisions:
         reasons.append(f"SM {target.sm} has no fp8")
     runs = not reasons

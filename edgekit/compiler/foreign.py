@@ -18,14 +18,16 @@ from edgekit.bundle import FLOAT_GRAPH, GOLDEN
 from edgekit.errors import BackendError, EdgekitError, GraphError, UsageError, first_line
 from edgekit.graphs import exact_reference, float_biases, is_explicit, quantized_nodes, to_float
 from edgekit.graphs.control import drop_branches
+from edgekit.graphs.editing import all_nodes
 from edgekit.graphs.light import outline, store
 from edgekit.graphs.narrow import to_signed
+from edgekit.progress import say
 from edgekit.runtime.golden import compare_arrays, save_golden
 from edgekit.runtime.onnxruntime import DTYPES, session
 
 from . import passes
 from .binding import bind_constants, bind_inputs
-from .coverage import refused
+from .coverage import refused, said_of
 from .evaluator import Evaluator
 from .faults import check_structure, inference_fault
 from .reading import check_model, drop_unproven, read_model
@@ -36,7 +38,6 @@ __all__ = ["import_graph"]
 
 MIN_SNR_DB = 10.0  # between a quantized original and its float form: only rounding may be missing
 EXACT_SNR_DB = 25.0  # with the rounding emulated, ties and the order of sums remain: 45 to 200 dB are usual
-SHOWN = 4  # of the nodes that TensorRT does not build
 _MEND = "mend that node, or export the model again"
 OLDEST_RUN = 7  # the oldest opset that ONNX Runtime states to run
 
@@ -85,9 +86,11 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     original: Any = _reference(bound, folder / "original.onnx" if changed else path, notes)
     binding = bind_inputs(bound, fixed, ranges)
     notes += binding.notes
+    say("looking for inputs on which it runs")
+    named = [value.SerializeToString() for value in bound.graph.input]
     trials = trial_feeds(original, bound, binding.ranges, notes)
     truths = [outputs(original, feeds) for feeds in trials]
-    changed = changed or binding.changed
+    changed = changed or binding.changed or named != [value.SerializeToString() for value in bound.graph.input]
     changed, quantized = _signed(bound, original, trials, truths, notes) or changed, {}
     if quantized_nodes(bound):
         quantized = _unquantized(bound, trials, truths, notes)
@@ -291,6 +294,7 @@ def _rewritten(
     if source is None:
         source = file.with_name("bound.onnx")
         store(bound, source)
+    say("rewriting it, and holding each form against the original")
     before, reason = _counted(bound), ""
     rewrote, said = passes.simplify(bound)
     if rewrote:
@@ -315,21 +319,31 @@ def _proven(
             f"the rewritten graph differs from the original by {error:.2g} (relative), allowed {MAX_RELATIVE:g}",
             "the graph may hold random operators; export it in inference mode",
         )
+    said = [*said, *figures.pop("unread")]
     if names := figures.pop("refused"):
-        said = [*said, f"TensorRT does not build {', '.join(names[:SHOWN])}; ONNX Runtime runs it"]
+        said = [*said, f"{said_of(names)}; ONNX Runtime runs it"]
     notes[:] = said
     return run, {**figures, "relative_error": error}
 
 
 def _counted(model: onnx.ModelProto) -> dict[str, Any]:
-    """``refused``: nodes that TensorRT does not build."""
+    """Figures; ``refused``: nodes that TensorRT does not build, ``unread``: notes on inputs that decide nothing."""
     weights = (i for i in model.graph.initializer if i.data_type in passes.WEIGHT_TYPES)
     return {
         "opset": passes.opset(model),
         "nodes": len(model.graph.node),
         "parameters": sum(int(np.prod(i.dims)) for i in weights),
         "refused": refused(model),
+        "unread": _unread(model.graph),
     }
+
+
+def _unread(graph: onnx.GraphProto) -> list[str]:
+    read = {name for node in all_nodes(graph) for name in node.input} | {value.name for value in graph.output}
+    names = [value.name for value in graph.input if value.name not in read]
+    return [
+        f"nothing reads {name}: the answer is the same for all its values; --constant {name}:V takes it away" for name in names
+    ]
 
 
 def _without_branches(bound: onnx.ModelProto) -> bool:

@@ -34,6 +34,9 @@ COMPATIBLE = {
 }
 
 
+MAX_WORKSPACE_MB = 1 << 20  # a tebibyte
+
+
 @dataclass(frozen=True)
 class Options:
     """``workspace_mb``: scratch memory in MiB that one kernel may use; None leaves it to TensorRT (all there is).
@@ -169,6 +172,8 @@ def read_timings(path: str | os.PathLike[str] | None, target: Target) -> tuple[b
 def _check_workspace(workspace_mb: int, target: Target) -> None:
     if workspace_mb < 1:
         raise UsageError(f"--workspace-mb {workspace_mb} leaves no memory", "give 1 or more, or leave it out for no limit")
+    if workspace_mb > MAX_WORKSPACE_MB:
+        raise UsageError(f"--workspace-mb {workspace_mb} is more than any GPU has", "give it in MiB, or leave it out")
     if target.memory_gb is not None and workspace_mb > target.memory_gb.value * 1024:
         raise UsageError(
             f"--workspace-mb {workspace_mb} is more than the {target.memory_gb.value:g} GB of {target.name}",

@@ -20,14 +20,17 @@ from edgekit.graphs.narrow import plain_border
 
 from .passes import dims, opset
 
-__all__ = ["UNBUILDABLE", "Source", "check_model", "drop_unproven", "read_model"]
+__all__ = ["UNBUILDABLE", "UNBUILDABLE_BY_RTX", "Source", "check_model", "drop_unproven", "read_model"]
 
 MAX_BYTES = 2 << 30
-#: TensorRT's parser refuses these, or its result cannot be run (seen on TensorRT-RTX 1.7): a note, for ONNX Runtime runs them.
+#: TensorRT's parser refuses these (seen on TensorRT-RTX 1.7, and as onnx-tensorrt's docs/operators.md has it): ONNX Runtime
+#: runs them.
 UNBUILDABLE = frozenset(
     """BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Compress CumProd DFT DeformConv Det MaxUnpool
-    NonMaxSuppression NonZero RoiAlign STFT TfIdfVectorizer Unique""".split()  # noqa: SIM905
+    STFT TfIdfVectorizer Unique""".split()  # noqa: SIM905
 )
+#: Classic TensorRT has these from 8.5 on by the same table; TensorRT-RTX 1.7 parses them and has no kernel.
+UNBUILDABLE_BY_RTX = frozenset(("NonMaxSuppression", "NonZero", "RoiAlign"))
 _TENSOR_TYPES = frozenset(
     getattr(TensorProto, name)
     for name in "FLOAT FLOAT16 DOUBLE INT64 INT32 INT16 INT8 UINT8 UINT16 UINT32 UINT64 BOOL".split()  # noqa: SIM905

@@ -9,7 +9,7 @@ import onnx
 from edgekit.graphs.editing import all_nodes
 
 from .faults import stated_attributes
-from .reading import UNBUILDABLE
+from .reading import UNBUILDABLE, UNBUILDABLE_BY_RTX
 
 __all__ = ["cure", "explained"]
 
@@ -27,15 +27,19 @@ def explained(graph: bytes, refusal: str) -> str:
     The parser answers a bare ``false`` for an operator that it has no converter for: that is said instead.
     """
     refusal = _AFTERMATH.sub("", refusal)
-    node = _node(onnx.load_model_from_string(graph), refusal)
+    model = onnx.load_model_from_string(graph)
+    node = _node(model, refusal)
     parsed = _PARSER.match(refusal)
     if parsed and parsed[3].strip() in ("false", ""):
         refusal = f"{parsed[1]} (node {parsed[2]}): TensorRT has no such operator"
         return refusal[:LONGEST]
     stated = stated_attributes(node, refusal) if node is not None else ""
-    if node is None or not stated:
+    if node is not None and stated:
+        known = f"node {node.name or node.output[0]} has {stated}"
+    elif node is None and (branch := _undecided(model)) is not None:
+        known = f"the graph holds {branch.op_type} ({branch.name or branch.output[0]}), decided at run time"
+    else:
         return refusal[:LONGEST]
-    known = f"node {node.name or node.output[0]} has {stated}"
     return f"{refusal[: LONGEST - len(known) - 2]}; {known}"[:LONGEST]
 
 
@@ -43,13 +47,37 @@ def cure(graph: bytes, refusal: str) -> str:
     """What a user can do about it."""
     if found := _SHAPES.match(refusal):
         return f"import it again with its values: --constant {found[1]}:V,V; ONNX Runtime takes them at run time"
-    node = _node(onnx.load_model_from_string(graph), refusal)
+    model = onnx.load_model_from_string(graph)
+    node = _node(model, refusal)
     operator = node.op_type if node is not None else refusal.split(" ", 1)[0]
-    if operator in UNBUILDABLE or refusal.endswith(": false"):
+    if operator in UNBUILDABLE | UNBUILDABLE_BY_RTX or refusal.endswith(": false"):
         return f"cut {operator} off before the export and do it outside of the graph; ONNX Runtime runs the graph as it is"
     if node is not None and (stated := stated_attributes(node, refusal, others=False)):
         return f"export {operator} without {stated}; or import it again with fixed shapes (--shape)"[:300]
+    if "changes volume" in refusal or "reshape" in refusal.lower():
+        return "build it for the samples that it was traced with: --batch N; or export it with a dynamic batch"
+    if node is None and (branch := _undecided(model)) is not None:
+        names = _deciding(model.graph, branch)
+        values = " ".join(f"--constant {name}:V" for name in names) or "--shape NAME:AxB"
+        return f"import it again with what decides {branch.op_type}: {values}; or with fixed shapes (--shape)"[:300]
     return "import it again with fixed shapes (--shape), or change this node"
+
+
+def _undecided(model: onnx.ModelProto) -> onnx.NodeProto | None:
+    """The first branch or loop of a graph, if it has any: TensorRT tells of such a node without its name."""
+    return next((node for node in model.graph.node if node.op_type in ("If", "Loop", "Scan")), None)
+
+
+def _deciding(graph: onnx.GraphProto, branch: onnx.NodeProto) -> list[str]:
+    """The inputs of the graph that what decides a branch is computed from."""
+    inputs, makers = {value.name for value in graph.input}, {name: node for node in graph.node for name in node.output}
+    waiting, seen = list(branch.input[: 1 if branch.op_type == "If" else 2]), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += makers[name].input if name in makers else []
+    return sorted(seen & inputs)
 
 
 def _node(model: onnx.ModelProto, refusal: str) -> onnx.NodeProto | None:
@@ -64,7 +92,12 @@ def _node(model: onnx.ModelProto, refusal: str) -> onnx.NodeProto | None:
     else:
         found = _LAYER.search(refusal) or _FUSED.search(refusal)
         if found is None:
-            return None
+            return max((n for n in nodes if _derived(refusal, n.name)), key=lambda n: len(n.name), default=None)
         named = found[1].split(" ")[0]
-    matches = (node for node in nodes if named in (node.name, *node.output))
+    matches = (node for node in nodes if named in (node.name, *node.output) or _derived(named, node.name))
     return next((node for node in matches if parsed is None or node.op_type == parsed[1]), None)
+
+
+def _derived(text: str, name: str) -> bool:
+    """Whether ``text`` speaks of a layer that TensorRT made of the node ``name``: it appends numbers, as in my_nms_0."""
+    return len(name) > 2 and re.search(rf"(?<![\w./]){re.escape(name)}(_\d+)?(?![\w./])", text) is not None

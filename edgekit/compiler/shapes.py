@@ -157,8 +157,7 @@ def assumed_sizes(bundle: Bundle) -> dict[str, int]:
         return {}
     stated = _stated_ranges(bundle)
     axes = {axis for spec in bundle.manifest.inputs for axis in spec.shape[1:]}
-    first = {spec.shape[0] for spec in bundle.manifest.inputs if spec.shape}
-    sizes = {name: size for name, size in found.items() if name in axes - first - set(stated)}
+    sizes = {name: size for name, size in found.items() if name in axes - {_batch(bundle)} - set(stated)}
     if not all(type(size) is int and 1 <= size <= MAX_AXIS for size in sizes.values()):
         raise BundleError(f"{bundle.path}: its history states sizes that no axis has: {sizes}"[:300], "import the model again")
     return sizes

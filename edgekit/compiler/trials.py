@@ -116,41 +116,58 @@ def _chosen(
     ``axes``: sizes of the trials, the symbols that go with the batch, the stated ranges. ``found``: kind and trials.
     """
     (sizes, batched, ranges), (kind, trials) = axes, found
-    ends = list(_ends(run, model, axes, kind))
-    unstated = {k: v for k, v in _tied(model, batched, sizes).items() if k not in ranges}
-    if unstated:
-        notes.append(f"golden outputs were made with {', '.join(f'{k}={v}' for k, v in unstated.items())}")
-    return [*trials, *ends]
-
-
-def _ends(
-    run: Any, model: onnx.ModelProto, axes: tuple[dict[str, int], set[str], Mapping[str, Axis]], kind: str
-) -> Iterator[Feeds]:
-    """Inputs of the smallest and of the largest sizes that are stated, or of one sample where nothing is: what a graph bakes
-    in of the size at which it was traced shows at another one only. Raises `GraphError` for a range that it does not run in."""
-    sizes, batched, ranges = axes
-    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} & sizes.keys() | batched
-    for which in (0, 1):
-        wanted = {name: ranges[name][which] if name in ranges else 1 if name in first else size for name, size in sizes.items()}
-        shapes = [
-            [wanted.get(axis, 1) if isinstance(axis, str) else axis or 1 for axis in passes.dims(v)] for v in model.graph.input
-        ]
-        if wanted == sizes or any(math.prod(shape) > MAX_TRIED for shape in shapes):
-            continue
+    ends, refused = list[Feeds](), dict[str, int]()
+    for wanted in _other_sizes(model, sizes, batched, ranges):
         feeds = _random(model, wanted, kind, SEEDS)
         try:
             answer = outputs(run, feeds)
         except GraphError as error:
-            stated = {name: size for name, size in wanted.items() if name in ranges and size != sizes[name]}
-            if not stated:
-                continue  # nobody said that it takes one sample
-            text = ", ".join(f"{name}={size}" for name, size in stated.items())
-            raise GraphError(
-                f"the graph does not run at {text}, which --dynamic states: {error.message}"[:500],
-                "state the range in which it runs, or fix the axis by --shape",
-            ) from None
+            refused = {name: size for name, size in wanted.items() if size != sizes[name]}
+            if any(name in ranges for name in refused):
+                raise _outside(refused, error) from None
+            continue
         if all(_masked(value) for value in answer.values() if value.dtype.kind in "fc"):
-            yield feeds
+            ends.append(feeds)
+    sizes = _tied(model, batched, sizes)
+    if fixed := {name: size for name, size in sizes.items() if name in refused}:
+        _fix(model, fixed)
+        text = ", ".join(f"{name}={size}" for name, size in fixed.items())
+        notes.append(f"it does not run with one sample: {text} is fixed; state where it runs by --dynamic")
+    if unstated := {name: size for name, size in sizes.items() if name not in ranges and name not in fixed}:
+        notes.append(f"golden outputs were made with {', '.join(f'{k}={v}' for k, v in unstated.items())}")
+    return [*trials, *ends]
+
+
+def _other_sizes(
+    model: onnx.ModelProto, sizes: Mapping[str, int], batched: set[str], ranges: Mapping[str, Axis]
+) -> Iterator[dict[str, int]]:
+    """The smallest and the largest sizes that are stated, one sample where nothing is: what a graph bakes in of the size at
+    which it was traced shows at another one only. Not those that would fill the memory."""
+    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} & sizes.keys() | batched
+    tried = [dict(sizes)]
+    for which in (0, 1):
+        wanted = {name: ranges[name][which] if name in ranges else 1 if name in first else size for name, size in sizes.items()}
+        shapes = ([wanted.get(d, 1) if isinstance(d, str) else d or 1 for d in passes.dims(v)] for v in model.graph.input)
+        if wanted not in tried and all(math.prod(shape) <= MAX_TRIED for shape in shapes):
+            tried.append(wanted)
+            yield wanted
+
+
+def _outside(refused: Mapping[str, int], error: GraphError) -> GraphError:
+    text = ", ".join(f"{name}={size}" for name, size in refused.items())
+    return GraphError(
+        f"the graph does not run at {text}, which --dynamic states: {error.message}"[:500],
+        "state the range in which it runs, or fix the axis by --shape",
+    )
+
+
+def _fix(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
+    """Give axes their only size, in place."""
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in sizes:
+                axis.dim_value = sizes[axis.dim_param]
+    del model.graph.value_info[:]
 
 
 def _tied(model: onnx.ModelProto, batched: set[str], sizes: dict[str, int]) -> dict[str, int]:

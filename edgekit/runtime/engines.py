@@ -150,7 +150,8 @@ def _checked(bundle: Bundle, record: Record, version: str, device: Device, valid
     if local is None and not is_trusted(digest):
         raise BackendError(
             f"the engine for {record.target} was neither built here nor installed from a pack: an engine can run any code",
-            f"edgekit install F.zip --root DIR --pub P; or build it here; or vouch for its maker: {TRUST_ALL}=1",
+            f"edgekit install F.zip --root DIR --pub P; or edgekit build B --target {record.target} --again, here; "
+            f"or vouch for its maker: {TRUST_ALL}=1",
         )
     if validity is not None:
         valid, words = validity(plan)

@@ -126,7 +126,7 @@ class Model:
         if self._preprocess is None:
             raise InputError(
                 f"{self.bundle.path} takes raw tensors: it has no preprocessing",
-                "use model.run({name: array}), or import it with labels",
+                "use model.run({name: array})",
             )
         return self._preprocess(sample)
 

@@ -112,27 +112,24 @@ def test_a_damaged_or_missing_engine_is_not_served(digits_bundle: Bundle) -> Non
     data = made.engine.read_bytes()
     made.engine.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(BundleError, match="damaged"):
-        build(digits_bundle.path, target="rtx-ada", precision="fp32")
-    repaired = build(Bundle.open(digits_bundle.path, verify=False), target="rtx-ada", precision="fp32")
-    assert not repaired.cached
+        Bundle.open(digits_bundle.path)
+    assert not build(digits_bundle.path, target="rtx-ada", precision="fp32").cached
     assert build(digits_bundle.path, target="rtx-ada", precision="fp32").cached
 
 
-def test_an_engine_of_another_machine_is_built_again(
+def test_an_engine_of_another_machine_is_served_and_never_trusted_for_that(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The runtime refuses it and says "build it here", which therefore must build, and is what makes it trusted."""
+    """CI restores its cache on other machines; a runtime there refuses the engine until it is built there."""
     made = build(tiny_bundle, target="rtx-ada")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
-    digest = record(made.bundle, "rtx-ada")["engine_sha256"]
-    assert not is_trusted(digest)
-    again = build(tiny_bundle.path, target="rtx-ada")
-    assert not again.cached
+    served = build(tiny_bundle.path, target="rtx-ada")
+    assert served.cached
+    assert "edgekit build --again" in served.note
+    assert not is_trusted(record(made.bundle, "rtx-ada")["engine_sha256"])
+    again = build(tiny_bundle.path, target="rtx-ada", again=True)
     assert is_trusted(record(again.bundle, "rtx-ada")["engine_sha256"])
-    assert build(tiny_bundle.path, target="rtx-ada").cached
-    kit = build(tiny_bundle.path, target="jetson-thor")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "a third"))
-    assert build(kit.bundle.path, target="jetson-thor").cached  # a kit holds no engine: nothing of it is loaded
+    assert "edgekit build --again" not in build(tiny_bundle.path, target="rtx-ada").note
 
 
 def test_a_cached_build_loads_no_heavy_library(digits_bundle: Bundle) -> None:
@@ -533,3 +530,28 @@ def test_a_target_of_another_kind_takes_the_place_of_its_namesake(
         kept = [name for name in Bundle.open(tiny_bundle.path).manifest.files if name.startswith("engines/")]
         assert kept == sorted(["engines/board.json", f"engines/{file}"])
         assert not (tiny_bundle.path / "engines" / ("board.engine" if file.endswith("zip") else "board.kit.zip")).exists()
+
+
+def test_a_kit_of_what_no_tensorrt_builds_says_so(tmp_path: Path) -> None:
+    det = helper.make_node("Det", ["x"], ["y"], "d")
+    nms = helper.make_node("NonZero", ["x"], ["y"], "where")
+    for node, kind, usable in ((det, TensorProto.FLOAT, False), (nms, TensorProto.INT64, True)):
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 4])
+        graph = helper.make_graph([node], "g", [x], [helper.make_tensor_value_info("y", kind, None)])
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+        import_onnx(tmp_path / "m.onnx", out=tmp_path / f"{node.name}.edge")
+        made = build(tmp_path / f"{node.name}.edge", target="jetson-orin-nano", precision="fp32")
+        assert made.usable is usable  # NonZero is classic TensorRT's, not RTX's
+        said = "NOTHING BUILDS THIS KIT: TensorRT does not build Det (d); ONNX Runtime runs its graph"
+        assert made.note.startswith(said) is not usable
+
+
+def test_a_damaged_engine_of_another_target_stops_no_build(tiny_bundle: Bundle, cli: Callable[..., Any]) -> None:
+    build(tiny_bundle, target="rtx-ada")
+    engine = tiny_bundle.path / "engines/rtx-ada.engine"
+    engine.write_bytes(b"x" + engine.read_bytes()[1:])
+    assert cli("build", tiny_bundle.path, "--target", "rtx-ampere").code == 0
+    shown = cli("inspect", tiny_bundle.path)
+    assert f"hint: make it again: edgekit build {tiny_bundle.path} --target rtx-ada" in shown.err
+    assert not build(tiny_bundle.path, target="rtx-ada").cached
+    assert cli("inspect", tiny_bundle.path).code == 0

@@ -96,8 +96,11 @@ def test_what_tensorrt_refuses_is_named_and_a_cpu_runs_it() -> None:
     nodes = [N("NonZero", ["x"], ["i"], name=f"look{k}") for k in range(5)] + [N("Cast", ["i"], ["y"], to=TensorProto.FLOAT)]
     rows = {row["target"]: row for row in coverage(graph(nodes, [1, 4]), "float")}
     assert not rows["rtx-ada"]["runs"]
-    assert "NonZero (look0), NonZero (look1), NonZero (look2) and 2 more" in rows["jetson-orin-nano"]["why"]
+    assert "NonZero (look0), NonZero (look1), NonZero (look2) and 2 more" in rows["rtx-ada"]["why"]
+    assert rows["jetson-orin-nano"]["runs"]  # classic TensorRT has had it since 8.5
     assert rows["x86-cpu"]["runs"]
+    rows = {row["target"]: row for row in coverage(graph([N("Det", ["x"], ["y"], name="d")], [4, 4]), "float")}
+    assert "Det (d)" in rows["jetson-orin-nano"]["why"]
 
 
 def test_a_scatter_is_refused_for_its_reduction_only() -> None:

@@ -69,7 +69,11 @@ def test_the_workspace_limit_is_in_kit_record_and_key(cli: Callable[..., Any], t
 
 
 def test_a_workspace_larger_than_the_device_is_refused(tiny_bundle: Bundle) -> None:
-    for target, megabytes, why in (("jetson-orin-nano", 8193, "8 GB"), ("rtx-ada", 0, "no memory")):
+    for target, megabytes, why in (
+        ("jetson-orin-nano", 8193, "8 GB"),
+        ("rtx-ada", 0, "no memory"),
+        ("rtx-ada", 10**14, "than any GPU"),
+    ):
         with pytest.raises(UsageError, match=why):
             build(tiny_bundle, target=target, workspace_mb=megabytes)
     assert Bundle.open(tiny_bundle.path).last("build") is None

@@ -69,6 +69,27 @@ def test_a_refusal_names_the_attribute_at_fault(refusal: str, said: str, hint: s
     assert cure(graph, refusal).startswith(hint)
 
 
+def test_a_layer_that_tensorrt_made_of_a_node_names_it() -> None:
+    nms = N("NonMaxSuppression", ["boxes", "scores"], ["y"], "my_nms")
+    refusal = "IBuilder: Assertion !layerImpls.empty() failed. my_nms_0 has no runners"
+    assert cure(made(nms), refusal).startswith("cut NonMaxSuppression off before the export")
+
+
+def test_what_decides_a_branch_is_asked_for() -> None:
+    value = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    branches = {
+        f"{name}_branch": helper.make_graph([N(op, ["x"], ["z"])], name, [], [value])
+        for name, op in (("then", "Relu"), ("else", "Neg"))
+    }
+    model = onnx.load_model_from_string(made(N("If", ["c"], ["y"], "choose", **branches), k=np.array(16000)))
+    model.graph.input.append(helper.make_tensor_value_info("rate", TensorProto.INT64, []))
+    model.graph.node.insert(0, N("Equal", ["rate", "k"], ["c"]))
+    refusal = "[graphScope.cpp::analyze::471] Error Code 2: Internal Error (Assertion tScope.getType() failed)"
+    graph = model.SerializeToString()
+    assert explained(graph, refusal).endswith("; the graph holds If (choose), decided at run time")
+    assert cure(graph, refusal).startswith("import it again with what decides If: --constant rate:V;")
+
+
 def test_long_refusals_keep_what_the_node_has() -> None:
     found = explained(made(RESIZE, s=HALF), f"Resize (node rs): antialias {'x' * 900}")
     assert len(found) == 500

@@ -77,6 +77,23 @@ def test_a_range_is_tried_at_both_ends(tmp_path: Path) -> None:
     import_onnx(path, out=tmp_path / "c.edge", shape="x:4x8")
 
 
+def test_a_batch_that_is_baked_in_is_fixed(tmp_path: Path) -> None:
+    nodes = [N("Concat", ["x", "w"], ["c"], axis=0), N("Reshape", ["c", "s"], ["y"])]
+    weights = {"w": np.ones((4, 8), np.float32), "s": np.array([8, 8])}
+    path = saved(tmp_path / "m.onnx", nodes, [V("x", F, ["n", 8])], V("y", F, [8, 8]), **weights)
+    bundle = import_onnx(path, out=tmp_path / "b.edge")
+    assert bundle.manifest.inputs[0].shape == (4, 8)
+    (note,) = bundle.manifest.history[-1].figures["notes"]
+    assert note == "it does not run with one sample: n=4 is fixed; state where it runs by --dynamic"
+
+
+def test_an_input_that_decides_nothing_is_noted(tmp_path: Path) -> None:
+    inputs = [V("x", F, [4]), V("rate", TensorProto.INT64, [1])]
+    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], inputs, V("y", F, [4]))
+    (note,) = import_onnx(path, out=tmp_path / "b.edge").manifest.history[-1].figures["notes"]
+    assert note.startswith("nothing reads rate: ")
+
+
 def test_nameless_first_axes_of_different_sizes_are_no_batch(tmp_path: Path) -> None:
     inputs = [V("a", F, [None, 3]), V("b", F, [None, 3])]
     path = saved(tmp_path / "m.onnx", [N("Gemm", ["a", "b"], ["y"], transB=1)], inputs, V("y", F, [None, None]))

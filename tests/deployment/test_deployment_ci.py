@@ -102,6 +102,9 @@ def test_gates_stop_the_script_and_the_cache_spares_the_work(tmp_path: Path, fro
     assert missed.returncode == 3
     assert "the SNR in dB is" in missed.stderr
     assert not list((tmp_path / "three").glob("*.zip"))
+    typo = build(frozen / "float.edge", frozen / CALIBRATION, tmp_path / "typo", **{**wanted, "MIN_SNR": "3O"})
+    assert typo.returncode == 1
+    assert "'3O' is not a number to ask for" in typo.stderr
     useless = build(frozen / "float.edge", frozen / CALIBRATION, tmp_path / "four", **{**wanted, "TARGETS": "jetson-xavier-nx"})
     assert useless.returncode == 1
     assert "no TensorRT of jetson-xavier-nx builds its kit" in useless.stderr
