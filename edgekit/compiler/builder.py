@@ -160,8 +160,8 @@ def _compiled(
         request = _request(bundle, target, spec, options)
         try:
             answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
-        except child.NativeCrash:
-            if not request["engine"] or not spec["profiles"]:
+        except child.NativeCrash as crash:
+            if not crash.fault or not request["engine"] or not spec["profiles"]:
                 raise
             request |= {"fixed": True}  # dynamic axes are what TensorRT crashes on; those that the profile fixes need not be
             answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
