@@ -98,11 +98,12 @@ def test_the_progress_share_never_falls() -> None:
 def test_the_progress_of_several_threads_is_one() -> None:
     trt = types.SimpleNamespace(IProgressMonitor=type("IProgressMonitor", (), {"__init__": lambda self: None}))
     monitor = build_engine._monitor(trt, lambda phase, share: True)
-    monitor.phase_start("build", None, 10)
+    for depth in range(500):  # so that to sum them up takes time
+        monitor.phase_start(f"phase {depth}", f"phase {depth - 1}", 10)
 
     def tactics(number: int) -> bool:
-        for _ in range(3000):
-            monitor.phase_start(f"tactics {number}", "build", 3)
+        for _ in range(200):
+            monitor.phase_start(f"tactics {number}", "phase 499", 3)
             monitor.step_complete(f"tactics {number}", 0)
             monitor.phase_finish(f"tactics {number}")
         return True
