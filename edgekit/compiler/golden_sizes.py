@@ -55,7 +55,7 @@ def fit_golden(graph: bytes, request: Mapping[str, Any], folder: Path) -> Fitted
     try:
         runs = list(cut(inputs, axes, *_limits(bounds, axes)))
         whole = all(_fits(feeds, bounds) for feeds, _ in runs)
-        if request["frames"] or not request["float_graph"]:  # pictures, each for itself; or nothing to ask
+        if request.get("frames") or not request["float_graph"]:  # pictures, each for itself; or nothing to ask
             return Fitted("kept") if whole else Fitted("none", "no golden input fits this engine, so nobody checks it")
         source = Path(request["float_graph"]).read_bytes()
         if whole and _answers_in_parts(source, runs, axes, outputs):
@@ -76,7 +76,7 @@ def fit_golden(graph: bytes, request: Mapping[str, Any], folder: Path) -> Fitted
 
 def _bounds(request: Mapping[str, Any]) -> Bounds:
     """Of the inputs with a profile, and of those that are fixed."""
-    fixed = {} if request["frames"] else {name: (shape, shape) for name, shape in request["shapes"].items()}
+    fixed = {} if request.get("frames") else {name: (shape, shape) for name, shape in request["shapes"].items()}
     return fixed | {name: (shapes[0], shapes[2]) for name, shapes in request["profiles"].items()}
 
 

@@ -194,7 +194,7 @@ def test_int8_keeps_float32_around_it_where_tensorrt_refuses_float16(
         "target_precisions": ["fp32", "fp16", "int8"],
     }
     request |= {"engine": True, "module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.9", "target": "rtx-ada"}
-    request |= {"sparse": True, "profiles": {}}
+    request |= {"sparse": True, "profiles": {}, "shapes": {}, "batch_axes": {}}
     answer = compile_graph(request, tmp_path)
     assert (answer["precision"], answer["opset"], answer["golden_snr_db"]) == ("int8", 17, None)
     assert "no float16 here" in answer["notes"][0]
@@ -279,7 +279,7 @@ def test_the_flag_reaches_the_builders_configuration(tmp_path: Path, monkeypatch
     request = {"float_graph": str(bundle.file(FLOAT_GRAPH)), "int8_graph": None, "golden": str(bundle.file(GOLDEN))}
     request |= {"precision": "fp16", "target_precisions": ["fp32", "fp16"], "engine": True, "form": "int8", "target": "here"}
     request |= {"module": "tensorrt_rtx", "extra": "rtx", "compute_capability": "8.6"}
-    request |= {"profiles": {"x": [[1, 64], [1, 64], [1, 64]]}}
+    request |= {"profiles": {"x": [[1, 64], [1, 64], [1, 64]]}, "shapes": {}, "batch_axes": {"x": 0, "y": 0}}
     for sparse in (True, False):
         answer = compile_graph({**request, "sparse": sparse}, tmp_path)
         assert answer["flags"] == (["SPARSE_WEIGHTS"] if sparse else [])
