@@ -142,6 +142,18 @@ def test_a_kit_checks_its_engine_whatever_its_axes_are(
         assert Bundle.open(odd_bundle.path).read("engines/jetson-orin-nano.golden.npz") == (kit / "golden.npz").read_bytes()
 
 
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("odd_bundle", ["four"], indirect=True)
+def test_where_no_golden_input_fits_the_engine_the_note_says_that_nobody_checks_it(odd_bundle: Bundle) -> None:
+    result = build(odd_bundle, target="jetson-orin-nano", precision="fp32")
+    assert "no golden input fits this engine, so nobody checks it: " in result.note
+    assert result.kit is not None
+    with zipfile.ZipFile(result.kit) as kit:
+        assert "golden.npz" not in kit.namelist()
+        assert "nobody checks the engine" in kit.read("README.txt").decode()
+    assert build(odd_bundle, target="jetson-orin-nano", precision="fp32", batch=4).note.count("nobody") == 0
+
+
 def test_a_scalar_input_goes_along_with_every_batch(device: Callable[..., Any]) -> None:
     here, x = device(), np.ones((4, 3), np.float32)
     plan = here.plan("(float[n,3] x, float t) => (float[n,3] y) { y = Mul(x, t) }", {"x": [[1, 3], [2, 3], [2, 3]]})
