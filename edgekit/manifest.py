@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -27,6 +27,7 @@ __all__ = [
     "TensorSpec",
     "TextPreprocessing",
     "Tolerance",
+    "batch_axes",
     "checked_encoding",
     "decode_manifest",
     "encode_manifest",
@@ -45,6 +46,25 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+def batch_axes(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, int]:
+    """Tensor name -> which of its axes is the batch; a tensor without one is left out.
+
+    The batch is the axis with the symbol that the first input with an open first axis has there; of an output without it the
+    first axis whose symbol no input has. Where all is of one size it is the first axis, if the inputs agree on that.
+    """
+    symbol = next((spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)), None)
+    if symbol is None:
+        agree = len({spec.shape[0] for spec in inputs if spec.shape}) == 1
+        return {spec.name: 0 for spec in (*inputs, *outputs) if spec.shape and agree}
+    axes = {spec.name: spec.shape.index(symbol) for spec in (*inputs, *outputs) if symbol in spec.shape}
+    known = {axis for spec in inputs for axis in spec.shape}
+    for spec in outputs:
+        own = [index for index, axis in enumerate(spec.shape) if isinstance(axis, str) and axis not in known]
+        if spec.name not in axes and own:
+            axes[spec.name] = own[0]
+    return axes
 
 
 class ImagePreprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="image", tag_field="kind"):

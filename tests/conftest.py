@@ -164,6 +164,38 @@ def write_bundle(path: Path, graph: bytes, inputs: np.ndarray[Any, Any], **manif
     return Bundle.open(path)
 
 
+#: Graphs in which the first axis of a tensor is not the batch.
+ODD_AXES = {
+    "state": "(float[1,8] x, float[2,1,8] s) => (float[2,1,8] y) { y = Add(x, s) }",
+    "carried": "(float[n,8] x, float[2,n,8] s) => (float[2,n,8] y) { y = Add(x, s) }",
+    "turned": "(float[n,8] x) => (float[8,n] y) { y = Transpose<perm=[1,0]>(x) }",
+    "steps": "(float[steps,6,8] x) => (float[steps,6,8] y) { first = Constant<value_int: int=0>() y = CumSum(x, first) }",
+    "points": "(float[n,8] x, float[points,8] p) => (float[n,8] y) { m = ReduceMean<axes=[0]>(p) y = Add(x, m) }",
+}
+
+
+#: And one that runs at no other number of samples than four, though its input is open.
+ODD_AXES["four"] = "(float[n,8] x) => (float[4,8] y) { shape = Constant<value_ints=[4, 8]>() y = Reshape(x, shape) }"
+
+
+@pytest.fixture(params=[name for name in ODD_AXES if name != "four"])
+def odd_bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
+    """A bundle of each of `ODD_AXES`, its golden file of four samples where axes are open."""
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {request.param} {ODD_AXES[request.param]}')
+    graph, r = model.SerializeToString(), np.random.default_rng(0)
+    run = session(graph)
+    inputs, outputs = (
+        tuple(TensorSpec(v.name, "float32", tuple(v.shape)) for v in values) for values in (run.get_inputs(), run.get_outputs())
+    )
+    feeds = {s.name: r.normal(size=[4 if isinstance(a, str) else a for a in s.shape]).astype(np.float32) for s in inputs}
+    with Bundle.create(tmp_path / f"{request.param}.edge") as draft:
+        draft.write(FLOAT_GRAPH, graph)
+        draft.write(GOLDEN, save_golden(feeds, {"y": run.run(None, feeds)[0]}))
+        golden = {FLOAT_GRAPH: Tolerance("relative", 1e-4)}
+        draft.manifest = Manifest(FORMAT, request.param, "tensor", inputs, outputs, golden=golden)
+    return Bundle.open(tmp_path / f"{request.param}.edge")
+
+
 @pytest.fixture
 def tiny_onnx(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.onnx"

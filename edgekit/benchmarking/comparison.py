@@ -17,7 +17,7 @@ from edgekit.files import atomic_write
 from edgekit.manifest import Tolerance
 from edgekit.runtime import BACKENDS, compare_arrays, open_runner
 from edgekit.runtime.backends import runnable_graphs
-from edgekit.runtime.golden import compare_choices, is_choice, load_golden, run_samples, signal_names
+from edgekit.runtime.golden import compare_choices, engine_golden, is_choice, load_golden, run_samples, signal_names
 
 from .chart import check_picture, layer_chart
 from .inputs import Feeds, read_folder
@@ -114,6 +114,8 @@ def _output_rows(
     rows = []
     for graph in runnable_graphs(bundle, backend) or (bundle.graph,):  # without an engine the runner says how to make one
         with open_runner(bundle, backend, graph, threads) as runner:
+            if tolerances:  # the bundle's own, and so perhaps the engine's
+                inputs, golden = engine_golden(runner)
             found = run_samples(runner, inputs)
             stated = runner.tolerance if tolerances else None
         about = {"backend": backend, "graph": graph}

@@ -3,6 +3,7 @@ features by name, never by version; Python 3.8 and nothing else."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections import Counter
@@ -22,6 +23,7 @@ __all__ = [
     "engine_layers",
     "fallback",
     "fallback_text",
+    "first_error",
     "layer_report",
     "layers_text",
     "load",
@@ -44,6 +46,7 @@ __all__ = [
 TIMINGS = "timing.cache"  # the file of a kit
 #: What to do about an error of the CUDA runtime, by its number (cudaError_t).
 CUDA_CURES = {
+    2: "the memory is full: stop other programs, or make the kit with a smaller --batch",
     35: "the driver is older than this CUDA runtime: update JetPack or the driver",
     46: "the GPU is in use by another process, exclusively",
     100: "there is no GPU here: run this on the device, or with --no-check",
@@ -90,15 +93,16 @@ def precision_flags(trt: Any, precision: str) -> list[str]:
     return [name for name in wanted if hasattr(trt.BuilderFlag, name)]
 
 
-def make_logger(trt: Any, errors: list[str] | None = None, warnings: list[str] | None = None) -> Any:
-    """TensorRT's calls answer False or None; why is said to a logger only."""
-
+@functools.lru_cache(maxsize=None)  # noqa: UP033  Python 3.8
+def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.errors: list[str] | None = None
+            self.warnings: list[str] | None = None
 
         def log(self, severity: Any, message: str) -> None:
-            kept = errors if int(severity) <= int(trt.ILogger.ERROR) else warnings
+            kept = self.errors if int(severity) <= int(trt.ILogger.ERROR) else self.warnings
             if kept is not None and int(severity) <= int(trt.ILogger.WARNING):
                 kept.append(message)
 
@@ -112,6 +116,25 @@ def parser_of(trt: Any, network: Any, logger: Any, options: dict[str, Any]) -> A
     if options.get("dla") is not None and flag is not None:
         parser.set_flag(flag)
     return parser
+
+
+def make_logger(trt: Any, errors: list[str] | None = None, warnings: list[str] | None = None) -> Any:
+    """TensorRT's calls answer False or None; why is said to a logger only, and at times to the first that the process made.
+
+    So there is one, and the latest caller's lists get what is said.
+    """
+    logger = _logger(trt)
+    logger.errors, logger.warnings = errors, warnings
+    return logger
+
+
+def first_error(lines: list[str]) -> str:
+    """TensorRT's first error in one line, for those after it follow from it; "" where it gave none.
+
+    Those of checkMacros are CUDA's, which is asked on the way and has no say in a build without a GPU.
+    """
+    own = [line for line in lines if "checkMacros" not in line]
+    return " ".join((own or lines or [""])[0].split())
 
 
 def parser_error(parser: Any) -> str:

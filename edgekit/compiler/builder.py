@@ -19,7 +19,7 @@ import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, UsageError
-from edgekit.manifest import Tolerance
+from edgekit.manifest import Tolerance, batch_axes
 from edgekit.targets import Target, buildable
 from edgekit.trust import is_trusted, trust_engine
 from edgekit.version import __version__
@@ -165,8 +165,8 @@ def _compiled(
         request = _request(bundle, target, spec, options)
         try:
             answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
-        except child.NativeCrash:
-            if not request["engine"] or not spec["profiles"]:
+        except child.NativeCrash as crash:
+            if not crash.fault or not request["engine"] or not spec["profiles"]:
                 raise
             request |= {"fixed": True}  # dynamic axes are what TensorRT crashes on; those that the profile fixes need not be
             answer = child.call("compilation:compile_graph", request, folder, timeout_s, address_space=0)
@@ -233,22 +233,25 @@ def _request(bundle: Bundle, target: Target, spec: Mapping[str, Any], options: O
         "module": "tensorrt_rtx",
         "compute_capability": target.sm,
         "profiles": spec["profiles"],
+        "shapes": {tensor.name: list(tensor.shape) for tensor in bundle.manifest.inputs},
+        "batch_axes": batch_axes(bundle.manifest.inputs, bundle.manifest.outputs),
         "options": {**spec["options"], "verbose": options.verbose},
         "sparse": target.sparse,
         "frames": spec.get("frames"),
     }
 
 
-def _tolerance(bundle: Bundle, precision: str, golden_snr_db: float | None, *, frames: bool) -> Tolerance:
+def _tolerance(bundle: Bundle, precision: str, golden_snr_db: float | None, *, others: bool) -> Tolerance:
     """What the engine owes the golden outputs on a GPU: TF32 and fp16 have 11 bits, int8 what the bundle states.
 
-    An engine of ``frames`` is given the golden inputs rounded to bytes, and so owes no more than its graph answers to them
-    here, less the same margin. float16 around int8 draws the rounding to int8 anew: on few samples the graph itself may lie
-    below the one it was made from (`compilation`), and the engine owes what the typed graph reaches, less the same margin.
+    An engine that is given ``others`` than the bundle's golden inputs, rounded to bytes or of its own sizes, owes no more than
+    its graph answers to them here, less the same margin. float16 around int8 draws the rounding to int8 anew: on few samples
+    the graph itself may lie below the one it was made from (`compilation`), and the engine owes what the typed graph reaches,
+    less the same margin.
     """
     stated = bundle.manifest.golden.get(INT8_GRAPH) if precision == "int8" else None
     owed = stated or _DEFAULT_TOLERANCE
-    if (stated is not None or frames) and owed.kind == "snr_db" and golden_snr_db is not None:
+    if (stated is not None or others) and owed.kind == "snr_db" and golden_snr_db is not None:
         return Tolerance("snr_db", min(owed.limit, round(golden_snr_db - _MARGIN_DB, 1)))
     return owed
 
@@ -265,6 +268,10 @@ def _outputs(
     files: dict[str, bytes] = {}
     graph = (folder / "graph.onnx").read_bytes()
     frames = spec.get("frames")
+    golden = _golden(bundle, answer, folder, frames is not None)
+    made = f"engines/{target.name}.golden.npz" if answer["golden"] == "made" else None
+    if made is not None and golden is not None:
+        files[made] = golden
     used = bundle.form if answer["precision"] == "int8" else answer["precision"]
     record = {
         **{k: spec[k] for k in ("key", "recipe", "edgekit", "requested", "sources", "profiles", "options")},
@@ -278,8 +285,10 @@ def _outputs(
         "tensorrt": answer["tensorrt"],
         "graph_sha256": answer["graph_sha256"],
         "golden": msgspec.to_builtins(
-            _tolerance(bundle, answer["precision"], answer["golden_snr_db"], frames=frames is not None)
+            _tolerance(bundle, answer["precision"], answer["golden_snr_db"], others=bool(frames or made))
         ),
+        "golden_file": made,
+        "batch_axes": batch_axes(bundle.manifest.inputs, bundle.manifest.outputs),
         "golden_snr_db": answer["golden_snr_db"],
         "opset": answer["opset"],
         "seconds": answer.get("seconds"),
@@ -295,9 +304,6 @@ def _outputs(
         if used == "int8":
             record["notes"].append("TensorRT-RTX documents int8 for weights only: expect no int8 speed")
     else:
-        golden = None
-        if bundle.has(GOLDEN):  # where the engine takes frames, the child wrote one whose inputs are frames
-            golden = (folder / GOLDEN if frames else bundle.file(GOLDEN)).read_bytes()
         able, unable = readers(target, answer["opset"], answer["untyped_opset"], "dla" in spec["options"])
         reason = answer["refused_as"] or ("" if able else f"no TensorRT for {target.name} takes it")
         record["tensorrt"], record["usable"] = listed(able) or "none", not reason
@@ -309,6 +315,13 @@ def _outputs(
         if record["usable"]:
             record["notes"].append("compile it on the device: unzip the kit there and run python3 build_engine.py")
     return {name: data, **files}, {**record, "file": name, "size_bytes": len(data)}
+
+
+def _golden(bundle: Bundle, answer: Mapping[str, Any], folder: Path, frames: bool) -> bytes | None:
+    """The golden file for the engine: the bundle's, or what the child wrote because it takes frames or other sizes."""
+    if answer["golden"] == "none" or not bundle.has(GOLDEN):
+        return None
+    return (folder / GOLDEN if frames or answer["golden"] == "made" else bundle.file(GOLDEN)).read_bytes()
 
 
 def _decided_by(spec: Mapping[str, Any]) -> dict[str, Any]:

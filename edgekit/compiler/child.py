@@ -31,12 +31,20 @@ LEAST_SPACE = 4 << 30  # bytes; libraries and their threads map a good part of i
 _ERRNO = 100  # exit codes above it: the answer could not be written, for this reason
 #: glibc gives large blocks back to the system at once: weights that are freed before the next copy are not counted twice.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+_FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _LONGEST = 300  # characters of an unforeseen error's message
 
 
 class NativeCrash(GraphError):
-    """The child died of the graph."""
+    """The child died of the graph. ``code``: its exit code, below zero the signal."""
+
+    code = 0
+
+    @property
+    def fault(self) -> bool:
+        """Whether the library itself failed, as it may not on another graph; SIGKILL is the system's, short of memory."""
+        return -self.code in _FAULTS
 
 
 def call(
@@ -78,9 +86,11 @@ def call(
     if code > _ERRNO:
         raise OSError(code - _ERRNO, os.strerror(code - _ERRNO), str(folder))
     if code != 0 or not answer.is_file():
-        raise NativeCrash(
+        crash = NativeCrash(
             f"the native parser {_fate(code)} on this graph", "fix its shapes (--shape NAME:AxB at import), or export it again"
         )
+        crash.code = code
+        raise crash
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
         raise _rebuilt(found["error"])

@@ -25,6 +25,7 @@ from edgekit.runtime.tensorrt_engine import load_library
 
 from . import build_engine, frames, passes, precision
 from .coverage import refused, said_of
+from .golden_sizes import fit_golden
 from .memory import build_memory
 from .refusals import cure, explained
 from .remedies import Refusal, remedies
@@ -63,9 +64,9 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     reads opset 17 at most, and chooses types by flags. Returns what was chosen: ``precision``, ``notes``,
     ``golden_snr_db`` (ONNX Runtime's, None where the graph is one that an earlier stage checked), ``tensorrt``,
     ``seconds`` in TensorRT, ``graph_sha256``, ``opset``, ``untyped_opset`` (None where there is none), ``sparse_layers`` (how
-    many are 2:4), ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``) and, for a
-    device, ``memory`` (see `build_memory`) and ``refused_as`` (what its TensorRT does not build, or nothing). With
-    ``request["frames"]`` all graphs take frames of bytes, and there is a ``golden.npz`` of them (`frames`).
+    many are 2:4), ``flags`` (names of builder flags: SPARSE_WEIGHTS where there are any and ``request["sparse"]``), ``golden``
+    (see `fit_golden`) and, for a device, ``memory`` (see `build_memory`) and ``refused_as`` (what its TensorRT does not build,
+    or nothing). With ``request["frames"]`` all graphs take frames of bytes, and there is a ``golden.npz`` of them (`frames`).
     """
     started = time.perf_counter()
     graph, chosen = _typed_graph(request)
@@ -73,7 +74,11 @@ def compile_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if request.get("frames"):
         graph, source, request = _in_frames(graph, source, chosen, request, folder)
     source_snr_db, about = chosen.pop("source_snr_db", None), chosen.pop("about_frames", [])
-    answer: dict[str, Any] = {**chosen, **_described(graph), "untyped_opset": None}
+    fitted = fit_golden(graph, {**request, "precision": chosen["precision"]}, folder)
+    answer: dict[str, Any] = {**chosen, **_described(graph), "untyped_opset": None, "golden": fitted.golden}
+    about += [fitted.note] if fitted.note else []
+    if fitted.snr_db is not None:
+        answer["golden_snr_db"] = min(fitted.snr_db, chosen["golden_snr_db"] or fitted.snr_db)
     sparsity, note = _sparsity(graph, request)
     answer |= sparsity
     answer["graph_seconds"] = _since(started)

@@ -18,8 +18,9 @@ from .build_options import TIMINGS
 __all__ = ["SCRIPTS", "make_kit"]
 
 #: What runs on the device: the first is called, the others lie beside it.
-SCRIPTS = tuple(Path(__file__).with_name(name) for name in ("build_engine.py", "build_options.py"))
+SCRIPTS = tuple(Path(__file__).with_name(name) for name in ("build_engine.py", "build_options.py", "check_engine.py"))
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can state: the same inputs give the same bytes
+_OF_RECORD = ("target", "precision", "profiles", "batch_axes", "flags", "options", "memory", "golden", "key")
 _GRAPH, _UNTYPED = "graph.onnx", "untyped.onnx"
 
 
@@ -45,7 +46,7 @@ def make_kit(
     if untyped is not None and not all(entry.strongly_typed for entry in readers):
         files[_UNTYPED] = untyped
     spec = {
-        **{k: record[k] for k in ("target", "precision", "profiles", "flags", "options", "memory", "golden", "key")},
+        **{k: record[k] for k in _OF_RECORD},
         "graph": _GRAPH,
         "untyped_graph": _UNTYPED if _UNTYPED in files else _GRAPH,
         "compute_capability": target.sm,
@@ -108,7 +109,7 @@ On the device, in this folder:
 
 It needs the tensorrt of JetPack or of NVIDIA's container, numpy and nothing else. It writes
 {spec["target"]}.engine and {spec["target"]}.json.
-{check if golden else "The kit has no golden outputs: add --no-check."}
+{check if golden else "The kit has no golden outputs: nobody checks the engine."}
 With --timing-cache FILE a later build is faster (--timing-cache-read-only: and never changes the file).{shipped}
 An engine runs only with the TensorRT that built it, unless it was asked to be version-compatible.{frames}
 

@@ -37,6 +37,7 @@ class Runner(Protocol):
     """
 
     name: str
+    bundle: Bundle
     graph: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -108,7 +109,7 @@ class _FirstThatWorks:
 
     def __init__(self, runners: list[Runner]) -> None:
         self._runners, self._runner = runners, runners[0]
-        self.name, self.graph = "auto", runners[0].graph
+        self.name, self.bundle, self.graph = "auto", runners[0].bundle, runners[0].graph
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
         self.batches: tuple[int, int] | None = None

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import GOLDEN, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, GoldenError
-from edgekit.manifest import Tolerance
+from edgekit.manifest import Tolerance, batch_axes
 
 from .backends import Runner, open_runner
 from .feeds import as_taken
@@ -26,6 +27,7 @@ __all__ = [
     "compare_outputs",
     "decibel",
     "distance",
+    "engine_golden",
     "is_choice",
     "load_golden",
     "parse_golden",
@@ -49,6 +51,12 @@ class GoldenResult(NamedTuple):
 
     def within(self, tolerance: Tolerance) -> bool:
         return self.relative <= tolerance.limit if tolerance.kind == "relative" else self.snr_db >= tolerance.limit
+
+
+class _GoldenOf(msgspec.Struct, frozen=True):
+    """Of the record of a build."""
+
+    golden_file: str | None = None
 
 
 class Distance(NamedTuple):
@@ -145,7 +153,7 @@ def save_golden(inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]
 
 
 def load_golden(bundle: Bundle) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """(inputs, outputs) by tensor name; the first axis of all is the sample. Raises `BundleError` on a damaged file."""
+    """(inputs, outputs) by tensor name, several samples along their batch axis. Raises `BundleError` on a damaged file."""
     return parse_golden(bundle.read(GOLDEN), str(bundle.path / GOLDEN))
 
 
@@ -163,33 +171,55 @@ def parse_golden(data: bytes, name: str = GOLDEN) -> tuple[dict[str, NDArray[Any
     return inputs, outputs
 
 
+def engine_golden(runner: Runner) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """`load_golden` for an entered runner: at the sizes of its engine, where `build` had to make it new for those."""
+    bundle, target = runner.bundle, runner.describe().get("engine")
+    if target is not None and bundle.has(about := f"engines/{target}.json"):
+        name = msgspec.json.decode(bundle.read(about), type=_GoldenOf).golden_file
+        if name and bundle.has(name):
+            return parse_golden(bundle.read(name), str(bundle.path / name))
+    return load_golden(bundle)
+
+
 def run_samples(runner: Runner, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Outputs for golden ``inputs``, in one run, or in several where a run takes fewer samples than they are.
 
     A runner that takes no fewer than some number gets the last sample several times, one that takes frames their bytes.
     """
     inputs = as_taken(runner.frames, inputs)
-    fixed = [spec.shape[0] for spec in runner.inputs if spec.shape and isinstance(spec.shape[0], int)]
-    samples = min((len(array) for array in inputs.values() if array.ndim), default=1)
+    axes = batch_axes(runner.bundle.manifest.inputs, runner.bundle.manifest.outputs)
+    fixed = [
+        size
+        for spec in runner.inputs
+        if len(spec.shape) > axes.get(spec.name, len(spec.shape))
+        if isinstance(size := spec.shape[axes[spec.name]], int)
+    ]
+    samples = min((a.shape[axes[name]] for name, a in inputs.items() if a.ndim > axes.get(name, a.ndim)), default=1)
     least, most = runner.batches or (1, min(fixed, default=samples))
-    if samples and (samples < least or (samples > most > 0 and runner.batches)):
-        return _run_padded(runner, inputs, samples, least, most)
-    if not 0 < most < samples or samples % most:
+    if runner.batches is None and not (0 < most < samples and samples % most == 0):
         return runner.run(inputs)
-    parts = [runner.run({k: v[i : i + most] for k, v in inputs.items()}) for i in range(0, samples, most)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if not samples or least <= samples <= most or most < 1:
+        return runner.run(inputs)
+    return _run_in_parts(runner, inputs, axes, samples, (least, most))
 
 
-def _run_padded(
-    runner: Runner, inputs: dict[str, NDArray[Any]], samples: int, least: int, most: int
+def _run_in_parts(
+    runner: Runner, inputs: dict[str, NDArray[Any]], axes: Mapping[str, int], samples: int, batches: tuple[int, int]
 ) -> dict[str, NDArray[Any]]:
-    parts = []
+    """Cut, filled up and joined along each tensor's own batch axis; what has none goes along with every run."""
+    least, most = batches
+    parts: dict[str, list[NDArray[Any]]] = {}
+    along: dict[str, int] = {}
     for start in range(0, samples, most):
         count = min(most, samples - start)
         rows = np.minimum(np.arange(start, start + max(count, least)), samples - 1)
-        found = runner.run({name: array[rows] if array.ndim else array for name, array in inputs.items()})
-        parts.append({name: array[:count] for name, array in found.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        feeds = {name: a.take(rows, axes[name]) if a.ndim > axes.get(name, a.ndim) else a for name, a in inputs.items()}
+        for name, array in runner.run(feeds).items():
+            # an output whose file states it wrongly may hold one sample a row all the same
+            axis = axes.get(name, 0 if array.shape[:1] == rows.shape else array.ndim)
+            parts.setdefault(name, []).append(array.take(np.arange(count), axis) if axis < array.ndim else array)
+            along[name] = axis
+    return {n: np.concatenate(found, along[n]) if along[n] < found[0].ndim else found[0] for n, found in parts.items()}
 
 
 def check_golden(bundle: Bundle, graph: str | None = None, backend: str = "onnxruntime") -> GoldenResult:
@@ -198,11 +228,12 @@ def check_golden(bundle: Bundle, graph: str | None = None, backend: str = "onnxr
     The manifest states it for a graph, the record of its build for an engine. The int8 graph owes what `signal_names` names.
     """
     graph = graph or bundle.graph
-    inputs, outputs = load_golden(bundle)
     quantized = graph == INT8_GRAPH
+    _, outputs = load_golden(bundle)
     if not any(outputs[name].size for name in signal_names(outputs, quantized=quantized)):
         raise BundleError(f"{bundle.path / GOLDEN} holds no golden outputs", "make the bundle again")
     with open_runner(bundle, backend, graph) as runner:
+        inputs, outputs = engine_golden(runner)
         found = run_samples(runner, inputs)
         stated = runner.tolerance
     if missing := [name for name in outputs if name not in found]:

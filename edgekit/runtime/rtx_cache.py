@@ -51,5 +51,9 @@ def store(cache: Any, choice: Choice, device: Device) -> None:
     data = b"" if blob is None else bytes(blob)
     path = _path(choice, device)
     with contextlib.suppress(OSError):
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder.stat().st_mode & 0o022:  # umask 002: `restore` would never read what any of the group could have written
+                folder.chmod(0o755)
         if data and (not path.is_file() or path.read_bytes() != data):
             atomic_write(path, data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import io
 import json
 import sys
@@ -15,17 +17,35 @@ import onnx
 import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.compiler import build_engine, child
+from edgekit.compiler import build_engine, check_engine, child
 from edgekit.compiler.kit import make_kit
+from edgekit.runtime.golden import save_golden
 from edgekit.targets import target_named
 
 API: dict[str, Any] = json.loads((Path(__file__).parents[1] / "runtime/tensorrt_api.json").read_text(encoding="utf-8"))
 RELEASES: list[str] = API["versions"]
 RTX = "rtx1.7"
+_RUNTIME = Path(__file__).parents[1] / "runtime"
+
+
+def _helper(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, _RUNTIME / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+simulated_cuda, simulated_tensorrt = _helper("simulated_cuda"), _helper("simulated_tensorrt")
 _ENUMERATIONS = (
     "BuilderFlag MemoryPoolType DeviceType HardwareCompatibilityLevel ProfilingVerbosity ComputeCapability "
     "NetworkDefinitionCreationFlag LayerInformationFormat OnnxParserFlag"
 )
+
+
+#: Of the network's creation flags, as the bindings of each release have them.
+_BITS = {"EXPLICIT_BATCH": 0, "EXPLICIT_PRECISION": 1, "STRONGLY_TYPED": 1}
 
 
 def _offers(name: str, attribute: str, release: str) -> bool:
@@ -60,7 +80,7 @@ def _enumeration(name: str, release: str) -> Any:
         __slots__ = ()
 
         def __int__(self) -> int:
-            return 0
+            return 0 if release == RTX else _BITS.get(self, 0)
 
         @property
         def name(self) -> str:
@@ -80,6 +100,7 @@ class SimulatedBuilder:
         self.release, self.cores, self.gpu_only, self.timings = release, cores, gpu_only.split(), timings
         self.told: dict[str, Any] = {"flags": [], "parser_flags": []}
         self.network: Any = None
+        self.refused_profile: Callable[[], int] = lambda: 0
         self.used: set[tuple[str, str]] = set()  # (class, attribute)
         self.ignored: set[str] = set()  # attributes that are taken, logged as unsupported, and left as they were
         module: Any = types.ModuleType("tensorrt")
@@ -100,16 +121,24 @@ class SimulatedBuilder:
         self.logger = logger
         return self.part(
             "Builder",
-            create_network=lambda flags: self.part("INetworkDefinition", num_layers=0),
+            create_network=self._network,
             create_builder_config=self._config,
-            create_optimization_profile=lambda: self.part("IOptimizationProfile", set_shape=lambda *a: None),
+            create_optimization_profile=lambda: self.part("IOptimizationProfile", set_shape=self._set_shape),
             build_serialized_network=self._build,
             num_DLA_cores=self.cores,
         )
 
+    def _network(self, flags: int) -> Any:
+        self.told["network"] = flags
+        return self.part("INetworkDefinition", num_layers=0, num_inputs=0)
+
+    def _set_shape(self, name: str, *shapes: Any) -> None:
+        self.told.setdefault("shapes", {})[name] = shapes
+
     def _parser(self, network: Any, logger: Any) -> Any:
         def parse(graph: bytes) -> bool:
-            self.graph, self.told["parsed_with"] = graph, list(self.told["parser_flags"])
+            self.graph = self.told["graph"] = graph
+            self.told["parsed_with"] = list(self.told["parser_flags"])
             read = onnx.load_model_from_string(graph).graph
             nodes = read.node
             bytes_in = {value.name for value in read.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
@@ -137,7 +166,7 @@ class SimulatedBuilder:
     def _config(self) -> Any:
         config = self.part(
             "IBuilderConfig",
-            add_optimization_profile=lambda profile: 0,
+            add_optimization_profile=lambda profile: self.refused_profile(),
             set_flag=self.told["flags"].append,
             set_memory_pool_limit=lambda pool, size: self.told.__setitem__(pool, size),
             can_run_on_DLA=lambda layer: layer.type.name not in self.gpu_only,
@@ -201,12 +230,20 @@ def script(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         **options: Any,
     ) -> Any:
         simulated = simulated or SimulatedBuilder(release, cores=2)
-        record = {"target": target.name, "precision": "fp32", "profiles": {}, "flags": [], "golden": None, "key": "k" * 64}
+        record = {
+            "target": target.name,
+            "precision": "fp32",
+            "profiles": {},
+            "flags": [],
+            "golden": None,
+            "key": "k" * 64,
+            "batch_axes": {},
+        }
         record |= {"memory": {"total": 1 << 30}}
         data = kit or make_kit(target, target.tensorrt, {**record, "options": options}, tiny_bundle.read(FLOAT_GRAPH), None)
         zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path / "kit")
         monkeypatch.setitem(sys.modules, "tensorrt", simulated.module)
-        monkeypatch.setattr(build_engine, "_Cuda", lambda: cuda)
+        monkeypatch.setattr(check_engine, "Cuda", lambda: cuda)
         capsys.readouterr()
         code = build_engine.main(["--kit", str(tmp_path / "kit"), *map(str, words), *([] if cuda else ["--no-check"])])
         out, err = capsys.readouterr()
@@ -214,6 +251,75 @@ def script(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         return types.SimpleNamespace(code=code, json=json.loads(out) if out else None, err=err, told=simulated.told)
 
     return run
+
+
+class _Library:
+    """libcudart, as ctypes calls it, on a simulated GPU."""
+
+    def __init__(self, gpu: Any) -> None:
+        self.gpu = gpu
+
+    def _made(self, pointer: Any, answer: tuple[Any, Any]) -> int:
+        error, pointer._obj.value = answer
+        return int(error)
+
+    def cudaMalloc(self, pointer: Any, size: Any) -> int:  # noqa: N802
+        return self._made(pointer, self.gpu.cudaMalloc(size.value))
+
+    def cudaStreamCreate(self, pointer: Any) -> int:  # noqa: N802
+        return self._made(pointer, self.gpu.cudaStreamCreateWithFlags(0))
+
+    def cudaDeviceGetAttribute(self, value: Any, attribute: Any, device: Any) -> int:  # noqa: N802
+        value._obj.value = int(self.gpu.sm.split(".")[attribute.value - 75])
+        return int(self.gpu.error)
+
+    def cudaMemcpy(self, target: Any, source: Any, size: Any, kind: Any) -> int:  # noqa: N802
+        device, host = (target, source) if kind.value == 1 else (source, target)
+        here = (ctypes.c_uint8 * size.value).from_address(host.value)
+        there = self.gpu.bytes_at(device.value, size.value)
+        if kind.value == 1:
+            there[:] = here
+        else:
+            ctypes.memmove(here, there.ctypes.data, size.value)
+        return int(self.gpu.error)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda what: int(getattr(self.gpu, name)(what.value)[0])
+
+
+class Device:
+    """A simulated GPU with its CUDA runtime and the running half of a TensorRT; `check` runs an ONNX graph as the engine."""
+
+    def __init__(self, release: str, sm: str, folder: Path) -> None:
+        self.gpu, self.folder = simulated_cuda.SimulatedCuda(sm=sm), folder
+        self.trt = simulated_tensorrt.make_module(release, self.gpu)
+        self.library = _Library(self.gpu)
+
+    def plan(self, graph: str | bytes, profiles: dict[str, Any] | None = None, **more: Any) -> bytes:
+        """``graph``: a model, or one in the words of `onnx.parser`."""
+        if isinstance(graph, str):
+            graph = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g {graph}').SerializeToString()
+        made: bytes = simulated_tensorrt.plan(graph, self.trt, self.gpu.sm, profiles or {}, **more)
+        return made
+
+    def check(
+        self, plan: bytes, inputs: Any, outputs: Any, axes: dict[str, int], limit: float = 40.0, quantized: bool = False
+    ) -> dict[str, float]:
+        golden = self.folder / "golden.npz"
+        golden.write_bytes(save_golden(inputs, outputs))
+        return build_engine.check(self.trt, plan, golden, {"kind": "snr_db", "limit": limit}, axes, quantized=quantized)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Device]:
+    """``device(release="10.16", sm="8.7")``."""
+
+    def make(release: str = "10.16", sm: str = "8.7") -> Device:
+        made = Device(release, sm, tmp_path)
+        monkeypatch.setattr(check_engine.ctypes, "CDLL", lambda name: made.library)
+        return made
+
+    return make
 
 
 @pytest.fixture

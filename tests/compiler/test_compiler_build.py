@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import zipfile
@@ -208,7 +209,7 @@ def test_int8_keeps_float32_around_it_where_tensorrt_refuses_float16(
         "target_precisions": ["fp32", "fp16", "int8"],
     }
     request |= {"engine": True, "module": "tensorrt_rtx", "compute_capability": "8.9", "target": "rtx-ada"}
-    request |= {"sparse": True, "profiles": {}}
+    request |= {"sparse": True, "profiles": {}, "shapes": {}, "batch_axes": {}}
     answer = compile_graph(request, tmp_path)
     assert (answer["precision"], answer["opset"], answer["golden_snr_db"]) == ("int8", 17, None)
     assert "no float16 here" in answer["notes"][0]
@@ -293,7 +294,7 @@ def test_the_flag_reaches_the_builders_configuration(tmp_path: Path, monkeypatch
     request = {"float_graph": str(bundle.file(FLOAT_GRAPH)), "int8_graph": None, "golden": str(bundle.file(GOLDEN))}
     request |= {"precision": "fp16", "target_precisions": ["fp32", "fp16"], "engine": True, "form": "int8", "target": "here"}
     request |= {"module": "tensorrt_rtx", "compute_capability": "8.6"}
-    request |= {"profiles": {"x": [[1, 64], [1, 64], [1, 64]]}}
+    request |= {"profiles": {"x": [[1, 64], [1, 64], [1, 64]]}, "shapes": {}, "batch_axes": {"x": 0, "y": 0}}
     for sparse in (True, False):
         answer = compile_graph({**request, "sparse": sparse}, tmp_path)
         assert answer["flags"] == (["SPARSE_WEIGHTS"] if sparse else [])
@@ -484,13 +485,19 @@ def test_an_operator_that_tensorrt_refuses_is_written_out(tmp_path: Path) -> Non
     assert "LayerNormalization written out by its ONNX definition" in result.note
 
 
+def crash(code: signal.Signals) -> child.NativeCrash:
+    made = child.NativeCrash(f"the native parser crashed ({code.name}) on this graph", "")
+    made.code = -code
+    return made
+
+
 def test_a_crash_of_tensorrt_is_tried_again_with_fixed_axes(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = child.call, list[bool]()
 
     def call(function: str, request: dict[str, Any], *rest: Any, **named: Any) -> dict[str, Any]:
         asked.append("fixed" in request)
         if len(asked) == 1:
-            raise child.NativeCrash("the native parser crashed (SIGSEGV) on this graph", "")
+            raise crash(signal.SIGSEGV)
         return real(function, request, *rest, **named)
 
     monkeypatch.setattr(child, "call", call)
@@ -499,13 +506,20 @@ def test_a_crash_of_tensorrt_is_tried_again_with_fixed_axes(digits_bundle: Bundl
     assert "axes of one size are fixed in the graph" in result.note
 
 
-def test_a_crash_without_dynamic_axes_is_told(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(*_: Any, **__: Any) -> dict[str, Any]:
-        raise child.NativeCrash("the native parser crashed (SIGSEGV) on this graph", "")
+@pytest.mark.parametrize(("code", "times"), [(signal.SIGABRT, 2), (signal.SIGKILL, 1)])
+def test_a_crash_is_told_and_memory_that_is_short_is_not_tried_twice(
+    digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, code: signal.Signals, times: int
+) -> None:
+    asked = []
+
+    def call(*request: Any, **_: Any) -> dict[str, Any]:
+        asked.append(request)
+        raise crash(code)
 
     monkeypatch.setattr(child, "call", call)
     with pytest.raises(GraphError, match="crashed"):
         build(digits_bundle, target="rtx-ada", precision="fp32", again=True)
+    assert len(asked) == times
 
 
 def test_sizes_that_nobody_stated_are_noted(tmp_path: Path, cli: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edgekit
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, TOKENIZER, Bundle
-from edgekit.compiler import build_engine
+from edgekit.compiler import build_engine, check_engine
 from edgekit.compiler.changes import changes
 from edgekit.compiler.frames import with_normalisation
 from edgekit.errors import GoldenError, UsageError
@@ -219,14 +219,14 @@ def test_the_check_on_the_device_feeds_the_frames(
     engine = type("Engine", (), {"get_tensor_profile_shape": lambda self, name, profile: spec["profiles"][name]})()
     monkeypatch.setattr(build_engine.asked, "load", lambda *_: engine)
     monkeypatch.setattr(build_engine.asked, "make_logger", lambda *_: None)
-    monkeypatch.setattr(build_engine, "_run", lambda trt, engine, feeds, cuda: {"y": graph.run(None, feeds)[0]})
-    answer = build_engine.check(None, b"", tmp_path / "golden.npz", spec["golden"], cuda=object())
+    monkeypatch.setattr(check_engine, "_run", lambda trt, engine, feeds, *_: {"y": graph.run(None, feeds)[0]})
+    answer = build_engine.check(None, b"", tmp_path / "golden.npz", spec["golden"], spec["batch_axes"], cuda=object())
     assert answer["snr_db"] >= spec["golden"]["limit"]
     monkeypatch.setattr(
-        build_engine, "_run", lambda trt, engine, feeds, cuda: {"y": graph.run(None, {"x": feeds["x"][:, :, ::-1]})[0] * 0.9}
+        check_engine, "_run", lambda trt, engine, feeds, *_: {"y": graph.run(None, {"x": feeds["x"][:, :, ::-1]})[0] * 0.9}
     )
     with pytest.raises(build_engine.BuildError, match="misses the golden outputs"):
-        build_engine.check(None, b"", tmp_path / "golden.npz", spec["golden"], cuda=object())
+        build_engine.check(None, b"", tmp_path / "golden.npz", spec["golden"], spec["batch_axes"], cuda=object())
 
 
 # Another normalisation, the golden outputs, and what is refused

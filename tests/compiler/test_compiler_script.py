@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from unittest.mock import ANY
 import pytest
 
 from edgekit.bundle import Bundle
-from edgekit.compiler import build, build_engine, build_options
-from edgekit.compiler.build_engine import _Cuda
+from edgekit.compiler import build, build_options, check_engine
+from edgekit.compiler.check_engine import Cuda
+from edgekit.trust import check_private
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -89,6 +91,49 @@ def test_no_disk_for_the_timing_cache_costs_the_cache_only(
     nowhere = script("--timing-cache", tmp_path / "nowhere" / "cache")
     assert nowhere.code == 1
     assert "its folder is not there" in nowhere.err
+
+
+def test_no_disk_for_the_record_leaves_the_engine_before_and_its_record(
+    script: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert script(verbose=True).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "kit").iterdir() if path.name.startswith("jetson")}
+    assert len(before) == 3
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name == ".jetson-agx-orin.json.tmp":
+            write(path, data[:3])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    done = script(release="11.4", verbose=True)  # another engine
+    assert done.code == 1
+    assert "No space left on device" in done.err
+    after = {path.name: path.read_bytes() for path in (tmp_path / "kit").iterdir() if "jetson" in path.name}
+    assert after == before
+
+
+def test_an_engine_is_private_under_any_umask(script: Callable[..., Any], tmp_path: Path) -> None:
+    """As the runtime wants it, and readable for the service that runs it."""
+    for umask in (0o002, 0o077):
+        out = tmp_path / f"{umask}" / "edgekit" / "engines" / "key"
+        before = os.umask(umask)
+        try:
+            assert script("--out", out, verbose=True).code == 0
+        finally:
+            os.umask(before)
+        check_private(engine_of(out))
+        check_private(out / "jetson-agx-orin.json")
+        assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+        assert {path.stat().st_mode & 0o777 for path in (out, out.parent, out.parent.parent)} == {0o755}
+
+
+def test_a_kit_without_golden_outputs_says_that_nobody_checks_it(script: Callable[..., Any]) -> None:
+    done = script(cuda=SimpleNamespace(capability=lambda: "8.7"))
+    assert (done.code, done.json["golden"]) == (0, None)
+    assert "the kit has no golden outputs, so nobody has checked this engine" in done.err
 
 
 def test_a_timing_cache_goes_along_with_the_kit(script: Callable[..., Any], tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -177,8 +222,8 @@ def test_a_machine_without_a_gpu_is_told_what_to_do(
     script: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = SimpleNamespace(cudaDeviceGetAttribute=lambda *_: 100)  # cudaErrorNoDevice
-    monkeypatch.setattr(build_engine.ctypes, "CDLL", lambda name: library)
-    done = script(cuda=_Cuda())
+    monkeypatch.setattr(check_engine.ctypes, "CDLL", lambda name: library)
+    done = script(cuda=Cuda())
     assert done.code == 1
     assert "CUDA error 100: there is no GPU here: run this on the device, or with --no-check" in done.err
     assert not engine_of(tmp_path / "kit").exists()

@@ -77,12 +77,13 @@ def make_module(release: str, cuda: Any) -> types.ModuleType:
     trt: Any = types.ModuleType("tensorrt_rtx" if release == RTX else "tensorrt")
     trt.release, trt.cuda, trt.used = release, cuda, set()
     trt.__version__ = "1.7.1.116" if release == RTX else f"{release}.0"
-    trt.ILogger = type("ILogger", (), {"ERROR": 1, "__init__": lambda self: None})
+    trt.ILogger = type("ILogger", (), {"ERROR": 1, "WARNING": 2, "__init__": lambda self: None})
     trt.TensorIOMode, trt.TensorLocation = TensorIOMode, TensorLocation
     if release == RTX:
         trt.EngineValidity, trt.EngineInvalidityDiagnostics = EngineValidity, EngineInvalidityDiagnostics
         trt.CudaGraphStrategy = CudaGraphStrategy
     trt.logger = None  # the first that the process registers stays; later ones are ignored
+    trt.nptype = lambda dtype: np.dtype(_NUMPY[dtype.name])
     trt.Runtime = lambda logger: _Runtime(trt, logger)
     trt.execute = None  # (name -> (address, shape, dtype), stream) -> bool: what runs instead, where the CUDA is a real one
     trt.breaks_capture = False  # whether execution does something that a capture forbids

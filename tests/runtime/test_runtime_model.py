@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -195,6 +196,22 @@ def test_golden_samples_run_in_the_batch_that_the_graph_takes(tiny_bundle: Bundl
     three = rewrite(tiny_bundle, "3.edge", fixed_batch(graph, 3))  # type: ignore[operator]
     with open_runner(three) as runner, pytest.raises(InputError):
         run_samples(runner, inputs)
+
+
+def test_golden_samples_are_cut_along_the_batch_wherever_it_is(simulate: Any, odd_bundle: Bundle, cli: Any) -> None:
+    """An engine for one sample; the golden file has four. What has no batch has a golden file of the engine's sizes."""
+    simulation, inputs = simulate(), odd_bundle.manifest.inputs
+    profiles = {s.name: [[1 if isinstance(axis, str) else axis for axis in s.shape]] * 3 for s in inputs}
+    name, files = "engines/rtx-ampere.golden.npz", {}
+    if made := odd_bundle.manifest.name in ("steps", "points"):
+        feeds = {k: array[:1] for k, array in load_golden(odd_bundle)[0].items()}
+        with open_runner(odd_bundle, "onnxruntime") as runner:
+            files[name] = save_golden(feeds, runner.run(feeds))
+    bundle = simulation.engine(odd_bundle, plan={"profiles": profiles}, golden_file=name if made else None)
+    bundle = bundle.extend(files)
+    assert check_golden(bundle, backend="tensorrt-rtx").snr_db > 120
+    rows = cli("compare", bundle.path, "--backends", "onnxruntime,tensorrt-rtx", "--json").json["outputs"]
+    assert [row["within_tolerance"] for row in rows] == [True, True]
 
 
 def test_a_golden_file_without_outputs_proves_nothing(tiny_bundle: Bundle, tmp_path: Path) -> None:

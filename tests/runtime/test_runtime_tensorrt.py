@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -478,6 +479,18 @@ def cached(simulate: Callable[..., Any], tiny_bundle: Bundle) -> tuple[Any, Call
         return int(simulation.trt.compiled)
 
     return simulation, compiled
+
+
+def test_the_second_start_compiles_nothing_under_the_umask_of_ubuntu(cached: Any, tmp_path: Path) -> None:
+    _, compiled = cached
+    (tmp_path / "cache/edgekit").mkdir(parents=True)
+    before = os.umask(0o002)
+    try:
+        assert [compiled(), compiled()] == [1, 0]
+        (tmp_path / "cache/edgekit/rtx").chmod(0o775)  # as earlier versions made it
+        assert [compiled(), compiled()] == [1, 0]
+    finally:
+        os.umask(before)
 
 
 def test_the_second_start_compiles_nothing(cached: Any, tmp_path: Path) -> None:
