@@ -25,8 +25,14 @@ if TYPE_CHECKING or __package__:
     from . import check_engine as checked
 else:  # in a kit, whose folder is not on the path where Python runs with -P
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import build_options as asked
-    import check_engine as checked
+    try:
+        import build_options as asked
+        import check_engine as checked
+    except ImportError as error:
+        here = (
+            "unzip the whole kit" if error.name in ("build_options", "check_engine") else "sudo apt-get install python3-numpy"
+        )
+        sys.exit(f"error: {error}: {here}")
 
 BuildError = asked.BuildError
 check = checked.check
@@ -133,10 +139,21 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _verify(folder: Path, spec: dict[str, Any]) -> None:
-    for name, expected in spec["files"].items():
-        if _digest((folder / name).read_bytes()) != expected:
-            raise BuildError(f"{name} is damaged: its sha256 is not that of build.json")
+def _specification(kit: Path) -> dict[str, Any]:
+    """build.json, and all that it names is there and whole."""
+    try:
+        spec: dict[str, Any] = json.loads((kit / "build.json").read_text(encoding="utf-8"))
+        files = dict(spec["files"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BuildError(f"{kit / 'build.json'} is not that of a kit ({error}): unzip the whole kit again") from None
+    for name, expected in files.items():
+        try:
+            data = (kit / name).read_bytes()
+        except OSError as error:
+            raise BuildError(f"{name} cannot be read ({error.strerror}): unzip the whole kit again") from None
+        if _digest(data) != expected:
+            raise BuildError(f"{name} is damaged, its sha256 is not that of build.json: unzip the whole kit again")
+    return spec
 
 
 def _write(files: dict[Path, bytes], mode: int | None = None) -> None:
@@ -163,10 +180,20 @@ def _make_folder(path: Path) -> None:
             part.chmod(0o755)
 
 
-def _print_progress(phase: str, share: float) -> bool:
-    sys.stderr.write(f"\r{share:4.0%}  {phase[:60]:60s}")
-    sys.stderr.flush()
-    return True
+def _progress() -> Progress:
+    """A line that is written over on a terminal; elsewhere one at every tenth."""
+    live, told = sys.stderr.isatty(), [0]
+
+    def show(phase: str, share: float) -> bool:
+        if live:
+            sys.stderr.write(f"\r{share:4.0%}  {phase[:60]:60s}")
+        elif int(10 * share) > told[0]:
+            told[0] = int(10 * share)
+            sys.stderr.write(f"{share:4.0%}  {phase[:60]}\n")
+        sys.stderr.flush()
+        return True
+
+    return show
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,8 +223,10 @@ def _layers(trt: Any, built: Built, spec: dict[str, Any]) -> bytes:
 
 def _opened(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """(build.json, TensorRT's module), both fit for this device as far as can be told before minutes of work."""
-    spec = json.loads((options.kit / "build.json").read_text(encoding="utf-8"))
-    _verify(options.kit, spec)
+    spec = _specification(options.kit)
+    _make_folder(options.out or options.kit)
+    if not os.access(str(options.out or options.kit), os.W_OK):
+        raise BuildError(f"{options.out or options.kit} may not be written: choose another --out")
     try:
         trt = importlib.import_module(options.module)
     except ImportError as error:
@@ -212,7 +241,7 @@ def _opened(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 def _built(trt: Any, graph: bytes, spec: dict[str, Any], timings: bytes | None) -> Built:
     """`build`, with its progress and what it found said."""
-    built = build(trt, graph, spec, _print_progress, timings)
+    built = build(trt, graph, spec, _progress(), timings)
     if built.unused:
         _say(f"warning: the timing cache was not used: {built.unused}")
     if built.dla:
@@ -234,6 +263,7 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
     spec, trt = _opened(options)
     name = spec["graph" if asked.strongly_typed(trt) else "untyped_graph"]
     graph = (options.kit / name).read_bytes()
+    capability = options.compute_capability or spec["compute_capability"]
     spec["compute_capability"] = options.compute_capability
     shipped = options.kit / asked.TIMINGS if asked.TIMINGS in spec["files"] else None
     timings = asked.read_timings(options.timing_cache, options.timing_cache_read_only, shipped)
@@ -259,6 +289,8 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
             "graph_sha256": spec["files"][name],
             "key": spec["key"],
             "options": spec["options"],
+            "profiles": spec["profiles"],
+            "compute_capability": capability,
             "golden": golden,
             "dla": built.dla,
             "memory": {**memory, "peak": asked.memory_in(asked.STATUS, "VmHWM")},
@@ -270,7 +302,6 @@ def _compiled(options: argparse.Namespace) -> dict[str, Any]:
 def _kept(trt: Any, options: argparse.Namespace, spec: dict[str, Any], built: Built, answer: dict[str, Any]) -> dict[str, Any]:
     """The engine, its layers and its record, all at once: an engine beside the record of another one is never loaded."""
     out = options.out or options.kit
-    _make_folder(out)
     engine, record = out / (spec["target"] + ".engine"), out / (spec["target"] + ".json")
     answer["changed"] = asked.changes(record, answer)
     if answer["changed"]:

@@ -143,7 +143,7 @@ def _kept(bundle: Bundle, files: Mapping[str, bytes], record: Mapping[str, Any],
     sidecar = {f"engines/{record['target']}.json": msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"}
     figures = {k: record[k] for k in ("precision", "tensorrt", "seconds", "size_bytes", "golden_snr_db")}
     # A target may have changed its kind: the record is the new one's.
-    other = {f"engines/{record['target']}{suffix}" for suffix in (".engine", ".kit.zip")} - files.keys()
+    other = {f"engines/{record['target']}{suffix}" for suffix in (".engine", ".kit.zip", ".golden.npz")} - files.keys()
     updated = bundle.extend({**files, **sidecar}, bundle.entry("build", config, figures), drop=other)
     if "engine_sha256" in record:
         trust_engine(record["engine_sha256"])  # made here: the runtime may load it here

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from unittest.mock import ANY
 import pytest
 
 from edgekit.bundle import Bundle
-from edgekit.compiler import build, build_options, check_engine
+from edgekit.compiler import build, build_engine, build_options, check_engine
 from edgekit.compiler.check_engine import Cuda
 from edgekit.trust import check_private
 
@@ -216,6 +218,34 @@ def test_a_gpu_that_this_tensorrt_does_not_compile_for_is_named(script: Callable
     done = script("--compute-capability", "9.9", release="rtx1.7")
     assert done.code == 1
     assert "does not compile for compute capability 9.9 (SM99)" in done.err
+
+
+def test_another_gpu_is_named_as_what_changed(script: Callable[..., Any]) -> None:
+    script("--compute-capability", "8.9", release="rtx1.7")
+    done = script("--compute-capability", "8.6", release="rtx1.7")
+    assert "compute_capability 8.9 -> 8.6" in done.json["changed"]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"files": 3}', "{"])
+def test_a_build_json_of_no_kit_is_told(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "build.json").write_text(text)
+    assert build_engine.main(["--kit", str(tmp_path)]) == 1
+    assert "build.json is not that of a kit" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_is_told_before_the_build(script: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = script("--out", tmp_path / "file/out")
+    assert done.code == 1
+    assert "parsed_with" not in done.told
+
+
+def test_a_kit_without_numpy_or_half_unzipped_says_so(script: Callable[..., Any], tmp_path: Path) -> None:
+    script()
+    (tmp_path / "kit/check_engine.py").unlink()
+    done = subprocess.run([sys.executable, tmp_path / "kit/build_engine.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: No module named 'check_engine': unzip the whole kit")
 
 
 def test_a_machine_without_a_gpu_is_told_what_to_do(
