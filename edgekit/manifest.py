@@ -28,6 +28,7 @@ __all__ = [
     "TextPreprocessing",
     "Tolerance",
     "batch_axes",
+    "batch_symbol",
     "checked_encoding",
     "decode_manifest",
     "encode_manifest",
@@ -48,13 +49,18 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int | str, ...]
 
 
+def batch_symbol(inputs: Sequence[TensorSpec]) -> str | None:
+    """The name of the batch: that of the first open first axis."""
+    return next((spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)), None)
+
+
 def batch_axes(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, int]:
     """Tensor name -> which of its axes is the batch; a tensor without one is left out.
 
-    The batch is the axis with the symbol that the first input with an open first axis has there; of an output without it the
-    first axis whose symbol no input has. Where all is of one size it is the first axis, if the inputs agree on that.
+    The batch is the axis with the `batch_symbol`; of an output without it the first axis whose symbol no input has. Where all
+    is of one size it is the first axis, if the inputs agree on that.
     """
-    symbol = next((spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)), None)
+    symbol = batch_symbol(inputs)
     if symbol is None:
         agree = len({spec.shape[0] for spec in inputs if spec.shape}) == 1
         return {spec.name: 0 for spec in (*inputs, *outputs) if spec.shape and agree}

@@ -280,7 +280,7 @@ def target_named(name: str) -> Target:
     """The target called ``name``. Raises `UsageError` with the nearest names."""
     targets = load_targets()
     if name not in targets:
-        near = difflib.get_close_matches(name, targets, n=3, cutoff=0.5) or list(targets)
+        near = difflib.get_close_matches(str(name), targets, n=3, cutoff=0.5) or list(targets)
         raise UsageError(f"there is no target {name!r}", f"choose one of: {', '.join(near)}; edgekit targets lists all")
     return targets[name]
 

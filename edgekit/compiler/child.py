@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import edgekit.errors
-from edgekit.errors import EdgekitError, GraphError, MissingExtra
+from edgekit.errors import EdgekitError, GraphError, MissingExtra, UsageError
 
 from .build_options import MEMINFO, memory_in
 
 __all__ = ["NativeCrash", "call"]
 
+MAX_TIMEOUT_S = 1e6  # `Popen.wait` takes no more than the clock holds
 ADDRESS_SPACE = 32 << 30  # bytes; a hostile graph asks for terabytes
 LEAST_SPACE = 4 << 30  # bytes; libraries and their threads map a good part of it without using it
 _ERRNO = 100  # exit codes above it: the answer could not be written, for this reason
@@ -58,6 +59,8 @@ def call(
     Raises the child's `EdgekitError` or `OSError`; `NativeCrash` where the child died, `GraphError` where it
     took longer than ``timeout_s``.
     """
+    if not 0 < timeout_s < MAX_TIMEOUT_S:
+        raise UsageError(f"a timeout of {timeout_s!r} s", f"give seconds above 0 and below {MAX_TIMEOUT_S:g}")
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     environment = {**_MALLOC, **os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
     command = [sys.executable, "-m", "edgekit.compiler.child", function, str(folder), str(address_space)]

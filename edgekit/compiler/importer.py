@@ -34,17 +34,18 @@ def import_onnx(
     model: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str],
-    shape: Iterable[str] | str = (),
-    dynamic: Iterable[str] | str = (),
+    shape: Mapping[str, Iterable[int | str]] | Iterable[str] | str = (),
+    dynamic: Mapping[str, Iterable[int | str]] | Iterable[str] | str = (),
     constants: Mapping[str, ArrayLike] | Iterable[str] | str = (),
     name: str | None = None,
     timeout_s: float = 600,
 ) -> Bundle:
     """Read ``model`` (ONNX, with external data only inside its folder) into a new bundle of task ``tensor``.
 
-    ``shape``: texts as ``x:1x3x48x320``, which fix an input's axes. ``dynamic``: ``x:1..8x3x48x320``, which keeps axes
-    dynamic with the range that `build` compiles for. Inputs that neither names keep the axes of the file. ``constants``:
-    name -> values (or texts as ``axes:0,2``) of inputs that are parameters; they stop being inputs.
+    ``shape``: texts as ``x:1x3x48x320`` or ``{"x": (1, 3, 48, 320)}``, which fix an input's axes. ``dynamic``:
+    ``x:1..8x3x48x320`` or ``{"x": ("1..8", 3, 48, 320)}``, which keeps axes dynamic with the range that `build` compiles for.
+    Inputs that neither names keep the axes of the file. ``constants``: name -> values (or texts as ``axes:0,2``) of inputs that
+    are parameters; they stop being inputs.
 
     The graph is raised to opset 13 or later, shapes are inferred, constants folded; a file that needs none of it is kept
     byte for byte. ONNX Runtime must give the original's outputs on seeded random inputs within 1e-4 (relative to the
@@ -58,8 +59,10 @@ def import_onnx(
     operators), `OutputExists`. A failed import leaves nothing behind.
     """
     path = Path(model)
-    fixed = parse_shapes([shape] if isinstance(shape, str) else shape)
-    ranges = parse_shapes([dynamic] if isinstance(dynamic, str) else dynamic, "--dynamic", ranges=True)
+    fixed = parse_shapes(_texts(shape, "shape"))
+    ranges = parse_shapes(_texts(dynamic, "dynamic"), "--dynamic", ranges=True)
+    if name is not None and not (isinstance(name, str) and name.isprintable()):
+        raise UsageError(f"a bundle is not called {name!r}", "give letters, digits and signs on one line")
     values = _constants(constants)
     _check_once(fixed, ranges, values)
     with Bundle.create(out) as draft, tempfile.TemporaryDirectory(prefix="edgekit-import-") as work:
@@ -88,6 +91,21 @@ def import_onnx(
             history=(history_entry("import", config, {**answer["figures"], "notes": answer["notes"]}),),
         )
     return Bundle.open(out, verify=False)
+
+
+def _texts(stated: Mapping[str, Iterable[int | str]] | Iterable[str] | str, what: str) -> list[str]:
+    """What is stated, as the command line has it."""
+    if isinstance(stated, str):
+        return [stated]
+    try:
+        if isinstance(stated, Mapping):
+            return [f"{name}:{axes if isinstance(axes, str) else shape_text(axes)}" for name, axes in stated.items()]
+        texts = list(stated)
+    except TypeError:
+        texts = [stated]  # type: ignore[list-item]
+    if wrong := next((text for text in texts if not isinstance(text, str)), None):
+        raise UsageError(f"{what}: {wrong!r} is no text", f'write {what}="x:1x3x224x224", or {what}={{"x": (1, 3, 224, 224)}}')
+    return texts
 
 
 def _check_once(fixed: Iterable[str], ranges: Iterable[str], values: Iterable[str]) -> None:

@@ -170,6 +170,8 @@ def read_timings(path: str | os.PathLike[str] | None, target: Target) -> tuple[b
 
 
 def _check_workspace(workspace_mb: int, target: Target) -> None:
+    if type(workspace_mb) is not int:
+        raise UsageError(f"a workspace of {workspace_mb!r} MiB", "give a whole number, or leave it out for no limit")
     if workspace_mb < 1:
         raise UsageError(f"--workspace-mb {workspace_mb} leaves no memory", "give 1 or more, or leave it out for no limit")
     if workspace_mb > MAX_WORKSPACE_MB:

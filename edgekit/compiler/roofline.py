@@ -17,6 +17,7 @@ import onnx
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import UsageError
+from edgekit.manifest import batch_symbol
 from edgekit.targets import PRECISIONS, Target, load_targets, target_named
 
 from .cost import GraphCost, LayerCost, Tensor, graph_cost
@@ -267,9 +268,9 @@ def _check_figures(target: Target, precision: str) -> None:
 def _sizes(bundle: Bundle, batch: int | None) -> tuple[int, dict[str, int]]:
     """(the batch, symbol -> size: that batch, and the largest of each other stated range)."""
     least = {spec.name: shapes for spec in bundle.manifest.inputs if (shapes := profiles_for(bundle).get(spec.name))}
-    first = next((spec for spec in bundle.manifest.inputs if spec.shape and isinstance(spec.shape[0], str)), None)
+    first = batch_symbol(bundle.manifest.inputs)
     if batch is None:
-        batch = least[first.name][0][0] if first is not None else 1
+        batch = next((least[spec.name][0][0] for spec in bundle.manifest.inputs if spec.shape[:1] == (first,)), 1)
     profiles = profiles_for(bundle, batch if first is not None or batch != 1 else None)
     return batch, {
         symbol: profiles[spec.name][2][index]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from edgekit.bundle import Bundle
 from edgekit.errors import BundleError, UsageError
-from edgekit.manifest import TensorSpec
+from edgekit.manifest import TensorSpec, batch_symbol
 
 __all__ = [
     "Axis",
@@ -157,7 +157,7 @@ def assumed_sizes(bundle: Bundle) -> dict[str, int]:
         return {}
     stated = _stated_ranges(bundle)
     axes = {axis for spec in bundle.manifest.inputs for axis in spec.shape[1:]}
-    sizes = {name: size for name, size in found.items() if name in axes - {_batch(bundle)} - set(stated)}
+    sizes = {name: size for name, size in found.items() if name in axes - {batch_symbol(bundle.manifest.inputs)} - set(stated)}
     if not all(type(size) is int and 1 <= size <= MAX_AXIS for size in sizes.values()):
         raise BundleError(f"{bundle.path}: its history states sizes that no axis has: {sizes}"[:300], "import the model again")
     return sizes
@@ -165,18 +165,13 @@ def assumed_sizes(bundle: Bundle) -> dict[str, int]:
 
 def unstated_sizes(bundle: Bundle, profiles: Profiles) -> dict[str, int]:
     """Axis symbol -> the only size that a profile has for it although nobody stated it; not the batch."""
-    stated, batch = _stated_ranges(bundle), _batch(bundle)
+    stated, batch = _stated_ranges(bundle), batch_symbol(bundle.manifest.inputs)
     return {
         symbol: profiles[spec.name][2][index]
         for spec in bundle.manifest.inputs
         for index, symbol in enumerate(spec.shape)
         if isinstance(symbol, str) and symbol not in stated and symbol != batch and spec.name in profiles
     }
-
-
-def _batch(bundle: Bundle) -> str | None:
-    """The symbol of the batch: the first dynamic first axis."""
-    return next((spec.shape[0] for spec in bundle.manifest.inputs if spec.shape and isinstance(spec.shape[0], str)), None)
 
 
 def profiles_for(bundle: Bundle, batch: int | str | None = None) -> Profiles:
@@ -190,7 +185,7 @@ def profiles_for(bundle: Bundle, batch: int | str | None = None) -> Profiles:
     """
     wanted, stated = parse_batch(batch), _stated_ranges(bundle)
     stated |= {symbol: Axis(size, size) for symbol, size in assumed_sizes(bundle).items()}
-    first = _batch(bundle)
+    first = batch_symbol(bundle.manifest.inputs)
     if wanted and first is None:
         fixed = {spec.shape[0] for spec in bundle.manifest.inputs if spec.shape}
         if fixed != {wanted.low} or not wanted.fixed:

@@ -56,7 +56,7 @@ class Model:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: Bundle | str | os.PathLike[str],
         backend: str = "auto",
         *,
         precision: Precision = "auto",
@@ -75,7 +75,7 @@ class Model:
             raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(_GRAPHS)}")
         if not 1 <= beam <= 1000:
             raise UsageError(f"a beam of {beam}", "1 is greedy; 8 is wide")
-        bundle = Bundle.open(path, verify=False)
+        bundle = path if isinstance(path, Bundle) else Bundle.open(path, verify=False)
         model = cls(bundle, open_runner(bundle, backend, _GRAPHS[precision], threads))
         model.beam = beam
         return model
@@ -162,6 +162,11 @@ class Model:
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Raw tensors by name, zero preprocessing. Raises `InputError` that names the input which does not fit."""
+        if not isinstance(feeds, Mapping):
+            raise InputError(
+                f"{type(feeds).__name__} arrived, a mapping was expected",
+                "model.run({name: array}); model.inputs has the names",
+            )
         return self.runner.run(feeds)
 
     def _decode(self, logits: NDArray[Any], start: int, share: int) -> Prediction:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, InputError
-from edgekit.manifest import ImagePreprocessing, TensorSpec, Tolerance
+from edgekit.manifest import ImagePreprocessing, TensorSpec, Tolerance, batch_axes
 
 from .cuda import CaptureRefused, Pinned
 from .feeds import check_feeds
@@ -177,12 +177,14 @@ class TensorRtRunner:
         return tensors
 
     def _batches(self) -> tuple[int, int] | None:
-        """The engine's, along the axes that the bundle's graph leaves open; the engine may have fixed them."""
-        stated = {spec.name: spec.shape for spec in self.bundle.manifest.inputs}
+        """The engine's, along the axis of each input that is the batch, if the bundle's graph leaves it open."""
+        stated = {spec.name: spec for spec in self.bundle.manifest.inputs}
+        inputs = [stated.get(tensor.name, tensor.spec) for tensor in self._ins]
+        axes = batch_axes(inputs, ())
         limits = [
-            (t.least[0], t.most[0])
-            for t in self._ins
-            if t.least and isinstance((stated.get(t.name) or t.spec.shape or (0,))[0], str)
+            (tensor.least[axis], tensor.most[axis])
+            for tensor, spec in zip(self._ins, inputs, strict=True)
+            if (axis := axes.get(spec.name)) is not None and isinstance(spec.shape[axis], str)
         ]
         return (max(low for low, _ in limits), min(high for _, high in limits)) if limits else None
 

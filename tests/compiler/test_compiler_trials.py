@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.compiler import build, import_onnx, trials
 from edgekit.compiler.reading import drop_unproven, read_model
-from edgekit.errors import GraphError
+from edgekit.errors import GraphError, InputError, UsageError
 from edgekit.runtime import Model, check_golden
 from edgekit.runtime.golden import load_golden
 
@@ -228,3 +228,35 @@ def test_a_border_of_no_numbers_says_what_it_holds(tmp_path: Path, value: Any, w
     path = saved(tmp_path / "m.onnx", [N("Identity", ["x"], ["y"])], [value], V("y", F, [4]))
     with pytest.raises(GraphError, match=f"that numpy has: {what}"):
         import_onnx(path, out=tmp_path / "b.edge")
+
+
+def test_shapes_may_be_stated_as_in_python(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], [V("x", F, ["n", "m"])], V("y", F, ["n", "m"]))
+    assert import_onnx(path, out=tmp_path / "f.edge", shape={"x": (2, 8)}).manifest.inputs[0].shape == (2, 8)
+    ranged = import_onnx(path, out=tmp_path / "d.edge", dynamic={"x": ("1..4", 8)})
+    assert ranged.manifest.history[-1].config["dynamic"] == {"x": "1..4x8"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"shape": [("x", 1)]}, "is no text"),
+        ({"dynamic": 5}, "is no text"),
+        ({"name": 5}, "is not called 5"),
+        ({"name": "two\nlines"}, "is not called"),
+        ({"timeout_s": -1}, "a timeout of -1"),
+        ({"timeout_s": float("nan")}, "a timeout of nan"),
+    ],
+)
+def test_arguments_of_another_kind_are_told(tmp_path: Path, tiny_onnx: Path, wrong: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        import_onnx(tiny_onnx, out=tmp_path / "b.edge", **wrong)
+    assert not (tmp_path / "b.edge").exists()
+
+
+def test_the_api_tells_what_it_takes(tmp_path: Path, tiny_bundle: Any) -> None:
+    for options in ({"target": None}, {"target": "rtx-ada", "workspace_mb": 1.5}, {"target": "rtx-ada", "workspace_mb": "64"}):
+        with pytest.raises(UsageError):
+            build(tiny_bundle, **options)
+    with Model.open(tiny_bundle) as model, pytest.raises(InputError, match="a mapping was expected"):
+        model.run(np.zeros((1, 3, 32, 32), np.float32))  # type: ignore[arg-type]
