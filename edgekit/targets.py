@@ -53,7 +53,10 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # it becomes a file's name
 _BASE = "like"
 _OWN = ("name", "file", "replaces")  # of `Target`, set here and never by a file
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e9)]
-Source = Annotated[str, msgspec.Meta(min_length=8)]
+Source = Annotated[str, msgspec.Meta(min_length=8)]  # an address, or "unconfirmed: " and how it was derived
+Title = Annotated[str, msgspec.Meta(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]  # one line
+#: What TensorRT-RTX 1.7 compiles for.
+RTX_SM = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 Precision = Literal["fp32", "fp16", "int8", "fp8", "fp4"]
 
 
@@ -116,7 +119,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     where it is shipped; ``replaces``: it stands in for a shipped one.
     """
 
-    title: str
+    title: Title
     kind: Literal["rtx", "device", "cpu"]
     precisions: Annotated[tuple[Precision, ...], msgspec.Meta(min_length=1)]
     sm: Annotated[str, msgspec.Meta(pattern=r"^(\d+\.\d)?$")] = ""
@@ -142,6 +145,10 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("tensorrt: a device states the TensorRT of each release, an rtx or cpu target states none")
         if (self.kind == "cpu") == bool(self.sm):
             raise ValueError('sm: a GPU states its SM, such as "8.7", a cpu none')
+        if self.kind == "rtx" and self.sm not in RTX_SM:
+            raise ValueError(f"sm: TensorRT-RTX compiles for SM {', '.join(RTX_SM)}, not {self.sm}")
+        if len(set(self.precisions)) != len(self.precisions):
+            raise ValueError("precisions: each once")
         if self.peak_share is not None and self.peak_share.value > MAX_SHARE:
             raise ValueError(f"peak_share: at most {MAX_SHARE}; 0.7 on Orin")
 

@@ -116,8 +116,8 @@ def build(bundle: Path, target: str, **options: Any) -> Answer:
 def inspect(path: Path, layers: bool, shape: tuple[str, ...]) -> Answer:
     """Say what a bundle, an ONNX file or an engine holds, what it costs, and which targets take it.
 
-    MACs, parameters and bytes moved by operator and layer, dynamic axes at 1; and for every target whether it builds, by
-    which TensorRT, and what stands against it. Nothing is built or written for that.
+    MACs, parameters and bytes moved by operator and layer (dynamic axes of an ONNX file count as 1); and for every target
+    whether it builds, by which TensorRT, and what stands against it. Nothing is built or written for that.
 
     \b
     Example:

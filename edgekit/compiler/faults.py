@@ -12,7 +12,7 @@ import onnx
 
 from edgekit.errors import GraphError
 from edgekit.graphs.editing import all_nodes, subgraphs
-from edgekit.graphs.light import outline
+from edgekit.graphs.light import without_weights
 
 from .passes import opset
 from .shapes import MAX_AXIS, shape_text
@@ -229,7 +229,7 @@ def _check_attributes(node: onnx.NodeProto, version: int) -> None:
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto | str:
     """The model with inferred shapes, or why inference fails."""
-    bare = outline(model)
+    bare = without_weights(model)
     del bare.graph.value_info[:]
     for value in bare.graph.output:
         if value.type.HasField("tensor_type"):

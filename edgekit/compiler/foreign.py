@@ -19,7 +19,7 @@ from edgekit.errors import BackendError, EdgekitError, GraphError, UsageError, f
 from edgekit.graphs import exact_reference, float_biases, is_explicit, quantized_nodes, to_float
 from edgekit.graphs.control import drop_branches
 from edgekit.graphs.editing import all_nodes
-from edgekit.graphs.light import outline, store
+from edgekit.graphs.light import store, without_weights
 from edgekit.graphs.narrow import to_signed
 from edgekit.progress import say
 from edgekit.runtime.golden import compare_arrays, save_golden
@@ -124,7 +124,7 @@ def _reference(model: onnx.ModelProto, file: Path, notes: list[str]) -> Any:
     try:
         if not file.exists():
             store(model, file)
-        return session(str(file), 0, sparing=True)
+        return session(str(file), 0, low_memory=True)
     except BackendError as error:
         raised = onnx.ModelProto()
         raised.CopyFrom(model)
@@ -143,7 +143,7 @@ def _sizes_run(bound: onnx.ModelProto, feeds: Feeds) -> dict[str, dict[str, int]
 
 def _signed(bound: onnx.ModelProto, original: Any, trials: list[Feeds], truths: list[Feeds], notes: list[str]) -> bool:
     """Bring integer types that TensorRT lacks to int32 and int64, with what goes in and comes out; whether it was done."""
-    if quantized_nodes(bound) or not to_signed(outline(bound)):
+    if quantized_nodes(bound) or not to_signed(without_weights(bound)):
         return False
     form = onnx.ModelProto()
     form.CopyFrom(bound)
@@ -273,7 +273,7 @@ class _Proof(NamedTuple):
     def runner(self, graph: str | bytes) -> Any:
         """What runs ``graph``, a file or its bytes, as the original was run."""
         if not self.evaluated:
-            return session(graph, 0, sparing=True)
+            return session(graph, 0, low_memory=True)
         return Evaluator(onnx.load_model(graph) if isinstance(graph, str) else onnx.load_model_from_string(graph))
 
     def error(self, run: Any) -> float:

@@ -105,12 +105,12 @@ def _tensor(value: onnx.ValueInfoProto) -> str:
     return f"{kind} {'x'.join(axes) or 'scalar'}"
 
 
-def graph_figures(model: onnx.ModelProto, form: str, *, every: bool) -> dict[str, Any]:
+def graph_figures(model: onnx.ModelProto, form: str, *, every: bool, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Opset, operators, parameters, MACs, bytes and layers of a graph, and the targets that take it.
 
-    ``form``: as `Bundle.form` has it. ``every``: all layers, not the heaviest alone.
+    ``form``: as `Bundle.form` has it. ``every``: all layers, not the heaviest alone. ``sizes``: of dynamic axes, else 1.
     """
-    cost = graph_cost(model)
+    cost = graph_cost(model, sizes)
     nodes = Counter(node.op_type for node in all_nodes(model.graph))
     counted = cost.by_op()
     free = {op: {"layers": number, "macs": 0, "parameters": 0, "bytes": 0} for op, number in nodes.items() if op not in counted}

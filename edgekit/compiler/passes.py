@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 from edgekit.errors import BackendError
 from edgekit.graphs.control import inline_constant_branches
 from edgekit.graphs.editing import all_nodes, prune, subgraphs
-from edgekit.graphs.light import outline
+from edgekit.graphs.light import without_weights
 from edgekit.graphs.opset import MIN_OPSET, opset
 from edgekit.graphs.opset import raise_opset as raise_to_wanted
 from edgekit.runtime.onnxruntime import session
@@ -101,7 +101,7 @@ def infer_shapes(model: onnx.ModelProto) -> None:
     """Add what shape inference finds; a graph that it fails on stays as it is."""
     graph = model.graph
     try:
-        found = onnx.shape_inference.infer_shapes(outline(model), data_prop=True).graph
+        found = onnx.shape_inference.infer_shapes(without_weights(model), data_prop=True).graph
     except Exception:  # noqa: BLE001  an inference error is no proof against a graph that ONNX Runtime runs
         return
     parts = [(graph.value_info, found.value_info), (graph.output, found.output)]

@@ -15,7 +15,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_m
 from edgekit.errors import GraphError, first_line
 from edgekit.graphs import MICROSOFT_OPERATORS
 from edgekit.graphs.editing import all_nodes, free_name, subgraphs
-from edgekit.graphs.light import outline
+from edgekit.graphs.light import without_weights
 from edgekit.graphs.narrow import plain_border
 
 from .passes import dims, opset
@@ -80,7 +80,7 @@ def read_model(path: Path) -> Source:
 
 def check_model(model: onnx.ModelProto) -> None:
     """`onnx.checker`, in one line; inputs and outputs may leave their shapes open. Raises `GraphError`."""
-    shaped = outline(model)
+    shaped = without_weights(model)
     for value in (*shaped.graph.input, *shaped.graph.output):
         value.type.tensor_type.shape.SetInParent()
     try:
@@ -125,12 +125,12 @@ def drop_unproven(model: onnx.ModelProto) -> tuple[bool, list[str]]:
     graph = model.graph
     if all(isinstance(axis, int) for value in graph.input for axis in dims(value)):
         return False, []
-    bare = outline(model)
+    bare = without_weights(model)
     _forget(bare.graph)
     try:
         bare = onnx.shape_inference.infer_shapes(bare, data_prop=True)
     except Exception:  # noqa: BLE001  InferenceError and others: nothing is proven then
-        bare = outline(model)
+        bare = without_weights(model)
         _forget(bare.graph)
     known = {value.name: dims(value) for value in (*bare.graph.input, *bare.graph.value_info, *bare.graph.output)}
     dropped, wrong = _drop_unproven_of(graph, known)

@@ -171,7 +171,7 @@ def estimate(
     quantized = precision == "int8" and opened.has(INT8_GRAPH)
     model = onnx.load_model(str(opened.file(INT8_GRAPH if quantized else FLOAT_GRAPH)), load_external_data=False)
     rest = "fp16" if "fp16" in chosen.precisions else "fp32"
-    batch, sizes = _sizes(opened, batch)
+    batch, sizes = sizes_of(opened, batch)
     works, cost = work_of(model, precision, sizes, rest=rest)
     rows = [_row(work, chosen) for work in works]
     total = sum(row["us"] for row in rows)
@@ -265,8 +265,9 @@ def _check_figures(target: Target, precision: str) -> None:
         )
 
 
-def _sizes(bundle: Bundle, batch: int | None) -> tuple[int, dict[str, int]]:
-    """(the batch, symbol -> size: that batch, and the largest of each other stated range)."""
+def sizes_of(bundle: Bundle, batch: int | None = None) -> tuple[int, dict[str, int]]:
+    """(the batch, symbol -> size: that batch, and the largest of each other stated range). ``batch`` None: the fewest samples
+    that the graph takes. Raises `UsageError` for an axis of which nothing is known."""
     least = {spec.name: shapes for spec in bundle.manifest.inputs if (shapes := profiles_for(bundle).get(spec.name))}
     first = batch_symbol(bundle.manifest.inputs)
     if batch is None:

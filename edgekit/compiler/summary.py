@@ -30,7 +30,8 @@ def summarise(path: str | os.PathLike[str], *, layers: bool = False, shape: Iter
     far as it says; or the record beside an engine or kit.
 
     ``layers``: every layer of the graphs with its shapes, not the heaviest ones alone. Bytes are those of the stored types,
-    nothing fused, weights included; one MAC is a multiply and an add; dynamic axes count as 1. ``shape``: texts as
+    nothing fused, weights included; one MAC is a multiply and an add. Dynamic axes count as 1 in an ONNX file, in a bundle as
+    `estimate` takes them: the fewest samples, the largest of other ranges (``counted_at``). ``shape``: texts as
     ``x:1x3x48x320``, for an ONNX file whose inputs have dynamic axes.
 
     Raises `UsageError` where there is nothing at ``path``, `BundleError` for a damaged bundle or an engine without record,
@@ -93,11 +94,17 @@ def _graph(bundle: Bundle, name: str, every: bool) -> dict[str, Any]:
         import onnx
 
         from .inspection import graph_figures
+        from .roofline import sizes_of
     except ModuleNotFoundError as error:
         raise MissingExtra.of(error) from None
 
     model = onnx.load_model(str(bundle.file(name)), load_external_data=False)
-    return graph_figures(model, bundle.form if name == INT8_GRAPH else "float", every=every)
+    try:
+        sizes = sizes_of(bundle)[1]
+    except UsageError:  # of some axis nothing is known
+        sizes = {}
+    figures = graph_figures(model, bundle.form if name == INT8_GRAPH else "float", every=every, sizes=sizes)
+    return {**figures, "counted_at": sizes} if sizes else figures
 
 
 def _foreign(path: Path, fixed: Mapping[str, tuple[Axis, ...]], layers: bool) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 import onnx
 from onnx import helper
 
-__all__ = ["outline", "refit", "store"]
+__all__ = ["refit", "store", "without_weights"]
 
 _LARGE = 1024  # elements; below are shapes, axes and scales
 _GRAPH, _INITIALIZER = onnx.ModelProto.GRAPH_FIELD_NUMBER, onnx.GraphProto.INITIALIZER_FIELD_NUMBER
 
 
-def outline(model: onnx.ModelProto) -> onnx.ModelProto:
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy without the data of large weights, which become inputs of their type and shape: all that shape inference and
     onnx's checker see of them, and both copy a model several times."""
     graph = model.graph
@@ -39,7 +39,7 @@ def outline(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def refit(model: onnx.ModelProto, changed: onnx.ModelProto) -> None:
-    """Give ``model``, in place, the nodes, tensors and opset of what its `outline` became; its large weights stay."""
+    """Give ``model``, in place, the nodes, tensors and opset of what `without_weights` of it became; its large weights stay."""
     graph, new = model.graph, changed.graph
     large = {weight.name for weight in graph.initializer if math.prod(weight.dims) > _LARGE}
     large -= {value.name for value in graph.input}

@@ -7,7 +7,7 @@ from onnx import version_converter
 
 from edgekit.errors import GraphError, first_line
 
-from .light import outline, refit
+from .light import refit, without_weights
 
 __all__ = ["MIN_OPSET", "WANTED_OPSET", "opset", "raise_opset", "with_opset"]
 
@@ -27,7 +27,8 @@ def raise_opset(model: onnx.ModelProto) -> tuple[bool, str]:
         return False, ""
     reason = ""
     for wanted in (WANTED_OPSET, MIN_OPSET):
-        for source in (outline(model), model):  # the converter copies four times what it gets; it seldom needs large weights
+        # The converter copies four times what it gets, and seldom needs large weights.
+        for source in (without_weights(model), model):
             converted, reason = _converted(source, wanted)
             if converted is not None:
                 refit(model, converted) if source is not model else model.CopyFrom(converted)

@@ -58,8 +58,10 @@ def _saturates() -> bool:
         return False
 
 
-def session(model: str | bytes, threads: int = 1, *, sparing: bool = False, profile: str | None = None) -> ort.InferenceSession:
-    """An `InferenceSession` on the CPU with edgekit's settings. ``sparing``: slower, and holds its weights once. ``profile``:
+def session(
+    model: str | bytes, threads: int = 1, *, low_memory: bool = False, profile: str | None = None
+) -> ort.InferenceSession:
+    """An `InferenceSession` on the CPU with edgekit's settings. ``low_memory``: slower, and holds weights once. ``profile``:
     the beginning of the name of a file for the times of all nodes, which ``end_profiling`` writes.
 
     Raises `BackendError` where the graph does not load.
@@ -70,7 +72,7 @@ def session(model: str | bytes, threads: int = 1, *, sparing: bool = False, prof
     options.log_severity_level = 3
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
-    if sparing:
+    if low_memory:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")

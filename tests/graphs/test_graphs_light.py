@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.compiler.passes import infer_shapes
-from edgekit.graphs.light import outline, store
+from edgekit.graphs.light import store, without_weights
 
 
 def chain(widths: list[int]) -> onnx.ModelProto:
@@ -42,7 +42,7 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
 
 def test_an_outline_has_the_shapes_and_small_constants_only() -> None:
     model = chain([64, 32, 8])
-    light = outline(model)
+    light = without_weights(model)
     assert [value.name for value in light.graph.input] == ["x", "w0"]  # 2,048 elements; w1 has 256
     assert [tensor.name for tensor in light.graph.initializer] == ["w1", "shape"]
     assert len(light.SerializeToString()) < len(model.SerializeToString()) / 4
