@@ -61,7 +61,7 @@ def _saturates() -> bool:
 def session(
     model: str | bytes, threads: int = 1, *, low_memory: bool = False, profile: str | None = None
 ) -> ort.InferenceSession:
-    """An `InferenceSession` on the CPU with edgekit's settings. ``low_memory``: slower, and holds weights once. ``profile``:
+    """An `InferenceSession` on the CPU with edgekit's settings. ``low_memory``: holds weights once. ``profile``:
     the beginning of the name of a file for the times of all nodes, which ``end_profiling`` writes.
 
     Raises `BackendError` where the graph does not load.
@@ -74,6 +74,8 @@ def session(
         options.enable_profiling, options.profile_file_prefix = True, profile
     if low_memory:
         options.enable_cpu_mem_arena = False
+        # Above it weights of convolutions are laid out anew, all of them beside the old ones.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if _saturates():
