@@ -7,11 +7,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "coefficient_of_variation", "histogram", "jitter", "median_ratio", "paired_ratio", "percentiles", "thin"]
+__all__ = [
+    "Interval",
+    "coefficient_of_variation",
+    "histogram",
+    "jitter",
+    "median_ratio",
+    "paired_ratio",
+    "percentiles",
+    "resampled_medians",
+    "thin",
+    "yardstick_ratio",
+]
 
 Floats = NDArray[np.float64]
 _BATCHES = 8
 _T_99 = 3.499  # Student's t, 7 degrees of freedom, two-sided 99%
+_Z_99 = 2.576  # the normal distribution's
+_RESAMPLES, _BLOCK = 1000, 8
 
 
 def percentiles(samples_ms: Floats) -> dict[str, float]:
@@ -105,3 +118,28 @@ def paired_ratio(old_ms: Floats, new_ms: Floats) -> Interval:
     low, high = float(np.exp(centre - margin)), float(np.exp(centre + margin))
     ratio = float(np.exp(middle))
     return Interval(ratio, min(low, ratio), max(high, ratio))
+
+
+def yardstick_ratio(old: Floats, new: Floats, between: float) -> Interval:
+    """median(new) / median(old) of stretches' latencies relative to a yardstick (N,), with a 99% confidence interval.
+
+    Within a run: by bootstrap over blocks of eight stretches, which are not independent of each other (Kuensch 1989).
+    ``between``: standard deviation of the logarithm from run to run that the stretches of one run do not show; it is added for
+    both runs. Raises ValueError for fewer than 16 stretches in a run, or one that is not positive.
+    """
+    if min(len(old), len(new)) < 16 or min(old.min(), new.min()) <= 0:
+        raise ValueError("both runs need 16 positive stretches")
+    ratio = float(np.median(new) / np.median(old))
+    spread = np.log(resampled_medians(new, 1)) - np.log(resampled_medians(old, 0)) - np.log(ratio)
+    widening = _Z_99 * np.sqrt(2) * between
+    below, above = (float(np.hypot(np.quantile(spread, share), widening)) for share in (0.005, 0.995))
+    return Interval(ratio, ratio * float(np.exp(-above)), ratio * float(np.exp(below)))
+
+
+def resampled_medians(values: Floats, seed: int) -> Floats:
+    """Medians (1000,) of as many values, drawn in blocks of neighbours; the same each time."""
+    size = min(_BLOCK, len(values) // 4)
+    starts = np.random.default_rng(seed).integers(0, len(values) - size + 1, (_RESAMPLES, -(-len(values) // size)))
+    drawn = values[starts[:, :, None] + np.arange(size)].reshape(_RESAMPLES, -1)
+    medians: Floats = np.median(drawn, axis=1)
+    return medians
