@@ -36,7 +36,7 @@ from edgekit.benchmarking.device import Sensors
 from edgekit.benchmarking.doubts import doubts
 from edgekit.benchmarking.pairs import in_turns
 from edgekit.benchmarking.scenarios import Run, no_collector, single_stream, warm_up
-from edgekit.benchmarking.statistics import Interval, paired_ratio, resampled_medians, yardstick_ratio
+from edgekit.benchmarking.statistics import Interval, log_median, median_ratio, paired_ratio
 from edgekit.benchmarking.yardstick import BETWEEN
 from edgekit.runtime.onnxruntime import session
 
@@ -167,18 +167,17 @@ def gates(turns: int, pairs: int) -> Gates:
     for _ in range(pairs):
         first, second = process(0), process(turns)
         found.runs.extend((first, second))
-        found.intervals["against"].append(yardstick_ratio(first, second, BETWEEN))
+        found.intervals["against"].append(median_ratio(first, second, BETWEEN))
         found.intervals["in turns"].append(paired_ratio(*in_turns([call, other], SECONDS)[1]))
     return found
 
 
 def between(runs: list[np.ndarray[Any, Any]]) -> dict[str, float]:
     """What differs between runs of one thing beyond what their stretches show: `yardstick.BETWEEN`."""
-    medians = np.log([np.median(run) for run in runs])
-    within = np.mean([np.var(np.log(resampled_medians(run, 0))) for run in runs])
-    spread = float(np.std(medians, ddof=1))
-    beyond = float(np.sqrt(max(spread**2 - within, 0)))
-    return {"runs": len(runs), "all": spread, "within": float(np.sqrt(within)), "between": beyond, "assumed": BETWEEN}
+    medians, errors = np.array([log_median(run) for run in runs]).T
+    spread, within = float(np.std(medians, ddof=1)), float(np.sqrt(np.mean(errors**2)))
+    beyond = float(np.sqrt(max(spread**2 - within**2, 0)))
+    return {"runs": len(runs), "all": spread, "within": within, "between": beyond, "assumed": BETWEEN}
 
 
 def main() -> None:

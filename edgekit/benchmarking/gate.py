@@ -14,7 +14,7 @@ from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import DataError, UsageError
 
 from .history import baseline
-from .statistics import Interval, median_ratio, yardstick_ratio
+from .statistics import Interval, median_ratio
 from .stored import Stored, differences, same_device
 from .yardstick import BETWEEN
 
@@ -103,7 +103,7 @@ def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: b
 def _interval(earlier: Stored, now: dict[str, Any]) -> tuple[str, Interval]:
     old, new = earlier.yardstick, now.get("yardstick")
     if old and new and old.name == new["name"] and old.enough and len(new["relative"]) >= 16 and same_device(earlier, now):
-        return "yardstick", yardstick_ratio(np.array(old.relative), np.array(new["relative"]), BETWEEN)
+        return "yardstick", median_ratio(np.array(old.relative), np.array(new["relative"]), BETWEEN)
     interval = median_ratio(np.array(earlier.samples_ms), np.array(now["samples_ms"]))
     ratio = now["latency_ms"]["p50"] / earlier.latency_ms["p50"]  # of all samples; the stored ones are a part
     return "latency", Interval(ratio, min(interval.low, ratio), max(interval.high, ratio))

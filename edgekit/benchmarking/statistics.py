@@ -12,19 +12,17 @@ __all__ = [
     "coefficient_of_variation",
     "histogram",
     "jitter",
+    "log_median",
     "median_ratio",
     "paired_ratio",
     "percentiles",
-    "resampled_medians",
     "thin",
-    "yardstick_ratio",
 ]
 
 Floats = NDArray[np.float64]
 _BATCHES = 8
 _T_99 = 3.499  # Student's t, 7 degrees of freedom, two-sided 99%
 _Z_99 = 2.576  # the normal distribution's
-_RESAMPLES, _BLOCK = 1000, 8
 
 
 def percentiles(samples_ms: Floats) -> dict[str, float]:
@@ -84,22 +82,29 @@ class Interval(NamedTuple):
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
 
 
-def median_ratio(old_ms: Floats, new_ms: Floats) -> Interval:
-    """median(new) / median(old) with a 99% confidence interval, by batch means.
+def median_ratio(old: Floats, new: Floats, between: float = 0.0) -> Interval:
+    """median(new) / median(old) of latencies (N,) with a 99% confidence interval, by batch means.
 
     Latencies of one run are not independent (clocks drift, a neighbour comes and goes), so single samples would claim
     too much. Each run is cut into eight stretches and the logarithms of their medians are compared by Student's t, with
     the conservative seven degrees of freedom (batch means: Law, Simulation Modeling and Analysis, section 9.5).
+    ``between``: standard deviation of the logarithm from run to run, which the stretches of one do not show; both runs have it.
     Raises ValueError for fewer than 16 samples in a run, or one that is not positive.
     """
-    if min(len(old_ms), len(new_ms)) < 16 or min(old_ms.min(), new_ms.min()) <= 0:
+    if min(len(old), len(new)) < 16 or min(old.min(), new.min()) <= 0:
         raise ValueError("both runs need 16 positive samples")
-    old, new = (np.log([np.median(part) for part in np.array_split(run, _BATCHES)]) for run in (old_ms, new_ms))
-    difference = float(new.mean() - old.mean())
-    margin = _T_99 * float(np.sqrt((new.var(ddof=1) + old.var(ddof=1)) / _BATCHES))
-    ratio = float(np.median(new_ms) / np.median(old_ms))
-    low, high = float(np.exp(difference - margin)), float(np.exp(difference + margin))
+    (before, error_before), (after, error_after) = (log_median(run) for run in (old, new))
+    within = _T_99 * float(np.hypot(error_before, error_after))
+    margin = float(np.hypot(within, _Z_99 * np.sqrt(2) * between))
+    ratio = float(np.median(new) / np.median(old))
+    low, high = float(np.exp(after - before - margin)), float(np.exp(after - before + margin))
     return Interval(ratio, min(low, ratio), max(high, ratio))
+
+
+def log_median(run: Floats) -> tuple[float, float]:
+    """Mean of the logarithms of the medians of eight stretches, and its standard error."""
+    logs = np.log([np.median(part) for part in np.array_split(run, _BATCHES)])
+    return float(logs.mean()), float(logs.std(ddof=1)) / float(np.sqrt(_BATCHES))
 
 
 def paired_ratio(old_ms: Floats, new_ms: Floats) -> Interval:
@@ -118,28 +123,3 @@ def paired_ratio(old_ms: Floats, new_ms: Floats) -> Interval:
     low, high = float(np.exp(centre - margin)), float(np.exp(centre + margin))
     ratio = float(np.exp(middle))
     return Interval(ratio, min(low, ratio), max(high, ratio))
-
-
-def yardstick_ratio(old: Floats, new: Floats, between: float) -> Interval:
-    """median(new) / median(old) of stretches' latencies relative to a yardstick (N,), with a 99% confidence interval.
-
-    Within a run: by bootstrap over blocks of eight stretches, which are not independent of each other (Kuensch 1989).
-    ``between``: standard deviation of the logarithm from run to run that the stretches of one run do not show; it is added for
-    both runs. Raises ValueError for fewer than 16 stretches in a run, or one that is not positive.
-    """
-    if min(len(old), len(new)) < 16 or min(old.min(), new.min()) <= 0:
-        raise ValueError("both runs need 16 positive stretches")
-    ratio = float(np.median(new) / np.median(old))
-    spread = np.log(resampled_medians(new, 1)) - np.log(resampled_medians(old, 0)) - np.log(ratio)
-    widening = _Z_99 * np.sqrt(2) * between
-    below, above = (float(np.hypot(np.quantile(spread, share), widening)) for share in (0.005, 0.995))
-    return Interval(ratio, ratio * float(np.exp(-above)), ratio * float(np.exp(below)))
-
-
-def resampled_medians(values: Floats, seed: int) -> Floats:
-    """Medians (1000,) of as many values, drawn in blocks of neighbours; the same each time."""
-    size = min(_BLOCK, len(values) // 4)
-    starts = np.random.default_rng(seed).integers(0, len(values) - size + 1, (_RESAMPLES, -(-len(values) // size)))
-    drawn = values[starts[:, :, None] + np.arange(size)].reshape(_RESAMPLES, -1)
-    medians: Floats = np.median(drawn, axis=1)
-    return medians

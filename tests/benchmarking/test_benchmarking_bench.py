@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 import edgekit
-from edgekit.benchmarking.scenarios import WarmUp
+from edgekit.benchmarking import cold
 from edgekit.bundle import Bundle
 
 SHORT = 0.05  # seconds
-STEADY = WarmUp(100, 0.2, True)
 RESULT = "bench/onnxruntime-float-single-stream.json"
 
 
@@ -36,6 +35,7 @@ def test_the_answer_keeps_the_contract(cli: Callable[..., Any], digits_bundle: B
     assert sum(answer["histogram"]["counts"]) + answer["histogram"]["over"] == answer["iterations"]
     assert answer["end_to_end"]["frame"] == [28, 28]
     assert answer["end_to_end"]["latency_ms"]["p50"] > 0
+    assert answer["end_to_end"]["trustworthy"] is (answer["end_to_end"]["reasons"] == [])
     assert answer["inputs"] == {"x": ["float32", 1, 1, 28, 28]}
     assert {"cpu", "cores", "governor", "mhz", "memory_mb", "python", "versions", "jetson", "gpu"} <= set(answer["device"])
 
@@ -85,8 +85,17 @@ def test_a_query_of_several_streams(tiny_bundle: Bundle, tmp_path: Path, tiny_on
 def test_a_process_takes_longer_than_an_open_interpreter(tiny_bundle: Bundle) -> None:
     result = edgekit.bench(tiny_bundle, seconds=SHORT, save=False)
     assert result["process_start_ms"] > result["cold_start_ms"]
+    assert result["end_to_end"] is None
     assert 0 <= result["jitter_ms"] < result["latency_ms"]["max"]
     assert result["energy"] is None or result["energy"]["watts"]
+
+
+def test_a_process_that_never_answers_is_not_waited_for(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cold, "_APPLICATION", "import time; time.sleep(60)")
+    monkeypatch.setattr(cold, "PATIENCE_S", 0.2)
+    begin = time.perf_counter()
+    assert edgekit.bench(tiny_bundle, seconds=SHORT, save=False)["process_start_ms"] is None
+    assert time.perf_counter() - begin < 30
 
 
 def test_server_queues(tiny_bundle: Bundle) -> None:

@@ -67,17 +67,22 @@ def test_a_slowdown_fails_again_and_again(cli: Any, tiny_bundle: Bundle, tmp_pat
 
 
 RESULT = {
-    **{"model": "tiny", "graph": "model.onnx", "precision": "float", "backend": "onnxruntime", "scenario": "single-stream"},
-    **{
-        "threads": 1,
-        "batch": 1,
-        "streams": None,
-        "rate": None,
-        "time": "2026-01-01T00:00:00Z",
-        "digest": "",
-        "yardstick": None,
-    },
-    **{"latency_ms": {"p50": 1.0}, "samples_ms": [1.0] * 16, "trustworthy": True, "device": {"cpu": "A", "versions": {}}},
+    "model": "tiny",
+    "graph": "model.onnx",
+    "precision": "float",
+    "backend": "onnxruntime",
+    "scenario": "single-stream",
+    "threads": 1,
+    "batch": 1,
+    "streams": None,
+    "rate": None,
+    "time": "2026-01-01T00:00:00Z",
+    "digest": "",
+    "yardstick": None,
+    "latency_ms": {"p50": 1.0},
+    "samples_ms": [1.0] * 16,
+    "trustworthy": True,
+    "device": {"cpu": "A", "versions": {}},
 }
 
 
