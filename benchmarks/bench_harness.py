@@ -108,16 +108,11 @@ def repeat(call: Call, runs: int) -> dict[str, float]:
     """Of pairs of runs: the share within 3% at p50, and of the others the share where one said that it is not to be trusted."""
     inside, flagged = 0, 0
     for _ in range(runs):
-        pair = []
-        for _ in range(2):
-            warm = warm_up(call)
-            before = Sensors()
-            run = measured(call)
-            load = Sensors().since(before).reasons(len(os.sched_getaffinity(0)), 1)
-            pair.append((float(np.median(run.samples_ms)), [*doubts(run, warm, "single-stream"), *load]))
-        if abs(pair[1][0] / pair[0][0] - 1) <= 0.03:
+        pair = [judged(call) for _ in range(2)]
+        first, second = (float(np.median(run.samples_ms)) for run, _ in pair)
+        if abs(second / first - 1) <= 0.03:
             inside += 1
-        elif pair[0][1] or pair[1][1]:
+        elif not all(trusted for _, trusted in pair):
             flagged += 1
     return {
         "pairs": runs,
@@ -127,27 +122,42 @@ def repeat(call: Call, runs: int) -> dict[str, float]:
     }
 
 
-def process(turns: int) -> np.ndarray[Any, Any]:
-    """The stretches of a run, relative to the yardstick, in a process of its own, as runs of different days are."""
+def judged(call: Call) -> tuple[Run, bool]:
+    """A run, and whether it is to be trusted."""
+    warm = warm_up(call)
+    before = Sensors()
+    run = measured(call)
+    load = Sensors().since(before).reasons(len(os.sched_getaffinity(0)), 1)
+    return run, not [*doubts(run, warm, "single-stream"), *load]
+
+
+class Stretches(NamedTuple):
+    """Of a run, relative to the yardstick."""
+
+    relative: np.ndarray[Any, Any]
+    trusted: bool
+
+
+def process(turns: int) -> Stretches:
+    """A run in a process of its own, as runs of different days are."""
     command = [sys.executable, __file__, "--child", str(turns)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return np.array(json.loads(done.stdout))
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    relative, trusted = json.loads(done.stdout)
+    return Stretches(np.array(relative), trusted)
 
 
 def child(turns: int) -> None:
     call = model()
-    call = slower(call, turns) if turns else call
-    warm_up(call)
-    record = measured(call).yardstick
-    assert record
-    print(json.dumps(record["relative"]))
+    run, trusted = judged(slower(call, turns) if turns else call)
+    assert run.yardstick
+    print(json.dumps([run.yardstick["relative"], trusted]))
 
 
 class Gates(NamedTuple):
     """Intervals by kind, and the runs that those of ``against`` are of."""
 
     intervals: dict[str, list[Interval]]
-    runs: list[np.ndarray[Any, Any]]
+    runs: list[Stretches]
 
     def share(self, verdicts: tuple[str, ...], limit: float = 0.0) -> dict[str, float]:
         """Of each kind, the share with one of the verdicts and a ratio off by more than ``limit``."""
@@ -167,17 +177,24 @@ def gates(turns: int, pairs: int) -> Gates:
     for _ in range(pairs):
         first, second = process(0), process(turns)
         found.runs.extend((first, second))
-        found.intervals["against"].append(median_ratio(first, second, BETWEEN))
+        spread = float(np.hypot(BETWEEN[first.trusted], BETWEEN[second.trusted]))
+        found.intervals["against"].append(median_ratio(first.relative, second.relative, spread))
         found.intervals["in turns"].append(paired_ratio(*in_turns([call, other], SECONDS)[1]))
     return found
 
 
-def between(runs: list[np.ndarray[Any, Any]]) -> dict[str, float]:
-    """What differs between runs of one thing beyond what their stretches show: `yardstick.BETWEEN`."""
-    medians, errors = np.array([log_median(run) for run in runs]).T
-    spread, within = float(np.std(medians, ddof=1)), float(np.sqrt(np.mean(errors**2)))
-    beyond = float(np.sqrt(max(spread**2 - within**2, 0)))
-    return {"runs": len(runs), "all": spread, "within": within, "between": beyond, "assumed": BETWEEN}
+def between(runs: list[Stretches]) -> dict[str, Any]:
+    """What runs of one thing differ by beyond what their stretches show, by whether they are trusted (`yardstick.BETWEEN`)."""
+    found: dict[str, Any] = {}
+    for name, trusted in (("trusted", True), ("not trusted", False)):
+        each = [log_median(run.relative) for run in runs if run.trusted is trusted]
+        found[name] = {"runs": len(each), "assumed": BETWEEN[trusted]}
+        if len(each) > 2:
+            medians, errors = np.array(each).T
+            spread, within = float(np.std(medians, ddof=1)), float(np.sqrt(np.mean(errors**2)))
+            beyond = float(np.sqrt(max(spread**2 - within**2, 0)))
+            found[name] |= {"all": spread, "within": within, "between": beyond}
+    return found
 
 
 def main() -> None:

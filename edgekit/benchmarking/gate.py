@@ -103,7 +103,8 @@ def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: b
 def _interval(earlier: Stored, now: dict[str, Any]) -> tuple[str, Interval]:
     old, new = earlier.yardstick, now.get("yardstick")
     if old and new and old.name == new["name"] and old.enough and len(new["relative"]) >= 16 and same_device(earlier, now):
-        return "yardstick", median_ratio(np.array(old.relative), np.array(new["relative"]), BETWEEN)
+        spread = float(np.hypot(BETWEEN[earlier.trustworthy], BETWEEN[now["trustworthy"]]))
+        return "yardstick", median_ratio(np.array(old.relative), np.array(new["relative"]), spread)
     interval = median_ratio(np.array(earlier.samples_ms), np.array(now["samples_ms"]))
     ratio = now["latency_ms"]["p50"] / earlier.latency_ms["p50"]  # of all samples; the stored ones are a part
     return "latency", Interval(ratio, min(interval.low, ratio), max(interval.high, ratio))

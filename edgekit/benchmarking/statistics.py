@@ -88,14 +88,14 @@ def median_ratio(old: Floats, new: Floats, between: float = 0.0) -> Interval:
     Latencies of one run are not independent (clocks drift, a neighbour comes and goes), so single samples would claim
     too much. Each run is cut into eight stretches and the logarithms of their medians are compared by Student's t, with
     the conservative seven degrees of freedom (batch means: Law, Simulation Modeling and Analysis, section 9.5).
-    ``between``: standard deviation of the logarithm from run to run, which the stretches of one do not show; both runs have it.
+    ``between``: standard deviation of the logarithm of the ratio between pairs of runs, which the stretches do not show.
     Raises ValueError for fewer than 16 samples in a run, or one that is not positive.
     """
     if min(len(old), len(new)) < 16 or min(old.min(), new.min()) <= 0:
         raise ValueError("both runs need 16 positive samples")
     (before, error_before), (after, error_after) = (log_median(run) for run in (old, new))
     within = _T_99 * float(np.hypot(error_before, error_after))
-    margin = float(np.hypot(within, _Z_99 * np.sqrt(2) * between))
+    margin = float(np.hypot(within, _Z_99 * between))
     ratio = float(np.median(new) / np.median(old))
     low, high = float(np.exp(after - before - margin)), float(np.exp(after - before + margin))
     return Interval(ratio, min(low, ratio), max(high, ratio))

@@ -70,8 +70,7 @@ class Stored(msgspec.Struct, frozen=True):
     @property
     def series(self) -> str:
         """What may stand on one line: the same model and set-up, on the same machine."""
-        where = self.device.get("jetson") or {}
-        machine = where.get("model") or self.device.get("cpu") or "unknown CPU"
+        machine = _mapping(self.device, "jetson").get("model") or self.device.get("cpu") or "unknown CPU"
         how = f", {self.streams} streams" if self.streams else f", batch {self.batch}" if self.batch > 1 else ""
         return f"{self.model} {self.graph}, {self.backend}, {self.threads} thread(s), {self.scenario}{how}, {machine}"
 
@@ -85,14 +84,20 @@ def differences(earlier: Stored, now: Mapping[str, Any]) -> list[str]:
 
 def version_differences(earlier: Stored, now: Mapping[str, Any]) -> list[str]:
     """Libraries of another version; edgekit's own is what a gate is there to judge."""
-    old, new = earlier.device.get("versions", {}), now["device"]["versions"]
+    old, new = (_mapping(device, "versions") for device in (earlier.device, now["device"]))
     return _words([(key, old.get(key), new.get(key)) for key in sorted({*old, *new} - {"edgekit"})])
 
 
 def same_device(earlier: Stored, now: Mapping[str, Any]) -> bool:
     """Whether a yardstick takes as long on both: one device, one NumPy."""
-    versions = [device.get("versions", {}).get("numpy") for device in (earlier.device, now["device"])]
+    versions = [_mapping(device, "versions").get("numpy") for device in (earlier.device, now["device"])]
     return versions[0] == versions[1] and all(earlier.device.get(key) == now["device"].get(key) for key in _DEVICE)
+
+
+def _mapping(device: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """That part of a device, empty where the file has something else there."""
+    found = device.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _words(pairs: list[tuple[str, Any, Any]]) -> list[str]:

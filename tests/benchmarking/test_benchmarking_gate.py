@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -113,6 +114,22 @@ def test_batch_and_streams_are_those_of_the_earlier_run(tiny_bundle: Bundle, tmp
         assert {key: again[key] for key in options} == options
         with pytest.raises(UsageError, match=rf"{next(iter(options))}: \d, now 5"):
             edgekit.bench(tiny_bundle, scenario=scenario, seconds=SHORT, against=kept, **dict.fromkeys(options, 5))
+
+
+@pytest.mark.parametrize(("trustworthy", "verdict"), [(True, "slower"), (False, "same")])
+def test_a_doubtful_run_is_compared_with_more_doubt(trustworthy: bool, verdict: str) -> None:
+    """6%, and nothing but the steadiest stretches."""
+    rng = np.random.default_rng(0)
+
+    def result(pace: float) -> dict[str, Any]:
+        relative = (pace * rng.normal(1, 0.01, 400)).tolist()
+        return {**VALID, "trustworthy": trustworthy, "yardstick": {"name": "y", "ms": 1.0, "relative": relative}}
+
+    earlier = msgspec.convert(result(1.0), Stored)
+    found = gate.judge(earlier, result(1.06), 0.05, force=False)
+    assert found["method"] == "yardstick"
+    assert found["ratio"] == pytest.approx(1.06, abs=0.005)  # though p50 is the same
+    assert (found["verdict"], found["passed"]) == (verdict, verdict == "same")
 
 
 def test_a_failed_gate_keeps_its_baseline(tiny_bundle: Bundle, tmp_path: Path) -> None:

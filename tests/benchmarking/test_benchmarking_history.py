@@ -94,6 +94,7 @@ RESULT = {
         {"backend": "tensorrt"},
         {"scenario": "offline"},
         {"device": {"cpu": "abacus", "versions": {}}},
+        {"device": {"cpu": "B", "versions": "none", "jetson": ["Orin"]}},
         {"threads": 2},
         {"batch": 3},
         {"streams": 3},
