@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgekit.benchmarking import yardstick
 from edgekit.benchmarking.doubts import doubts
-from edgekit.benchmarking.scenarios import WarmUp, multi_stream, offline, server, single_stream, warm_up
+from edgekit.benchmarking.scenarios import Run, WarmUp, _served, multi_stream, offline, server, single_stream, warm_up
 from edgekit.errors import UsageError
 
 SHORT = 0.05  # seconds
@@ -42,6 +43,27 @@ def test_an_overloaded_server_of_a_short_call_says_so() -> None:
     run = server(lambda: None, 0.1, rate=5e6)
     assert run.extra["utilisation"] < 0.9
     assert any("more than it can serve" in reason for reason in doubts(run, STEADY, "server"))
+
+
+def served(service_us: Any) -> Run:
+    """What a server's clock would show, had each of so many arrivals at 700 a second been served in that time."""
+    arrivals = np.cumsum(np.random.default_rng(0).exponential(1e9 / 700, len(service_us))).astype(np.int64)
+    started, finished = np.empty_like(arrivals), np.empty_like(arrivals)
+    free = 0
+    for i, (arrival, service) in enumerate(zip(arrivals, service_us, strict=True)):
+        started[i] = max(arrival, free)
+        free = finished[i] = started[i] + int(1e3 * service)
+    return _served(700, arrivals, started, finished)
+
+
+def test_a_server_is_judged_by_its_latencies() -> None:
+    """A queue comes and goes with the arrivals; what is beyond that is a stall, though the services around it were steady."""
+    steady = np.full(3000, 1000.0)
+    run = served(steady)
+    assert run.samples_ms.max() > 5 * run.samples_ms.min()
+    assert doubts(run, STEADY, "server") == []
+    stalled = served(np.where(np.arange(3000) == 1500, 300_000, steady))
+    assert any("drifted" in reason for reason in doubts(stalled, STEADY, "server"))
 
 
 def test_a_stream_counts_every_call() -> None:
