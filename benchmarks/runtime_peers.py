@@ -2,7 +2,9 @@
 
 For each: what importing it costs over an empty interpreter, and what one call costs over the bare `InferenceSession.run` that
 it wraps, in turns within one process. Peers run in environments of their own (``--env FOLDER``), which are made where they are
-missing. The model: 2 convolutions on 28x28 grey, tensors in and out.
+missing. So ``overhead_us`` compares between peers; ``bare_us`` and ``call_us`` compare within a row only, though the processes
+take turns and a row holds the medians of `TURNS` of them: another minute, another process and other builds of its libraries.
+ The model: 2 convolutions on 28x28 grey, tensors in and out.
 
 Not here: Ultralytics' `YOLO` needs torchvision and gigabytes for it, and reads its own metadata from a file; Roboflow's
 `inference` runs models of its registry, with a key.
@@ -29,6 +31,7 @@ from edgekit.bundle import FLOAT_GRAPH
 
 PACKAGES = {"polygraphy": ["polygraphy==0.53.6", "onnxruntime==1.32.0", "onnx==1.23.2", "numpy"]}
 STARTS = 9
+TURNS = 5  # processes of each peer
 
 
 def python_of(peer: str, folder: Path) -> str:
@@ -76,15 +79,19 @@ def main() -> None:
         bundle = write_bundle(folder / "digits.edge", DIGITS)
         feeds = folder / "feeds.npz"
         np.savez(feeds, x=np.zeros((1, 1, 28, 28), np.float32))
-        for peer, python in pythons.items():
-            command = [python, str(Path(__file__).with_name("_runtime_peers.py")), peer]
-            command += [str(bundle.file(FLOAT_GRAPH)), str(feeds), str(options.rounds), str(bundle.path)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows[peer] = {key: round(value, 2) for key, value in _answer(done.stdout).items()}
-    for peer, taken in import_ms(pythons).items():
-        rows[peer]["import_ms"] = taken
-        print(f"{peer:12} call {rows[peer]['overhead_us']:+7.2f} us over {rows[peer]['bare_us']:.1f}, import {taken:.0f} ms")
-    save("runtime_peers", {"peers": rows, "rounds": options.rounds})
+        taken: dict[str, list[dict[str, float]]] = {peer: [] for peer in pythons}
+        for _ in range(TURNS):
+            for peer, python in pythons.items():
+                command = [python, str(Path(__file__).with_name("_runtime_peers.py")), peer]
+                command += [str(bundle.file(FLOAT_GRAPH)), str(feeds), str(options.rounds), str(bundle.path)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                taken[peer].append(_answer(done.stdout))
+    for peer, answers in taken.items():
+        rows[peer] = {key: round(statistics.median(answer[key] for answer in answers), 2) for key in answers[0]}
+    for peer, cost in import_ms(pythons).items():
+        rows[peer]["import_ms"] = cost
+        print(f"{peer:12} call {rows[peer]['overhead_us']:+7.2f} us over {rows[peer]['bare_us']:.1f}, import {cost:.0f} ms")
+    save("runtime_peers", {"peers": rows, "rounds": options.rounds, "turns": TURNS})
 
 
 if __name__ == "__main__":

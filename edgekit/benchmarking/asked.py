@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgekit.errors import UsageError
 
-from .scenarios import SCENARIOS
+from .scenarios import MAX_ARRIVALS, SCENARIOS
+from .stored import Stored
 
 __all__ = ["STREAMS", "Asked"]
 
@@ -21,6 +22,21 @@ class Asked(NamedTuple):
     batch: int | None
     streams: int | None
     rate: float | None
+
+    def given(self) -> dict[str, Any]:
+        """``batch``, ``streams`` and ``rate``, where they were asked for."""
+        given = {"batch": self.batch, "streams": self.streams, "rate": self.rate}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def like(self, earlier: Stored) -> Asked:
+        """What was not asked for as ``earlier`` had it: latencies of another batch, or under another load, tell nothing."""
+        if earlier.scenario != self.scenario:
+            return self
+        return self._replace(
+            batch=self.batch or (earlier.batch if self.scenario == "offline" else None),
+            streams=self.streams or (earlier.streams if self.scenario == "multi-stream" else None),
+            rate=self.rate or (earlier.rate if self.scenario == "server" else None),
+        )
 
     def check(self) -> None:
         """Raises `UsageError` for what does not fit."""
@@ -41,4 +57,8 @@ class Asked(NamedTuple):
         if rate is not None and (scenario != "server" or not 0 < rate <= 1e6):
             raise UsageError(
                 f"--rate {rate:g} does not fit the {scenario} scenario", "use --scenario server --rate N, N up to a million"
+            )
+        if rate is not None and rate * self.seconds > MAX_ARRIVALS:
+            raise UsageError(
+                f"{rate:g} arrivals a second for {self.seconds:g} s are over {MAX_ARRIVALS:,}", "lower --seconds or --rate"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from .inputs import Feeds
 
 __all__ = ["process_start_ms"]
 
+PATIENCE_S = 120.0  # for the first answer of a process
 #: What an application does, and nothing else: the runtime, one model, one run.
 _APPLICATION = """
 import sys
@@ -32,7 +34,8 @@ with Model.open(path, backend, precision=precision, threads=int(threads)) as mod
 
 
 def process_start_ms(model: Model, precision: str, threads: int, feeds: Feeds, runs: int) -> float | None:
-    """Milliseconds from starting Python to the first answer of ``model``, the median of ``runs``; None where it did not come.
+    """Milliseconds from starting Python to the first answer of ``model``, the median of ``runs``; None where it did not come
+    within two minutes.
 
     The files were read before, so the disk is not part of it.
     """
@@ -50,8 +53,11 @@ def process_start_ms(model: Model, precision: str, threads: int, feeds: Feeds, r
             )
             with process:
                 assert process.stdout is not None
+                late = threading.Timer(PATIENCE_S, process.kill)
+                late.start()
                 answered = process.stdout.readline()
                 taken.append(time.perf_counter() - start)
+                late.cancel()
                 process.kill()  # what it takes to leave is no concern of this
             if answered.strip() != b"answered":
                 return None

@@ -24,6 +24,7 @@ __all__ = ["Load", "Sensors", "fingerprint", "package_versions", "resident_mb"]
 #: Distributions whose version changes figures.
 PACKAGES = ("edgekit", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings")
 #: In powersave these drivers still clock up under load; with all others it pins the lowest clock.
+_PREEMPTED = 50.0  # a second: at a few ms each that is a tenth of the time
 _SELF_CLOCKING = ("intel_pstate", "amd-pstate-epp", "amd_pstate_epp")
 
 
@@ -130,7 +131,7 @@ class Load(NamedTuple):
 
     ``others``: cores that other processes kept busy; ``stolen``: cores that the hypervisor gave away;
     ``preempted``: times a second that this process lost its core; ``throttled``: times that heat or current slowed the
-    machine; ``held``: cooling devices that held clocks down at the end.
+    machine; ``held``: cooling devices that held clocks down before or after.
     """
 
     others: float
@@ -145,6 +146,8 @@ class Load(NamedTuple):
         found = []
         if self.others > max(0.1, 0.5 * (cores - mine)):
             found.append(f"other processes kept {self.others:.1f} of {cores} cores busy")
+        if self.preempted > _PREEMPTED:
+            found.append(f"this process lost its core {self.preempted:.0f} times a second to others")
         if self.stolen > 0.02 * cores:
             found.append(f"the hypervisor took {self.stolen:.2f} cores away")
         return found + self.slowed()
@@ -159,17 +162,24 @@ class Load(NamedTuple):
         return found
 
 
+def _ticks(tree: Path) -> list[int]:
+    """Eight kinds of ticks of the cores that this process may use; of all, where ``tree`` is another machine's."""
+    text = read_text(tree, "proc/stat")
+    names = [f"cpu{core}" for core in sorted(os.sched_getaffinity(0))] if tree == Path("/") else ["cpu"]
+    rows = [[int(n) for n in (_found(rf"^{name}\s+(.+)$", text) or "").split()] + [0] * 8 for name in names]
+    return [sum(row[kind] for row in rows) for kind in range(8)]
+
+
 class Sensors:
     """Counters at one moment; `since` turns two of them into a `Load`."""
 
     def __init__(self, root: str | os.PathLike[str] = "/") -> None:
         tree = Path(root)
-        ticks = [int(n) for n in (_found(r"^cpu\s+(.+)$", read_text(tree, "proc/stat")) or "").split()] + [0] * 8
-        user, nice, system, _idle, _iowait, irq, softirq, steal = ticks[:8]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = _ticks(tree)
         usage = resource.getrusage(resource.RUSAGE_SELF)
         hertz = os.sysconf("SC_CLK_TCK")
         self.seconds = time.perf_counter()
-        self.busy = (user + nice + system + irq + softirq) / hertz  # all cores together, s
+        self.busy = (user + nice + system + irq + softirq) / hertz  # all cores that this process may use, s
         self.stolen = steal / hertz
         self.own = usage.ru_utime + usage.ru_stime
         self.switches = usage.ru_nivcsw
@@ -186,7 +196,7 @@ class Sensors:
             stolen=max(0.0, (self.stolen - earlier.stolen) / wall),
             preempted=(self.switches - earlier.switches) / wall,
             throttled=max(0, self.throttled - earlier.throttled),
-            held=tuple(self.throttling),
+            held=tuple(dict.fromkeys([*earlier.throttling, *self.throttling])),
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +13,36 @@ import numpy as np
 from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import DataError, UsageError
 
-from .history import latest
-from .statistics import median_ratio
+from .history import baseline
+from .statistics import Interval, median_ratio
+from .stored import Stored, differences, same_device
+from .yardstick import BETWEEN
 
-__all__ = ["Earlier", "judge", "load_earlier", "parse_share"]
-
-#: Parts of a device that must agree before two latencies may be compared.
-_DEVICE = ("cpu", "cores", "architecture", "governor", "gpu", "driver", "jetson")
-
-
-class Earlier(msgspec.Struct, frozen=True):
-    """The part of a result file that a comparison needs; other keys are ignored."""
-
-    scenario: str
-    backend: str
-    threads: int
-    batch: int
-    latency_ms: dict[str, float]
-    samples_ms: list[float]
-    device: dict[str, Any]
-    trustworthy: bool
-    rate: float | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.samples_ms) < 16 or min(self.samples_ms) <= 0 or self.latency_ms.get("p50", 0) <= 0:
-            raise ValueError("it needs at least 16 samples_ms, all positive")
+__all__ = ["judge", "load_earlier", "parse_share", "verdict_words"]
 
 
-def load_earlier(path: str | os.PathLike[str], name: str) -> Earlier:
-    """A result file, the result called ``name`` of the bundle at ``path``, or the newest such one of a folder of results.
+def load_earlier(path: str | os.PathLike[str], name: str, now: Mapping[str, Any], *, force: bool = False) -> Stored:
+    """A result file, the result called ``name`` of the bundle at ``path``, or of a folder of results its `baseline`.
 
-    Raises `DataError` where there is none or it is no result of `bench`.
+    ``now``: what is known of the run before it is made: ``model``, ``graph``, ``backend``, ``scenario``, ``threads``,
+    ``device``, and ``batch``, ``streams`` and ``rate`` where they were asked for. Raises `DataError` where there is none or
+    it is no result of `bench`.
     """
     file = Path(path)
     if (file / MANIFEST).is_file():
         file = Bundle.open(file, verify=False).file(name)
     elif file.is_dir():
-        file = latest(file, name)
+        return baseline(file, now, force=force)
     hint = "name a file that edgekit bench wrote (B/bench/*.json, or its --json answer), or a bundle that was benched"
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Earlier)
+        found = msgspec.json.decode(file.read_bytes(), type=Stored)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}", hint) from None
     except msgspec.DecodeError as error:
         raise DataError(f"{file} is no bench result: {error}", hint) from None
+    if not found.comparable:
+        raise DataError(f"{file} is no bench result: it needs at least 16 samples_ms, all positive", hint)
+    return found
 
 
 def parse_share(value: str | float | None) -> float | None:
@@ -73,14 +60,19 @@ def parse_share(value: str | float | None) -> float | None:
     return share
 
 
-def judge(earlier: Earlier, now: dict[str, Any], limit: float | None, *, force: bool) -> dict[str, Any]:
+def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: bool) -> dict[str, Any]:
     """Compare ``now`` (a result of `bench`) with an earlier one.
 
-    Returns ``old_p50_ms``, ``new_p50_ms``, ``ratio``, its 99% interval ``low``..``high``, ``verdict`` (``slower``,
-    ``faster`` or ``same``: the interval holds 1), ``differs`` (what else changed), ``limit`` and ``passed`` (None without
-    a limit). A gate is passed unless the medians' ratio exceeds 1 + ``limit`` *and* the interval lies above 1.
+    Returns ``method``; ``old_p50_ms``, ``new_p50_ms``; ``ratio``, its 99% interval ``low``..``high`` and ``verdict``
+    (``slower``, ``faster`` or ``same``: the interval holds 1); ``differs`` (what else changed), ``earlier_trustworthy``,
+    ``both_trustworthy``, ``limit`` and ``passed`` (None without a limit). A gate is passed unless the ratio exceeds 1 +
+    ``limit`` *and* the interval lies above 1.
 
-    Raises `UsageError` for another scenario, and, unless ``force``, for another device, backend or version.
+    ``method``: ``yardstick``, where both runs carry the same one and the device is one: the ratio of the medians of the
+    stretches relative to it, and the interval holds what differs between runs. Else ``latency``: the ratio of p50, and
+    an interval of the noise within the runs, which knows nothing of a machine that was slower that day.
+
+    Raises `UsageError` for another scenario, and, unless ``force``, for another model, device, set-up or version.
     """
     if earlier.scenario != now["scenario"]:
         raise UsageError(
@@ -89,31 +81,36 @@ def judge(earlier: Earlier, now: dict[str, Any], limit: float | None, *, force: 
     differs = differences(earlier, now)
     if differs and not force:
         raise UsageError(
-            f"the earlier result is of another device or set-up: {'; '.join(differs[:3])}",
+            f"the earlier result is of another model, device or set-up: {'; '.join(differs[:3])}",
             "measure both on one device, or compare them all the same with --force",
         )
-    interval = median_ratio(np.array(earlier.samples_ms), np.array(now["samples_ms"]))
-    old, new = earlier.latency_ms["p50"], now["latency_ms"]["p50"]  # of all samples; the stored ones are a part
-    exceeded = limit is not None and new / old > 1 + limit and interval.verdict == "slower"
+    method, interval = _interval(earlier, now)
+    exceeded = limit is not None and interval.ratio > 1 + limit and interval.verdict == "slower"
     return {
-        "old_p50_ms": old,
-        "new_p50_ms": new,
-        "ratio": new / old,
-        "low": interval.low,
-        "high": interval.high,
+        "method": method,
+        "old_p50_ms": earlier.latency_ms["p50"],
+        "new_p50_ms": now["latency_ms"]["p50"],
+        **interval._asdict(),
         "verdict": interval.verdict,
         "differs": differs,
+        "earlier_trustworthy": earlier.trustworthy,
         "both_trustworthy": earlier.trustworthy and now["trustworthy"],
         "limit": limit,
         "passed": None if limit is None else not exceeded,
     }
 
 
-def differences(earlier: Earlier, now: dict[str, Any]) -> list[str]:
-    """What differs beside the model, in words: ``cpu: A, now B``."""
-    pairs = [(key, earlier.device.get(key), now["device"].get(key)) for key in _DEVICE]
-    pairs += [(key, getattr(earlier, key), now[key]) for key in ("backend", "threads", "batch")]
-    pairs += [("rate", earlier.rate, now.get("rate"))]
-    old, new = earlier.device.get("versions", {}), now["device"]["versions"]
-    pairs += [(key, old.get(key), new.get(key)) for key in sorted({*old, *new} - {"edgekit"})]
-    return [f"{key}: {was}, now {here}" for key, was, here in pairs if was != here]
+def _interval(earlier: Stored, now: dict[str, Any]) -> tuple[str, Interval]:
+    old, new = earlier.yardstick, now.get("yardstick")
+    if old and new and old.name == new["name"] and old.enough and len(new["relative"]) >= 16 and same_device(earlier, now):
+        spread = float(np.hypot(BETWEEN[earlier.trustworthy], BETWEEN[now["trustworthy"]]))
+        return "yardstick", median_ratio(np.array(old.relative), np.array(new["relative"]), spread)
+    interval = median_ratio(np.array(earlier.samples_ms), np.array(now["samples_ms"]))
+    ratio = now["latency_ms"]["p50"] / earlier.latency_ms["p50"]  # of all samples; the stored ones are a part
+    return "latency", Interval(ratio, min(interval.low, ratio), max(interval.high, ratio))
+
+
+def verdict_words(comparison: Mapping[str, Any]) -> str:
+    """``ratio 1.03 by the yardstick, 99% interval 0.98 to 1.08``."""
+    of = "by the yardstick, " if comparison["method"] == "yardstick" else "of p50, within-run "
+    return f"ratio {comparison['ratio']:.3f} {of}99% interval {comparison['low']:.3f} to {comparison['high']:.3f}"

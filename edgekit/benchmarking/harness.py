@@ -2,9 +2,11 @@
 
 The answer holds ``latency_ms`` (p50, p90, p95, p99, p999 from 10,000 samples on, min, mean, max), ``throughput``
 (inferences/s), ``key`` (which of these MLPerf compares), ``cv`` (all samples) and ``drift`` (CV of the medians of twenty
-stretches), ``jitter_ms`` (median change from one call to the next), ``histogram``, ``cold_start_ms`` (open, hash check
+stretches), ``jitter_ms`` (median change from one call to the next), ``yardstick`` (`yardstick`; None of a server, or on a GPU),
+``passed`` (its gate's answer, None without one), ``histogram``, ``cold_start_ms`` (open, hash check
 and first inference), ``process_start_ms`` (the same from the start of Python on), ``memory``, ``end_to_end`` (`Model`
-called with a frame; image models, single-stream), ``energy`` (by power rail, in a run of its own; None without rails),
+called with a frame, judged by itself; image models, single-stream), ``energy`` (by power rail, in a run of its own; None
+without rails),
 ``temperatures`` and ``clocks_mhz`` ``before`` and ``after``, ``trustworthy`` with ``reasons``, ``device``, ``load``,
 ``protocol``, ``samples_ms``.
 """
@@ -26,35 +28,23 @@ from edgekit.files import atomic_write
 from edgekit.manifest import ImagePreprocessing
 from edgekit.progress import say
 from edgekit.runtime import Model
-from edgekit.runtime.backends import Runner, open_runner
+from edgekit.runtime.backends import ENGINE_MODULES, Runner, open_runner
 from edgekit.runtime.model import Precision
 
 from .asked import STREAMS, Asked
 from .cold import process_start_ms
 from .device import Sensors, fingerprint, resident_mb
-from .gate import judge, load_earlier, parse_share
+from .doubts import doubts
+from .gate import judge, load_earlier, parse_share, verdict_words
 from .history import add, check_history
 from .inputs import Feeds, batchable, feeds_for, frame_for, golden_or_none, runner_feeds
 from .profile import check_profile, layer_times, times_chart
-from .scenarios import (
-    KEY,
-    MIN_ITERATIONS,
-    Call,
-    Run,
-    WarmUp,
-    multi_stream,
-    offline,
-    server,
-    single_stream,
-    warm_up,
-)
+from .scenarios import KEY, Call, Run, multi_stream, offline, server, single_stream, warm_up
 from .sensors import PowerMeter
 from .statistics import coefficient_of_variation, histogram, jitter, percentiles, thin
 
 __all__ = ["bench"]
 
-#: The medians of a run's twenty stretches may vary by this much (CV); beyond it the run was disturbed.
-MAX_DRIFT = 0.05
 _BATCHES = (1, 4, 16, 64)
 _MAX_BATCH_BYTES = 64 << 20
 _STARTS = 3  # processes started for their first answer
@@ -86,10 +76,11 @@ def bench(
     takes it), ``offline`` (``batch`` fixes the batch; default: the fastest of 1, 4, 16, 64) or
     ``server`` (``rate``: arrivals a second; default: 70% of what the model can serve). ``threads``: CPU cores, 0 for
     all. ``seconds``: of the measurement proper, after a warm-up that lasts until the medians settle. ``against``: an
-    earlier result file or a benched bundle; ``fail_over``: ``"5%"`` raises `BudgetNotMet` where p50 grew by more, and
-    the 99% interval of the ratio lies above 1. ``force`` compares across devices and versions. ``layers``: also time
-    each layer (`profile`); ``plot``: draw them as SVG. ``history``: a folder that the result is added to, with a picture of
-    all that lie there. ``save=False`` leaves the bundle as it is.
+    earlier result file, a benched bundle, or a folder of results (`history.baseline`), whose batch, streams and rate are
+    taken where none is given; ``fail_over``: ``"5%"`` raises `BudgetNotMet` where the run takes longer by more, and
+    the 99% interval of the ratio lies above 1 (`judge`). ``force`` compares across models, devices and versions.
+    ``layers``: also time each layer (`profile`); ``plot``: draw them as SVG. ``history``: a folder that the result is added
+    to, with a picture of all that lie there. ``save=False`` leaves the bundle as it is.
 
     A failed gate never overwrites the file it was held against. What the answer holds stands at the head of this file.
 
@@ -105,22 +96,20 @@ def bench(
         if profiled := layers or plot is not None:
             check_profile(model.runner.name, plot)
         name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
-        earlier = None if against is None else load_earlier(against, name)
-        if earlier and scenario == "server":
-            asked = asked._replace(rate=rate or earlier.rate)  # latencies under another load would tell nothing
-        result = {**_subject(opened, graph), **_measure(model, asked), **costs}
+        subject = {**_subject(opened, graph), "scenario": scenario, "device": fingerprint()}
+        known = {**subject, **model.runner.describe(), **asked.given()}
+        earlier = None if against is None else load_earlier(against, name, known, force=force)
+        asked = asked.like(earlier) if earlier else asked
+        result = {**subject, **_measure(model, asked), **costs}
         if profiled:
             result["profile"] = _profiled(model, graph, threads, seconds, plot)
     comparison = judge(earlier, result, limit, force=force) if earlier else None
-    replaces = against is not None and _same(opened.path / name, Path(against))
-    if save and not (replaces and comparison and comparison["passed"] is False):
-        config = {"backend": backend, "precision": precision, "threads": threads, **asked._asdict(), "rate": rate}
-        _save(opened, name, result, config)
-    else:
-        name = ""
-    kept = None if folder is None else add(folder, result)
-    places = {"file": str(opened.path / name) if name else None, "history": str(kept) if kept else None}
-    return _passed({"bundle": str(opened.path), **places, **result, "against": comparison})
+    result["passed"] = comparison["passed"] if comparison else None
+    file = str(opened.path / name) if save and not (result["passed"] is False and _same(opened.path / name, against)) else None
+    if file:
+        _save(opened, name, result, {"backend": backend, "precision": precision, "threads": threads, **asked._asdict()})
+    kept = None if folder is None else str(add(folder, result))
+    return _passed({"bundle": str(opened.path), "file": file, "history": kept, **result, "against": comparison})
 
 
 def _checked_limit(precision: str, history: Path | None, against: object, fail_over: str | float | None) -> float | None:
@@ -159,9 +148,8 @@ def _passed(answer: dict[str, Any]) -> dict[str, Any]:
     if comparison is None or comparison["passed"] is not False:
         return answer
     message = (
-        f"p50 is {comparison['new_p50_ms']:.4g} ms, {comparison['ratio'] - 1:.1%} over the earlier "
-        f"{comparison['old_p50_ms']:.4g} ms; allowed is {comparison['limit']:.1%} "
-        f"(99% interval of the ratio: {comparison['low']:.3f} to {comparison['high']:.3f})"
+        f"it takes {comparison['ratio'] - 1:.1%} longer than the earlier run, allowed is {comparison['limit']:.1%} "
+        f"({verdict_words(comparison)}; p50 {comparison['old_p50_ms']:.4g} ms then, {comparison['new_p50_ms']:.4g} ms now)"
     )
     hint = "find the change that made it slower, or raise --fail-over"
     if not comparison["both_trustworthy"]:
@@ -169,8 +157,9 @@ def _passed(answer: dict[str, Any]) -> dict[str, Any]:
     raise BudgetNotMet(message, hint, answer)
 
 
-def _same(file: Path, against: Path) -> bool:
-    """Whether ``against`` is this result file, or the bundle that holds it."""
+def _same(file: Path, held_against: str | os.PathLike[str] | None) -> bool:
+    """Whether that is this result file, or the bundle that holds it."""
+    against = Path(held_against or "")
     return any(file.exists() and path.exists() and path.samefile(file) for path in (against, against / "bench" / file.name))
 
 
@@ -224,11 +213,12 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
     run, call = _run(runner, feeds, golden, asked)
     after = Sensors()
     load = after.since(before)
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     threads = int(runner.describe().get("threads", 1))
-    reasons = [*_doubts(run, warm), *load.reasons(cores, threads), *([after.slow_governor] if after.slow_governor else [])]
+    warm = run.warm_up or warm
+    reasons = [*doubts(run, warm, asked.scenario), *load.reasons(cores, threads)]
+    reasons += [after.slow_governor] if after.slow_governor else []
     return {
-        "scenario": asked.scenario,
         "batch": _least(runner),
         **runner.describe(),
         "latency_ms": percentiles(run.samples_ms),
@@ -248,6 +238,7 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
         "clocks_mhz": {"before": before.clocks_mhz, "after": after.clocks_mhz},
         "warm_up": warm._asdict(),
         "load": {**load._asdict(), "average_1min": after.load_average},
+        "yardstick": run.yardstick,
         "histogram": histogram(run.samples_ms),
         "inputs": {name: [str(array.dtype), *array.shape] for name, array in feeds.items()},
         "protocol": {
@@ -257,28 +248,30 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
             "input": "golden" if golden else "noise",
             "garbage_collector": "off",
         },
-        "device": fingerprint(),
         "samples_ms": [round(float(sample), 6) for sample in thin(run.samples_ms)],
     }
 
 
 def _run(runner: Runner, feeds: Feeds, golden: Feeds | None, asked: Asked) -> tuple[Run, Call]:
     """The scenario's run, and the call that it made over and over."""
+    yardstick = runner.name not in ENGINE_MODULES  # a GPU's pace is not the CPU's
     if asked.scenario == "offline":
-        run = offline(lambda n: _batch_call(runner, golden, n), _batches(runner, feeds, golden, asked.batch), asked.seconds)
+        batches = _batches(runner, feeds, golden, asked.batch)
+        run = offline(lambda n: _batch_call(runner, golden, n), batches, asked.seconds, yardstick)
         return run, _batch_call(runner, golden, run.extra["batch"])
     if asked.scenario == "multi-stream":
         streams = asked.streams or STREAMS
         batch, query = _query(runner, feeds, golden, streams)
-        warm_up(query, limit_s=1.0)
-        run = multi_stream(query, streams, asked.seconds)
+        run = multi_stream(query, streams, asked.seconds, yardstick)
         run.extra.update(batch=batch, streams=streams)
         return run, query
 
     def call() -> Any:
         return runner.run(feeds)
 
-    return (server(call, asked.seconds, asked.rate) if asked.scenario == "server" else single_stream(call, asked.seconds)), call
+    if asked.scenario == "server":
+        return server(call, asked.seconds, asked.rate), call
+    return single_stream(call, asked.seconds, yardstick=yardstick), call
 
 
 def _query(runner: Runner, feeds: Feeds, golden: Feeds | None, streams: int) -> tuple[int, Call]:
@@ -303,21 +296,6 @@ def _energy(call: Call, run: Run, seconds: float) -> dict[str, Any] | None:
         again = single_stream(call, seconds / 2, "energy")
     per_call = round(run.throughput * run.seconds / len(run.samples_ms))
     return meter.energy.record(len(again.samples_ms) * per_call) if meter.energy else None
-
-
-def _doubts(run: Run, warm: WarmUp) -> list[str]:
-    """What in the run itself makes its figures doubtful."""
-    reasons = []
-    drift = coefficient_of_variation(run.windows_ms)
-    if len(run.samples_ms) < MIN_ITERATIONS:
-        reasons.append(f"{len(run.samples_ms)} runs are too few, at least {MIN_ITERATIONS} are wanted: raise --seconds")
-    if drift > MAX_DRIFT:
-        reasons.append(f"the latency drifted: the medians of {len(run.windows_ms)} stretches vary by {drift:.1%} (CV)")
-    if not warm.steady:
-        reasons.append(f"the warm-up did not settle in {warm.seconds:.1f} s")
-    if run.extra.get("utilisation", 0) > 0.98:
-        reasons.append(f"{run.extra['rate']:.4g} arrivals a second are more than it can serve: the queue only grows")
-    return reasons
 
 
 def _least(runner: Runner) -> int:
@@ -367,6 +345,13 @@ def _end_to_end(model: Model, golden: Feeds | None, seconds: float) -> dict[str,
     if not isinstance(spec, ImagePreprocessing):
         return None
     frame = frame_for(spec, golden)
-    warm_up(lambda: model(frame), limit_s=0.5, least_s=0.1)
+    warm = warm_up(lambda: model(frame), limit_s=0.5, least_s=0.1)
     run = single_stream(lambda: model(frame), seconds / 4, "frame to answer")
-    return {"frame": list(frame.shape), "latency_ms": percentiles(run.samples_ms), "iterations": len(run.samples_ms)}
+    reasons = doubts(run, warm, "single-stream")
+    return {
+        "frame": list(frame.shape),
+        "latency_ms": percentiles(run.samples_ms),
+        "iterations": len(run.samples_ms),
+        "trustworthy": not reasons,
+        "reasons": reasons,
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +15,14 @@ from edgekit.errors import DataError, UsageError
 from edgekit.files import atomic_write
 from edgekit.svg import escape
 
-__all__ = ["PICTURE", "add", "check_history", "latest"]
+from .stored import Stored, differences, version_differences
+
+__all__ = ["PICTURE", "add", "baseline", "check_history"]
 
 PICTURE = "history.svg"
 SHOWN = 60  # runs of a series, the newest
+RECENT = 5  # runs, of whose paces a gate is held against the middle one
 _MARK = "<!-- edgekit bench history -->"
-
-
-class _Entry(msgspec.Struct, frozen=True):
-    """The part of a result file that is drawn."""
-
-    model: str
-    graph: str
-    backend: str
-    scenario: str
-    threads: int
-    batch: int
-    time: str
-    digest: str
-    latency_ms: dict[str, float]
-    trustworthy: bool
-    device: dict[str, Any]
-
-    @property
-    def series(self) -> str:
-        """What may stand on one line: the same model and set-up, on the same machine."""
-        where = self.device.get("jetson") or {}
-        machine = where.get("model") or self.device.get("cpu") or "unknown CPU"
-        batch = f", batch {self.batch}" if self.batch > 1 else ""
-        return f"{self.model} {self.graph}, {self.backend}, {self.threads} thread(s), {self.scenario}{batch}, {machine}"
 
 
 def check_history(folder: Path) -> None:
@@ -69,34 +48,47 @@ def add(folder: Path, result: dict[str, Any]) -> Path:
     return file
 
 
-def latest(folder: Path, result_name: str) -> Path:
-    """The newest result of ``folder`` for the backend, precision and scenario that ``result_name``
-    (``bench/BACKEND-PRECISION-SCENARIO.json``) names; of those that can be trusted, if any.
+def baseline(folder: Path, now: Mapping[str, Any], *, force: bool = False) -> Stored:
+    """What a run is held against: of the newest five like it that passed their gate, or had none, the one of middle pace.
 
-    Raises `DataError` where there is none.
+    Like it: same model, graph, backend, scenario and threads, and whatever else of ``now`` is known (`differences`), the same
+    libraries where there are such, with ``force`` of any device. Those that can be trusted come first. A run that failed its
+    gate is never taken: the next would be held against the very slowdown. Raises `DataError` where there is none.
     """
-    wanted = result_name.rpartition("/")[2].removesuffix(".json")
-    found = [
-        (entry.trustworthy, entry.time, path.name, path)
-        for path, entry in _files(folder)
-        if re.search(rf"-{re.escape(wanted)}(-\d+)?\.json$", path.name)
+    same = ("model", "graph", "scenario", "backend", "threads")
+    like = [
+        entry
+        for _, entry in _files(folder)
+        if entry.comparable and entry.passed is not False and all(getattr(entry, key) == now[key] for key in same)
     ]
-    if not found:
-        raise DataError(f"{folder} holds no result for {wanted}", f"make one: edgekit bench B --history {folder}")
-    return max(found)[-1]
+    if not force:
+        like = [entry for entry in like if set(differences(entry, now)) <= set(version_differences(entry, now))]
+        like = [entry for entry in like if not version_differences(entry, now)] or like
+    like = [entry for entry in like if entry.trustworthy] or like
+    if not like:
+        raise DataError(
+            f"{folder} holds no earlier {now['scenario']} result of {now['model']} ({now['graph']} on {now['backend']}, "
+            f"{now['threads']} thread(s)) on this set-up that passed its gate",
+            f"make one: edgekit bench B --scenario {now['scenario']} --history {folder}",
+        )
+    newest = max(like, key=lambda entry: entry.time)
+    like = [entry for entry in like if (entry.batch, entry.streams, entry.rate) == (newest.batch, newest.streams, newest.rate)]
+    recent = sorted(like, key=lambda entry: entry.time)[-RECENT:]
+    recent = [entry for entry in recent if entry.unit == newest.unit]
+    return sorted(recent, key=lambda entry: entry.pace)[(len(recent) - 1) // 2]
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, _Entry]]:
+def _files(folder: Path) -> Iterator[tuple[Path, Stored]]:
     """Results by name, so by time; other files of the folder are left alone."""
     for path in sorted(folder.glob("*.json")):
         try:
-            yield path, msgspec.json.decode(path.read_bytes(), type=_Entry)
+            yield path, msgspec.json.decode(path.read_bytes(), type=Stored)
         except (OSError, msgspec.DecodeError):
             continue
 
 
-def _read(folder: Path) -> dict[str, list[_Entry]]:
-    series: dict[str, list[_Entry]] = defaultdict(list)
+def _read(folder: Path) -> dict[str, list[Stored]]:
+    series: dict[str, list[Stored]] = defaultdict(list)
     for _, entry in _files(folder):
         if entry.latency_ms.get("p50", 0) > 0:
             series[entry.series].append(entry)
@@ -115,7 +107,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-seri
 _LEFT, _WIDTH, _HIGH, _PANEL, _HEAD = 70, 760, 110, 176, 74  # pixels
 
 
-def _drawn(series: dict[str, list[_Entry]]) -> str:
+def _drawn(series: dict[str, list[Stored]]) -> str:
     """One panel a series: p50 of each run, a pale line up to p90, hollow where the run was not to be trusted."""
     width, height = _LEFT + _WIDTH + 30, _HEAD + _PANEL * len(series) + 10
     size = f'width="{width}" height="{height}"'
@@ -132,7 +124,7 @@ def _drawn(series: dict[str, list[_Entry]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _panel(name: str, entries: list[_Entry], top: int) -> Iterator[str]:
+def _panel(name: str, entries: list[Stored], top: int) -> Iterator[str]:
     highest = max(entry.latency_ms.get("p90", entry.latency_ms["p50"]) for entry in entries)
     step = 10.0 ** math.floor(math.log10(highest))
     ceiling: float = next(step * k for k in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15) if step * k >= highest)

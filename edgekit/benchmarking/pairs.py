@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.bundle import Bundle
-from edgekit.errors import BudgetNotMet
+from edgekit.errors import BudgetNotMet, UsageError
 from edgekit.progress import say, track
 from edgekit.runtime import Model
 from edgekit.runtime.model import Precision
@@ -18,7 +18,7 @@ from edgekit.runtime.model import Precision
 from .asked import Asked
 from .device import Sensors, fingerprint
 from .gate import parse_share
-from .inputs import golden_or_none, runner_feeds
+from .inputs import batchable, golden_or_none, runner_feeds
 from .scenarios import Call, no_collector, stretch, warm_up
 from .statistics import paired_ratio, percentiles
 
@@ -41,19 +41,20 @@ def bench_pair(
 ) -> dict[str, Any]:
     """Time ``second`` against ``first``: single inferences, in bursts that alternate and change their order every round.
 
-    ``seconds``: of each. ``ratio``: median over the rounds of second's median over first's, with its 99% interval ``low``
-    .. ``high``; ``verdict``: whether ``second`` is ``slower``, ``faster`` or the ``same`` (the interval holds 1).
-    ``bundles``: each one's ``latency_ms`` and ``graph``. Nothing is written. ``fail_over``: ``"5%"`` raises `BudgetNotMet`
-    where ``second`` takes longer by more, and the interval lies above 1.
+    Both take the same batch, the least that both can. ``seconds``: of each. ``ratio``: median over the rounds of second's
+    median over first's, with its 99% interval ``low`` .. ``high``; ``verdict``: whether ``second`` is ``slower``, ``faster``
+    or the ``same`` (the interval holds 1). ``bundles``: each one's ``latency_ms`` and ``graph``. Nothing is written.
+    ``fail_over``: ``"5%"`` raises `BudgetNotMet` where ``second`` takes longer by more, and the interval lies above 1.
 
-    Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run one of them.
+    Raises `UsageError` for an unknown name or value and where no batch fits both, `BackendError` where nothing can run one.
     """
     limit = parse_share(fail_over)
     Asked("single-stream", seconds, None, None, None).check()
     bundles = [bundle if isinstance(bundle, Bundle) else Bundle.open(bundle) for bundle in (first, second)]
     models = [Model.open(bundle.path, backend, precision=precision, threads=threads) for bundle in bundles]
     with models[0], models[1]:
-        calls = [_call(model) for model in models]
+        batch = _batch(models)
+        calls = [_call(model, batch) for model in models]
         say(f"warming up {bundles[0].path.name} and {bundles[1].path.name}")
         for call in calls:
             warm_up(call, limit_s=min(1.0, seconds))
@@ -67,6 +68,7 @@ def bench_pair(
         reasons.append(f"the interval is wide ({interval.low:.3f} to {interval.high:.3f}): raise --seconds")
     answer = {
         "bundles": about,
+        "batch": batch,
         **interval._asdict(),
         "verdict": interval.verdict,
         "rounds": len(medians[0]),
@@ -101,9 +103,22 @@ def _about(model: Model, taken: np.ndarray[Any, Any]) -> dict[str, Any]:
     }
 
 
-def _call(model: Model) -> Call:
+def _batch(models: list[Model]) -> int:
+    """The least batch that all take: four samples beside one would say nothing."""
+    least = max(model.runner.batches[0] if model.runner.batches else 1 for model in models)
+    for model in models:
+        most = model.runner.batches[1] if model.runner.batches else least if batchable(model.runner.inputs) else 1
+        if least > most:
+            raise UsageError(
+                f"{model.bundle.path.name} takes batches of {most} at most, the other one of {least} at least",
+                "build both for one batch: edgekit build B --batch N",
+            )
+    return least
+
+
+def _call(model: Model, batch: int) -> Call:
     runner = model.runner
-    feeds = runner_feeds(runner, golden_or_none(model.bundle), runner.batches[0] if runner.batches else 1)
+    feeds = runner_feeds(runner, golden_or_none(model.bundle), batch)
     return lambda: runner.run(feeds)
 
 

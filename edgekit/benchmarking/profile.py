@@ -25,13 +25,16 @@ BACKEND = "onnxruntime"
 MAX_EVENTS = 500_000  # of the million that ONNX Runtime keeps
 WARM, LEAST_RUNS = 3, 20
 _SUFFIX = "_kernel_time"
+_CONTROL = ("If", "Loop", "Scan")  # their time holds that of the layers inside
+_Key = tuple[str, str]  # index in its graph, name
 _MARK = "<!-- edgekit bench layers -->"
 SHOWN = 24
 
 
 def layer_times(bundle: Bundle, graph: str, threads: int, feeds: Feeds, seconds: float) -> dict[str, Any]:
     """``layers``, slowest first: ``layer``, ``op`` (of the graph as ONNX Runtime runs it: fused and laid out anew), ``us``
-    (median microseconds a run), ``share`` of the layers' sum, ``output`` (shape).
+    (median microseconds a run), ``share`` of the layers' sum, ``output`` (shape), ``inside`` (the loop or branch that holds it:
+    its time counts there, and not in the sum; None of others).
 
     ``run_us``: a whole run while each layer is timed, which is slower than without; ``between_us``: what no layer accounts
     for. ``runs``: how many the medians are of.
@@ -56,29 +59,47 @@ def _events(run: Any) -> list[dict[str, Any]]:
 
 
 def _rows(events: list[dict[str, Any]]) -> dict[str, Any]:
-    taken: dict[tuple[str, str], list[int]] = defaultdict(list)
-    about: dict[tuple[str, str], Mapping[str, Any]] = {}
-    whole = [event["dur"] for event in events if event["name"] == "model_run"][WARM:]
+    """Events come in the order in which they ended: the layers of a body before their loop, all of a run before the run."""
+    taken: list[dict[_Key, int]] = []  # microseconds by layer, of each run
+    about: dict[_Key, Mapping[str, Any]] = {}
+    parents: dict[_Key, str] = {}
+    whole: list[int] = []
+    run: list[tuple[_Key, int, int]] = []
     for event in events:
-        if event["cat"] == "Node" and event["name"].endswith(_SUFFIX):
+        if event["name"] == "model_run":
+            taken.append(_sums(run))
+            whole.append(event["dur"])
+            run = []
+        elif event["cat"] == "Node" and event["name"].endswith(_SUFFIX):
             key = event["args"].get("node_index", ""), event["name"].removesuffix(_SUFFIX)
-            taken[key].append(event["dur"])
+            if event["args"].get("op_name") in _CONTROL:
+                parents |= {inner: key[1] for inner, begin, _ in run if begin >= event["ts"] and inner not in parents}
+            run.append((key, event["ts"], event["dur"]))
             about[key] = event["args"]
-    times = {key: float(np.median(found[WARM:])) for key, found in taken.items()}
-    total = sum(times.values()) or 1.0
+    times = {key: float(np.median([each.get(key, 0) for each in taken[WARM:]])) for key in about}
+    total = sum(us for key, us in times.items() if key not in parents) or 1.0
     rows = [
         {
-            "layer": name or about[index, name].get("op_name", ""),
-            "op": about[index, name].get("op_name", ""),
+            "layer": key[1] or about[key].get("op_name", ""),
+            "op": about[key].get("op_name", ""),
             "us": us,
             "share": us / total,
-            "output": _shape(about[index, name].get("output_type_shape", [])),
+            "output": _shape(about[key].get("output_type_shape", [])),
+            "inside": parents.get(key),
         }
-        for (index, name), us in times.items()
+        for key, us in times.items()
     ]
-    run_us = float(np.median(whole)) if whole else total
+    run_us = float(np.median(whole[WARM:])) if whole[WARM:] else total
     rows.sort(key=lambda row: -row["us"])
-    return {"layers": rows, "run_us": run_us, "between_us": max(run_us - sum(times.values()), 0.0), "runs": len(whole)}
+    return {"layers": rows, "run_us": run_us, "between_us": max(run_us - total, 0.0), "runs": len(whole[WARM:])}
+
+
+def _sums(run: list[tuple[_Key, int, int]]) -> dict[_Key, int]:
+    """Microseconds of each layer in one run: the body of a loop comes by many times."""
+    sums: dict[_Key, int] = defaultdict(int)
+    for key, _, taken in run:
+        sums[key] += taken
+    return sums
 
 
 def _shape(outputs: list[dict[str, list[int]]]) -> str:

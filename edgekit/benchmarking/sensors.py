@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ __all__ = ["Energy", "PowerMeter", "clocks_mhz", "read_text", "temperatures", "t
 Root = str | os.PathLike[str]
 #: Rails that feed the whole module: Orin NX and Nano, Xavier NX, TX2; the older Nano and NX name theirs by voltage.
 _WHOLE = ("VDD_IN", "POM_5V_IN", "5V_IN")
+#: Types of cooling devices that take clocks away: ACPI's, the kernel's (thermal-cpufreq-0, devfreq-17000000.gpu), Jetsons'.
+_SLOWING = ("processor", "cpufreq*", "thermal-cpufreq*", "cpu-*", "gpu-*", "devfreq*", "*throttle*", "intel_powerclamp")
 _PERIOD_S = 0.02  # between two readings of the rails
 _ZONES, _COOLING = "sys/class/thermal/thermal_zone*", "sys/class/thermal/cooling_device*"
 
@@ -76,11 +79,12 @@ def throttle_events(root: Root = "/") -> int:
 
 
 def throttling(root: Root = "/") -> list[str]:
-    """Cooling devices that hold clocks down right now; fans are none."""
+    """Cooling devices that hold clocks down right now; a fan does not, nor a dimmed screen, a modem or a charger."""
     tree, found = Path(root), list[str]()
     for device in _folders(tree, _COOLING):
         kind = read_text(tree, f"{device}/type")
-        if kind and "fan" not in kind.lower() and (_number(tree, f"{device}/cur_state") or 0) > 0:
+        slows = any(fnmatchcase(kind.lower(), pattern) for pattern in _SLOWING) and "fan" not in kind.lower()
+        if slows and (_number(tree, f"{device}/cur_state") or 0) > 0:
             found.append(kind)
     return found
 

@@ -7,11 +7,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "coefficient_of_variation", "histogram", "jitter", "median_ratio", "paired_ratio", "percentiles", "thin"]
+__all__ = [
+    "Interval",
+    "coefficient_of_variation",
+    "histogram",
+    "jitter",
+    "log_median",
+    "median_ratio",
+    "paired_ratio",
+    "percentiles",
+    "thin",
+]
 
 Floats = NDArray[np.float64]
 _BATCHES = 8
 _T_99 = 3.499  # Student's t, 7 degrees of freedom, two-sided 99%
+_Z_99 = 2.576  # the normal distribution's
 
 
 def percentiles(samples_ms: Floats) -> dict[str, float]:
@@ -71,22 +82,29 @@ class Interval(NamedTuple):
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
 
 
-def median_ratio(old_ms: Floats, new_ms: Floats) -> Interval:
-    """median(new) / median(old) with a 99% confidence interval, by batch means.
+def median_ratio(old: Floats, new: Floats, between: float = 0.0) -> Interval:
+    """median(new) / median(old) of latencies (N,) with a 99% confidence interval, by batch means.
 
     Latencies of one run are not independent (clocks drift, a neighbour comes and goes), so single samples would claim
     too much. Each run is cut into eight stretches and the logarithms of their medians are compared by Student's t, with
     the conservative seven degrees of freedom (batch means: Law, Simulation Modeling and Analysis, section 9.5).
+    ``between``: standard deviation of the logarithm of the ratio between pairs of runs, which the stretches do not show.
     Raises ValueError for fewer than 16 samples in a run, or one that is not positive.
     """
-    if min(len(old_ms), len(new_ms)) < 16 or min(old_ms.min(), new_ms.min()) <= 0:
+    if min(len(old), len(new)) < 16 or min(old.min(), new.min()) <= 0:
         raise ValueError("both runs need 16 positive samples")
-    old, new = (np.log([np.median(part) for part in np.array_split(run, _BATCHES)]) for run in (old_ms, new_ms))
-    difference = float(new.mean() - old.mean())
-    margin = _T_99 * float(np.sqrt((new.var(ddof=1) + old.var(ddof=1)) / _BATCHES))
-    ratio = float(np.median(new_ms) / np.median(old_ms))
-    low, high = float(np.exp(difference - margin)), float(np.exp(difference + margin))
+    (before, error_before), (after, error_after) = (log_median(run) for run in (old, new))
+    within = _T_99 * float(np.hypot(error_before, error_after))
+    margin = float(np.hypot(within, _Z_99 * between))
+    ratio = float(np.median(new) / np.median(old))
+    low, high = float(np.exp(after - before - margin)), float(np.exp(after - before + margin))
     return Interval(ratio, min(low, ratio), max(high, ratio))
+
+
+def log_median(run: Floats) -> tuple[float, float]:
+    """Mean of the logarithms of the medians of eight stretches, and its standard error."""
+    logs = np.log([np.median(part) for part in np.array_split(run, _BATCHES)])
+    return float(logs.mean()), float(logs.std(ddof=1)) / float(np.sqrt(_BATCHES))
 
 
 def paired_ratio(old_ms: Floats, new_ms: Floats) -> Interval:

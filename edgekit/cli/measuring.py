@@ -39,9 +39,9 @@ WORST_LAYERS = 12
     "--against",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="An earlier result, a benched bundle, or a folder of --history: the newest there.",
+    help="An earlier result, a benched bundle, or a folder of --history: the middle of the last five like it.",
 )
-@click.option("--fail-over", metavar="SHARE", help="With --against: exit 3 if p50 grew by more, for example 5%.")
+@click.option("--fail-over", metavar="SHARE", help="With --against: exit 3 if it takes longer by more, for example 5%.")
 @click.option("--force", is_flag=True, help="Compare with a result of another device or version all the same.")
 @click.option("--layers", is_flag=True, help="Also time every layer (onnxruntime).")
 @click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the layers' times; implies --layers.")
@@ -73,8 +73,11 @@ def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
 
     if other is not None:
         return _in_turns(bundle, other, options)
-    result = edgekit.bench(bundle, **options)
-    return Answer(result, _bench_text(result))
+    try:
+        result, missed = edgekit.bench(bundle, **options), None
+    except BudgetNotMet as error:
+        result, missed = dict(error.result), error
+    return Answer(result, _bench_text(result), missed=missed)
 
 
 @click.command("compare")
@@ -204,7 +207,7 @@ def _in_turns(bundle: Path, other: Path, options: dict[str, Any]) -> Answer:
     except BudgetNotMet as error:
         result, missed = dict(error.result), error
     rows = [
-        {"": name, "bundle": one["bundle"], "graph": one["graph"], **{k: one["latency_ms"][k] for k in ("p50", "p90", "p99")}}
+        {"": name, **{k: one[k] for k in ("bundle", "graph", "backend")}, **_percentiles(one)}
         for name, one in zip("AB", result["bundles"], strict=True)
     ]
     lines = [
@@ -215,6 +218,10 @@ def _in_turns(bundle: Path, other: Path, options: dict[str, Any]) -> Answer:
         *(f"not to be trusted: {reason}" for reason in result["reasons"]),
     ]
     return Answer(result, "\n".join(lines), missed=missed)
+
+
+def _percentiles(one: dict[str, Any]) -> dict[str, float]:
+    return {key: one["latency_ms"][key] for key in ("p50", "p90", "p99")}
 
 
 def _bench_text(result: dict[str, Any]) -> str:
@@ -231,16 +238,7 @@ def _bench_text(result: dict[str, Any]) -> str:
         f"cold start   {result['cold_start_ms']:.4g} ms to open and answer"
         + (f", {result['process_start_ms']:.4g} ms from the start of Python" if result["process_start_ms"] else ""),
     ]
-    if energy := result["energy"]:
-        rails = [energy["whole"]] if energy["whole"] else list(energy["watts"])
-        each = (
-            f"{rail} {energy['watts'][rail]:.3g} W, {energy['mj_per_inference'][rail]:.3g} mJ an inference" for rail in rails
-        )
-        lines.append(f"energy       {'; '.join(each)}")
-    if heat := result["temperatures"]["after"]:
-        warmest = max(heat, key=lambda zone: heat[zone])
-        before = result["temperatures"]["before"].get(warmest)
-        lines.append(f"heat         {warmest} {'?' if before is None else f'{before:.0f}'} -> {heat[warmest]:.0f} degrees")
+    lines += _sensed(result)
     if result.get("int8") == "float":
         lines.append("int8         computed in float: ONNX Runtime's int8 kernels overflow on a CPU without VNNI")
     if "queue" in result:
@@ -256,6 +254,7 @@ def _bench_text(result: dict[str, Any]) -> str:
             f"with frame   p50 {whole['latency_ms']['p50']:.4g}  p99 {whole['latency_ms']['p99']:.4g} ms, "
             f"{frame} uint8 to label"
         )
+        lines += [f"             not to be trusted: {reason}" for reason in whole["reasons"]]
     if profile := result.get("profile"):
         rows = [{**row, "us": f"{row['us']:.1f}", "share": f"{row['share']:.1%}"} for row in profile["layers"][:WORST_LAYERS]]
         lines += ["", table(rows, ["layer", "op", "us", "share", "output"])]
@@ -264,13 +263,36 @@ def _bench_text(result: dict[str, Any]) -> str:
             f"{profile['between_us']:.3g} us of it between them"
         )
         lines.append("")
-    if gate := result["against"]:
-        lines.append(
-            f"against      p50 {gate['old_p50_ms']:.4g} -> {gate['new_p50_ms']:.4g} ms, ratio {gate['ratio']:.3f} "
-            f"({gate['low']:.3f} to {gate['high']:.3f}): {gate['verdict']}"
-        )
-        lines += [f"             differs: {difference}" for difference in gate["differs"]]
+    if result["against"]:
+        lines += _against(result["against"])
     lines.append("trustworthy  " + ("yes" if result["trustworthy"] else "no"))
     lines += [f"             {reason}" for reason in result["reasons"]]
     written = [result[kind] for kind in ("file", "history") if result.get(kind)]
     return "\n".join([*lines, *(f"written to   {path}" for path in written)])
+
+
+def _sensed(result: dict[str, Any]) -> list[str]:
+    """Energy and heat, where the machine tells them."""
+    lines = []
+    if energy := result["energy"]:
+        rails = [energy["whole"]] if energy["whole"] else list(energy["watts"])
+        each = (
+            f"{rail} {energy['watts'][rail]:.3g} W, {energy['mj_per_inference'][rail]:.3g} mJ an inference" for rail in rails
+        )
+        lines.append(f"energy       {'; '.join(each)}")
+    if heat := result["temperatures"]["after"]:
+        warmest = max(heat, key=lambda zone: heat[zone])
+        before = result["temperatures"]["before"].get(warmest)
+        lines.append(f"heat         {warmest} {'?' if before is None else f'{before:.0f}'} -> {heat[warmest]:.0f} degrees")
+    return lines
+
+
+def _against(gate: dict[str, Any]) -> list[str]:
+    from edgekit.benchmarking.gate import verdict_words
+
+    lines = [
+        f"against      p50 {gate['old_p50_ms']:.4g} -> {gate['new_p50_ms']:.4g} ms, {verdict_words(gate)}: {gate['verdict']}"
+    ]
+    if not gate["earlier_trustworthy"]:
+        lines.append("             the earlier run was not to be trusted")
+    return lines + [f"             differs: {difference}" for difference in gate["differs"]]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgekit.benchmarking import device
 from edgekit.benchmarking.device import Load, Sensors, fingerprint, package_versions, resident_mb
 
 ORIN = {
@@ -122,7 +124,8 @@ def test_load_is_what_changed_between_two_readings(tmp_path: Path) -> None:
     ("load", "threads", "words"),
     [
         (Load(0.0, 0.0, 0.0, 0), 1, []),
-        (Load(0.4, 0.0, 900.0, 0), 1, []),  # one core of two is free for it
+        (Load(0.4, 0.0, 9.0, 0), 1, []),  # one core of two is free for it
+        (Load(0.4, 0.0, 120.0, 0), 1, ["lost its core 120 times a second"]),
         (Load(0.9, 0.0, 0.0, 0), 1, ["other processes kept 0.9 of 2 cores busy"]),
         (Load(0.2, 0.0, 0.0, 0), 2, ["other processes"]),
         (Load(0.2, 0.0, 0.0, 0), 0, ["other processes"]),  # 0: all cores
@@ -134,6 +137,16 @@ def test_reasons_for_doubt(load: Load, threads: int, words: list[str]) -> None:
     assert len(found) == len(words)
     for reason, word in zip(found, words, strict=True):
         assert word in reason
+
+
+def test_only_cores_that_the_process_may_use_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A neighbour on the other 63 cores takes nothing from it."""
+    text = "cpu  900 0 0 50 0 0 0 0\ncpu0 100 0 0 0 0 0 0 0\ncpu1 800 0 0 0 0 0 0 70\ncpu10 1 0 0 0 0 0 0 0\n"
+    monkeypatch.setattr(device, "read_text", lambda tree, name: text if name == "proc/stat" else "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    hertz = os.sysconf("SC_CLK_TCK")
+    assert Sensors().busy == 100 / hertz
+    assert Sensors(tmp_path).busy == 900 / hertz
 
 
 @pytest.mark.parametrize(("driver", "slow"), [("acpi-cpufreq", True), ("intel_pstate", False), ("amd-pstate-epp", False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgekit.benchmarking import pairs
 from edgekit.benchmarking.statistics import Interval, paired_ratio
 from edgekit.bundle import Bundle
 from edgekit.errors import BudgetNotMet, UsageError
+from edgekit.manifest import TensorSpec
 
 
 def test_both_are_measured_and_nothing_is_written(cli: Any, tiny_bundle: Bundle) -> None:
@@ -27,13 +29,14 @@ def test_both_are_measured_and_nothing_is_written(cli: Any, tiny_bundle: Bundle)
     assert [one["iterations"] >= 40 for one in found["bundles"]] == [True, True]
     assert found["passed"] is None
     assert sorted(tiny_bundle.path.rglob("*")) == before
+    assert found["batch"] == 1
 
 
 def test_a_slower_one_is_found_out(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three times the wait: no neighbour makes up for it."""
     waits = iter((0.001, 0.003))
 
-    def waiting(_: Any) -> Any:
+    def waiting(*_: Any) -> Any:
         wait = next(waits)
         return lambda: time.sleep(wait)
 
@@ -61,6 +64,37 @@ def test_the_gate_wants_both_size_and_certainty(
     assert outcome.code == (0 if passed else 3)
     assert words in outcome.out
     assert ("wide" in outcome.out) == (interval.high / interval.low > 1.1)
+
+
+def test_the_table_names_the_backend(cli: Any, tiny_bundle: Bundle) -> None:
+    assert cli("bench", tiny_bundle.path, tiny_bundle.path, "--seconds", "0.05").out.count("onnxruntime") == 2
+
+
+class Engine:
+    """A runner's answer to how many samples it takes."""
+
+    def __init__(self, batches: tuple[int, int] | None, axis: int | str = "n") -> None:
+        self.batches, self.inputs = batches, (TensorSpec("x", "float32", (axis, 2)),)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "batch"),
+    [
+        (Engine((1, 1)), Engine((4, 4)), None),  # as single inferences the second would look four times as slow
+        (Engine((1, 8)), Engine((4, 4)), 4),
+        (Engine(None), Engine((4, 4)), 4),
+        (Engine(None, 1), Engine((4, 4)), None),
+        (Engine(None), Engine(None, 1), 1),
+    ],
+)
+def test_both_take_one_batch(tiny_bundle: Bundle, first: Engine, second: Engine, batch: int | None) -> None:
+    models: Any = [SimpleNamespace(bundle=tiny_bundle, runner=runner) for runner in (first, second)]
+    for both in (models, models[::-1]):
+        if batch is None:
+            with pytest.raises(UsageError, match="takes batches of 1 at most, the other one of 4 at least"):
+                pairs._batch(both)
+        else:
+            assert pairs._batch(both) == batch
 
 
 @pytest.mark.parametrize("option", [["--rate", "5"], ["--scenario", "offline"], ["--against", "x"], ["--no-save"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import edgekit
-from edgekit.benchmarking.profile import SHOWN, times_chart
+from edgekit.benchmarking.profile import SHOWN, layer_times, times_chart
 from edgekit.bundle import Bundle
 
 
@@ -42,6 +43,43 @@ def test_the_largest_product_takes_longest(tmp_path: Path) -> None:
     bundle = edgekit.import_onnx(tmp_path / "m.onnx", out=tmp_path / "m.edge")
     found = edgekit.bench(bundle, seconds=0.1, layers=True, save=False)["profile"]["layers"]
     assert found[0]["layer"] == "m2"
+
+
+def test_a_loop_counts_what_its_body_takes_once(tmp_path: Path) -> None:
+    """A body of one large product, run eight times: its time is the loop's, and no second one beside it."""
+    width = 256
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["s", "w"], ["t"], name="inner"), helper.make_node("Identity", ["c"], ["d"], name="on")],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("s", TensorProto.FLOAT, [64, width]),
+        ],
+        [
+            helper.make_tensor_value_info("d", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("t", TensorProto.FLOAT, [64, width]),
+        ],
+    )
+    constants = {"n": np.array(8), "go": np.array(True), "w": np.eye(width, dtype=np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="outer"),
+        helper.make_node("Loop", ["n", "go", "a"], ["y"], name="loop", body=body),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, width]) for name in ("x", "y")]
+    graph = helper.make_graph(
+        nodes, "g", values[:1], values[1:], [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "loop.onnx")
+    bundle: Any = SimpleNamespace(file=lambda name: tmp_path / name)  # an import would unroll it
+    found = layer_times(bundle, "loop.onnx", 1, {"x": np.ones((64, width), np.float32)}, 0.1)
+    rows = {row["layer"]: row for row in found["layers"]}
+    assert (rows["inner"]["inside"], rows["loop"]["inside"], rows["outer"]["inside"]) == ("loop", None, None)
+    assert rows["inner"]["us"] > 3 * rows["outer"]["us"]  # eight products beside one
+    assert rows["inner"]["us"] <= 1.05 * rows["loop"]["us"]
+    assert sum(row["share"] for row in found["layers"] if row["inside"] is None) == pytest.approx(1)
+    assert found["run_us"] >= 0.9 * sum(row["us"] for row in found["layers"] if row["inside"] is None)
 
 
 def test_a_deep_net_is_drawn_with_the_rest_as_one_bar() -> None:

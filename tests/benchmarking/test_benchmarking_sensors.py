@@ -143,6 +143,31 @@ def test_a_machine_without_rails(tmp_path: Path) -> None:
     assert (temperatures(tmp_path), clocks_mhz(tmp_path), throttle_events(tmp_path), throttling(tmp_path)) == ({}, {}, 0, [])
 
 
+@pytest.mark.parametrize(
+    ("kind", "slows"),
+    [
+        *[
+            (kind, True)
+            for kind in ("Processor", "thermal-cpufreq-0", "cpufreq-cpu0", "gpu-throttle-alert", "intel_powerclamp")
+        ],
+        *[(kind, True) for kind in ("devfreq-17000000.gpu", "cpu-throttle-alert", "cv0-throttle-alert")],
+        *[(kind, False) for kind in ("LCD", "Fan", "pwm-fan", "cpu-fan", "iwlwifi_1", "TCC Offset", "charger", "")],
+    ],
+)
+def test_only_what_takes_clocks_away_counts(tmp_path: Path, kind: str, slows: bool) -> None:
+    """A dimmed screen is a cooling device too, and no bench on that laptop would ever be trusted."""
+    device = "sys/class/thermal/cooling_device0"
+    tree = grow(tmp_path, {f"{device}/type": f"{kind}\n", f"{device}/cur_state": "3\n"})
+    assert throttling(tree) == ([kind] if slows else [])
+
+
+def test_clocks_that_were_held_down_before_count_too(tmp_path: Path) -> None:
+    earlier = Sensors(grow(tmp_path, ORIN_NX))
+    now = grow(tmp_path, {"sys/class/thermal/cooling_device2/cur_state": "0\n"})
+    assert Sensors(now).since(earlier).held == ("cpu-throttle-alert",)
+    assert Sensors(now).since(Sensors(now)).held == ()
+
+
 def test_clocks_that_are_held_down_make_a_figure_doubtful(tmp_path: Path) -> None:
     earlier = Sensors(grow(tmp_path, {**ORIN_NX, "sys/class/hwmon/hwmon4/oc3_event_cnt": "5\n"}))
     reasons = Sensors(grow(tmp_path, ORIN_NX)).since(earlier).reasons(6, 1)
