@@ -29,7 +29,9 @@ from edgekit.manifest import ImagePreprocessing
 from edgekit.progress import say
 from edgekit.runtime import Model
 from edgekit.runtime.backends import ENGINE_MODULES, Runner, open_runner
+from edgekit.runtime.cuda import open_cuda
 from edgekit.runtime.model import Precision
+from edgekit.runtime.tensorrt import TensorRtRunner
 
 from .asked import STREAMS, Asked
 from .cold import process_start_ms
@@ -37,8 +39,8 @@ from .device import Sensors, fingerprint, resident_mb
 from .doubts import doubts
 from .gate import judge, load_earlier, parse_share, verdict_words
 from .history import add, check_history
-from .inputs import Feeds, batchable, feeds_for, frame_for, golden_or_none, runner_feeds
-from .profile import check_profile, layer_times, times_chart
+from .inputs import Feeds, batchable, frame_for, golden_or_none, runner_feeds
+from .profile import check_profile, layer_times, tensorrt_layers, times_chart
 from .scenarios import KEY, Call, Run, multi_stream, offline, server, single_stream, warm_up
 from .sensors import PowerMeter
 from .statistics import coefficient_of_variation, histogram, jitter, percentiles, thin
@@ -173,7 +175,8 @@ def _opened(
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
     """The model, open, and what opening it cost: ``cold_start_ms`` (with hash check and first inference), ``process_start_ms``
     (of so many ``starts``), ``memory``."""
-    open_runner(bundle, backend)  # imports the backend: once a process, and not the model's cost
+    runner = open_runner(bundle, backend)  # imports the backend: once a process, and not the model's cost
+    free = _free_on_gpu(runner)
     before, start = resident_mb(), time.perf_counter()
     with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
         loaded = time.perf_counter()
@@ -183,20 +186,33 @@ def _opened(
         cold_start = loaded - start + time.perf_counter() - first
         after = resident_mb()
         grown = after - before if before is not None and after is not None else None
+        taken = None if free is None else (free - (_free_on_gpu(runner) or 0)) / 2**20
         yield (
             model,
             {
                 "cold_start_ms": cold_start * 1e3,
                 "process_start_ms": process_start_ms(model, precision, threads, feeds, starts),
-                "memory": {"rss_mb": after, "model_mb": grown},
+                "memory": {"rss_mb": after, "model_mb": grown, "gpu_mb": taken},
             },
         )
 
 
+def _free_on_gpu(runner: Runner) -> int | None:
+    """Bytes that the GPU has left, None where nothing runs on one."""
+    if not isinstance(runner, TensorRtRunner):
+        return None
+    cuda = open_cuda()
+    with cuda.current():
+        return cuda.free_bytes()
+
+
 def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path | None) -> dict[str, Any]:
     say("timing every layer")
-    feeds = feeds_for(model.runner.inputs, golden_or_none(model.bundle), _least(model.runner))
-    found = layer_times(model.bundle, graph, threads, feeds, seconds / 2)
+    feeds = runner_feeds(model.runner, golden_or_none(model.bundle), _least(model.runner))
+    if isinstance(model.runner, TensorRtRunner):
+        found = tensorrt_layers(model.runner, feeds, seconds / 2)
+    else:
+        found = layer_times(model.bundle, graph, threads, feeds, seconds / 2)
     if plot is not None:
         atomic_write(plot, times_chart(found, f"{model.bundle.path.name}/{graph} on {model.runner.name}").encode())
     return found

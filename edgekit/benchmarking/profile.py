@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,15 +16,16 @@ import numpy as np
 from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
 from edgekit.runtime.onnxruntime import session
+from edgekit.runtime.tensorrt import TensorRtRunner
 from edgekit.svg import checked_path, escape
 
 from .inputs import Feeds
 
-__all__ = ["BACKEND", "check_profile", "layer_times", "times_chart"]
+__all__ = ["BACKENDS", "check_profile", "layer_times", "tensorrt_layers", "times_chart"]
 
-BACKEND = "onnxruntime"
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 MAX_EVENTS = 500_000  # of the million that ONNX Runtime keeps
-WARM, LEAST_RUNS = 3, 20
+WARM, LEAST_RUNS, MAX_RUNS = 3, 20, 10_000
 _SUFFIX = "_kernel_time"
 _CONTROL = ("If", "Loop", "Scan")  # their time holds that of the layers inside
 _Key = tuple[str, str]  # index in its graph, name
@@ -50,6 +52,25 @@ def layer_times(bundle: Bundle, graph: str, threads: int, feeds: Feeds, seconds:
         for _ in range(WARM + max(runs, LEAST_RUNS)):
             run.run(None, feeds)
         return _rows(_events(run))
+
+
+def tensorrt_layers(runner: TensorRtRunner, feeds: Feeds, seconds: float) -> dict[str, Any]:
+    """The same of a TensorRT engine, by its profiler: ``layer`` is what the builder made of one node or several, and says
+    which; ``op`` and ``output`` are not told. ``runner``: an entered one, of which another is made without CUDA graphs."""
+    with type(runner)(runner.bundle, runner.graph, runner.threads, cuda_graph=False) as plain:
+        started = time.perf_counter()
+        plain.layer_ms(feeds, WARM)
+        slowest_s = (time.perf_counter() - started) / WARM
+        runs = max(LEAST_RUNS, min(round(seconds / max(slowest_s, 1e-6)), MAX_RUNS))
+        started = time.perf_counter()
+        taken = plain.layer_ms(feeds, runs)
+        run_us = (time.perf_counter() - started) / (runs + 1) * 1e6
+    times = {name: float(np.median(ms)) * 1e3 for name, ms in taken.items()}
+    total = sum(times.values()) or 1.0
+    blank: dict[str, Any] = {"op": "", "output": "", "inside": None}
+    rows = [{"layer": name, "us": us, "share": us / total, **blank} for name, us in times.items()]
+    rows.sort(key=lambda row: -row["us"])
+    return {"layers": rows, "run_us": run_us, "between_us": max(run_us - total, 0.0), "runs": runs}
 
 
 def _events(run: Any) -> list[dict[str, Any]]:
@@ -107,9 +128,9 @@ def _shape(outputs: list[dict[str, list[int]]]) -> str:
 
 
 def check_profile(backend: str, picture: Path | None) -> None:
-    """Raises `UsageError` for another backend than `BACKEND`, or a picture that cannot be drawn there."""
-    if backend != BACKEND:
-        raise UsageError(f"layers are timed on {BACKEND}, not on {backend}", f"add --backend {BACKEND}")
+    """Raises `UsageError` for another backend than `BACKENDS`, or a picture that cannot be drawn there."""
+    if backend not in BACKENDS:
+        raise UsageError(f"layers are timed on {', '.join(BACKENDS)}, not on {backend}", f"add --backend {BACKENDS[0]}")
     if picture is not None:
         checked_path(picture, _MARK)
 

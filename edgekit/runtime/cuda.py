@@ -59,6 +59,10 @@ class Cuda(Protocol):
 
     def device(self) -> Device: ...
 
+    def free_bytes(self) -> int:
+        """What the device has left, for all that use it."""
+        ...
+
     def current(self) -> contextlib.AbstractContextManager[None]:
         """Make the device the calling thread's own for the block."""
         ...
@@ -160,6 +164,9 @@ class _Bindings:
             integrated=bool(properties.integrated),
             memory_bytes=int(properties.totalGlobalMem),
         )
+
+    def free_bytes(self) -> int:
+        return int(self._call("cudaMemGetInfo")[0])
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -287,6 +294,10 @@ class _PyCuda:
             integrated=bool(self._device.get_attribute(attribute.INTEGRATED)),
             memory_bytes=int(self._device.total_memory()),
         )
+
+    @_in_words
+    def free_bytes(self) -> int:
+        return int(self._driver.mem_get_info()[0])
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:

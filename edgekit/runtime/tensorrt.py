@@ -92,6 +92,7 @@ class TensorRtRunner:
         self._wish = (cuda_graph, zero_copy)
         self._engine: Engine | None = None
         self._context: Any = None
+        self._profiler: Any = None
         self._tensors: list[_Tensor] = []
 
     def share(self) -> TensorRtRunner:
@@ -148,7 +149,7 @@ class TensorRtRunner:
             with contextlib.suppress(BackendError):
                 self._cuda.free_stream(self._stream)
             self._stream = 0
-        self._bound = self._context = None
+        self._bound = self._context = self._profiler = None
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.release()
@@ -320,6 +321,29 @@ class TensorRtRunner:
                 for event in events:
                     self._cuda.free_event(event)
         return dict(zip(("upload", "compute", "download"), spans, strict=True))
+
+    def layer_ms(self, feeds: Mapping[str, NDArray[Any]], runs: int) -> dict[str, list[float]]:
+        """Layer of the engine, after fusion -> its milliseconds in each of ``runs`` inferences, by the GPU's own clock.
+
+        For a runner of ``cuda_graph=False``: a graph is launched as a whole. Timing each layer slows the run.
+        """
+        self.run(feeds)
+        trt = self._engine.trt if self._engine is not None else None
+        taken: dict[str, list[float]] = {}
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined, union-attr, unused-ignore]
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)  # type: ignore[union-attr]
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                taken.setdefault(layer_name, []).append(float(ms))
+
+        self._profiler = Profiler()  # TensorRT does not keep it alive
+        self._context.profiler = self._profiler
+        self._context.enqueue_emits_profile = True
+        for _ in range(runs):
+            self.run(feeds)
+        return taken
 
     def describe(self) -> dict[str, Any]:
         """``cuda_graph``: True, who makes it, or why none. ``suboptimal``: why TensorRT-RTX expects less speed, or None."""

@@ -154,6 +154,9 @@ class SimulatedCuda:
     def cudaGetLastError(self) -> tuple[Any, ...]:
         return (self.error,)
 
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:
+        return self.error, self.limit - sum(map(len, self.memory.values())), self.limit
+
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         if self._forbidden():
             return cudaError_t.cudaErrorStreamCaptureUnsupported, None

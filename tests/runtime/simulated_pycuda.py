@@ -71,6 +71,9 @@ class Driver:
 
     def init(self) -> None: ...
 
+    def mem_get_info(self) -> tuple[int, int]:
+        return self.call("cudaMemGetInfo"), self.simulated.limit
+
     def get_driver_version(self) -> int:
         return 12060
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import load_model_from_string
 
 from edgekit.runtime.onnxruntime import DTYPES, session
 
@@ -77,6 +78,7 @@ def make_module(release: str, cuda: Any) -> types.ModuleType:
     trt: Any = types.ModuleType("tensorrt_rtx" if release == RTX else "tensorrt")
     trt.release, trt.cuda, trt.used = release, cuda, set()
     trt.__version__ = "1.7.1.116" if release == RTX else f"{release}.0"
+    trt.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
     trt.ILogger = type("ILogger", (), {"ERROR": 1, "WARNING": 2, "__init__": lambda self: None})
     trt.TensorIOMode, trt.TensorLocation = TensorIOMode, TensorLocation
     if release == RTX:
@@ -144,6 +146,7 @@ class _Engine(_Guarded):
         super().__init__("ICudaEngine", trt)
         self._logger, self._about, self._digest = logger, about, str(len(onnx))
         self._session = session(onnx)
+        self._layers = [node.name or node.output[0] for node in load_model_from_string(onnx).graph.node]
         values = [(v, True) for v in self._session.get_inputs()] + [(v, False) for v in self._session.get_outputs()]
         self._values = {value.name: value for value, _ in values}
         self._inputs = {value.name for value, is_input in values if is_input}
@@ -227,6 +230,8 @@ class _Context(_Guarded):
         super().__init__("IExecutionContext", trt)
         self._logger, self._engine, self._captures = logger, engine, captures
         self._runs: dict[Any, int] = {}  # of each shape
+        self.profiler: Any = None
+        self.enqueue_emits_profile = True
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         trt.alive += 1
@@ -297,6 +302,9 @@ class _Context(_Guarded):
 
         def work() -> None:
             self._trt.ran.append(kernels)
+            if self.profiler is not None and self.enqueue_emits_profile:
+                for index, layer in enumerate(self._engine._layers):
+                    self.profiler.report_layer_time(layer, 0.01 * (index + 1))
             feeds = {}
             for name in engine._inputs:
                 address, shape, dtype = places[name]
