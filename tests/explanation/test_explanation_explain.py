@@ -305,6 +305,38 @@ def test_dead_channels_and_saturation_are_counted(tmp_path: Path, digits_bundle:
     assert layers["pool"]["dead"] is None  # one value a channel: nobody can say
 
 
+def test_channels_of_tokens_are_the_last_axis_and_attention_has_none(
+    tmp_path: Path, digits_bundle: Bundle, digit: Path
+) -> None:
+    """49 tokens of 16 pixels, to 6 features of which two are dead, to 2 heads of 3."""
+    weight = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    weight[:, [1, 4]] = 0
+    constants = {"w": weight, "tokens": np.array([0, 49, 16]), "heads": np.array([0, 49, 2, 3]), "two": np.array([0, 2, -1])}
+    nodes = [
+        helper.make_node("Reshape", ["x", "tokens"], ["t"]),
+        helper.make_node("MatMul", ["t", "w"], ["f"], name="features"),
+        helper.make_node("Relu", ["f"], ["r"], name="relu"),
+        helper.make_node("Reshape", ["r", "heads"], ["h"]),
+        helper.make_node("Transpose", ["h"], ["s"], perm=[0, 2, 1, 3]),
+        helper.make_node("Neg", ["s"], ["a"], name="heads"),
+        helper.make_node("Reshape", ["a", "two"], ["d"]),
+        helper.make_node("ReduceMean", ["d"], ["y"], name="mean", axes=[2], keepdims=0),
+    ]
+    ends = [helper.make_tensor_value_info("x", 1, ["n", 1, 28, 28]), helper.make_tensor_value_info("y", 1, ["n", 2])]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with Bundle.create(tmp_path / "tokens.edge") as draft:
+        draft.write(FLOAT_GRAPH, model.SerializeToString())
+        draft.manifest = msgspec.structs.replace(digits_bundle.manifest, labels=("a", "b"), golden={}, name="tokens")
+    rows = explain(tmp_path / "tokens.edge", digit, out=tmp_path / "w", method="activations")["layers"]
+    layers = {row["name"]: row for row in rows}
+    for name in ("features", "relu"):
+        assert (layers[name]["channels"], layers[name]["dead_channels"]) == (6, [1, 4])
+    assert (layers["heads"]["shape"], layers["heads"]["channels"], layers["heads"]["dead"]) == ("2x49x3", None, None)
+    assert layers["heads"]["high"] == 0
+    assert layers["mean"]["channels"] == 2
+
+
 def test_values_beyond_the_calibrated_range_are_counted_and_said(
     cli: Callable[..., Any], digits_bundle: Bundle, digits_graph: bytes, digit: Path, tmp_path: Path
 ) -> None:
