@@ -85,8 +85,6 @@ def explain(
     refuse_inside_bundle(folder / RECORD)
     pictures = Pictures(folder, method, [source.file for source in sources if source.file])
     rows, skipped, rest = _rows(opened, settings, sources, pictures)
-    if not rows:
-        raise DataError(f"none of {len(sources)} {kind.plural} can be read; the first is {sources[0].shown}", kind.advice)
     graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
     result = {
         "method": method,
@@ -104,7 +102,8 @@ def explain(
 def _rows(
     bundle: Bundle, settings: Settings, sources: list[Source], pictures: Pictures
 ) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """An entry a sample, what was skipped, and what explanation.json says of the run."""
+    """An entry a sample, what was skipped, and what explanation.json says of the run. Raises `DataError` without any entry."""
+    first: DataError | InputError | None = None
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -115,12 +114,18 @@ def _rows(
             try:
                 answers = judge(source)
             except (DataError, InputError) as error:
+                first = first or error
                 skipped.append(source.shown)
                 say(f"skipped {source.shown}: {error.message}")
                 continue
             for name, row, png in answers:
                 stem = f"{source.stem}-{name}" if name else source.stem
                 rows.append({"source": source.shown, **row, "overlay": pictures.write(stem, png)})
+        if not rows:
+            kind = settings.modality
+            reason, hint = (first.message, first.hint) if first else (f"it holds no {kind.noun}", "")
+            message = f"none of {len(sources)} {kind.plural} can be explained; {sources[0].shown}: {reason}"
+            raise DataError(message, hint or kind.advice)
         layers = judge.layers()
         return rows, skipped, {**({"layers": layers} if layers else {}), **model.runner.describe()}
 

@@ -163,7 +163,8 @@ def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _energy(energy: Mapping[str, Any]) -> str | None:
     """Of the rail that feeds all where there is one, else of each: rails may feed one another, so they are not added up."""
-    rails = {str(k): v for k, v in mapping(energy.get("mj_per_inference")).items() if isinstance(v, int | float)}
+    stated = mapping(energy.get("mj_per_inference"))
+    rails = {str(name): value for name in stated if (value := number(stated, str(name))) is not None}
     whole = words(energy, "whole")
     shown = {whole: rails[whole]} if whole in rails else rails
     return ", ".join(f"{value:.3g} mJ an inference ({rail})" for rail, value in shown.items()) or None

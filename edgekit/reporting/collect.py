@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from edgekit.manifest import History
 from .bench import Bench, read_bench
 from .engine_layers import EngineLayers, read_layers
 from .examples import Examples, read_examples
-from .figures import MAKERS, comparable, confusion, latest, mapping, number, numbers, words
+from .figures import MAKERS, comparable, confusion, decoded, latest, mapping, number, numbers, words
 
 __all__ = ["BundleView", "Engine", "Layer", "TensorRange", "collect"]
 
@@ -126,9 +126,7 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         graph=bundle.graph,
         graph_bytes=bundle.size_bytes() if bundle.has(bundle.graph) else 0,
         form=bundle.form if bundle.has(INT8_GRAPH) else "float",
-        bench=tuple(
-            read_bench(Path(f).stem, _json(bundle, f), bundle.form) for f in manifest.files if _in(f, "bench", ".json")
-        ),
+        bench=tuple(_bench(bundle, file) for file in manifest.files if _in(file, "bench", ".json")),
         engines=_engines(bundle),
         confusion=confusion(own, len(manifest.labels)),
         examples=_examples(bundle, own),
@@ -138,6 +136,13 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         files=files,
         pictures=tuple((Path(f).name, bundle.file(f).read_bytes()) for f in manifest.files if _in(f, "explanations", ".png")),
     )
+
+
+def _bench(bundle: Bundle, file: str) -> Bench:
+    try:
+        return read_bench(Path(file).stem, _json(bundle, file), bundle.form)
+    except ArithmeticError:  # figures so odd that nothing can be made of them
+        return read_bench(Path(file).stem, {}, bundle.form)
 
 
 def _examples(bundle: Bundle, own: Sequence[History]) -> Examples:
@@ -157,7 +162,7 @@ def _json(bundle: Bundle, file: str) -> Mapping[str, Any]:
     path = bundle.file(file)
     if path.stat().st_size <= MAX_JSON_BYTES:
         with contextlib.suppress(ValueError):
-            return mapping(json.loads(path.read_bytes()))
+            return mapping(decoded(path.read_bytes()))
     return {}
 
 
@@ -223,4 +228,5 @@ def _ends(quantizer: object) -> list[tuple[float, float]]:
         return []
     channels = max(len(shifts), len(factors), 1)
     pairs = zip(shifts or [0.0] * channels, factors or [1.0] * channels, strict=False)
-    return [(shift - 127 * scale / factor, shift + 127 * scale / factor) for shift, factor in pairs]
+    ends = [(shift - 127 * scale / factor, shift + 127 * scale / factor) for shift, factor in pairs]
+    return ends if all(math.isfinite(low) and math.isfinite(high) for low, high in ends) else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import json
 import os
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from edgekit.version import __version__
 from . import charts
 from .bench import Bench
 from .collect import BundleView, collect
-from .figures import number, words
+from .figures import decoded, number, words
 from .front import Front, front_file, read_front, row_words
 
 __all__ = ["Live", "numbered", "render", "report"]
@@ -130,7 +129,7 @@ def numbered(stems: Sequence[str]) -> list[str]:
 def _pictures(folder: Path) -> list[dict[str, Any]]:
     """What `edgekit explain` wrote: its overlays by file name, never a path out of the folder."""
     try:
-        data = json.loads((folder / "explanation.json").read_bytes())
+        data = decoded((folder / "explanation.json").read_bytes())
         images = [image for image in data["images"] if isinstance(image, Mapping)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -179,7 +178,7 @@ def render(
     total = itertools.accumulate(len(picture["uri"]) for picture in embedded)
     shown = sum(size <= MAX_PICTURES_TEXT for size in total)
     scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
-    return environment.from_string(_asset("report.html")).render(
+    page = environment.from_string(_asset("report.html")).render(
         live=live,
         cards=_cards(rows),
         views=views,
@@ -199,6 +198,7 @@ def render(
         plain=_plain,
         row_words=row_words,
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is a letter of JSON, and none of UTF-8
 
 
 def _asset(name: str) -> str:

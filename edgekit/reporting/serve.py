@@ -59,8 +59,10 @@ class Watched:
             for path, stamp in stamps:
                 try:
                     views.append(self._view(path, stamp))
-                except (EdgekitError, OSError) as error:
-                    skipped.append((path.name, WRITING if stamp is None else str(error)))
+                except Exception as error:  # noqa: BLE001  one bundle, however odd, hides none of the others
+                    known = isinstance(error, EdgekitError | OSError)
+                    reason = str(error) if known else f"it cannot be read: {type(error).__name__}"
+                    skipped.append((path.name, WRITING if stamp is None else reason))
             views.sort(key=lambda view: (len(view.chain.split("→")), view.name))
             names = numbered([view.name for view in views])
             views = [dataclasses.replace(view, name=name) for view, name in zip(views, names, strict=True)]

@@ -155,6 +155,24 @@ def test_damaged_images_are_named_and_skipped(digits_bundle: Bundle, digit: Path
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("method", ["activations", "lime", "occlusion"])
+def test_a_model_that_answers_nan_is_named(
+    cli: Callable[..., Any], digits_bundle: Bundle, digits_graph: bytes, digit: Path, tmp_path: Path, method: str
+) -> None:
+    model = onnx.load_from_string(digits_graph)
+    weight = next(weight for weight in model.graph.initializer if weight.name == "w3")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, "w3"))
+    with Bundle.create(tmp_path / "nan.edge") as draft:
+        draft.write(FLOAT_GRAPH, model.SerializeToString())
+        draft.manifest = msgspec.structs.replace(digits_bundle.manifest, golden={}, name="nan")
+    answer = cli("explain", tmp_path / "nan.edge", digit, "--out", tmp_path / "why", "--method", method)
+    assert (answer.code, "the model answers NaN or Inf for this sample" in answer.err) == (1, True)
+    assert f"error: none of 1 images can be explained; {digit}: the model answers NaN or Inf" in answer.err
+    assert not (tmp_path / "why").exists()
+
+
 def test_a_source_is_never_overwritten(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
     (tmp_path / "four.occlusion.png").write_bytes(digit.read_bytes())
     result = explain(digits_bundle, [digit, tmp_path / "four.occlusion.png"], out=tmp_path)
@@ -323,7 +341,9 @@ def test_channels_of_tokens_are_the_last_axis_and_attention_has_none(
         helper.make_node("ReduceMean", ["d"], ["y"], name="mean", axes=[2], keepdims=0),
     ]
     ends = [helper.make_tensor_value_info("x", 1, ["n", 1, 28, 28]), helper.make_tensor_value_info("y", 1, ["n", 2])]
-    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()])
+    graph = helper.make_graph(
+        nodes, "g", ends[:1], ends[1:], [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     with Bundle.create(tmp_path / "tokens.edge") as draft:
         draft.write(FLOAT_GRAPH, model.SerializeToString())

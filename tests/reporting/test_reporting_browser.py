@@ -110,6 +110,18 @@ def test_a_click_on_a_cell_shows_its_samples(browser: Any, digits_bundle: Bundle
     assert browser.complaints() == []
 
 
+def test_a_chart_that_cannot_be_drawn_leaves_the_others(browser: Any, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    at = text.index("<canvas")
+    start = text.index('data-chart="', at) + len('data-chart="')
+    page.write_text(text[:start] + "[-Infinity]" + text[text.index('"', start) :], encoding="utf-8")
+    browser.open(page)
+    assert browser.evaluate("document.querySelectorAll('canvas').length") == 3
+    assert all(count > 500 for count in browser.evaluate(INKED))
+    assert "cannot be drawn" in browser.evaluate("document.body.innerText")
+    assert browser.complaints() == []
+
+
 def test_a_script_from_elsewhere_does_not_run(browser: Any, page: Path) -> None:
     page.write_text(
         page.read_text(encoding="utf-8").replace("</body>", "<script>window.hacked = 1</script></body>"), encoding="utf-8"

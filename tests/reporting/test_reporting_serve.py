@@ -77,6 +77,20 @@ def test_the_page_follows_its_folder_and_ctrl_c_ends_it(
     assert process.wait(20) == 0
 
 
+def test_one_odd_bundle_hides_none_of_the_others(folder: Path, served: tuple[subprocess.Popen[str], str]) -> None:
+    shutil.copytree(folder / "whole.edge", folder / "deep.edge")
+    (folder / "deep.edge" / MANIFEST).write_text("[" * 100_000)
+    shutil.copytree(folder / "whole.edge", folder / "odd.edge")
+    odd = Bundle.open(folder / "odd.edge")
+    odd.extend(
+        {"bench/x.json": b'{"backend": "\\ud800", "latency_ms": {"p50": 1}}'}, odd.entry("eval", {"data": "digits"}, MEASURED)
+    )
+    page = get(served[1])[1]
+    assert "93.12" in page
+    assert "whole.edge" in page
+    assert "deep.edge (" in page
+
+
 def test_nothing_but_the_page_is_answered(served: tuple[subprocess.Popen[str], str]) -> None:
     url = served[1]
     outside = ("/notes.txt", "/../runs/notes.txt", "/%2e%2e/runs/notes.txt", "//etc/passwd", "/whole.edge/manifest.json")

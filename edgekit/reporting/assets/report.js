@@ -182,7 +182,12 @@
   function draw() {
     const mine = ++turn, waiting = [];
     const one = (canvas) => {
-      drawn.push(new Chart(canvas, KINDS[canvas.dataset.kind](JSON.parse(canvas.dataset.chart))));
+      try {
+        drawn.push(new Chart(canvas, KINDS[canvas.dataset.kind](JSON.parse(canvas.dataset.chart))));
+      } catch (error) { // one odd figure leaves the other charts alone
+        Chart.getChart(canvas)?.destroy();
+        canvas.parentElement.replaceWith(Object.assign(document.createElement("p"), { className: "missing", textContent: `This cannot be drawn: ${error.message}` }));
+      }
       document.documentElement.dataset.drawn = drawn.length;
     };
     const next = () => {
