@@ -33,10 +33,12 @@ MAX_BYTES = 64 << 20
 class SeriesQuestion(Question):
     """``x`` float32 (1, T, C + 1), the last channel 1 where there is a sample; masks and heat are (t,), t <= T of them.
 
-    ``by_channel``: masks and heat are (t, C), and a window hides one channel.
+    ``by_channel``: masks and heat are (t, C), and a window hides one channel. ``given``: steps of the sample, more than the
+    model takes where it is cut.
     """
 
     by_channel: bool = False
+    given: int = 0
     _fill: Float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,12 +97,14 @@ class Series(Modality):
 
     def question(self, sample: NDArray[Any], target: int, model: Model | None = None) -> SeriesQuestion:
         model = model or self._model
-        return SeriesQuestion(model, model.preprocess(sample), target)
+        return SeriesQuestion(model, model.preprocess(sample), target, given=len(sample))
 
     def detail(self, question: Question, attribution: Attribution) -> dict[str, Any]:
-        """``time_steps`` (t,); ``channels``, each with its heat (t,), found by occlusion for every method."""
+        """``time_steps`` (t,); ``unread``: how many lie beyond the model's length; ``channels``, each with its heat (t,), found
+        by occlusion for every method."""
         assert isinstance(question, SeriesQuestion)
-        found: dict[str, Any] = {"time_steps": attribution.heat.tolist()}
+        unread = max(0, question.given - question.steps)
+        found: dict[str, Any] = {"time_steps": attribution.heat.tolist(), "unread": unread}
         if 1 < question.x.shape[2] - 1 <= MAX_CHANNELS:
             found["channels"] = attribute(replace(question, by_channel=True)).heat.T.tolist()
         return found
@@ -110,7 +114,8 @@ class Series(Modality):
 
         steps = len(views[0].heat)
         array = np.asarray(sample, np.float32).reshape(len(sample), -1)[:steps]
-        return series_picture.curves(array, views, caption)
+        cut = f"the model reads {steps} of {len(sample)} steps · " if len(sample) > steps else ""
+        return series_picture.curves(array, views, cut + caption)
 
 
 def _read_arrays(path: Path) -> list[tuple[str, NDArray[Any]]]:

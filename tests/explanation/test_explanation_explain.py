@@ -173,6 +173,14 @@ def test_a_model_that_answers_nan_is_named(
     assert not (tmp_path / "why").exists()
 
 
+def test_a_name_of_any_length_has_its_picture(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
+    for letter in ("a", "ł"):
+        (tmp_path / f"{letter * (245 // len(letter.encode()))}.png").write_bytes(digit.read_bytes())
+    digit.unlink()
+    result = explain(digits_bundle, tmp_path, out=tmp_path / "why")
+    assert [row["overlay"] for row in result["images"]] == [f"{'a' * 150}.occlusion.png", f"{'ł' * 75}.occlusion.png"]
+
+
 def test_a_source_is_never_overwritten(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
     (tmp_path / "four.occlusion.png").write_bytes(digit.read_bytes())
     result = explain(digits_bundle, [digit, tmp_path / "four.occlusion.png"], out=tmp_path)

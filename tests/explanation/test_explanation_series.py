@@ -121,6 +121,14 @@ def test_a_row_that_counts_columns_is_no_time_step(cli: Callable[..., Any], mach
     assert len(explain(machine, tmp_path / "pandas.csv", out=tmp_path / "why")["images"][0]["time_steps"]) == 2
 
 
+def test_steps_beyond_the_model_are_said(cli: Callable[..., Any], machine: Bundle, tmp_path: Path) -> None:
+    np.save(tmp_path / "long.npy", np.tile(burst(), (3, 1)))
+    asked = ("explain", machine.path, tmp_path / "long.npy", "--out", tmp_path / "why")
+    row = cli(*asked, "--json").json["images"][0]
+    assert (len(row["time_steps"]), row["unread"]) == (LENGTH, 2 * LENGTH)
+    assert "the model reads the first 60 of 180 time steps" in cli(*asked).out
+
+
 def test_one_step_or_a_flat_series_has_its_map_too(machine: Bundle, tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", one=np.zeros((1, 2), np.float32), flat=np.ones((LENGTH, 2), np.float32))
     result = explain(machine, tmp_path / "odd.npz", out=tmp_path / "why")
