@@ -10,7 +10,7 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH
 
 from .figures import mapping, number, numbers, words
 
-__all__ = ["Bench", "LayerTime", "read_bench"]
+__all__ = ["Bench", "LayerTime", "Protocol", "read_bench"]
 
 BINS, FEWEST_BINS = 40, 12
 TAIL = 1.6  # a histogram is drawn up to this multiple of p99: one stall would squeeze the rest into a line
@@ -26,6 +26,18 @@ class LayerTime(NamedTuple):
     output: str
 
 
+class Protocol(NamedTuple):
+    """What must be equal before two latencies may be compared. ``conditions``: version, threads, batch and so on, in words."""
+
+    backend: str | None
+    scenario: str | None
+    device: str | None
+    conditions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " · ".join(part for part in (self.backend, self.scenario, self.device, *self.conditions) if part)
+
+
 class Bench(NamedTuple):
     """One result of `edgekit bench`; times in milliseconds. ``beyond`` runs are slower than the drawn histogram.
 
@@ -38,6 +50,7 @@ class Bench(NamedTuple):
     precision: str | None
     scenario: str | None
     device: str | None
+    conditions: tuple[str, ...]
     p50: float | None
     p90: float | None
     p95: float | None
@@ -59,9 +72,13 @@ class Bench(NamedTuple):
     between_us: float | None
 
     @property
-    def protocol(self) -> tuple[str | None, str | None, str | None]:
-        """What must be equal before two latencies may be compared."""
-        return self.backend, self.scenario, self.device
+    def protocol(self) -> Protocol:
+        return Protocol(self.backend, self.scenario, self.device, self.conditions)
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether its times are of answers that somebody waits for: those of offline are of batches as large as pay."""
+        return self.p50 is not None and self.scenario != "offline"
 
     @property
     def percentiles(self) -> list[tuple[str, float | None]]:
@@ -82,6 +99,7 @@ def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
         precision={INT8_GRAPH: form, FLOAT_GRAPH: "float"}.get(str(data.get("graph"))) or words(data, "precision"),
         scenario=words(data, "scenario"),
         device=_device(data),
+        conditions=tuple(_conditions(data)),
         p50=number(data, "latency_ms.p50"),
         p90=number(data, "latency_ms.p90"),
         p95=number(data, "latency_ms.p95"),
@@ -139,6 +157,24 @@ def _device(data: Mapping[str, Any]) -> str | None:
     return f"{cpu}, {cores} cores" if cpu and cores else cpu or words(data, "device")
 
 
+def _conditions(data: Mapping[str, Any]) -> Iterator[str]:
+    if version := words(data, "version"):
+        yield f"version {version}"
+    for name, one, many in (("threads", "thread", "threads"), ("streams", "stream", "streams")):
+        if (count := number(data, name)) is not None:
+            yield f"{count:.0f} {one if count == 1 else many}"
+    if (batch := number(data, "batch")) is not None:
+        yield f"batch {batch:.0f}"
+    if (rate := number(data, "rate")) is not None:
+        yield f"{rate:.4g} queries a second"
+    device = mapping(data.get("device"))
+    if driver := words(device, "driver") if str(data.get("backend")).startswith("tensorrt") else None:
+        yield f"driver {driver}"
+    for name, what in (("governor", "governor"), ("jetson.power_mode", "power mode")):
+        if value := words(device, name):
+            yield f"{what} {value}"
+
+
 def _constant(data: Mapping[str, Any]) -> bool:
     low, high = number(data, "latency_ms.min"), number(data, "latency_ms.max")
     return low is not None and low == high
@@ -150,8 +186,6 @@ def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         value = number(data, name)
         if value is not None:
             yield what, f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
-    if (streams := number(data, "streams")) is not None:
-        yield "streams", f"{streams:.0f} a query"
     if (memory := number(data, "memory.rss_mb")) is not None:
         own = number(data, "memory.model_mb")
         yield "memory", f"{memory:.0f} MB" + (f", {own:.1f} by the model" if own is not None else "")

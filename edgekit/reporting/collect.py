@@ -95,7 +95,7 @@ class BundleView:
     @property
     def timed(self) -> bool:
         """Whether any latency was measured, by whatever protocol."""
-        return any(bench.p50 is not None for bench in self.bench)
+        return any(bench.is_latency for bench in self.bench)
 
     @property
     def quantized(self) -> bool:

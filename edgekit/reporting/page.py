@@ -183,7 +183,7 @@ def render(
         cards=_cards(rows),
         views=views,
         rows=rows,
-        protocol=" · ".join(part for part in key if part) if key else None,
+        protocol=str(key) if key else None,
         charts=drawn,
         fronts=fronts,
         confusions=[_confusion(view) for view in views if view.confusion],
@@ -206,10 +206,17 @@ def _asset(name: str) -> str:
 
 
 def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    judged = [(row["view"], row["bench"]) for row in rows if row["view"].top1 is not None]
+    judged: list[tuple[BundleView, Bench | None]] = [(row["view"], row["bench"]) for row in rows]
+    sized = [charts.Point(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged if v.top1 is not None]
+    timed = [
+        charts.Point(v.name, b.p50, v.top1, b.trustworthy is False)
+        for v, b in judged
+        if v.top1 is not None and b is not None and b.p50 is not None
+    ]
     return {
-        "latency": charts.tradeoff([(v.name, b.p50, v.top1) for v, b in judged if b], "Latency p50 (ms)"),
-        "size": charts.tradeoff([(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged], "Graph size (kB)"),
+        "latency": charts.tradeoff(timed, "Latency p50 (ms)"),
+        "doubtful": [point.name for point in timed if point.doubtful],
+        "size": charts.tradeoff(sized, "Graph size (kB)"),
         "absent": _absent(rows),
         "curves": charts.curves(views),
         "histograms": [{"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench],
@@ -229,7 +236,7 @@ def _absent(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
         if view.top1 is None:
             found.append((view.name, "no accuracy was measured on these weights", "edgekit eval B --data SPEC"))
         elif bench is None and view.timed:
-            found.append((view.name, "its latency is of another device, backend or scenario", "edgekit bench B"))
+            found.append((view.name, "its latency was measured under other conditions", "edgekit bench B"))
         elif bench is None:
             found.append((view.name, "no latency was measured", "edgekit bench B"))
     return found

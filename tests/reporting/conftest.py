@@ -175,7 +175,7 @@ class Page(HTMLParser):
             self.text[self._section] = self.text.get(self._section, "") + " ".join(data.split()) + " "
 
 
-def bench_file(p50: float, device: str = "Cortex-A78AE", graph: str = FLOAT_GRAPH, **more: Any) -> bytes:
+def bench_file(p50: float, cpu: str = "Cortex-A78AE", graph: str = FLOAT_GRAPH, **more: Any) -> bytes:
     samples = p50 * (1 + np.random.default_rng(0).gamma(2, 0.05, 400))
     counts, edges = np.histogram(samples, bins=40)
     ranks = {"p50": p50, "p90": float(np.quantile(samples, 0.9)), "p99": float(np.quantile(samples, 0.99))}
@@ -183,7 +183,7 @@ def bench_file(p50: float, device: str = "Cortex-A78AE", graph: str = FLOAT_GRAP
     result |= {"throughput": 1000 / p50, "iterations": 400, "trustworthy": True, "reasons": []}
     result |= {
         "histogram": {"bins": edges.tolist(), "counts": counts.tolist(), "over": 2},
-        "device": {"cpu": device, "cores": 6},
+        "device": {"cpu": cpu, "cores": 6},
     }
     return json.dumps({**result, **more}).encode()
 

@@ -84,7 +84,8 @@ def test_every_figure_stands_in_its_section(family: list[Bundle], tmp_path: Path
     assert charts["ranges"]["inside"] == [[0.0, 127 * 0.04], [-1.0, 3.0]]
     assert charts["ranges"]["clipped"] == [21.8, 0.0]  # 6.5 - 5.08 of 6.5
     first = page.charts[0][1]
-    assert first["points"] == [{"name": "base", "x": 0.25, "y": 98.0}, {"name": "small", "x": 0.15, "y": 97.5}]
+    sure = {"doubtful": False}
+    assert first["points"] == [{"name": "base", "x": 0.25, "y": 98.0, **sure}, {"name": "small", "x": 0.15, "y": 97.5, **sure}]
     assert first["front"] == [{"x": 0.15, "y": 97.5}, {"x": 0.25, "y": 98.0}]
 
 
@@ -171,11 +172,49 @@ def test_a_readers_character_errors_stand_beside_its_lines(
 def test_latencies_of_different_devices_are_not_compared(
     family: list[Bundle], tmp_path: Path, pages: Any, benched: Any
 ) -> None:
-    other = family[1].extend({"bench/onnxruntime-int8-single-stream.json": benched(0.01, device="other")})
+    other = family[1].extend({"bench/onnxruntime-int8-single-stream.json": benched(0.01, cpu="other")})
     report([family[0], other], out=tmp_path / "r.html")
     page = pages(tmp_path / "r.html")
-    assert "Needs at least two bundles with accuracy and latency" in page.text["tradeoff"]
+    assert "Needs at least two bundles with accuracy and a latency" in page.text["tradeoff"]
     assert [kind for kind, _ in page.charts].count("histogram") == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"threads": 8}, {"batch": 4}, {"streams": 2}, {"rate": 10}, {"version": "2"}, {"device": {"cpu": "A", "governor": "x"}}],
+    ids=str,
+)
+def test_latencies_of_other_conditions_are_not_compared(
+    family: list[Bundle], tmp_path: Path, pages: Any, benched: Any, other: dict[str, Any]
+) -> None:
+    same = {"threads": 1, "batch": 1, "streams": 1, "rate": 5, "version": "1", "device": {"cpu": "A", "governor": "y"}}
+    for bundle, changed in zip(family, ({}, other), strict=True):
+        file = next(name for name in bundle.manifest.files if name.startswith("bench/"))
+        bundle.extend({file: benched(0.2, **{"graph": bundle.graph, **same, **changed})})
+    report([bundle.path for bundle in family], out=tmp_path / "r.html")
+    text = pages(tmp_path / "r.html").text
+    assert "a latency of equal conditions" in text["tradeoff"]
+    assert "elsewhere" in text["bundles"]
+
+
+def test_times_of_offline_batches_are_no_latency(family: list[Bundle], tmp_path: Path, pages: Any, benched: Any) -> None:
+    for bundle in family:
+        file = next(name for name in bundle.manifest.files if name.startswith("bench/"))
+        bundle.extend({file: benched(60.0, scenario="offline", batch=64)})
+    report([bundle.path for bundle in family], out=tmp_path / "r.html")
+    page = pages(tmp_path / "r.html")
+    assert "a latency of equal conditions" in page.text["tradeoff"]
+    assert "60" not in page.text["summary"] + page.text["bundles"]
+    assert "batch 64" in page.text["latency"]
+
+
+def test_a_doubtful_latency_is_a_hollow_point(family: list[Bundle], tmp_path: Path, pages: Any, benched: Any) -> None:
+    file = benched(0.2, trustworthy=False, reasons=["throttled"])
+    family[0].extend({"bench/onnxruntime-float-single-stream.json": file})
+    report([bundle.path for bundle in family], out=tmp_path / "r.html")
+    page = pages(tmp_path / "r.html")
+    assert [point["doubtful"] for point in page.charts[0][1]["points"]] == [True, False]
+    assert "not to be trusted, see Latency : base" in page.text["tradeoff"]
 
 
 def test_a_stalled_run_is_drawn_from_its_samples(family: list[Bundle], tmp_path: Path, pages: Any, benched: Any) -> None:

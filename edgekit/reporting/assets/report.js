@@ -78,13 +78,13 @@
     scatter: (d) => ({
       type: "scatter",
       data: { datasets: [
-        { data: d.points, backgroundColor: style("--c1"), borderColor: style("--paper"), borderWidth: 1.5, radius: 7, hoverRadius: 9 },
+        { data: d.points, backgroundColor: d.points.map((p) => style(p.doubtful ? "--paper" : "--c1")), borderColor: d.points.map((p) => style(p.doubtful ? "--c1" : "--paper")), borderWidth: d.points.map((p) => (p.doubtful ? 2 : 1.5)), radius: 7, hoverRadius: 9 },
         { data: d.front, showLine: true, radius: 0, hitRadius: 0, hoverRadius: 0, borderColor: style("--c2"), borderWidth: 1.5, borderDash: [5, 4] },
       ] },
       options: base({ x: axis(d.x, { grace: "12%" }), y: axis(d.y, { grace: "15%" }) }, {
         legend: { display: false },
         tooltip: { displayColors: false, filter: (item) => item.datasetIndex === 0,
-          callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}`, `${d.y}: ${round(item.raw.y)}`] } },
+          callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}${item.raw.doubtful ? ", not trustworthy" : ""}`, `${d.y}: ${round(item.raw.y)}`] } },
       }),
       plugins: [names],
     }),
