@@ -212,7 +212,8 @@ class _Judge:
         if question.target != best:
             explained = float(question.probability(logits)[0])
             caption = f"why {self._name(question.target)} ({explained:.1%})? answer {caption}"
-        figures, view = self._map(question)
+        figures, view, verdict = self._map(question)
+        caption += f" · {verdict}"
         row |= {"explained": self._name(question.target), **figures}
         views = [view]
         if self._reference is not None:
@@ -223,12 +224,13 @@ class _Judge:
             views = [other, view._replace(title=f"int8: {row['label']} {score:.1%}")]
         return row, self._modality.picture(sample, views, f"{caption} · {name}" if name else caption)
 
-    def _map(self, question: Question) -> tuple[dict[str, Any], View]:
+    def _map(self, question: Question) -> tuple[dict[str, Any], View, str]:
+        """Figures, the map, and what its check says."""
         attribution = self._attribute(question)
         check = faithfulness(question, attribution.heat)
         detail = self._modality.detail(question, attribution)
         view = View("", np.asarray(attribution.heat, np.float32), detail)
-        return {**check.figures(), **attribution.figures, **detail}, view
+        return {**check.figures(), **attribution.figures, **detail}, view, check.words()
 
     def _against(self, sample: Any, row: dict[str, Any], view: View, target: int) -> tuple[dict[str, Any], View]:
         """The float graph's map of the same class, and what both come to."""
@@ -236,7 +238,7 @@ class _Judge:
         logits = question.logits(question.x)
         best = int(logits[0].argmax())
         score = float(replace(question, target=best).probability(logits)[0])
-        figures, other = self._map(question)
+        figures, other, _ = self._map(question)
         answer = {"label": self._name(best), "score": score}
         kept = ("label", "score", "deletion_auc", "misplaced_auc", "insertion_auc", "misplaced_insertion_auc")
         compared = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from edgekit.manifest import History
 from .bench import Bench, read_bench
 from .engine_layers import EngineLayers, read_layers
 from .examples import Examples, read_examples
+from .explanations import MAX_PICTURE_BYTES
 from .figures import MAKERS, comparable, confusion, decoded, latest, mapping, number, numbers, words
 
 __all__ = ["BundleView", "Engine", "Layer", "TensorRange", "collect"]
@@ -98,6 +99,11 @@ class BundleView:
         return any(bench.is_latency for bench in self.bench)
 
     @property
+    def protocols(self) -> list[str]:
+        """How its latencies were measured."""
+        return sorted({str(bench.protocol) for bench in self.bench if bench.is_latency})
+
+    @property
     def quantized(self) -> bool:
         return self.graph == INT8_GRAPH
 
@@ -134,7 +140,7 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         ranges=_ranges(calibration),
         history=manifest.history,
         files=files,
-        pictures=tuple((Path(f).name, bundle.file(f).read_bytes()) for f in manifest.files if _in(f, "explanations", ".png")),
+        pictures=tuple(_pictures(bundle)),
     )
 
 
@@ -152,6 +158,13 @@ def _examples(bundle: Bundle, own: Sequence[History]) -> Examples:
     if entry is None or not bundle.has(EXAMPLES):
         return {}
     return read_examples(_json(bundle, EXAMPLES), entry.config.get("data"), classes)
+
+
+def _pictures(bundle: Bundle) -> Iterator[tuple[str, bytes]]:
+    """(name, PNG) of those that a page can hold."""
+    for file in bundle.manifest.files:
+        if _in(file, "explanations", ".png") and bundle.file(file).stat().st_size <= MAX_PICTURE_BYTES:
+            yield Path(file).name, bundle.file(file).read_bytes()
 
 
 def _in(file: str, folder: str, suffix: str) -> bool:

@@ -21,16 +21,14 @@ from edgekit.version import __version__
 from . import charts
 from .bench import Bench
 from .collect import BundleView, collect
-from .figures import decoded, number, words
+from .explanations import Picture, data_uri, read_pictures
 from .front import Front, front_file, read_front, row_words
 
 __all__ = ["Live", "numbered", "render", "report"]
 
 GENERATOR = b'<meta name="generator" content="edgekit'
 MAX_CLASSES = 24  # a larger confusion matrix is unreadable; its worst pairs are listed instead
-MAX_PICTURE_BYTES = 400_000
 MAX_PICTURES_TEXT = 2_000_000  # characters of all pictures together, so that the page stays mailable
-PNG = b"\x89PNG\r\n\x1a\n"
 
 Source = Bundle | str | os.PathLike[str]
 
@@ -63,8 +61,10 @@ def report(
     sources, fronts = _with_fronts(sources)
     opened = [Bundle.open(source.path if isinstance(source, Bundle) else source) for source in sources]
     home = _check_out(Path(out), opened)
-    pictures = _pictures(Path(explanations)) if explanations is not None else []
-    views = [collect(bundle, name) for bundle, name in zip(opened, _names(opened), strict=True)]
+    names = _names(opened)
+    known = {bundle.digest: name for bundle, name in zip(opened, names, strict=True)}
+    pictures = read_pictures(Path(explanations), known) if explanations is not None else []
+    views = [collect(bundle, name) for bundle, name in zip(opened, names, strict=True)]
     data = render(views, pictures, fronts).encode()
     if home:
         home.extend({REPORT: data})
@@ -126,38 +126,9 @@ def numbered(stems: Sequence[str]) -> list[str]:
     return names
 
 
-def _pictures(folder: Path) -> list[dict[str, Any]]:
-    """What `edgekit explain` wrote: its overlays by file name, never a path out of the folder."""
-    try:
-        data = decoded((folder / "explanation.json").read_bytes())
-        images = [image for image in data["images"] if isinstance(image, Mapping)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder} holds no explanations: {error}", "write them: edgekit explain B IMAGE... --out DIR"
-        ) from None
-    found = []
-    for image in images:
-        path = folder / Path(str(image.get("overlay", ""))).name
-        if path.is_file() and (uri := _data_uri(path.read_bytes())):
-            source = Path(str(image.get("source", path.name))).name
-            found.append(_picture(uri, source, words(image, "label"), number(image, "score"), words(data, "method")))
-    return found
-
-
-def _picture(uri: str, source: str, label: str | None, score: float | None, method: str | None) -> dict[str, Any]:
-    return {"uri": uri, "source": source, "label": label, "score": score, "method": method}
-
-
-def _data_uri(png: bytes) -> str | None:
-    """A PNG as data: URI; None for anything else, or where it is too large to inline."""
-    if not png.startswith(PNG) or len(png) > MAX_PICTURE_BYTES:
-        return None
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 def render(
     views: Sequence[BundleView],
-    pictures: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Picture],
     fronts: Sequence[Front] = (),
     live: Live | None = None,
 ) -> str:
@@ -173,9 +144,9 @@ def render(
     key = charts.protocol(views)
     rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
     drawn = _charts(views, rows)
-    stored = [(name, _data_uri(png)) for view in views for name, png in view.pictures]
-    embedded = [*pictures, *(_picture(uri, name, None, None, None) for name, uri in stored if uri)]
-    total = itertools.accumulate(len(picture["uri"]) for picture in embedded)
+    stored = [(view.name, name, data_uri(png)) for view in views for name, png in view.pictures]
+    embedded = [*pictures, *(Picture(uri, name, of=bundle) for bundle, name, uri in stored if uri)]
+    total = itertools.accumulate(len(picture.uri) for picture in embedded)
     shown = sum(size <= MAX_PICTURES_TEXT for size in total)
     scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
     page = environment.from_string(_asset("report.html")).render(

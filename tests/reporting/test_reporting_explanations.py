@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekit.bundle import Bundle
+from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.errors import DataError
 from edgekit.reporting import report
 
@@ -31,8 +31,35 @@ def test_explanations_are_embedded_by_file_name_only(family: list[Bundle], tmp_p
     page = pages(tmp_path / "r.html")
     assert [tag for tag, _ in page.tags].count("img") == 1
     assert "3 50.00 % lime" in page.text["explanations"]
+    assert "of an unnamed bundle, which is none of this page" in page.text["explanations"]
     with pytest.raises(DataError, match="holds no explanations"):
         report(family, out=tmp_path / "r.html", explanations=tmp_path)
+
+
+def test_pictures_say_what_they_are_of_and_whether_to_believe_them(family: list[Bundle], tmp_path: Path, pages: Any) -> None:
+    from PIL import Image
+
+    def shown(digest: str, **figures: Any) -> str:
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        checks = {"deletion_auc": 0.2, "misplaced_auc": 0.4, "insertion_auc": 0.8, "misplaced_insertion_auc": 0.5}
+        record = {"method": "lime", "graph": FLOAT_GRAPH, "bundle": "/elsewhere/x.edge", "digest": digest}
+        image = {"source": "four.png", "label": "4", "overlay": "a.png", **checks, **figures}
+        (tmp_path / "explanation.json").write_text(json.dumps({**record, "images": [image]}))
+        report(family, out=tmp_path / "r.html", explanations=tmp_path)
+        text: str = pages(tmp_path / "r.html").text["explanations"]
+        return text
+
+    good = shown(family[0].digest)
+    assert "base · model.onnx · lime" in good
+    assert "deletion 0.20 (misplaced 0.40), insertion 0.80 (misplaced 0.50)" in good
+    assert "no better than the same" not in good
+    assert "none of this page" not in good
+    assert "of x, which is none of this page" in shown("0" * 64)
+    assert "no better than the same map misplaced, by deletion" in shown(family[0].digest, deletion_auc=0.4)
+    assert "no better than the same map misplaced, by insertion" in shown(family[0].digest, insertion_auc=0.3)
+    few = shown(family[0].digest, misplaced_auc=None, misplaced_insertion_auc=None, unchecked="too few")
+    assert "deletion 0.20, insertion 0.80" in few
+    assert "not checked: too few" in few
 
 
 def test_many_pictures_do_not_swell_the_page(family: list[Bundle], tmp_path: Path, pages: Any) -> None:

@@ -233,7 +233,7 @@ def test_doubtful_latencies_say_why(family: list[Bundle], tmp_path: Path, pages:
     report(family[0].extend({"bench/onnxruntime-float-single-stream.json": doubtful}), out=tmp_path / "r.html")
     page = pages(tmp_path / "r.html")
     assert "Not trustworthy: the warm-up did not settle" in page.text["latency"]
-    assert "unsteady" in page.text["bundles"]
+    assert "base is unsteady: the warm-up did not settle" in page.text["bundles"]
     assert "base · unsteady" in page.text["summary"]
 
 
