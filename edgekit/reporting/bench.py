@@ -39,7 +39,8 @@ class Protocol(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """One result of `edgekit bench`; times in milliseconds. ``beyond`` runs are slower than the drawn histogram.
+    """One result of `edgekit bench`; times in milliseconds. ``beyond`` runs or more (``sampled``: some that lie there are not
+    known of) are slower than the drawn histogram.
 
     ``constant``: every run took the same time. ``key``: the figure that its scenario compares. ``facts``: (what, words).
     ``layers``: slowest first; ``run_us`` of a run with each layer timed, ``between_us`` of it outside of all layers.
@@ -64,6 +65,7 @@ class Bench(NamedTuple):
     edges: list[float]
     counts: list[float]
     beyond: int
+    sampled: bool
     constant: bool
     key: str | None
     facts: tuple[tuple[str, str], ...]
@@ -90,7 +92,7 @@ class Bench(NamedTuple):
 def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
     """A result file; ``form`` is what the bundle's quantized graph holds."""
     p99 = number(data, "latency_ms.p99")
-    edges, counts, beyond = _histogram(data, p99)
+    edges, counts, beyond, sampled = _histogram(data, p99)
     reasons = data.get("reasons", ())
     trust = data.get("trustworthy")
     return Bench(
@@ -113,6 +115,7 @@ def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
         edges=edges,
         counts=counts,
         beyond=beyond,
+        sampled=sampled,
         constant=_constant(data),
         key=words(data, "key"),
         facts=tuple(_facts(data)),
@@ -122,10 +125,11 @@ def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
     )
 
 
-def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float], list[float], int]:
-    """(edges in ms, counts, runs beyond the last edge), cut at `TAIL` times p99.
+def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float], list[float], int, bool]:
+    """(edges in ms, counts, runs beyond the last edge, whether these are all that is known of), cut at `TAIL` times p99.
 
-    Where a few stalls left the stored bins too wide for that stretch, the stored samples (every n-th run) are binned anew.
+    Where a few stalls left the stored bins too wide for that stretch, the stored samples (every n-th run) are binned anew; of
+    the runs beyond those in bins that lie there altogether are known then.
     """
     shape = mapping(data.get("histogram"))
     edges, counts = numbers(shape.get("bins")) or [], numbers(shape.get("counts")) or []
@@ -135,14 +139,15 @@ def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float],
     while len(counts) > 1 and edges[-2] > limit:
         counts.pop()
         edges.pop()
-    if len(counts) >= FEWEST_BINS:
-        return edges, counts, int(total - sum(counts))
-    samples = [v for v in numbers(data.get("samples_ms")) or [] if v <= limit]
-    if len(samples) < 2 or min(samples) == max(samples):
-        return edges, counts, int(total - sum(counts))
+    beyond = int(total - sum(counts))
+    stored = numbers(data.get("samples_ms")) or []
+    samples = [v for v in stored if v <= limit]
+    if len(counts) >= FEWEST_BINS or len(samples) < 2 or min(samples) == max(samples):
+        return edges, counts, beyond, False
     low, width = min(samples), (max(samples) - min(samples)) / BINS
     tally = Counter(min(BINS - 1, int((v - low) / width)) for v in samples)
-    return [low + i * width for i in range(BINS + 1)], [float(tally[i]) for i in range(BINS)], 0
+    beyond = max(beyond, len(stored) - len(samples))
+    return [low + i * width for i in range(BINS + 1)], [float(tally[i]) for i in range(BINS)], beyond, True
 
 
 def _device(data: Mapping[str, Any]) -> str | None:

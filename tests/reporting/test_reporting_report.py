@@ -223,6 +223,7 @@ def test_a_stalled_run_is_drawn_from_its_samples(family: list[Bundle], tmp_path:
     file = benched(0.25, latency_ms={"p50": 0.25, "p90": 0.29, "p99": 0.3}, **stalled)
     report(family[0].extend({"bench/onnxruntime-float-single-stream.json": file}), out=tmp_path / "r.html")
     chart = next(data for kind, data in pages(tmp_path / "r.html").charts if kind == "histogram")
+    assert "1 or more slower run lies right of the drawing" in pages(tmp_path / "r.html").text["latency"]
     assert len(chart["shares"]) == 40
     assert sum(chart["shares"]) == pytest.approx(100)
     assert (chart["edges"][0], chart["edges"][-1]) == (0.2, pytest.approx(0.299))
