@@ -21,8 +21,10 @@ from edgekit.version import __version__
 from . import charts
 from .bench import Bench
 from .collect import BundleView, collect
+from .contrast import inks
 from .explanations import Picture, data_uri, read_pictures
 from .front import Front, front_file, read_front, row_words
+from .tables import table_of
 
 __all__ = ["Live", "numbered", "render", "report"]
 
@@ -148,6 +150,7 @@ def render(
     embedded = [*pictures, *(Picture(uri, name, of=bundle) for bundle, name, uri in stored if uri)]
     total = itertools.accumulate(len(picture.uri) for picture in embedded)
     shown = sum(size <= MAX_PICTURES_TEXT for size in total)
+    style = _asset("report.css")
     scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
     page = environment.from_string(_asset("report.html")).render(
         live=live,
@@ -161,7 +164,9 @@ def render(
         unjudged=[view.name for view in views if not view.confusion],
         pictures=embedded[:shown],
         left_out=len(embedded) - shown,
-        style=_asset("report.css"),
+        style=style,
+        ink=inks(style),
+        table_of=table_of,
         scripts=scripts,
         script_hashes=[base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts],
         version=__version__,

@@ -92,6 +92,24 @@ def test_lime_says_how_well_its_linear_model_fits(tmp_path: Path, digits_bundle:
     assert np.array_equal(first.heat, again.heat)
 
 
+def test_lime_is_a_weighted_ridge_regression(digits_bundle: Bundle) -> None:
+    """As in the authors' `lime_image` and `lime_base`: kernel sqrt(exp(-d^2 / 0.25^2)), ridge 1, a free intercept."""
+    with Model.open(digits_bundle.path) as model:
+        question = ImageQuestion(model, model.preprocess(load("digits").test.read(420)), 4)
+        found = lime(question, samples=200)
+        segments = question.parts()
+        count = int(segments.max()) + 1
+        shown = np.random.default_rng(0).random((200, count)) < 0.5
+        shown[0] = True
+        y = np.concatenate([question.log_odds(logits) for logits in question.hide(~row[segments] for row in shown)])
+    z = np.c_[shown, np.ones(200)].astype(np.float64)
+    cosine = shown.sum(1) / np.sqrt(shown.sum(1) * count)
+    root = np.sqrt(np.sqrt(np.exp(-((1 - cosine) ** 2) / 0.25**2)))  # of the weight, on each row of the equations
+    penalty = np.c_[np.eye(count), np.zeros(count)]  # none on the intercept
+    by_hand = np.linalg.lstsq(np.r_[z * root[:, None], penalty], np.r_[y * root, np.zeros(count)], rcond=None)[0]
+    assert found.heat == pytest.approx(by_hand[:-1][segments], abs=1e-4)
+
+
 def test_deletion_and_insertion_prefer_the_right_map(tmp_path: Path, digits_bundle: Bundle) -> None:
     with Model.open(corner_bundle(tmp_path, digits_bundle).path) as model:
         question = ImageQuestion(model, model.preprocess(corner_frame()), 1)

@@ -89,6 +89,15 @@ def test_every_figure_stands_in_its_section(family: list[Bundle], tmp_path: Path
     assert first["front"] == [{"x": 0.15, "y": 97.5}, {"x": 0.25, "y": 98.0}]
 
 
+def test_the_figures_of_charts_stand_in_tables(family: list[Bundle], tmp_path: Path, pages: Any) -> None:
+    report(family, out=tmp_path / "r.html")
+    text = {section: " ".join(words.split()) for section, words in pages(tmp_path / "r.html").text.items()}
+    assert "Epoch loss 1 2 2 1" in text["training"]
+    assert "Layer SNR with only this layer in int8 (dB) conv2 38 left in float conv1 39" in text["quantization"]
+    assert "Tensor Seen from to int8 covers from to Clipped (%) r1 0 6.5 -5.08 5.08 21.8 r2 -1 3 – – 0" in text["quantization"]
+    assert "From (ms) To (ms) Runs (%)" in text["latency"]
+
+
 def test_the_covered_range_is_that_of_the_quantizer_in_the_graph(
     tiny_bundle: Bundle, tmp_path: Path, pages: Any, remade: Any
 ) -> None:
@@ -223,7 +232,7 @@ def test_a_stalled_run_is_drawn_from_its_samples(family: list[Bundle], tmp_path:
     file = benched(0.25, latency_ms={"p50": 0.25, "p90": 0.29, "p99": 0.3}, **stalled)
     report(family[0].extend({"bench/onnxruntime-float-single-stream.json": file}), out=tmp_path / "r.html")
     chart = next(data for kind, data in pages(tmp_path / "r.html").charts if kind == "histogram")
-    assert "1 or more slower run lies right of the drawing" in pages(tmp_path / "r.html").text["latency"]
+    assert "1 or more slower runs lie right of the drawing" in pages(tmp_path / "r.html").text["latency"]
     assert len(chart["shares"]) == 40
     assert sum(chart["shares"]) == pytest.approx(100)
     assert (chart["edges"][0], chart["edges"][-1]) == (0.2, pytest.approx(0.299))

@@ -247,13 +247,16 @@
   Chart.defaults.font.size = 12;
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  let closed = []; // on the screen; paper shows all but the figures of charts
   addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((element) => (element.open = true));
+    closed = [...document.querySelectorAll("details:not([open]):not(.data)")];
+    closed.forEach((element) => (element.open = true));
     document.documentElement.dataset.print = "";
     draw();
   });
   addEventListener("afterprint", () => {
     delete document.documentElement.dataset.print;
+    closed.splice(0).forEach((element) => (element.open = false));
     draw();
   });
 })();
