@@ -138,6 +138,18 @@ def test_a_click_on_a_cell_shows_its_samples(browser: Any, digits_bundle: Bundle
     assert browser.complaints() == []
 
 
+def test_no_axis_begins_below_nothing(browser: Any, digits_bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    made = [
+        bundle.extend({}, bundle.entry("eval", {}, {"top1": top1}))
+        for bundle, top1 in ((digits_bundle, 1.0), (tiny_bundle, 0.5))
+    ]
+    report(made, out=tmp_path / "r.html")
+    browser.open(tmp_path / "r.html")
+    scales = browser.evaluate("(({ x, y }) => [x.min, y.max])(Chart.getChart(document.querySelector('canvas')).scales)")
+    assert scales[0] >= 0
+    assert scales[1] <= 100
+
+
 def test_a_chart_that_cannot_be_drawn_leaves_the_others(browser: Any, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     at = text.index("<canvas")
