@@ -93,6 +93,7 @@ def main() -> None:
     loads, paints, drawn = ([row[i] for row in times if row[i] is not None] for i in (0, 1, 2))
     figures: dict[str, Any] = {
         "bundles": BUNDLES,
+        "of": [source.stem for source in sources],
         "size_bytes": size,
         "written_s": round(written, 2),
         "charts": times[0][3],
