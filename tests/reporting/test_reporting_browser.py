@@ -139,10 +139,11 @@ def test_a_click_on_a_cell_shows_its_samples(browser: Any, digits_bundle: Bundle
 
 
 def test_no_axis_begins_below_nothing(browser: Any, digits_bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path) -> None:
-    made = [
-        bundle.extend({}, bundle.entry("eval", {}, {"top1": top1}))
-        for bundle, top1 in ((digits_bundle, 1.0), (tiny_bundle, 0.5))
-    ]
+    """Small sizes beside a large one, and a share of all: a margin around them would reach below 0 and above 100%."""
+    made = []
+    for bundle, p50, top1 in ((digits_bundle, 0.01, 1.0), (tiny_bundle, 1.3, 0.9)):
+        result = {"backend": "onnxruntime", "scenario": "single-stream", "latency_ms": {"p50": p50}}
+        made.append(bundle.extend({"bench/a.json": json.dumps(result).encode()}, bundle.entry("eval", {}, {"top1": top1})))
     report(made, out=tmp_path / "r.html")
     browser.open(tmp_path / "r.html")
     scales = browser.evaluate("(({ x, y }) => [x.min, y.max])(Chart.getChart(document.querySelector('canvas')).scales)")
