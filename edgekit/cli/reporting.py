@@ -161,6 +161,10 @@ def explain(
         text += "\n\n" + table(data["layers"], columns)
         text += "".join(f"\n{layer['name']}: {layer['note']}" for layer in data["layers"] if layer["note"])
     text += "".join(f"\n\n{_words(image)}" for image in data["images"] if "words" in image)
+    for image in data["images"]:
+        if image.get("unread"):
+            read = len(image["time_steps"])
+            text += f"\n{image['overlay']}: the model reads the first {read} of {read + image['unread']} time steps"
     if data["skipped"]:
         text += f"\n{len(data['skipped'])} samples were skipped: {', '.join(data['skipped'])}"
     return Answer(data, f"{text}\n\npictures and explanation.json: {data['out']}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from edgekit.manifest import Preprocessing, SeriesPreprocessing, Task, TextPrepr
 
 from .dataset import Dataset, Split, digest_of, one_group_out, stratified
 
-__all__ = ["MAX_STEPS", "TEST_SHARE", "load"]
+__all__ = ["MAX_STEPS", "TEST_SHARE", "load", "read_series"]
 
 TEST_SHARE = 0.2
 TOKENS = 128
@@ -36,6 +37,7 @@ _FIELD_LIMIT = (1 << 31) - 1
 _FIELD_LIMIT_LOCK = threading.Lock()  # the limit is the csv module's, not a reader's
 _SPLITS = {"train": False, "val": True, "test": True}
 _RESERVED = frozenset({"series", "id", "time", "label", "group", "split"})
+_UNLABELLED = "series need a row a time step and a column a channel, named in the first row"
 _SHAPES = "texts need the columns text,label; series need series,label and numeric channels"
 
 
@@ -92,6 +94,19 @@ def load(path: str) -> Dataset:
         return _dataset(path, table, samples, texts)
     series, samples = _series(table)
     return _dataset(path, table, samples, series)
+
+
+def read_series(path: str) -> list[tuple[str, NDArray[np.float32]]]:
+    """(name, float32 (T, channels)) of each series in a file, as `load` reads them but without labels, to ask a model about.
+
+    A file of one series needs no column that names it, and one of numbers alone no header; the name is empty then. Raises
+    `DataError`, which names the line, for all that is no such file.
+    """
+    table = _read(path, labelled=False)
+    key = next((name for name in ("series", "id") if name in table.columns), None)
+    channels = _channels(table)
+    found = [(name, _values(table, rows, channels)) for name, rows in _members(table, key).items()]
+    return found if len(found) > 1 else [("", found[0][1])]
 
 
 def _dataset(path: str, table: _Table, samples: _Samples, values: Sequence[str] | Sequence[NDArray[np.float32]]) -> Dataset:
@@ -202,19 +217,11 @@ def _texts(table: _Table) -> tuple[list[str], _Samples]:
 
 def _series(table: _Table) -> tuple[list[NDArray[np.float32]], _Samples]:
     key = "series" if "series" in table.columns else "id"
-    channels = [name for name in table.columns if name not in _RESERVED]
-    if not 0 < len(channels) <= MAX_CHANNELS:
-        message = f"{len(channels)} channels beside series, label and the like, 1 to {MAX_CHANNELS} are possible"
-        raise table.error(1, message, "give each measured quantity a column of numbers")
-    members: dict[str, list[_Row]] = {}
-    for row in table.rows:
-        members.setdefault(table.filled(row, key), []).append(row)
+    channels = _channels(table)
     series: list[NDArray[np.float32]] = []
     samples = _Samples([], [], [], [], [], [])
-    for name, rows in members.items():
-        if "time" in table.columns:
-            rows = sorted(rows, key=lambda row: _number(table, row, "time"))
-        values = np.array([[_number(table, row, channel) for channel in channels] for row in rows], np.float32)
+    for name, rows in _members(table, key).items():
+        values = _values(table, rows, channels)
         series.append(values)
         samples.ids.append(name)
         samples.labels.append(_constant(table, rows, "label"))
@@ -226,6 +233,29 @@ def _series(table: _Table) -> tuple[list[NDArray[np.float32]], _Samples]:
             _constant(table, rows, "split")
             samples.held_out.append(table.held_out(rows[0]))
     return series, samples
+
+
+def _channels(table: _Table) -> list[str]:
+    channels = [name for name in table.columns if name not in _RESERVED]
+    if not 0 < len(channels) <= MAX_CHANNELS:
+        message = f"{len(channels)} channels beside series, label and the like, 1 to {MAX_CHANNELS} are possible"
+        raise table.error(1, message, "give each measured quantity a column of numbers")
+    return channels
+
+
+def _members(table: _Table, key: str | None) -> dict[str, list[_Row]]:
+    """The rows of each series, in order of time where it is told; of the one series where no column names it."""
+    members: dict[str, list[_Row]] = {}
+    for row in table.rows:
+        members.setdefault("" if key is None else table.filled(row, key), []).append(row)
+    if "time" in table.columns:
+        for rows in members.values():
+            rows.sort(key=lambda row: _number(table, row, "time"))
+    return members
+
+
+def _values(table: _Table, rows: list[_Row], channels: list[str]) -> NDArray[np.float32]:
+    return np.array([[_number(table, row, channel) for channel in channels] for row in rows], np.float32)
 
 
 def _constant(table: _Table, rows: list[_Row], column: str) -> str:
@@ -250,7 +280,7 @@ def _number(table: _Table, row: _Row, column: str) -> float:
     return value
 
 
-def _read(path: str) -> _Table:
+def _read(path: str, *, labelled: bool = True) -> _Table:
     name = printable(Path(path).name)
     try:
         data = Path(path).read_bytes()
@@ -263,10 +293,13 @@ def _read(path: str) -> _Table:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{name}, line {line}: not UTF-8", "save it as UTF-8 (in a spreadsheet: CSV UTF-8)") from None
     if not text.strip():
-        raise DataError(f"{name}, line 1: the file is empty", _SHAPES)
+        raise DataError(f"{name}, line 1: the file is empty", _SHAPES if labelled else _UNLABELLED)
     rows = _rows(name, text, _delimiter(text))
-    header = next(rows, None)
-    columns = _columns(name, header.cells if header else [], header.line if header else 1)
+    header = next(rows, _Row(1, []))
+    if labelled or not _is_bare(name, header):
+        columns = _columns(name, header.cells, header.line, labelled)
+    else:
+        columns, rows = {f"channel {i}": i for i in range(len(header.cells))}, itertools.chain([header], rows)
     table = _Table(name, columns, [])
     for row in rows:
         if len(row.cells) != len(columns):
@@ -309,12 +342,29 @@ def _rows(name: str, text: str, delimiter: str) -> Iterator[_Row]:
     return iter(found)
 
 
-def _columns(name: str, cells: list[str], line: int) -> dict[str, int]:
+def _is_bare(name: str, first: _Row) -> bool:
+    """Whether numbers begin in the first row. Raises `DataError` where it counts the columns, as pandas names those without
+    a name: it may be a header or a time step."""
+    if len(first.cells) > 1 and [cell.strip() for cell in first.cells] == [str(i) for i in range(len(first.cells))]:
+        message = f"{name}, line {first.line}: {','.join(first.cells)[:40]!r} may be a header or the first time step"
+        raise DataError(message, "name the channels in the first row (pandas: columns=), or write 0.0 for 0")
+    return all(map(_is_number, first.cells))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _columns(name: str, cells: list[str], line: int, labelled: bool = True) -> dict[str, int]:
     """Lowercase column name -> its place."""
     names = [cell.strip().lower() for cell in cells]
     columns = {column: i for i, column in enumerate(names)}
     shown = ", ".join(names)[:80]
-    if "label" not in columns or not columns.keys() & {"text", "series", "id"}:
+    if labelled and ("label" not in columns or not columns.keys() & {"text", "series", "id"}):
         raise DataError(f"{name}, line {line}: the header is {shown!r}", _SHAPES)
     if len(columns) != len(names):
         raise DataError(f"{name}, line {line}: two columns of the header {shown!r} have one name", "rename or remove one")

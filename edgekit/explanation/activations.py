@@ -33,6 +33,9 @@ _SILENT = {
 _ACTIVATIONS = {"Relu", "Clip", "HardSwish", "LeakyRelu", "PRelu", "Elu", "Gelu", "Swish", "Mish", "Sigmoid", "Tanh"}
 #: Bounded functions and where they flatten; Clip's bounds are its own.
 _BOUNDS = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+#: What puts channels on axis 1, and what leaves no telling where they are until the next of those.
+_OF_MAPS = ("Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "GlobalAveragePool", "GlobalMaxPool")
+_TURNING = {"Reshape", "Transpose", "MatMul", "Gemm", "Einsum", "Softmax", "Unsqueeze", "Squeeze", "Gather"}
 _CLOSE = 1e-3
 #: Of a calibrated range: what lies so near beyond it is the rounding of the layers before.
 _ROUNDING = 1e-3
@@ -41,13 +44,15 @@ MAX_GRAPH_BYTES = 1 << 30
 
 @dataclass
 class Layer:
-    """One node's output over all images seen. Channels are axis 1; one is dead where it never changes.
+    """One node's output over all images seen. A channel is dead where it never changes.
 
-    ``seen``: what calibration saw of it; ``beyond``: how many values leave that.
+    ``maps``: it holds feature maps, whose channels are axis 1; those of tokens (1, T, C) are the last, and attention (1, heads,
+    T, T) has none. ``seen``: what calibration saw of it; ``beyond``: how many values leave that.
     """
 
     name: str
     op: str
+    maps: bool = True
     seen: Range | None = None
     shape: tuple[int, ...] = ()
     low: float = np.inf
@@ -60,13 +65,14 @@ class Layer:
     highs: NDArray[Any] = field(default_factory=lambda: np.empty(0))
 
     def add(self, values: Float, limited: int | None) -> None:
-        """``values`` (1, C, ...): one image's output; ``limited`` of them lie at the end of what can be represented."""
-        channels = values.reshape(1, values.shape[1], -1)[0]
+        """``values``: one image's output; ``limited`` of them lie at the end of what can be represented."""
+        self.shape = values.shape[1:]
+        axis = self._axis
+        channels = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
         lows, highs = channels.min(1), channels.max(1)
         first = not self.count
         self.lows = lows if first else np.minimum(self.lows, lows)
         self.highs = highs if first else np.maximum(self.highs, highs)
-        self.shape = values.shape[1:]
         self.low, self.high = float(self.lows.min()), float(self.highs.max())
         self.zeros += int((values == 0).sum())
         self.limited = None if limited is None else (self.limited or 0) + limited
@@ -76,13 +82,21 @@ class Layer:
             slack = _ROUNDING * (high - low)
             self.beyond += int(((values < low - slack) | (values > high + slack)).sum())
 
+    @property
+    def _axis(self) -> int | None:
+        """Of the channels; None where there are none."""
+        if self.maps or len(self.shape) == 1:
+            return 1
+        return -1 if len(self.shape) == 2 else None
+
     def figures(self) -> dict[str, Any]:
         """Shares in 0..1: ``zeros`` of the values, ``saturated`` of them (None where nothing limits them), ``beyond`` what
         calibration saw (None where it recorded nothing), with a ``note`` where there are any.
 
-        ``dead`` is None where each channel gave a single value, of which nobody can say whether it changes.
+        ``dead`` is None where each channel gave a single value, of which nobody can say whether it changes, and where there are
+        no channels.
         """
-        judged = self.count > len(self.lows)
+        judged = self._axis is not None and self.count > len(self.lows)
         still = judged & (self.highs - self.lows <= 1e-6 * max(self.high - self.low, 1e-30))
         return {
             "name": self.name,
@@ -93,7 +107,7 @@ class Layer:
             "zeros": self.zeros / self.count,
             "dead": int(still.sum()) if judged else None,
             "dead_channels": np.flatnonzero(still).tolist(),
-            "channels": len(still),
+            "channels": None if self._axis is None else len(still),
             "saturated": None if self.limited is None else self.limited / self.count,
             **self._against_calibration(),
         }
@@ -129,10 +143,11 @@ class Probe:
         ranges = calibrated(bundle)
         self._input = self._session.get_inputs()[0].name
         # Samples unlike those that calibrated leave the range at the input first.
-        self.layers = {self._input: Layer(self._input, "Input", ranges[self._input])} if self._input in ranges else {}
+        self.layers = {self._input: Layer(self._input, "Input", seen=ranges[self._input])} if self._input in ranges else {}
+        maps = _maps_of(model, self._input)
         for node in self._nodes:
             name = node.output[0]
-            self.layers[name] = Layer(node.name or name, node.op_type, ranges.get(name))
+            self.layers[name] = Layer(node.name or name, node.op_type, name in maps, ranges.get(name))
 
     def __call__(self, x: Float) -> Float | None:
         """Run one image (1, C, H, W), add to `layers`; the first layer's feature maps (C, h, w), None without any."""
@@ -166,6 +181,16 @@ class Probe:
         near = _CLOSE * abs((high or 0.0) - (low or 0.0))
         above = 0 if high is None else int((found >= high - near).sum())
         return above + (0 if low is None else int((found <= low + near).sum()))
+
+
+def _maps_of(model: onnx.ModelProto, source: str) -> set[str]:
+    """Values with channels on axis 1: the input, of a convolution or the like, and what keeps the order of axes from there."""
+    found = {source}
+    for node in model.graph.node:
+        turned = node.op_type in _TURNING or node.op_type.startswith("Reduce")
+        if node.op_type in _OF_MAPS or (not turned and found & set(node.input)):
+            found.update(node.output)
+    return found
 
 
 def _clip_bounds(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[float | None, float | None]:

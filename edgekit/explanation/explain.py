@@ -85,8 +85,6 @@ def explain(
     refuse_inside_bundle(folder / RECORD)
     pictures = Pictures(folder, method, [source.file for source in sources if source.file])
     rows, skipped, rest = _rows(opened, settings, sources, pictures)
-    if not rows:
-        raise DataError(f"none of {len(sources)} {kind.plural} can be read; the first is {sources[0].shown}", kind.advice)
     graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
     result = {
         "method": method,
@@ -104,7 +102,8 @@ def explain(
 def _rows(
     bundle: Bundle, settings: Settings, sources: list[Source], pictures: Pictures
 ) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """An entry a sample, what was skipped, and what explanation.json says of the run."""
+    """An entry a sample, what was skipped, and what explanation.json says of the run. Raises `DataError` without any entry."""
+    first: DataError | InputError | None = None
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -115,12 +114,18 @@ def _rows(
             try:
                 answers = judge(source)
             except (DataError, InputError) as error:
+                first = first or error
                 skipped.append(source.shown)
                 say(f"skipped {source.shown}: {error.message}")
                 continue
             for name, row, png in answers:
                 stem = f"{source.stem}-{name}" if name else source.stem
                 rows.append({"source": source.shown, **row, "overlay": pictures.write(stem, png)})
+        if not rows:
+            kind = settings.modality
+            reason, hint = (first.message, first.hint) if first else (f"it holds no {kind.noun}", "")
+            message = f"none of {len(sources)} {kind.plural} can be explained; {sources[0].shown}: {reason}"
+            raise DataError(message, hint or kind.advice)
         layers = judge.layers()
         return rows, skipped, {**({"layers": layers} if layers else {}), **model.runner.describe()}
 
@@ -207,7 +212,8 @@ class _Judge:
         if question.target != best:
             explained = float(question.probability(logits)[0])
             caption = f"why {self._name(question.target)} ({explained:.1%})? answer {caption}"
-        figures, view = self._map(question)
+        figures, view, verdict = self._map(question)
+        caption += f" · {verdict}"
         row |= {"explained": self._name(question.target), **figures}
         views = [view]
         if self._reference is not None:
@@ -218,12 +224,13 @@ class _Judge:
             views = [other, view._replace(title=f"int8: {row['label']} {score:.1%}")]
         return row, self._modality.picture(sample, views, f"{caption} · {name}" if name else caption)
 
-    def _map(self, question: Question) -> tuple[dict[str, Any], View]:
+    def _map(self, question: Question) -> tuple[dict[str, Any], View, str]:
+        """Figures, the map, and what its check says."""
         attribution = self._attribute(question)
         check = faithfulness(question, attribution.heat)
         detail = self._modality.detail(question, attribution)
         view = View("", np.asarray(attribution.heat, np.float32), detail)
-        return {**check.figures(), **attribution.figures, **detail}, view
+        return {**check.figures(), **attribution.figures, **detail}, view, check.words()
 
     def _against(self, sample: Any, row: dict[str, Any], view: View, target: int) -> tuple[dict[str, Any], View]:
         """The float graph's map of the same class, and what both come to."""
@@ -231,7 +238,7 @@ class _Judge:
         logits = question.logits(question.x)
         best = int(logits[0].argmax())
         score = float(replace(question, target=best).probability(logits)[0])
-        figures, other = self._map(question)
+        figures, other, _ = self._map(question)
         answer = {"label": self._name(best), "score": score}
         kept = ("label", "score", "deletion_auc", "misplaced_auc", "insertion_auc", "misplaced_insertion_auc")
         compared = {

@@ -18,21 +18,28 @@ except ImportError as error:
 
 __all__ = ["attribute"]
 
+#: What is coarser than the maps before it and says no more.
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
 
 def attribute(question: Question) -> Attribution:
-    """Heat (never below 0): the last convolution with more than one output pixel, of the bundle's PyTorch weights."""
-    module = load(question.model.bundle)
-    maps: dict[str, Tensor] = {}
+    """Heat (never below 0) from the last feature maps of the bundle's PyTorch weights with more than one pixel.
 
-    def keep(name: str, output: Tensor) -> None:
-        if output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-            maps.pop(name, None)
-            maps[name] = output  # a dict keeps order: the last entry ran last
+    Of a residual net that is what its last block puts out, the branch and the shortcut together: the last convolution that
+    runs may be either alone. Raises `UsageError` where the model has none.
+    """
+    module = load(question.model.bundle)
+    maps: list[tuple[str, Tensor]] = []
+
+    def keep(name: str, layer: nn.Module, output: object) -> None:
+        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2] * output.shape[3] == 1:
+            return
+        if not isinstance(layer, POOLS) and not (maps and maps[-1][1] is output):  # a container answers what its last part did
+            maps[:] = [(name, output)]
 
     handles = [
-        layer.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        layer.register_forward_hook(lambda layer, _, output, name=name: keep(name, layer, output))
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.Conv2d)
     ]
     try:
         x = torch.from_numpy(question.x).requires_grad_()
@@ -41,8 +48,8 @@ def attribute(question: Question) -> Attribution:
         for handle in handles:
             handle.remove()
     if not maps:
-        raise UsageError("the model has no convolution with feature maps", "use --method occlusion")
-    layer, features = list(maps.items())[-1]
+        raise UsageError("the model has no feature maps of more than one pixel", "use --method occlusion")
+    ((layer, features),) = maps
     (gradient,) = torch.autograd.grad(logits[0, question.target], features)
     cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu()  # (1, 1, h, w)
     heat = functional.interpolate(cam, question.size, mode="bilinear")[0, 0]

@@ -28,7 +28,7 @@ def attribute(question: Question, samples: int = 1000, seed: int = 0) -> Attribu
     y = np.concatenate([question.log_odds(logits) for logits in question.hide(masks)]).astype(np.float64)
     z = shown.astype(np.float64)
     distance = 1 - np.sqrt(z.mean(1))  # cosine distance of a binary vector to all ones
-    weight = np.exp(-(distance**2) / KERNEL_WIDTH**2)
+    weight = np.exp(-(distance**2) / (2 * KERNEL_WIDTH**2))  # the authors' code takes the root of the paper's kernel
     centred, target = z - np.average(z, 0, weight), y - np.average(y, 0, weight)
     weighted = centred * weight[:, None]
     coefficients = np.linalg.solve(weighted.T @ centred + RIDGE * np.eye(count), weighted.T @ target)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.errors import DataError
 from edgekit.runtime import Model
 from edgekit.runtime.golden import run_samples
 
@@ -57,10 +58,15 @@ class Question(ABC):
         """What LIME hides as one: numbers from 0 without gaps, of `size`."""
 
     def logits(self, batch: NDArray[Any]) -> Float:
-        """(N, ...) -> (N, classes), in as few runs as the model takes."""
+        """(N, ...) -> (N, classes), in as few runs as the model takes. Raises `DataError` for an answer that is not finite."""
         source, output = self.model.inputs[0], self.model.outputs[0].name
         rows = run_samples(self.model.runner, {source.name: batch})[output]
         logits: Float = rows.reshape(len(batch), -1).astype(np.float32)
+        if not np.isfinite(logits).all():
+            where = "for this sample" if batch is self.x else "for this sample with a part of it hidden"
+            raise DataError(
+                f"the model answers NaN or Inf {where}", f"see whether it answers any: edgekit eval {self.model.bundle.path}"
+            )
         return logits
 
     def hide(self, masks: Iterable[Mask]) -> Iterator[Float]:

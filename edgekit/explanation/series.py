@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.data.csv_file import read_series
 from edgekit.errors import DataError
 from edgekit.files import npz_problem, printable
 from edgekit.runtime import Model
@@ -27,18 +27,18 @@ STEPS = 3  # windows overlap so that each time step is judged by about STEPS of 
 PARTS = 20
 MAX_CHANNELS = 32  # asked about one by one
 MAX_BYTES = 64 << 20
-#: Columns of a csv that are no channels, as in ``edgekit train --data csv:PATH``.
-RESERVED = frozenset({"series", "id", "time", "label", "group", "split"})
 
 
 @dataclass(frozen=True)
 class SeriesQuestion(Question):
     """``x`` float32 (1, T, C + 1), the last channel 1 where there is a sample; masks and heat are (t,), t <= T of them.
 
-    ``by_channel``: masks and heat are (t, C), and a window hides one channel.
+    ``by_channel``: masks and heat are (t, C), and a window hides one channel. ``given``: steps of the sample, more than the
+    model takes where it is cut.
     """
 
     by_channel: bool = False
+    given: int = 0
     _fill: Float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,16 +93,18 @@ class Series(Modality):
     def read(self, path: Path) -> list[tuple[str, NDArray[Any]]]:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{printable(path)} is over {MAX_BYTES >> 20} MiB", "give the stretch that the model sees")
-        return _read_csv(path) if path.suffix.lower() == ".csv" else _read_arrays(path)
+        return list(read_series(os.fspath(path))) if path.suffix.lower() == ".csv" else _read_arrays(path)
 
     def question(self, sample: NDArray[Any], target: int, model: Model | None = None) -> SeriesQuestion:
         model = model or self._model
-        return SeriesQuestion(model, model.preprocess(sample), target)
+        return SeriesQuestion(model, model.preprocess(sample), target, given=len(sample))
 
     def detail(self, question: Question, attribution: Attribution) -> dict[str, Any]:
-        """``time_steps`` (t,); ``channels``, each with its heat (t,), found by occlusion for every method."""
+        """``time_steps`` (t,); ``unread``: how many lie beyond the model's length; ``channels``, each with its heat (t,), found
+        by occlusion for every method."""
         assert isinstance(question, SeriesQuestion)
-        found: dict[str, Any] = {"time_steps": attribution.heat.tolist()}
+        unread = max(0, question.given - question.steps)
+        found: dict[str, Any] = {"time_steps": attribution.heat.tolist(), "unread": unread}
         if 1 < question.x.shape[2] - 1 <= MAX_CHANNELS:
             found["channels"] = attribute(replace(question, by_channel=True)).heat.T.tolist()
         return found
@@ -112,7 +114,8 @@ class Series(Modality):
 
         steps = len(views[0].heat)
         array = np.asarray(sample, np.float32).reshape(len(sample), -1)[:steps]
-        return series_picture.curves(array, views, caption)
+        cut = f"the model reads {steps} of {len(sample)} steps · " if len(sample) > steps else ""
+        return series_picture.curves(array, views, cut + caption)
 
 
 def _read_arrays(path: Path) -> list[tuple[str, NDArray[Any]]]:
@@ -127,41 +130,3 @@ def _read_arrays(path: Path) -> list[tuple[str, NDArray[Any]]]:
     except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes
         reason = npz_problem(path, error) if path.suffix.lower() == ".npz" else "it is no .npy of numbers"
         raise DataError(f"{printable(path)} cannot be read: {reason}", "write it with numpy.save(path, array)") from None
-
-
-def _read_csv(path: Path) -> list[tuple[str, NDArray[Any]]]:
-    """One series, or those that a column ``series`` (or ``id``) names. Every column but `RESERVED` is a channel."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = [row for row in csv.reader(io.StringIO(text), _dialect(text)) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{printable(path)} is no csv: {error}", "save it as UTF-8, separated by commas") from None
-    if not rows:
-        raise DataError(f"{printable(path)} is empty", "one row a time step, one column a channel")
-    header = [] if all(_is_number(cell) for cell in rows[0]) else [cell.strip().lower() for cell in rows.pop(0)]
-    channels = [i for i in range(len(header or rows[0])) if not header or header[i] not in RESERVED]
-    key = next((header.index(name) for name in ("series", "id") if name in header), None)
-    found: dict[str, list[list[float]]] = {}
-    for line, row in enumerate(rows, 1 + bool(header)):
-        try:
-            found.setdefault("" if key is None else row[key], []).append([float(row[i]) for i in channels])
-        except (ValueError, IndexError):
-            shown = ",".join(row)[:40]
-            raise DataError(f"{printable(path)}, row {line}: {shown!r} is no number a channel", "fill it, or drop it") from None
-    alone = len(found) == 1
-    return [("" if alone else name, np.array(values, np.float32)) for name, values in found.items()]
-
-
-def _dialect(text: str) -> type[csv.Dialect]:
-    class Found(csv.excel):
-        delimiter = max(",;\t", key=text[: text.find("\n") if "\n" in text else None].count)
-
-    return Found
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

@@ -18,6 +18,7 @@ __all__ = ["RECORD", "Pictures", "Source", "collect"]
 
 RECORD = "explanation.json"
 SHOWN = 60  # characters of a text that stand for it
+STEM = 150  # bytes of a picture's name that come from its sample's; file systems take 255 in all
 
 
 class Source(NamedTuple):
@@ -79,11 +80,8 @@ class Pictures:
         self._ours = earlier_pictures(folder / RECORD)
 
     def write(self, stem: str, png: bytes) -> str:
-        name = next(
-            n
-            for n in self._candidates(printable(stem).replace("\\", "_").replace("/", "_"))
-            if n not in self._names and self._free(n, png)
-        )
+        short = printable(stem).replace("\\", "_").replace("/", "_").encode()[:STEM].decode(errors="ignore")
+        name = next(n for n in self._candidates(short) if n not in self._names and self._free(n, png))
         self._names.add(name)
         atomic_write(self._folder / name, png)
         return name

@@ -10,7 +10,7 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH
 
 from .figures import mapping, number, numbers, words
 
-__all__ = ["Bench", "LayerTime", "read_bench"]
+__all__ = ["Bench", "LayerTime", "Protocol", "read_bench"]
 
 BINS, FEWEST_BINS = 40, 12
 TAIL = 1.6  # a histogram is drawn up to this multiple of p99: one stall would squeeze the rest into a line
@@ -26,8 +26,21 @@ class LayerTime(NamedTuple):
     output: str
 
 
+class Protocol(NamedTuple):
+    """What must be equal before two latencies may be compared. ``conditions``: version, threads, batch and so on, in words."""
+
+    backend: str | None
+    scenario: str | None
+    device: str | None
+    conditions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " · ".join(part for part in (self.backend, self.scenario, self.device, *self.conditions) if part)
+
+
 class Bench(NamedTuple):
-    """One result of `edgekit bench`; times in milliseconds. ``beyond`` runs are slower than the drawn histogram.
+    """One result of `edgekit bench`; times in milliseconds. ``beyond`` runs or more (``sampled``: some that lie there are not
+    known of) are slower than the drawn histogram.
 
     ``constant``: every run took the same time. ``key``: the figure that its scenario compares. ``facts``: (what, words).
     ``layers``: slowest first; ``run_us`` of a run with each layer timed, ``between_us`` of it outside of all layers.
@@ -38,6 +51,7 @@ class Bench(NamedTuple):
     precision: str | None
     scenario: str | None
     device: str | None
+    conditions: tuple[str, ...]
     p50: float | None
     p90: float | None
     p95: float | None
@@ -51,6 +65,7 @@ class Bench(NamedTuple):
     edges: list[float]
     counts: list[float]
     beyond: int
+    sampled: bool
     constant: bool
     key: str | None
     facts: tuple[tuple[str, str], ...]
@@ -59,9 +74,13 @@ class Bench(NamedTuple):
     between_us: float | None
 
     @property
-    def protocol(self) -> tuple[str | None, str | None, str | None]:
-        """What must be equal before two latencies may be compared."""
-        return self.backend, self.scenario, self.device
+    def protocol(self) -> Protocol:
+        return Protocol(self.backend, self.scenario, self.device, self.conditions)
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether its times are of answers that somebody waits for: those of offline are of batches as large as pay."""
+        return self.p50 is not None and self.scenario != "offline"
 
     @property
     def percentiles(self) -> list[tuple[str, float | None]]:
@@ -73,7 +92,7 @@ class Bench(NamedTuple):
 def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
     """A result file; ``form`` is what the bundle's quantized graph holds."""
     p99 = number(data, "latency_ms.p99")
-    edges, counts, beyond = _histogram(data, p99)
+    edges, counts, beyond, sampled = _histogram(data, p99)
     reasons = data.get("reasons", ())
     trust = data.get("trustworthy")
     return Bench(
@@ -82,6 +101,7 @@ def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
         precision={INT8_GRAPH: form, FLOAT_GRAPH: "float"}.get(str(data.get("graph"))) or words(data, "precision"),
         scenario=words(data, "scenario"),
         device=_device(data),
+        conditions=tuple(_conditions(data)),
         p50=number(data, "latency_ms.p50"),
         p90=number(data, "latency_ms.p90"),
         p95=number(data, "latency_ms.p95"),
@@ -95,6 +115,7 @@ def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
         edges=edges,
         counts=counts,
         beyond=beyond,
+        sampled=sampled,
         constant=_constant(data),
         key=words(data, "key"),
         facts=tuple(_facts(data)),
@@ -104,10 +125,11 @@ def read_bench(name: str, data: Mapping[str, Any], form: str) -> Bench:
     )
 
 
-def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float], list[float], int]:
-    """(edges in ms, counts, runs beyond the last edge), cut at `TAIL` times p99.
+def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float], list[float], int, bool]:
+    """(edges in ms, counts, runs beyond the last edge, whether these are all that is known of), cut at `TAIL` times p99.
 
-    Where a few stalls left the stored bins too wide for that stretch, the stored samples (every n-th run) are binned anew.
+    Where a few stalls left the stored bins too wide for that stretch, the stored samples (every n-th run) are binned anew; of
+    the runs beyond those in bins that lie there altogether are known then.
     """
     shape = mapping(data.get("histogram"))
     edges, counts = numbers(shape.get("bins")) or [], numbers(shape.get("counts")) or []
@@ -117,14 +139,15 @@ def _histogram(data: Mapping[str, Any], p99: float | None) -> tuple[list[float],
     while len(counts) > 1 and edges[-2] > limit:
         counts.pop()
         edges.pop()
-    if len(counts) >= FEWEST_BINS:
-        return edges, counts, int(total - sum(counts))
-    samples = [v for v in numbers(data.get("samples_ms")) or [] if v <= limit]
-    if len(samples) < 2 or min(samples) == max(samples):
-        return edges, counts, int(total - sum(counts))
+    beyond = int(total - sum(counts))
+    stored = numbers(data.get("samples_ms")) or []
+    samples = [v for v in stored if v <= limit]
+    if len(counts) >= FEWEST_BINS or len(samples) < 2 or min(samples) == max(samples):
+        return edges, counts, beyond, False
     low, width = min(samples), (max(samples) - min(samples)) / BINS
     tally = Counter(min(BINS - 1, int((v - low) / width)) for v in samples)
-    return [low + i * width for i in range(BINS + 1)], [float(tally[i]) for i in range(BINS)], 0
+    beyond = max(beyond, len(stored) - len(samples))
+    return [low + i * width for i in range(BINS + 1)], [float(tally[i]) for i in range(BINS)], beyond, True
 
 
 def _device(data: Mapping[str, Any]) -> str | None:
@@ -139,6 +162,24 @@ def _device(data: Mapping[str, Any]) -> str | None:
     return f"{cpu}, {cores} cores" if cpu and cores else cpu or words(data, "device")
 
 
+def _conditions(data: Mapping[str, Any]) -> Iterator[str]:
+    if version := words(data, "version"):
+        yield f"version {version}"
+    for name, one, many in (("threads", "thread", "threads"), ("streams", "stream", "streams")):
+        if (count := number(data, name)) is not None:
+            yield f"{count:.0f} {one if count == 1 else many}"
+    if (batch := number(data, "batch")) is not None:
+        yield f"batch {batch:.0f}"
+    if (rate := number(data, "rate")) is not None:
+        yield f"{rate:.4g} queries a second"
+    device = mapping(data.get("device"))
+    if driver := words(device, "driver") if str(data.get("backend")).startswith("tensorrt") else None:
+        yield f"driver {driver}"
+    for name, what in (("governor", "governor"), ("jetson.power_mode", "power mode")):
+        if value := words(device, name):
+            yield f"{what} {value}"
+
+
 def _constant(data: Mapping[str, Any]) -> bool:
     low, high = number(data, "latency_ms.min"), number(data, "latency_ms.max")
     return low is not None and low == high
@@ -150,8 +191,6 @@ def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         value = number(data, name)
         if value is not None:
             yield what, f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
-    if (streams := number(data, "streams")) is not None:
-        yield "streams", f"{streams:.0f} a query"
     if (memory := number(data, "memory.rss_mb")) is not None:
         own = number(data, "memory.model_mb")
         yield "memory", f"{memory:.0f} MB" + (f", {own:.1f} by the model" if own is not None else "")
@@ -163,7 +202,8 @@ def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _energy(energy: Mapping[str, Any]) -> str | None:
     """Of the rail that feeds all where there is one, else of each: rails may feed one another, so they are not added up."""
-    rails = {str(k): v for k, v in mapping(energy.get("mj_per_inference")).items() if isinstance(v, int | float)}
+    stated = mapping(energy.get("mj_per_inference"))
+    rails = {str(name): value for name in stated if (value := number(stated, str(name))) is not None}
     whole = words(energy, "whole")
     shown = {whole: rails[whole]} if whole in rails else rails
     return ", ".join(f"{value:.3g} mJ an inference ({rail})" for rail, value in shown.items()) or None

@@ -8,29 +8,42 @@ from typing import Any, NamedTuple
 
 from edgekit.pruned import Pruning, kl_ticks, pruning_of
 
-from .bench import Bench
+from .bench import Bench, Protocol
 from .collect import BundleView, TensorRange
 from .figures import Curve, curve, pareto
 
-__all__ = ["MAX_BARS", "curves", "headline", "histogram", "protocol", "prunings", "ranges", "sensitivity", "times", "tradeoff"]
+__all__ = [
+    "MAX_BARS",
+    "Point",
+    "curves",
+    "headline",
+    "histogram",
+    "protocol",
+    "prunings",
+    "ranges",
+    "sensitivity",
+    "times",
+    "tradeoff",
+]
 
 MAX_BARS = 30
 MAX_TIMES = 16
 NAMED = 6  # lines that can be told apart by colour and shape
 
-Protocol = tuple[str | None, str | None, str | None]
-
 
 class Point(NamedTuple):
+    """``doubtful``: the cost is not trustworthy."""
+
     name: str
     cost: float
     top1: float
+    doubtful: bool = False
 
 
 def protocol(views: Sequence[BundleView]) -> Protocol | None:
-    """The (backend, scenario, device) that most bundles were measured with: only such latencies are compared."""
-    seen = Counter(key for view in views for key in {b.protocol for b in view.bench if b.p50 is not None})
-    return max(seen, key=lambda key: (seen[key], key[1] == "single-stream", str(key))) if seen else None
+    """What most bundles were measured with: only such latencies are compared."""
+    seen = Counter(key for view in views for key in {b.protocol for b in view.bench if b.is_latency})
+    return max(seen, key=lambda key: (seen[key], key.scenario == "single-stream", str(key))) if seen else None
 
 
 def headline(view: BundleView, key: Protocol | None) -> Bench | None:
@@ -39,13 +52,13 @@ def headline(view: BundleView, key: Protocol | None) -> Bench | None:
     return min(found, key=lambda b: b.precision not in (view.form, "auto", None), default=None)
 
 
-def tradeoff(points: Sequence[Point | tuple[str, float, float]], unit: str) -> dict[str, Any] | None:
+def tradeoff(points: Sequence[Point], unit: str) -> dict[str, Any] | None:
     """Accuracy (percent) over a cost, with the Pareto front; None below two points, where there is nothing to trade."""
     if len(points) < 2:
         return None
     return {
-        "points": [{"name": name, "x": cost, "y": 100 * top1} for name, cost, top1 in points],
-        "front": [{"x": cost, "y": 100 * top1} for cost, top1 in pareto((cost, top1) for _, cost, top1 in points)],
+        "points": [{"name": p.name, "x": p.cost, "y": 100 * p.top1, "doubtful": p.doubtful} for p in points],
+        "front": [{"x": cost, "y": 100 * top1} for cost, top1 in pareto((p.cost, p.top1) for p in points)],
         "x": unit,
         "y": "Top-1 accuracy (%)",
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from edgekit.manifest import History
 from .bench import Bench, read_bench
 from .engine_layers import EngineLayers, read_layers
 from .examples import Examples, read_examples
-from .figures import MAKERS, comparable, confusion, latest, mapping, number, numbers, words
+from .explanations import MAX_PICTURE_BYTES
+from .figures import MAKERS, comparable, confusion, decoded, latest, mapping, number, numbers, words
 
 __all__ = ["BundleView", "Engine", "Layer", "TensorRange", "collect"]
 
@@ -95,7 +96,12 @@ class BundleView:
     @property
     def timed(self) -> bool:
         """Whether any latency was measured, by whatever protocol."""
-        return any(bench.p50 is not None for bench in self.bench)
+        return any(bench.is_latency for bench in self.bench)
+
+    @property
+    def protocols(self) -> list[str]:
+        """How its latencies were measured."""
+        return sorted({str(bench.protocol) for bench in self.bench if bench.is_latency})
 
     @property
     def quantized(self) -> bool:
@@ -126,9 +132,7 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         graph=bundle.graph,
         graph_bytes=bundle.size_bytes() if bundle.has(bundle.graph) else 0,
         form=bundle.form if bundle.has(INT8_GRAPH) else "float",
-        bench=tuple(
-            read_bench(Path(f).stem, _json(bundle, f), bundle.form) for f in manifest.files if _in(f, "bench", ".json")
-        ),
+        bench=tuple(_bench(bundle, file) for file in manifest.files if _in(file, "bench", ".json")),
         engines=_engines(bundle),
         confusion=confusion(own, len(manifest.labels)),
         examples=_examples(bundle, own),
@@ -136,8 +140,15 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         ranges=_ranges(calibration),
         history=manifest.history,
         files=files,
-        pictures=tuple((Path(f).name, bundle.file(f).read_bytes()) for f in manifest.files if _in(f, "explanations", ".png")),
+        pictures=tuple(_pictures(bundle)),
     )
+
+
+def _bench(bundle: Bundle, file: str) -> Bench:
+    try:
+        return read_bench(Path(file).stem, _json(bundle, file), bundle.form)
+    except ArithmeticError:  # figures so odd that nothing can be made of them
+        return read_bench(Path(file).stem, {}, bundle.form)
 
 
 def _examples(bundle: Bundle, own: Sequence[History]) -> Examples:
@@ -149,6 +160,13 @@ def _examples(bundle: Bundle, own: Sequence[History]) -> Examples:
     return read_examples(_json(bundle, EXAMPLES), entry.config.get("data"), classes)
 
 
+def _pictures(bundle: Bundle) -> Iterator[tuple[str, bytes]]:
+    """(name, PNG) of those that a page can hold."""
+    for file in bundle.manifest.files:
+        if _in(file, "explanations", ".png") and bundle.file(file).stat().st_size <= MAX_PICTURE_BYTES:
+            yield Path(file).name, bundle.file(file).read_bytes()
+
+
 def _in(file: str, folder: str, suffix: str) -> bool:
     return file.startswith(f"{folder}/") and file.endswith(suffix)
 
@@ -157,7 +175,7 @@ def _json(bundle: Bundle, file: str) -> Mapping[str, Any]:
     path = bundle.file(file)
     if path.stat().st_size <= MAX_JSON_BYTES:
         with contextlib.suppress(ValueError):
-            return mapping(json.loads(path.read_bytes()))
+            return mapping(decoded(path.read_bytes()))
     return {}
 
 
@@ -223,4 +241,5 @@ def _ends(quantizer: object) -> list[tuple[float, float]]:
         return []
     channels = max(len(shifts), len(factors), 1)
     pairs = zip(shifts or [0.0] * channels, factors or [1.0] * channels, strict=False)
-    return [(shift - 127 * scale / factor, shift + 127 * scale / factor) for shift, factor in pairs]
+    ends = [(shift - 127 * scale / factor, shift + 127 * scale / factor) for shift, factor in pairs]
+    return ends if all(math.isfinite(low) and math.isfinite(high) for low, high in ends) else []

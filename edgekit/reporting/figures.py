@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from edgekit.manifest import History
 
@@ -15,6 +15,7 @@ __all__ = [
     "comparable",
     "confusion",
     "curve",
+    "decoded",
     "latest",
     "mapping",
     "number",
@@ -27,6 +28,9 @@ __all__ = [
 #: Stages that make a new bundle. What was measured before the last of them was measured on other weights.
 MAKERS = ("train", "prune", "quantize", "import")
 
+#: No latency, count or size of this field is larger; what is larger is damage, and sums and products of it overflow.
+LARGEST = 1e30
+
 
 class Curve(NamedTuple):
     """``lines``: name -> one value an epoch; losses and shares apart, because they need an axis each."""
@@ -38,13 +42,21 @@ class Curve(NamedTuple):
     shares: dict[str, list[float | None]]
 
 
+def decoded(data: bytes) -> Any:
+    """Of a JSON file. Raises `ValueError` for what is none, and for what is nested too deep to be read."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def number(source: object, *names: str) -> float | None:
-    """The first of ``names`` in a mapping that is a finite number; dots reach into nested mappings."""
-    for name in names:
-        value = _reach(source, name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    return None
+    """The first of ``names`` in a mapping that is a number within `LARGEST`; dots reach into nested mappings."""
+    return next((float(value) for name in names if _is_figure(value := _reach(source, name))), None)
+
+
+def _is_figure(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def words(source: object, *names: str) -> str | None:
@@ -53,7 +65,7 @@ def words(source: object, *names: str) -> str | None:
         value = _reach(source, name)
         if isinstance(value, str) and value.strip():
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if _is_figure(value):
             return f"{value:g}"
     return None
 
@@ -71,11 +83,10 @@ def mapping(value: object) -> Mapping[str, Any]:
 
 
 def numbers(value: object) -> list[float] | None:
-    """A list of finite numbers, or None."""
+    """A list of numbers within `LARGEST`, or None."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return None
-    found = [v for v in value if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
-    return [float(v) for v in found] if found and len(found) == len(value) else None
+    return [float(v) for v in value] if value and all(map(_is_figure, value)) else None
 
 
 def own_entries(history: Sequence[History]) -> Sequence[History]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgekit.errors import DataError
 
-from .figures import number, words
+from .figures import decoded, number, words
 
 __all__ = ["FRONT_KIND", "FRONT_SUFFIX", "Front", "differ_much", "front_file", "read_front", "row_words"]
 
@@ -79,7 +78,7 @@ def read_front(file: Path) -> Front:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
-        data = json.loads(file.read_bytes())
+        data = decoded(file.read_bytes())
         if data["kind"] != FRONT_KIND:
             raise ValueError(f"its kind is {data['kind']!r}")
         trials = [row for row in data["trials"] if isinstance(row, Mapping)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import json
 import os
 import time
 from collections import Counter
@@ -22,16 +21,16 @@ from edgekit.version import __version__
 from . import charts
 from .bench import Bench
 from .collect import BundleView, collect
-from .figures import number, words
+from .contrast import inks
+from .explanations import Picture, data_uri, read_pictures
 from .front import Front, front_file, read_front, row_words
+from .tables import table_of
 
 __all__ = ["Live", "numbered", "render", "report"]
 
 GENERATOR = b'<meta name="generator" content="edgekit'
 MAX_CLASSES = 24  # a larger confusion matrix is unreadable; its worst pairs are listed instead
-MAX_PICTURE_BYTES = 400_000
 MAX_PICTURES_TEXT = 2_000_000  # characters of all pictures together, so that the page stays mailable
-PNG = b"\x89PNG\r\n\x1a\n"
 
 Source = Bundle | str | os.PathLike[str]
 
@@ -64,8 +63,10 @@ def report(
     sources, fronts = _with_fronts(sources)
     opened = [Bundle.open(source.path if isinstance(source, Bundle) else source) for source in sources]
     home = _check_out(Path(out), opened)
-    pictures = _pictures(Path(explanations)) if explanations is not None else []
-    views = [collect(bundle, name) for bundle, name in zip(opened, _names(opened), strict=True)]
+    names = _names(opened)
+    known = {bundle.digest: name for bundle, name in zip(opened, names, strict=True)}
+    pictures = read_pictures(Path(explanations), known) if explanations is not None else []
+    views = [collect(bundle, name) for bundle, name in zip(opened, names, strict=True)]
     data = render(views, pictures, fronts).encode()
     if home:
         home.extend({REPORT: data})
@@ -127,38 +128,9 @@ def numbered(stems: Sequence[str]) -> list[str]:
     return names
 
 
-def _pictures(folder: Path) -> list[dict[str, Any]]:
-    """What `edgekit explain` wrote: its overlays by file name, never a path out of the folder."""
-    try:
-        data = json.loads((folder / "explanation.json").read_bytes())
-        images = [image for image in data["images"] if isinstance(image, Mapping)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder} holds no explanations: {error}", "write them: edgekit explain B IMAGE... --out DIR"
-        ) from None
-    found = []
-    for image in images:
-        path = folder / Path(str(image.get("overlay", ""))).name
-        if path.is_file() and (uri := _data_uri(path.read_bytes())):
-            source = Path(str(image.get("source", path.name))).name
-            found.append(_picture(uri, source, words(image, "label"), number(image, "score"), words(data, "method")))
-    return found
-
-
-def _picture(uri: str, source: str, label: str | None, score: float | None, method: str | None) -> dict[str, Any]:
-    return {"uri": uri, "source": source, "label": label, "score": score, "method": method}
-
-
-def _data_uri(png: bytes) -> str | None:
-    """A PNG as data: URI; None for anything else, or where it is too large to inline."""
-    if not png.startswith(PNG) or len(png) > MAX_PICTURE_BYTES:
-        return None
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 def render(
     views: Sequence[BundleView],
-    pictures: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Picture],
     fronts: Sequence[Front] = (),
     live: Live | None = None,
 ) -> str:
@@ -174,24 +146,27 @@ def render(
     key = charts.protocol(views)
     rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
     drawn = _charts(views, rows)
-    stored = [(name, _data_uri(png)) for view in views for name, png in view.pictures]
-    embedded = [*pictures, *(_picture(uri, name, None, None, None) for name, uri in stored if uri)]
-    total = itertools.accumulate(len(picture["uri"]) for picture in embedded)
+    stored = [(view.name, name, data_uri(png)) for view in views for name, png in view.pictures]
+    embedded = [*pictures, *(Picture(uri, name, of=bundle) for bundle, name, uri in stored if uri)]
+    total = itertools.accumulate(len(picture.uri) for picture in embedded)
     shown = sum(size <= MAX_PICTURES_TEXT for size in total)
+    style = _asset("report.css")
     scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
-    return environment.from_string(_asset("report.html")).render(
+    page = environment.from_string(_asset("report.html")).render(
         live=live,
         cards=_cards(rows),
         views=views,
         rows=rows,
-        protocol=" · ".join(part for part in key if part) if key else None,
+        protocol=str(key) if key else None,
         charts=drawn,
         fronts=fronts,
         confusions=[_confusion(view) for view in views if view.confusion],
         unjudged=[view.name for view in views if not view.confusion],
         pictures=embedded[:shown],
         left_out=len(embedded) - shown,
-        style=_asset("report.css"),
+        style=style,
+        ink=inks(style),
+        table_of=table_of,
         scripts=scripts,
         script_hashes=[base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts],
         version=__version__,
@@ -199,6 +174,7 @@ def render(
         plain=_plain,
         row_words=row_words,
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is a letter of JSON, and none of UTF-8
 
 
 def _asset(name: str) -> str:
@@ -206,10 +182,17 @@ def _asset(name: str) -> str:
 
 
 def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    judged = [(row["view"], row["bench"]) for row in rows if row["view"].top1 is not None]
+    judged: list[tuple[BundleView, Bench | None]] = [(row["view"], row["bench"]) for row in rows]
+    sized = [charts.Point(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged if v.top1 is not None]
+    timed = [
+        charts.Point(v.name, b.p50, v.top1, b.trustworthy is False)
+        for v, b in judged
+        if v.top1 is not None and b is not None and b.p50 is not None
+    ]
     return {
-        "latency": charts.tradeoff([(v.name, b.p50, v.top1) for v, b in judged if b], "Latency p50 (ms)"),
-        "size": charts.tradeoff([(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged], "Graph size (kB)"),
+        "latency": charts.tradeoff(timed, "Latency p50 (ms)"),
+        "doubtful": [point.name for point in timed if point.doubtful],
+        "size": charts.tradeoff(sized, "Graph size (kB)"),
         "absent": _absent(rows),
         "curves": charts.curves(views),
         "histograms": [{"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench],
@@ -229,7 +212,7 @@ def _absent(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
         if view.top1 is None:
             found.append((view.name, "no accuracy was measured on these weights", "edgekit eval B --data SPEC"))
         elif bench is None and view.timed:
-            found.append((view.name, "its latency is of another device, backend or scenario", "edgekit bench B"))
+            found.append((view.name, "its latency was measured under other conditions", "edgekit bench B"))
         elif bench is None:
             found.append((view.name, "no latency was measured", "edgekit bench B"))
     return found

@@ -26,6 +26,7 @@ SUFFIX = ".edge"
 WRITING = "is being written"
 
 Stamp = tuple[int, int, int]
+Contents = tuple[tuple[str, int, int], ...]
 
 
 class Watched:
@@ -36,6 +37,7 @@ class Watched:
         self._lock = threading.Lock()  # two tabs that ask at once build one page
         self._views: dict[Path, tuple[Stamp, BundleView]] = {}
         self._seen: object = None
+        self._failed: dict[Path, Contents] = {}  # tried again when any of its files is another: its manifest may come first
         self._live, self._page = Live("", ()), b""
 
     def version(self) -> str:
@@ -51,23 +53,28 @@ class Watched:
         with self._lock:
             stamps = [(path, _stamp(path)) for path in self._paths()]
             drafts = sorted(self._drafts())
-            if self._seen == (stamps, drafts):
+            if self._seen == (stamps, drafts) and all(_contents(path) == was for path, was in self._failed.items()):
                 return
+            failed: dict[Path, Contents] = {}
             # Looked at before it is read: what changes meanwhile differs from this the next time.
             views: list[BundleView] = []
             skipped = [(name, WRITING) for name in drafts]
             for path, stamp in stamps:
+                contents = _contents(path)
                 try:
                     views.append(self._view(path, stamp))
-                except (EdgekitError, OSError) as error:
-                    skipped.append((path.name, WRITING if stamp is None else str(error)))
+                except Exception as error:  # noqa: BLE001  one bundle, however odd, hides none of the others
+                    failed[path] = contents
+                    known = isinstance(error, EdgekitError | OSError)
+                    reason = str(error) if known else f"it cannot be read: {type(error).__name__}"
+                    skipped.append((path.name, WRITING if stamp is None else reason))
             views.sort(key=lambda view: (len(view.chain.split("→")), view.name))
             names = numbered([view.name for view in views])
             views = [dataclasses.replace(view, name=name) for view, name in zip(views, names, strict=True)]
-            version = hashlib.sha256(repr((stamps, drafts)).encode()).hexdigest()[:16]
+            version = hashlib.sha256(repr((stamps, drafts, failed)).encode()).hexdigest()[:16]
             self._live = Live(version, tuple(skipped))
             self._page = render(views, [], live=self._live).encode()
-            self._seen = (stamps, drafts)
+            self._seen, self._failed = (stamps, drafts), failed
 
     def _view(self, path: Path, stamp: Stamp | None) -> BundleView:
         if stamp is None:
@@ -99,6 +106,17 @@ def _stamp(path: Path) -> Stamp | None:
     return None
 
 
+def _contents(path: Path) -> Contents:
+    """Name, time and size of every file."""
+    found = []
+    for folder, _, files in os.walk(path):
+        for file in files:
+            with contextlib.suppress(OSError):
+                status = os.stat(os.path.join(folder, file))
+                found.append((os.path.join(folder, file), status.st_mtime_ns, status.st_size))
+    return tuple(sorted(found))
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -115,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page elsewhere whose name was pointed at this machine sends that name: it may not read what lies here.
-        if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
+        # On port 80 without the port.
+        if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):
             self._send(403, "text/plain", b"this page is for the machine that it runs on\n")
         elif self.path == "/":
             self._send(200, "text/html", self.server.watched.page())

@@ -20,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper
 from PIL import Image
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.data import load
 from edgekit.errors import BundleError, DataError, OutputExists, UsageError
 from edgekit.explanation import METHODS, explain
@@ -32,13 +32,6 @@ from edgekit.explanation.picture import onto_frame
 from edgekit.explanation.superpixels import superpixels
 from edgekit.manifest import ImagePreprocessing
 from edgekit.runtime import Model
-
-
-@pytest.fixture
-def digit(tmp_path: Path) -> Path:
-    frame = load("digits").test.read(420)
-    Image.fromarray(frame).save(tmp_path / "four.png")
-    return tmp_path / "four.png"
 
 
 def corner_bundle(tmp_path: Path, digits_bundle: Bundle, batch: int | str = "n") -> Bundle:
@@ -90,6 +83,24 @@ def test_lime_says_how_well_its_linear_model_fits(tmp_path: Path, digits_bundle:
         first, again = lime(question, samples=300), lime(question, samples=300)
     assert first.figures["r2"] > 0.95  # the model is linear but for the ridge
     assert np.array_equal(first.heat, again.heat)
+
+
+def test_lime_is_a_weighted_ridge_regression(digits_bundle: Bundle) -> None:
+    """As in the authors' `lime_image` and `lime_base`: kernel sqrt(exp(-d^2 / 0.25^2)), ridge 1, a free intercept."""
+    with Model.open(digits_bundle.path) as model:
+        question = ImageQuestion(model, model.preprocess(load("digits").test.read(420)), 4)
+        found = lime(question, samples=200)
+        segments = question.parts()
+        count = int(segments.max()) + 1
+        shown = np.random.default_rng(0).random((200, count)) < 0.5
+        shown[0] = True
+        y = np.concatenate([question.log_odds(logits) for logits in question.hide(~row[segments] for row in shown)])
+    z = np.c_[shown, np.ones(200)].astype(np.float64)
+    cosine = shown.sum(1) / np.sqrt(shown.sum(1) * count)
+    root = np.sqrt(np.sqrt(np.exp(-((1 - cosine) ** 2) / 0.25**2)))  # of the weight, on each row of the equations
+    penalty = np.c_[np.eye(count), np.zeros(count)]  # none on the intercept
+    by_hand = np.linalg.lstsq(np.r_[z * root[:, None], penalty], np.r_[y * root, np.zeros(count)], rcond=None)[0]
+    assert found.heat == pytest.approx(by_hand[:-1][segments], abs=1e-4)
 
 
 def test_deletion_and_insertion_prefer_the_right_map(tmp_path: Path, digits_bundle: Bundle) -> None:
@@ -153,6 +164,32 @@ def test_damaged_images_are_named_and_skipped(digits_bundle: Bundle, digit: Path
     with pytest.raises(DataError, match="none of 1 images"):
         explain(digits_bundle, folder / "b.png", out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("method", ["activations", "lime", "occlusion"])
+def test_a_model_that_answers_nan_is_named(
+    cli: Callable[..., Any], digits_bundle: Bundle, digits_graph: bytes, digit: Path, tmp_path: Path, method: str
+) -> None:
+    model = onnx.load_from_string(digits_graph)
+    weight = next(weight for weight in model.graph.initializer if weight.name == "w3")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, "w3"))
+    with Bundle.create(tmp_path / "nan.edge") as draft:
+        draft.write(FLOAT_GRAPH, model.SerializeToString())
+        draft.manifest = msgspec.structs.replace(digits_bundle.manifest, golden={}, name="nan")
+    answer = cli("explain", tmp_path / "nan.edge", digit, "--out", tmp_path / "why", "--method", method)
+    assert (answer.code, "the model answers NaN or Inf for this sample" in answer.err) == (1, True)
+    assert f"error: none of 1 images can be explained; {digit}: the model answers NaN or Inf" in answer.err
+    assert not (tmp_path / "why").exists()
+
+
+def test_a_name_of_any_length_has_its_picture(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
+    for letter in ("a", "ł"):
+        (tmp_path / f"{letter * (245 // len(letter.encode()))}.png").write_bytes(digit.read_bytes())
+    digit.unlink()
+    result = explain(digits_bundle, tmp_path, out=tmp_path / "why")
+    assert [row["overlay"] for row in result["images"]] == [f"{'a' * 150}.occlusion.png", f"{'ł' * 75}.occlusion.png"]
 
 
 def test_a_source_is_never_overwritten(digits_bundle: Bundle, digit: Path, tmp_path: Path) -> None:
@@ -253,86 +290,6 @@ def test_a_graph_that_takes_bytes_is_asked_with_bytes(
     row = explain(tmp_path / "bytes.edge", digit, out=tmp_path / "why", method=method, samples=100)["images"][0]
     assert row["label"] == "4"
     assert row["deletion_auc"] < row["misplaced_auc"]
-
-
-def test_dead_channels_and_saturation_are_counted(tmp_path: Path, digits_bundle: Bundle, digit: Path) -> None:
-    """Conv with a silent channel, then Clip at 0.5, then int8 with a scale that cuts a half off."""
-    weight = np.zeros((3, 1, 1, 1), np.float32)
-    weight[0], weight[1] = 1.0, 0.5
-    constants = {
-        "w": weight,
-        "low": np.float32(0),
-        "high": np.float32(0.5),
-        "s": np.float32(0.25 / 127),
-        "r": np.float32(1 / 48),
-    }
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
-        helper.make_node("Clip", ["c", "low", "high"], ["k"], name="clip"),
-        helper.make_node("Mul", ["k", "r"], ["m"], name="mul"),
-        helper.make_node("Mul", ["c", "r"], ["e"], name="even"),
-        helper.make_node("QuantizeLinear", ["e", "s", "z"], ["q"], name="q"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="dq"),
-        helper.make_node("Add", ["d", "m"], ["a"], name="add"),
-        helper.make_node("GlobalAveragePool", ["a"], ["g"], name="pool"),
-        helper.make_node("Flatten", ["g"], ["y"], name="flatten"),
-    ]
-    initializers = [helper.make_tensor(k, 1, v.shape, v.tobytes(), raw=True) for k, v in constants.items()]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", 1, ["n", 1, 28, 28])],
-        [helper.make_tensor_value_info("y", 1, ["n", 3])],
-        [*initializers, helper.make_tensor("z", 3, [], [0])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    spec = ImagePreprocessing(28, 28, 1, (0.0,), (1 / 24,))
-    with Bundle.create(tmp_path / "dead.edge") as draft:
-        draft.write(FLOAT_GRAPH, model.SerializeToString())
-        draft.manifest = msgspec.structs.replace(
-            digits_bundle.manifest, labels=("a", "b", "c"), golden={}, name="dead", preprocessing=spec
-        )
-    layers = {
-        row["name"]: row for row in explain(tmp_path / "dead.edge", digit, out=tmp_path / "w", method="activations")["layers"]
-    }
-    x = load("digits").test.read(420) / 255 * 24
-    assert layers["conv"]["dead_channels"] == [2]
-    assert layers["conv"]["saturated"] is None
-    assert layers["clip"]["saturated"] == pytest.approx(((x >= 0.4995).mean() + (x / 2 >= 0.4995).mean()) / 3)
-    scaled = np.stack([x, x / 2]) / 48 / (0.25 / 127)
-    assert layers["even"]["saturated"] == pytest.approx((np.round(scaled) >= 127).sum() / (3 * x.size))
-    assert layers["clip"]["high"] == 0.5
-    assert layers["pool"]["dead"] is None  # one value a channel: nobody can say
-
-
-def test_values_beyond_the_calibrated_range_are_counted_and_said(
-    cli: Callable[..., Any], digits_bundle: Bundle, digits_graph: bytes, digit: Path, tmp_path: Path
-) -> None:
-    def write(name: str, calibration: str) -> Path:
-        with Bundle.create(tmp_path / name) as draft:
-            draft.write(FLOAT_GRAPH, digits_graph)
-            draft.write(CALIBRATION, calibration.encode())
-            draft.manifest = msgspec.structs.replace(digits_bundle.manifest, golden={}, name="calibrated")
-        return tmp_path / name
-
-    record = {
-        "tensors": {"x": {"minimum": -9, "maximum": 9, "scale": 1}, "r1": {"minimum": 0, "maximum": 0.5, "scale": 1}},
-        "groups": {"r1": "r1", "r2": "r1", "c2": "gone"},
-    }
-    asked = (write("calibrated.edge", json.dumps(record)), digit, "--out", tmp_path / "why", "--method", "activations")
-    answer = cli("explain", *asked, "--json")
-    assert answer.code == 0, answer.err
-    layers = {layer["name"]: layer for layer in answer.json["layers"]}
-    assert list(layers) == ["x", "conv1", "relu1", "conv2", "relu2", "gemm"]
-    assert (layers["x"]["beyond"], layers["x"]["note"]) == (0, None)
-    assert (layers["conv1"]["beyond"], layers["conv2"]["beyond"], layers["gemm"]["note"]) == (None, None, None)
-    assert layers["relu1"]["high"] > 0.5
-    assert 0 < layers["relu1"]["beyond"] < 1
-    assert layers["relu2"]["calibrated_high"] == 0.5  # the range of its group
-    assert "calibration saw 0 to 0.5" in layers["relu1"]["note"]
-    assert f"relu1: {layers['relu1']['note']}" in cli("explain", *asked).out
-    damaged = cli("explain", write("damaged.edge", "[]"), *asked[1:])
-    assert (damaged.code, "quantize the bundle again" in damaged.err) == (1, True)
 
 
 @given(

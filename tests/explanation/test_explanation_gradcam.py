@@ -19,7 +19,7 @@ from edgekit.runtime import Model, open_runner
 torch = pytest.importorskip("torch")
 
 
-def manifest() -> Manifest:
+def manifest(preset: str = "textbook") -> Manifest:
     dataset = load("digits")
     return Manifest(
         format=FORMAT,
@@ -27,48 +27,67 @@ def manifest() -> Manifest:
         task="image-classification",
         inputs=(),
         outputs=(),
-        model=ModelConfig("textbook", {"classes": 10, "channels": 1, "height": 28, "width": 28}),
+        model=ModelConfig(preset, {"classes": 10, "channels": 1, "height": 28, "width": 28}),
         preprocessing=dataset.preprocessing,
         labels=dataset.labels,
         history=(history_entry("train", {}, {}),),
     )
 
 
-def net() -> torch.nn.Module:
-    """The textbook net with seeded weights: Grad-CAM is arithmetic, it needs no training."""
+def net(preset: str = "textbook") -> torch.nn.Module:
+    """A net with seeded weights: Grad-CAM is arithmetic, it needs no training."""
     from edgekit.models.module import create
 
     torch.manual_seed(0)
-    config = manifest().model
+    config = manifest(preset).model
     assert config
     return create(config)
 
 
-def test_the_map_is_gradient_times_activation(tmp_path: Path) -> None:
+def asked(path: Path, module: torch.nn.Module, preset: str) -> ImageQuestion:
+    """Why a three? Asked of a bundle of these weights alone."""
     import safetensors.torch
 
+    with Bundle.create(path) as draft:
+        draft.write(WEIGHTS, safetensors.torch.save(module.state_dict()))
+        draft.manifest = manifest(preset)
+    bundle = Bundle.open(path)
+    model = Model(bundle, open_runner(bundle))  # never entered: the map needs the weights alone
+    return ImageQuestion(model, model.preprocess(load("digits").test.read(0)), 3)
+
+
+@pytest.mark.parametrize(("preset", "last"), [("textbook", "features.7"), ("residual", "blocks.3")])
+def test_the_map_is_gradient_times_activation(tmp_path: Path, preset: str, last: str) -> None:
     from edgekit.explanation.gradcam import attribute
     from edgekit.models.module import load as load_module
 
-    with Bundle.create(tmp_path / "net.edge") as draft:
-        draft.write(WEIGHTS, safetensors.torch.save(net().state_dict()))
-        draft.manifest = manifest()
-    bundle = Bundle.open(tmp_path / "net.edge")
-    model = Model(bundle, open_runner(bundle))  # never entered: the map needs the weights alone
-    question = ImageQuestion(model, model.preprocess(load("digits").test.read(0)), 3)
+    question = asked(tmp_path / "net.edge", net(preset), preset)
     found = attribute(question)
-    module = load_module(bundle)
+    module = load_module(question.model.bundle)
     kept = []
-    last = [layer for layer in module.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
-    last.register_forward_hook(lambda _, __, output: kept.append(output))
+    module.get_submodule(last).register_forward_hook(lambda _, __, output: kept.append(output))
     logit = module(torch.from_numpy(question.x))[0, 3]
     (gradient,) = torch.autograd.grad(logit, kept[0])
     cam = torch.einsum("c,chw->hw", gradient[0].mean((1, 2)), kept[0][0]).relu().detach()
-    assert found.figures["map"] == list(cam.shape)
+    assert found.figures == {"layer": last, "map": list(cam.shape)}
     assert found.heat.shape == (28, 28)
     assert found.heat.max() <= float(cam.max()) * 1.0001  # interpolation invents no higher peak
     coarse = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(found.heat)[None], cam.shape)[0]
     assert np.corrcoef(coarse.ravel().numpy(), cam.ravel().numpy())[0, 1] > 0.9
+
+
+def test_the_map_is_of_both_branches_of_the_last_block(tmp_path: Path) -> None:
+    """The shortcut's convolution runs last: a map of it alone would not know what the block's own path says."""
+    from edgekit.explanation.gradcam import attribute
+
+    module = net("residual")
+    maps = []
+    for weight in (1.0, -1.0):
+        with torch.no_grad():
+            module.blocks[-1].norm2.weight.fill_(weight)
+            module.blocks[-1].norm2.bias.fill_(10)  # no ReLU cuts: the gradients are the same both times
+        maps.append(attribute(asked(tmp_path / f"{weight}.edge", module, "residual")).heat)
+    assert not np.allclose(maps[0], maps[1], atol=0.01 * float(maps[0].max()))
 
 
 @pytest.mark.slow

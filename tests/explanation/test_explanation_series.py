@@ -99,6 +99,36 @@ def test_series_are_read_from_csv_and_npz(machine: Bundle, tmp_path: Path) -> No
     assert [len(row["time_steps"]) for row in result["images"]] == [60, 60, 60, 60, 30]
 
 
+def test_a_csv_is_read_as_training_reads_it(machine: Bundle, tmp_path: Path) -> None:
+    """By time, not by line; the series of one file need not stand together."""
+    series = burst()
+    rows = [f"{name},{t},rest,{a:.5f},{b:.5f}" for t, (a, b) in enumerate(series) for name in ("a", "b")]
+    np.random.default_rng(0).shuffle(rows)
+    (tmp_path / "shuffled.csv").write_text("series,time,label,force,speed\n" + "\n".join(rows) + "\n")
+    np.save(tmp_path / "sorted.npy", series)
+    found = explain(machine, [tmp_path / "shuffled.csv", tmp_path / "sorted.npy"], out=tmp_path / "why")["images"]
+    assert [row["label"] for row in found] == ["burst"] * 3
+    for row in found[:2]:
+        assert row["time_steps"] == pytest.approx(found[2]["time_steps"], abs=1e-3)
+
+
+def test_a_row_that_counts_columns_is_no_time_step(cli: Callable[..., Any], machine: Bundle, tmp_path: Path) -> None:
+    """What pandas writes above columns without a name."""
+    (tmp_path / "pandas.csv").write_text("0,1\n" + "\n".join(f"{a},{b}" for a, b in burst()))
+    answer = cli("explain", machine.path, tmp_path / "pandas.csv", "--out", tmp_path / "why")
+    assert (answer.code, "line 1: '0,1' may be a header or the first time step" in answer.err) == (1, True)
+    (tmp_path / "pandas.csv").write_text("0.0,1\n1,1\n")
+    assert len(explain(machine, tmp_path / "pandas.csv", out=tmp_path / "why")["images"][0]["time_steps"]) == 2
+
+
+def test_steps_beyond_the_model_are_said(cli: Callable[..., Any], machine: Bundle, tmp_path: Path) -> None:
+    np.save(tmp_path / "long.npy", np.tile(burst(), (3, 1)))
+    asked = ("explain", machine.path, tmp_path / "long.npy", "--out", tmp_path / "why")
+    row = cli(*asked, "--json").json["images"][0]
+    assert (len(row["time_steps"]), row["unread"]) == (LENGTH, 2 * LENGTH)
+    assert "the model reads the first 60 of 180 time steps" in cli(*asked).out
+
+
 def test_one_step_or_a_flat_series_has_its_map_too(machine: Bundle, tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", one=np.zeros((1, 2), np.float32), flat=np.ones((LENGTH, 2), np.float32))
     result = explain(machine, tmp_path / "odd.npz", out=tmp_path / "why")

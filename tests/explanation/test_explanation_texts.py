@@ -118,6 +118,8 @@ def test_only_words_that_the_model_reads_are_judged(mails: Bundle, tmp_path: Pat
     assert len(row["words"]) == LENGTH
     one = explain(mails, "prize", out=tmp_path / "why")["images"][0]
     assert len(one["words"]) == 1
+    assert (one["misplaced_auc"], one["misplaced_insertion_auc"]) == (None, None)  # the only map is its own control
+    assert one["unchecked"] == "a map of fewer than 3 parts cannot be misplaced"
     long = explain(mails, "zażółć" * 2000, out=tmp_path / "why")["images"][0]
     assert len(long["words"]) == 1
 

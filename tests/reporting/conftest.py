@@ -1,4 +1,5 @@
-"""A headless Chromium spoken to over a pipe (Chrome DevTools Protocol), so that no package and no port is needed."""
+"""Bundles with every kind of figure, pages read back, and a headless Chromium spoken to over a pipe (Chrome DevTools Protocol),
+so that no package and no port is needed."""
 
 from __future__ import annotations
 
@@ -9,11 +10,17 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
+
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, INT8_GRAPH, Bundle
+from edgekit.manifest import History
 
 FLAGS = [
     "--headless",
@@ -27,6 +34,11 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 ]
+
+CALIBRATED = {
+    "tensors": {"r1": {"minimum": 0.0, "maximum": 6.5, "scale": 0.04}, "r2": {"minimum": -1.0, "maximum": 3.0}},
+    "layers": [{"name": f"conv{i}", "alone_db": 40.0 - i, "int8": i != 2} for i in range(3)],
+}
 
 
 class Browser:
@@ -136,3 +148,97 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     opened = Browser(executable, tmp_path_factory.mktemp("profile"))
     yield opened
     opened.close()
+
+
+class Page(HTMLParser):
+    """The text of each section, all start tags, and the data of each chart."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, str] = {}
+        self.charts: list[tuple[str, dict[str, Any]]] = []
+        self._section, self._skip = "", False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        self._skip = tag in ("script", "style")
+        if tag == "section":
+            self._section = found["id"] or ""
+        if tag == "canvas":
+            self.charts.append((found["data-kind"] or "", json.loads(found["data-chart"] or "")))
+
+    def handle_data(self, data: str) -> None:
+        if not self._skip:
+            self.text[self._section] = self.text.get(self._section, "") + " ".join(data.split()) + " "
+
+
+def bench_file(p50: float, cpu: str = "Cortex-A78AE", graph: str = FLOAT_GRAPH, **more: Any) -> bytes:
+    samples = p50 * (1 + np.random.default_rng(0).gamma(2, 0.05, 400))
+    counts, edges = np.histogram(samples, bins=40)
+    ranks = {"p50": p50, "p90": float(np.quantile(samples, 0.9)), "p99": float(np.quantile(samples, 0.99))}
+    result = {"scenario": "single-stream", "backend": "onnxruntime", "graph": graph, "latency_ms": ranks, "cv": 0.02}
+    result |= {"throughput": 1000 / p50, "iterations": 400, "trustworthy": True, "reasons": []}
+    result |= {
+        "histogram": {"bins": edges.tolist(), "counts": counts.tolist(), "over": 2},
+        "device": {"cpu": cpu, "cores": 6},
+    }
+    return json.dumps({**result, **more}).encode()
+
+
+def remake(
+    source: Bundle, name: str, *, int8: bool = False, calibration: dict[str, Any] = CALIBRATED, **changes: Any
+) -> Bundle:
+    """A copy of a bundle with another manifest; ``int8`` adds the quantized graph's files."""
+    with Bundle.create(source.path.with_name(f"{name}.edge")) as draft:
+        for file in source.manifest.files:
+            if "/" not in file:
+                draft.write(file, source.file(file).read_bytes())
+        if int8:
+            draft.write(INT8_GRAPH, source.file(FLOAT_GRAPH).read_bytes())
+            draft.write(CALIBRATION, json.dumps(calibration).encode())
+        draft.manifest = msgspec.structs.replace(source.manifest, name=name, **changes)
+    return Bundle.open(source.path.with_name(f"{name}.edge"))
+
+
+@pytest.fixture
+def family(digits_bundle: Bundle) -> list[Bundle]:
+    """A trained bundle and its quantized child, with every kind of figure the report knows."""
+    points = [{"epoch": i + 1, "loss": 2.0 / (i + 1), "top1": 1 - 0.4 / (i + 1), "lr": 1e-3} for i in range(6)]
+    matrix = (np.eye(10, dtype=int) * 98 + np.roll(np.eye(10, dtype=int) * 2, 1, 1)).tolist()
+    figures = {"top1": 0.98, "parameters": 38122, "macs": 2_300_000, "curve": points, "confusion": matrix}
+    trained = remake(
+        digits_bundle, "base", history=(History("train", "2026-01-02T03:04:05Z", "0.1.0", {"lr": 0.003}, None, figures),)
+    )
+    entry = trained.entry("quantize", {"calib": "digits"}, {"top1": 0.975, "snr_db": 31.5})
+    child = remake(trained, "small", history=(*trained.manifest.history, entry), int8=True)
+    engines = {
+        "engines/rtx-ada.engine": b"e" * 5000,
+        "engines/rtx-ada.json": json.dumps(
+            {"target": "rtx-ada", "tensorrt": "1.7.0.12", "precision": "int8", "seconds": 1.5}
+        ).encode(),
+        "engines/jetson-orin-nano.kit.zip": b"k" * 900,
+    }
+    trained = trained.extend({"bench/onnxruntime-float-single-stream.json": bench_file(0.25)})
+    child = child.extend({"bench/onnxruntime-int8-single-stream.json": bench_file(0.15, graph=INT8_GRAPH), **engines})
+    return [trained, child]
+
+
+@pytest.fixture
+def pages() -> type[Page]:
+    """Reads a page back: ``pages(path)``."""
+    return Page
+
+
+@pytest.fixture
+def benched() -> Callable[..., bytes]:
+    """`bench_file`."""
+    return bench_file
+
+
+@pytest.fixture
+def remade() -> Callable[..., Bundle]:
+    """`remake`."""
+    return remake

@@ -80,12 +80,40 @@ def test_charts_follow_the_scheme_and_print_opens_the_details(browser: Any, page
     light = browser.evaluate(ink)
     browser.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert browser.evaluate(f"new Promise((done) => setTimeout(() => done({ink}), 100))") != light
-    assert browser.evaluate("document.querySelectorAll('details:not([open])').length") > 0
-    browser.evaluate(f"addEventListener('beforeprint', () => (window.inked = {INKED}))")  # while the browser shows it dark
+    count = "document.querySelectorAll('details:not([open]):not(.data)').length"
+    before = browser.evaluate(count)
+    assert before > 0
+    script = f"addEventListener('beforeprint', () => {{ window.inked = {INKED}; window.closed = {count}; }})"
+    browser.evaluate(script)  # while the browser shows it dark
     browser.call("Page.printToPDF")
     assert all(count > 500 for count in browser.evaluate("window.inked"))
-    assert browser.evaluate("document.querySelectorAll('details:not([open])').length") == 0
+    assert browser.evaluate("window.closed") == 0
+    assert browser.evaluate(count) == before  # as it was for who reads on
     assert browser.complaints() == []
+
+
+CONTRASTS = """(() => {
+  const channels = (css) => css.match(/[\\d.]+/g).slice(0, 3).map((v) => (css.startsWith("color") ? Number(v) : v / 255));
+  const light = (css) => channels(css).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0.05);
+  return [...document.querySelectorAll(".matrix tbody td")].map((cell) => {
+    const style = getComputedStyle(cell), [a, b] = [light(style.color), light(style.backgroundColor)];
+    return Math.max(a, b) / Math.min(a, b);
+  });
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_counts_of_every_shade_can_be_read(browser: Any, digits_bundle: Bundle, tmp_path: Path, scheme: str) -> None:
+    """WCAG AA of text: 4.5:1."""
+    matrix = [[(10 * i if i == j else 100 - 10 * i if j == (i + 1) % 10 else 0) for j in range(10)] for i in range(10)]
+    matrix[9] = [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]
+    entry = digits_bundle.entry("eval", {"data": "digits"}, {"top1": 0.9, "confusion": matrix})
+    report(digits_bundle.extend({}, entry), out=tmp_path / "r.html")
+    browser.open(tmp_path / "r.html", scheme=scheme)
+    contrasts = browser.evaluate(CONTRASTS)
+    assert len(contrasts) == 100
+    assert min(contrasts) >= 4.5
 
 
 def test_a_click_on_a_cell_shows_its_samples(browser: Any, digits_bundle: Bundle, tmp_path: Path) -> None:
@@ -107,6 +135,31 @@ def test_a_click_on_a_cell_shows_its_samples(browser: Any, digits_bundle: Bundle
     assert browser.evaluate("document.querySelector('.chosen').textContent") == "4, right but least sure"
     assert browser.evaluate("document.querySelectorAll('[aria-pressed=true]').length") == 1
     assert browser.evaluate("window.hacked === undefined")
+    assert browser.complaints() == []
+
+
+def test_no_axis_begins_below_nothing(browser: Any, digits_bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Small sizes beside a large one, and a share of all: a margin around them would reach below 0 and above 100%."""
+    made = []
+    for bundle, p50, top1 in ((digits_bundle, 0.01, 1.0), (tiny_bundle, 1.3, 0.9)):
+        result = {"backend": "onnxruntime", "scenario": "single-stream", "latency_ms": {"p50": p50}}
+        made.append(bundle.extend({"bench/a.json": json.dumps(result).encode()}, bundle.entry("eval", {}, {"top1": top1})))
+    report(made, out=tmp_path / "r.html")
+    browser.open(tmp_path / "r.html")
+    scales = browser.evaluate("(({ x, y }) => [x.min, y.max])(Chart.getChart(document.querySelector('canvas')).scales)")
+    assert scales[0] >= 0
+    assert scales[1] <= 100
+
+
+def test_a_chart_that_cannot_be_drawn_leaves_the_others(browser: Any, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    at = text.index("<canvas")
+    start = text.index('data-chart="', at) + len('data-chart="')
+    page.write_text(text[:start] + "[-Infinity]" + text[text.index('"', start) :], encoding="utf-8")
+    browser.open(page)
+    assert browser.evaluate("document.querySelectorAll('canvas').length") == 3
+    assert all(count > 500 for count in browser.evaluate(INKED))
+    assert "cannot be drawn" in browser.evaluate("document.body.innerText")
     assert browser.complaints() == []
 
 

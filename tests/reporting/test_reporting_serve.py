@@ -77,13 +77,40 @@ def test_the_page_follows_its_folder_and_ctrl_c_ends_it(
     assert process.wait(20) == 0
 
 
+def test_one_odd_bundle_hides_none_of_the_others(folder: Path, served: tuple[subprocess.Popen[str], str]) -> None:
+    shutil.copytree(folder / "whole.edge", folder / "deep.edge")
+    (folder / "deep.edge" / MANIFEST).write_text("[" * 100_000)
+    shutil.copytree(folder / "whole.edge", folder / "odd.edge")
+    odd = Bundle.open(folder / "odd.edge")
+    odd.extend(
+        {"bench/x.json": b'{"backend": "\\ud800", "latency_ms": {"p50": 1}}'}, odd.entry("eval", {"data": "digits"}, MEASURED)
+    )
+    page = get(served[1])[1]
+    assert "93.12" in page
+    assert "whole.edge" in page
+    assert "deep.edge (" in page
+
+
+def test_a_bundle_whose_manifest_comes_first_is_shown_when_it_is_whole(
+    folder: Path, served: tuple[subprocess.Popen[str], str]
+) -> None:
+    (folder / "late.edge").mkdir()
+    shutil.copy(folder / "whole.edge" / MANIFEST, folder / "late.edge")
+    assert "late.edge (" in get(served[1])[1]
+    version = get(served[1], "/version")[1]
+    shutil.copytree(folder / "whole.edge", folder / "late.edge", ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+    assert get(served[1], "/version")[1] != version
+    assert "2 bundles compared" in get(served[1])[1]
+
+
 def test_nothing_but_the_page_is_answered(served: tuple[subprocess.Popen[str], str]) -> None:
     url = served[1]
     outside = ("/notes.txt", "/../runs/notes.txt", "/%2e%2e/runs/notes.txt", "//etc/passwd", "/whole.edge/manifest.json")
     for path in (*outside, "/?x"):
         code, body = get(url, path)
         assert (code, "secret" in body) == (404, False), path
-    assert get(url, Host="evil.example")[0] == 403
+    assert get(url, Host="evil.example")[0] == get(url, Host="localhost.evil.example:80")[0] == 403
+    assert get(url, Host="localhost")[0] == get(url, Host="127.0.0.1")[0] == 200  # a browser's on port 80
     at = urlsplit(url)
     connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=30)
     connection.request("POST", "/", b"x")

@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const PLACE = "edgekit-place", status = document.getElementById("live"), version = status.dataset.version;
-  const key = (details) => `${details.closest("section").id}/${details.querySelector("summary").firstChild.textContent.trim()}`;
+  const key = (details) => `${details.closest("section").id}/${details.dataset.key ?? details.querySelector("summary").firstChild.textContent.trim()}`;
   const all = () => [...document.querySelectorAll("details")];
 
   // The place is kept within its section: what is new above it must not push it away.

@@ -14,6 +14,11 @@
     responsive: true, maintainAspectRatio: false, animation: false, scales, layout: { padding: { top: 14, right: 10 } },
     plugins: { legend: { display: false }, tooltip: { displayColors: false }, ...extra },
   });
+  // The margin around points must not lead to sizes below nothing or accuracies above all.
+  const around = (points, key, share, most = Infinity) => {
+    const values = points.map((point) => point[key]), low = Math.min(...values), high = Math.max(...values), margin = share * (high - low || high);
+    return { suggestedMin: Math.max(0, low - margin), suggestedMax: Math.min(most, high + margin) };
+  };
   const round = (value) => Number(Number(value).toPrecision(4)).toString();
 
   // Names beside the points, moved to a free side and left out where they would cover another; the last bundle's, which
@@ -74,17 +79,26 @@
     },
   };
 
+  // Air between a legend and the chart below it.
+  const air = {
+    id: "air",
+    beforeInit(chart) {
+      const fit = chart.legend?.fit;
+      if (fit) chart.legend.fit = function () { fit.call(this); if (this.options.display) this.height += 10; };
+    },
+  };
+
   const KINDS = {
     scatter: (d) => ({
       type: "scatter",
       data: { datasets: [
-        { data: d.points, backgroundColor: style("--c1"), borderColor: style("--paper"), borderWidth: 1.5, radius: 7, hoverRadius: 9 },
+        { data: d.points, backgroundColor: d.points.map((p) => style(p.doubtful ? "--paper" : "--c1")), borderColor: d.points.map((p) => style(p.doubtful ? "--c1" : "--paper")), borderWidth: d.points.map((p) => (p.doubtful ? 2 : 1.5)), radius: 7, hoverRadius: 9 },
         { data: d.front, showLine: true, radius: 0, hitRadius: 0, hoverRadius: 0, borderColor: style("--c2"), borderWidth: 1.5, borderDash: [5, 4] },
       ] },
-      options: base({ x: axis(d.x, { grace: "12%" }), y: axis(d.y, { grace: "15%" }) }, {
+      options: base({ x: axis(d.x, around(d.points, "x", 0.12)), y: axis(d.y, around(d.points, "y", 0.15, 100)) }, {
         legend: { display: false },
         tooltip: { displayColors: false, filter: (item) => item.datasetIndex === 0,
-          callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}`, `${d.y}: ${round(item.raw.y)}`] } },
+          callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}${item.raw.doubtful ? ", not trustworthy" : ""}`, `${d.y}: ${round(item.raw.y)}`] } },
       }),
       plugins: [names],
     }),
@@ -95,7 +109,7 @@
         { data: d.others, backgroundColor: style("--soft") + "88", borderWidth: 0, radius: 4, hoverRadius: 6 },
         { data: d.step, showLine: true, stepped: "before", radius: 0, hitRadius: 0, hoverRadius: 0, borderColor: style("--c2"), borderWidth: 1.5 },
       ] },
-      options: base({ x: d.logarithmic ? logarithmic(d.x, ...d.logarithmic) : axis(d.x, { grace: "12%" }), y: axis(d.y, { grace: "15%" }) }, {
+      options: base({ x: d.logarithmic ? logarithmic(d.x, ...d.logarithmic) : axis(d.x, around([...d.front, ...d.others], "x", 0.12)), y: axis(d.y, around([...d.front, ...d.others], "y", 0.15, 100)) }, {
         legend: { display: false }, names: { steps: true },
         tooltip: { displayColors: false, filter: (item) => item.datasetIndex < 2,
           callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}`, `${d.y}: ${round(item.raw.y)}`] } },
@@ -182,7 +196,12 @@
   function draw() {
     const mine = ++turn, waiting = [];
     const one = (canvas) => {
-      drawn.push(new Chart(canvas, KINDS[canvas.dataset.kind](JSON.parse(canvas.dataset.chart))));
+      try {
+        drawn.push(new Chart(canvas, KINDS[canvas.dataset.kind](JSON.parse(canvas.dataset.chart))));
+      } catch (error) { // one odd figure leaves the other charts alone
+        Chart.getChart(canvas)?.destroy();
+        canvas.parentElement.replaceWith(Object.assign(document.createElement("p"), { className: "missing", textContent: `This cannot be drawn: ${error.message}` }));
+      }
       document.documentElement.dataset.drawn = drawn.length;
     };
     const next = () => {
@@ -240,15 +259,19 @@
 
   Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
   Chart.defaults.font.size = 12;
+  Chart.register(air);
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  let closed = []; // on the screen; paper shows all but the figures of charts
   addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((element) => (element.open = true));
+    closed = [...document.querySelectorAll("details:not([open]):not(.data)")];
+    closed.forEach((element) => (element.open = true));
     document.documentElement.dataset.print = "";
     draw();
   });
   addEventListener("afterprint", () => {
     delete document.documentElement.dataset.print;
+    closed.splice(0).forEach((element) => (element.open = false));
     draw();
   });
 })();
