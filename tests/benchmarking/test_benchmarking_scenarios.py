@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgekit.benchmarking import yardstick
+from edgekit.benchmarking import scenarios, yardstick
 from edgekit.benchmarking.doubts import doubts
 from edgekit.benchmarking.scenarios import Run, WarmUp, _served, multi_stream, offline, server, single_stream, warm_up
 from edgekit.errors import UsageError
@@ -105,14 +106,27 @@ def test_a_slow_model_stops_at_its_patience() -> None:
     assert 20 <= len(run.samples_ms) < 100
 
 
-def test_a_warm_up_that_never_settles_ends() -> None:
-    calls = count(1)
-    found = warm_up(lambda: time.sleep(0.003 * next(calls)), limit_s=0.3)  # slower and slower
+class Clock:
+    """Stands for the clock of `scenarios`; a call takes what it is told to, whatever else the machine does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ns = 0
+        monkeypatch.setattr(scenarios, "perf_counter_ns", lambda: self.ns)
+        monkeypatch.setattr(scenarios, "time", SimpleNamespace(perf_counter=lambda: self.ns / 1e9))
+
+    def take(self, seconds: float) -> None:
+        self.ns += round(seconds * 1e9)
+
+
+def test_a_warm_up_that_never_settles_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, clock = count(1), Clock(monkeypatch)
+    found = warm_up(lambda: clock.take(0.003 * next(calls)), limit_s=0.3)  # slower and slower
     assert found.seconds < 5
     assert not found.steady
 
 
-def test_a_slow_model_is_given_the_windows_that_it_takes_to_settle() -> None:
-    found = warm_up(lambda: time.sleep(0.1), limit_s=0.2)
+def test_a_slow_model_is_given_the_windows_that_it_takes_to_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    found = warm_up(lambda: clock.take(0.1), limit_s=0.2)
     assert found.iterations == 4
     assert found.steady
