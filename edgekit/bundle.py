@@ -174,8 +174,9 @@ class Bundle:
         folder, _, file = name.partition("/")
         if folder != "engines":
             return "restore the bundle, or make it again"
-        target = file.removesuffix(".zip").removesuffix(".kit").removesuffix(".layers.json").removesuffix(".json")
-        return f"make it again: edgekit build {self.path} --target {target.removesuffix('.engine')}"
+        for ending in (".kit.zip", ".engine", ".golden.npz", ".layers.json", ".json"):
+            file = file.removesuffix(ending)
+        return f"make it again: edgekit build {self.path} --target {file}"
 
     def _check(self, name: str, digest: str) -> None:
         if digest != self.manifest.files[name]:

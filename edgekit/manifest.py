@@ -57,20 +57,14 @@ def batch_symbol(inputs: Sequence[TensorSpec]) -> str | None:
 def batch_axes(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, int]:
     """Tensor name -> which of its axes is the batch; a tensor without one is left out.
 
-    The batch is the axis with the `batch_symbol`; of an output without it the first axis whose symbol no input has. Where all
-    is of one size it is the first axis, if the inputs agree on that.
+    The batch is the axis with the `batch_symbol`. Where all is of one size it is the first axis, if the inputs agree on that,
+    and of outputs whose first axis is as long.
     """
     symbol = batch_symbol(inputs)
-    if symbol is None:
-        agree = len({spec.shape[0] for spec in inputs if spec.shape}) == 1
-        return {spec.name: 0 for spec in (*inputs, *outputs) if spec.shape and agree}
-    axes = {spec.name: spec.shape.index(symbol) for spec in (*inputs, *outputs) if symbol in spec.shape}
-    known = {axis for spec in inputs for axis in spec.shape}
-    for spec in outputs:
-        own = [index for index, axis in enumerate(spec.shape) if isinstance(axis, str) and axis not in known]
-        if spec.name not in axes and own:
-            axes[spec.name] = own[0]
-    return axes
+    if symbol is not None:
+        return {spec.name: spec.shape.index(symbol) for spec in (*inputs, *outputs) if symbol in spec.shape}
+    sizes = {spec.shape[0] for spec in inputs if spec.shape}
+    return {spec.name: 0 for spec in (*inputs, *outputs) if len(sizes) == 1 and spec.shape and spec.shape[0] in sizes}
 
 
 class ImagePreprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="image", tag_field="kind"):

@@ -54,7 +54,7 @@ _BASE = "like"
 _OWN = ("name", "file", "replaces")  # of `Target`, set here and never by a file
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e9)]
 Source = Annotated[str, msgspec.Meta(min_length=8)]  # an address, or "unconfirmed: " and how it was derived
-Title = Annotated[str, msgspec.Meta(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]  # one line
+Title = Annotated[str, msgspec.Meta(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+\Z")]  # one line
 #: What TensorRT-RTX 1.7 compiles for.
 RTX_SM = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 Precision = Literal["fp32", "fp16", "int8", "fp8", "fp4"]
@@ -286,7 +286,7 @@ def _target(file: Path, name: str, table: Mapping[str, Any]) -> Target:
 def target_named(name: str) -> Target:
     """The target called ``name``. Raises `UsageError` with the nearest names."""
     targets = load_targets()
-    if name not in targets:
+    if not isinstance(name, str) or name not in targets:
         near = difflib.get_close_matches(str(name), targets, n=3, cutoff=0.5) or list(targets)
         raise UsageError(f"there is no target {name!r}", f"choose one of: {', '.join(near)}; edgekit targets lists all")
     return targets[name]

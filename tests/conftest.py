@@ -171,6 +171,10 @@ ODD_AXES = {
     "turned": "(float[n,8] x) => (float[8,n] y) { y = Transpose<perm=[1,0]>(x) }",
     "steps": "(float[steps,6,8] x) => (float[steps,6,8] y) { first = Constant<value_int: int=0>() y = CumSum(x, first) }",
     "points": "(float[n,8] x, float[points,8] p) => (float[n,8] y) { m = ReduceMean<axes=[0]>(p) y = Add(x, m) }",
+    # A reader's steps, the batch of one behind them; anchors whose number is that of rows of the picture.
+    "letters": "(float[1,1,3] x) => (float[26,1,3] y) <int64[3] s = {26, 1, 3}> { y = Expand(x, s) }",
+    "anchors": """(float[n,3] x, float[h] p) => (float[h,1] y) <int64[1] a = {1}>
+        { m = ReduceMax<axes = [0, 1], keepdims = 0>(x) z = Sub(m, m) q = Add(p, z) y = Unsqueeze(q, a) }""",
 }
 
 

@@ -55,6 +55,9 @@ targets=${TARGETS:-rtx-ada jetson-orin-nano}
 edgekit=${EDGEKIT:-edgekit}
 expected=$(dirname "$frozen")/model.int8.onnx.sha256
 
+# A gate that nothing is held against would let all through.
+[ -z "${MIN_TOP1:-}" ] || [ -n "${EVAL_DATA:-}" ] || fail "MIN_TOP1 needs EVAL_DATA, the data set to evaluate on"
+[ -z "${MAX_MS:-}" ] || [ -n "${BENCH_BACKEND:-}" ] || fail "MAX_MS needs BENCH_BACKEND, on a runner that has the device"
 [ -d "$float" ] || fail "there is no float bundle $float"
 [ -f "$frozen" ] || fail "there are no frozen ranges $frozen"
 [ ! -e "$out" ] || fail "$out exists already; remove it, or name another folder"
@@ -111,9 +114,10 @@ else
     "$edgekit" pack "$out/int8.edge" --out "$out/$name.edge.zip"
 fi
 
-# What a later run, or another machine, has to reproduce.
+# Graph, engines and kits are the same, byte for byte, in a later run or on another machine; the pack says when it was made.
 (
     cd "$out"
-    sha256sum int8.edge/model.int8.onnx int8.edge/engines/* "$name.edge.zip" >sha256sums.txt
+    find int8.edge/engines -name "*.engine" -o -name "*.kit.zip" | sort |
+        xargs sha256sum "$name.edge.zip" int8.edge/model.int8.onnx >sha256sums.txt
     cat sha256sums.txt
 )

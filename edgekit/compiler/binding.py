@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from edgekit.errors import GraphError, UsageError
+from edgekit.graphs.editing import free_name
 
 from .passes import dims
 from .shapes import Axis, Constant, shape_text
@@ -169,9 +170,10 @@ def _part_batches(values: Mapping[str, onnx.ValueInfoProto], stated: Stated) -> 
         for name, axes in stated.items()
         if values[name].type.tensor_type.shape.dim and axes and dims(values[name])[0] is None
     ]
+    taken = {axis for value in values.values() for axis in dims(value) if isinstance(axis, str)}
     if len({stated[name][0] for name in nameless}) > 1:
         for name in nameless:
-            values[name].type.tensor_type.shape.dim[0].dim_param = f"{name}_0"
+            values[name].type.tensor_type.shape.dim[0].dim_param = free_name(taken, f"{name}_0")
 
 
 def _name_axes(value: onnx.ValueInfoProto, symbols: Mapping[str, int], is_input: bool) -> None:

@@ -139,11 +139,17 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+_KEYS = ("graph", "untyped_graph", "target", "key", "profiles", "flags", "options", "precision", "memory", "golden")
+
+
 def _specification(kit: Path) -> dict[str, Any]:
     """build.json, and all that it names is there and whole."""
     try:
         spec: dict[str, Any] = json.loads((kit / "build.json").read_text(encoding="utf-8"))
         files = dict(spec["files"])
+        if missing := [key for key in _KEYS if key not in spec]:
+            raise LookupError("without " + ", ".join(missing))
+        files[spec["graph"]], files[spec["untyped_graph"]]  # named among those that are checked
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise BuildError(f"{kit / 'build.json'} is not that of a kit ({error}): unzip the whole kit again") from None
     for name, expected in files.items():
@@ -178,6 +184,8 @@ def _make_folder(path: Path) -> None:
         if not part.exists():
             part.mkdir(exist_ok=True)
             part.chmod(0o755)
+    if not path.is_dir():
+        raise BuildError(f"{path} is no folder: choose another --out")
 
 
 def _progress() -> Progress:

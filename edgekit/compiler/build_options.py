@@ -303,7 +303,8 @@ def changes(record: Path, answer: dict[str, Any]) -> list[str]:
         before = json.loads(record.read_text(encoding="utf-8"))
         # A timing cache grows with every build.
         names = ("key", "graph_sha256", "options", "profiles", "module", "tensorrt", "compute_capability")
-        found = [f"{name} {before.get(name)} -> {answer[name]}" for name in names if before.get(name) != answer[name]]
+        stated = [name for name in names if name in before]  # an older script's record lacks some
+        found = [f"{name} {before[name]} -> {answer[name]}" for name in stated if before[name] != answer[name]]
         same = before["engine_sha256"] == answer["engine_sha256"]
     except (OSError, ValueError, KeyError, AttributeError):
         return []

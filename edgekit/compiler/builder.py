@@ -365,7 +365,8 @@ def _serves(bundle: Bundle, target: Target, record: Mapping[str, Any], key: str,
     try:
         if record["key"] != key or not bundle.has(record["file"]):
             return False
-        bundle.file(record["file"])
+        for name in filter(None, (record["file"], record.get("golden_file"))):
+            bundle.file(name)
         reported = not options.verbose or target.kind == "device"
         return reported or json.loads(bundle.read(_layers(target)))["key"] == key
     except (ValueError, KeyError, BundleError):

@@ -148,13 +148,16 @@ def cut(inputs: dict[str, Any], axes: dict[str, int], least: int, most: int) -> 
         yield {name: array.take(rows, along[name]) if name in along else array for name, array in inputs.items()}, count
 
 
-def join(parts: list[tuple[dict[str, Any], int]], axes: dict[str, int]) -> dict[str, Any]:
-    """(outputs, how many samples of them count) of every run of `cut` -> the outputs of all samples."""
-    first = parts[0][0]
+def join(parts: list[tuple[dict[str, Any], int]], axes: dict[str, int], least: int) -> dict[str, Any]:
+    """(outputs, how many samples of them count) of every run of `cut` -> the outputs of all samples.
+
+    An output without an axis in ``axes`` may have its samples along the first one all the same, where its file does not say
+    so; it has where that is as long as what was fed.
+    """
     found = {}
-    for name, array in first.items():
+    for name, array in parts[0][0].items():
         axis = axes.get(name, 0)
-        if name in axes and array.ndim > axis:
+        if array.shape[axis : axis + 1] == (max(least, parts[0][1]),):
             array = np.concatenate([part[name].take(np.arange(count), axis) for part, count in parts], axis)
         found[name] = array
     return found
@@ -193,7 +196,7 @@ def check(
     inputs = {name[6:]: array for name, array in arrays.items() if name.startswith("input/")}
     least, most = limits(engine, inputs, axes)
     parts = [(_run(trt, engine, part, cuda, said), count) for part, count in cut(inputs, axes, least, most)]
-    found = join(parts, axes)
+    found = join(parts, axes, least)
     relative, snr = 0.0, 200.0
     floats = {name for name in found if arrays["output/" + name].dtype.kind in "fc"}
     for name in floats if quantized and floats else found:

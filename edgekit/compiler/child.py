@@ -59,7 +59,7 @@ def call(
     Raises the child's `EdgekitError` or `OSError`; `NativeCrash` where the child died, `GraphError` where it
     took longer than ``timeout_s``.
     """
-    if not 0 < timeout_s < MAX_TIMEOUT_S:
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < MAX_TIMEOUT_S:
         raise UsageError(f"a timeout of {timeout_s!r} s", f"give seconds above 0 and below {MAX_TIMEOUT_S:g}")
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     environment = {**_MALLOC, **os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}

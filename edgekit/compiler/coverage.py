@@ -40,10 +40,10 @@ def refused(model: onnx.ModelProto, kind: str = "rtx") -> list[str]:
     return sorted({_named(node) for node in all_nodes(model.graph) if _refused(node, kind)})
 
 
-def said_of(names: list[str]) -> str:
+def said_of(names: list[str], builder: str = "TensorRT") -> str:
     """``names`` (`refused`) in words, the first few."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"TensorRT does not build {', '.join(names[:_SHOWN])}{more}"
+    return f"{builder} does not build {', '.join(names[:_SHOWN])}{more}"
 
 
 def _named(node: onnx.NodeProto) -> str:

@@ -219,7 +219,10 @@ def _unquantized(bound: onnx.ModelProto, trials: list[Feeds], truths: list[Feeds
         else:
             said, limit = to_float(form)[1], MIN_SNR_DB
             proven = _emulated(bound, trials, truths)
-        answers = [outputs(session(form.SerializeToString(), 0), feeds) for feeds in trials]
+        run = session(
+            form.SerializeToString(), 0, low_memory=True
+        )  # as `_Proof.runner` has it: Floor and Round tell sums apart
+        answers = [outputs(run, feeds) for feeds in trials]
         snr = _distance(truths, answers)
         if snr < limit and (proven is None or proven < EXACT_SNR_DB):
             raise GraphError(
@@ -319,23 +322,29 @@ def _proven(
             f"the rewritten graph differs from the original by {error:.2g} (relative), allowed {MAX_RELATIVE:g}",
             "the graph may hold random operators; export it in inference mode",
         )
-    said = [*said, *figures.pop("unread")]
-    if names := figures.pop("refused"):
-        said = [*said, f"{said_of(names)}; ONNX Runtime runs it"]
+    runs = "" if proof.evaluated else "; ONNX Runtime runs it"
+    said = [*said, *figures.pop("unread"), *(f"{words}{runs}" for words in figures.pop("refused"))]
     notes[:] = said
     return run, {**figures, "relative_error": error}
 
 
 def _counted(model: onnx.ModelProto) -> dict[str, Any]:
-    """Figures; ``refused``: nodes that TensorRT does not build, ``unread``: notes on inputs that decide nothing."""
+    """Figures; ``refused``: what TensorRT does not build, ``unread``: notes on inputs that decide nothing."""
     weights = (i for i in model.graph.initializer if i.data_type in passes.WEIGHT_TYPES)
     return {
         "opset": passes.opset(model),
         "nodes": len(model.graph.node),
         "parameters": sum(int(np.prod(i.dims)) for i in weights),
-        "refused": refused(model),
+        "refused": _refused(model),
         "unread": _unread(model.graph),
     }
+
+
+def _refused(model: onnx.ModelProto) -> list[str]:
+    """By any TensorRT, and by TensorRT-RTX alone."""
+    names = refused(model, "device")
+    others = sorted(set(refused(model, "rtx")) - set(names))
+    return [*([said_of(names)] if names else []), *([said_of(others, "TensorRT-RTX")] if others else [])]
 
 
 def _unread(graph: onnx.GraphProto) -> list[str]:

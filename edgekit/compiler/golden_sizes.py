@@ -53,12 +53,13 @@ def fit_golden(graph: bytes, request: Mapping[str, Any], folder: Path) -> Fitted
     if _fits(inputs, bounds):
         return Fitted("kept")
     try:
-        runs = list(cut(inputs, axes, *_limits(bounds, axes)))
+        least, most = _limits(bounds, axes)
+        runs = list(cut(inputs, axes, least, most))
         whole = all(_fits(feeds, bounds) for feeds, _ in runs)
         if request.get("frames") or not request["float_graph"]:  # pictures, each for itself; or nothing to ask
             return Fitted("kept") if whole else Fitted("none", "no golden input fits this engine, so nobody checks it")
         source = Path(request["float_graph"]).read_bytes()
-        if whole and _answers_in_parts(source, runs, axes, outputs):
+        if whole and _answers_in_parts(source, runs, axes, least, outputs):
             return Fitted("kept")
         feeds = {name: _resized(array, *bounds[name]) if name in bounds else array for name, array in inputs.items()}
         made = answers(source, feeds)
@@ -94,11 +95,13 @@ def _limits(bounds: Bounds, axes: Mapping[str, int]) -> tuple[int, int]:
     return max((low for low, _ in batched), default=1), min((high for _, high in batched), default=1)
 
 
-def _answers_in_parts(graph: bytes, runs: list[tuple[dict[str, Any], int]], axes: dict[str, int], outputs: Arrays) -> bool:
+def _answers_in_parts(
+    graph: bytes, runs: list[tuple[dict[str, Any], int]], axes: dict[str, int], least: int, outputs: Arrays
+) -> bool:
     run = session(graph)
     names = [value.name for value in run.get_outputs()]
     parts = [(dict(zip(names, run.run(names, feeds), strict=True)), count) for feeds, count in runs]
-    return compare_outputs(outputs, join(parts, axes), quantized=False).snr_db >= SAME_DB
+    return compare_outputs(outputs, join(parts, axes, least), quantized=False).snr_db >= SAME_DB
 
 
 def _resized(array: NDArray[Any], least: list[int], most: list[int]) -> NDArray[Any]:

@@ -103,8 +103,11 @@ def _texts(stated: Mapping[str, Iterable[int | str]] | Iterable[str] | str, what
         texts = list(stated)
     except TypeError:
         texts = [stated]  # type: ignore[list-item]
-    if wrong := next((text for text in texts if not isinstance(text, str)), None):
-        raise UsageError(f"{what}: {wrong!r} is no text", f'write {what}="x:1x3x224x224", or {what}={{"x": (1, 3, 224, 224)}}')
+    for text in texts:
+        if not isinstance(text, str):
+            raise UsageError(
+                f"{what}: {text!r} is no text", f'write {what}="x:1x3x224x224", or {what}={{"x": (1, 3, 224, 224)}}'
+            )
     return texts
 
 
@@ -119,7 +122,7 @@ def _check_once(fixed: Iterable[str], ranges: Iterable[str], values: Iterable[st
 def _constants(stated: Mapping[str, ArrayLike] | Iterable[str] | str) -> dict[str, Constant]:
     """Raises `UsageError` for what is no array of numbers, and for one that is large: a parameter is not."""
     if not isinstance(stated, Mapping):
-        return parse_constants([stated] if isinstance(stated, str) else stated)
+        return parse_constants(_texts(stated, "constants"))
     import numpy as np
 
     found = {}

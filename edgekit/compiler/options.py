@@ -58,6 +58,8 @@ class Options:
         """Raises `UsageError` for what the target cannot do, and for options that contradict each other."""
         if self.workspace_mb is not None:
             _check_workspace(self.workspace_mb, target)
+        if self.dla is not None and type(self.dla) is not int:
+            raise UsageError(f"a DLA core {self.dla!r}", "give the number of the core, 0 or 1")
         if self.dla is not None:
             _check_dla(self.dla, target, precision, profiles)
         if self.compatible is not None:

@@ -269,7 +269,7 @@ def _check_types(model: onnx.ModelProto) -> None:
                 what = f"tensor of {TensorProto.DataType.Name(held)}"
             raise GraphError(
                 f"{kind} {value.name} is not a tensor of numbers or bools that numpy has: {what}",
-                "cut strings, sequences and optionals off before the export; types such as bfloat16 and float8 stay inside",
+                "cut strings, sequences and optionals off before the export; other types that numpy lacks stay inside",
             )
     if not model.graph.input:
         raise GraphError("the graph has no inputs", "give it one; a constant needs no model")

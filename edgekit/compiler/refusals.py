@@ -16,7 +16,8 @@ __all__ = ["cure", "explained"]
 LONGEST = 500  # characters of a message
 _PARSER = re.compile(r"^(\w+) \(node (.+?)\): (.*)$", re.DOTALL)
 _AFTERMATH = re.compile(r"\s*\[checkMacros\.cpp.*$", re.DOTALL)  # that there is no GPU here, which nobody needs
-_SHAPES = re.compile(r"^(.+?)(?:, .+)? decides shapes: ")
+_SHAPES = re.compile(r"^(.+?) decides shapes: ")
+_OF_BRANCHES = re.compile(r"graphScope|[Cc]onditional|IIf|ILoop")  # it tells of such nodes without their names
 _LAYER = re.compile(r"\bI\w*Layer (.+?): ")
 _FUSED = re.compile(r"\{ForeignNode\[(.+?)(?:\.\.\.|\])")
 
@@ -36,7 +37,7 @@ def explained(graph: bytes, refusal: str) -> str:
     stated = stated_attributes(node, refusal) if node is not None else ""
     if node is not None and stated:
         known = f"node {node.name or node.output[0]} has {stated}"
-    elif node is None and (branch := _undecided(model)) is not None:
+    elif node is None and (branch := _undecided(model, refusal)) is not None:
         known = f"the graph holds {branch.op_type} ({branch.name or branch.output[0]}), decided at run time"
     else:
         return refusal[:LONGEST]
@@ -46,7 +47,8 @@ def explained(graph: bytes, refusal: str) -> str:
 def cure(graph: bytes, refusal: str) -> str:
     """What a user can do about it."""
     if found := _SHAPES.match(refusal):
-        return f"import it again with its values: --constant {found[1]}:V,V; ONNX Runtime takes them at run time"
+        values = " ".join(f"--constant {name}:V,V" for name in found[1].split(", "))
+        return f"import it again with its values: {values}; ONNX Runtime takes them at run time"[:300]
     model = onnx.load_model_from_string(graph)
     node = _node(model, refusal)
     operator = node.op_type if node is not None else refusal.split(" ", 1)[0]
@@ -54,29 +56,32 @@ def cure(graph: bytes, refusal: str) -> str:
         return f"cut {operator} off before the export and do it outside of the graph; ONNX Runtime runs the graph as it is"
     if node is not None and (stated := stated_attributes(node, refusal, others=False)):
         return f"export {operator} without {stated}; or import it again with fixed shapes (--shape)"[:300]
-    if "changes volume" in refusal or "reshape" in refusal.lower():
+    if "changes volume" in refusal:
         return "build it for the samples that it was traced with: --batch N; or export it with a dynamic batch"
-    if node is None and (branch := _undecided(model)) is not None:
-        names = _deciding(model.graph, branch)
-        values = " ".join(f"--constant {name}:V" for name in names) or "--shape NAME:AxB"
-        return f"import it again with what decides {branch.op_type}: {values}; or with fixed shapes (--shape)"[:300]
+    if node is None and (branch := _undecided(model, refusal)) is not None:
+        values = " ".join(f"--constant {name}:V" for name in _deciding(model.graph, branch))
+        if values:
+            return f"import it again with what decides {branch.op_type}: {values}; or with fixed shapes (--shape)"[:300]
     return "import it again with fixed shapes (--shape), or change this node"
 
 
-def _undecided(model: onnx.ModelProto) -> onnx.NodeProto | None:
-    """The first branch or loop of a graph, if it has any: TensorRT tells of such a node without its name."""
-    return next((node for node in model.graph.node if node.op_type in ("If", "Loop", "Scan")), None)
+def _undecided(model: onnx.ModelProto, refusal: str) -> onnx.NodeProto | None:
+    """The first branch or loop of a graph, where a refusal is of that kind."""
+    if not _OF_BRANCHES.search(refusal):
+        return None
+    return next((node for node in model.graph.node if node.op_type in ("If", "Loop")), None)
 
 
 def _deciding(graph: onnx.GraphProto, branch: onnx.NodeProto) -> list[str]:
-    """The inputs of the graph that what decides a branch is computed from."""
+    """The inputs of the graph from whose values, not shapes, it is computed what decides a branch."""
     inputs, makers = {value.name for value in graph.input}, {name: node for node in graph.node for name in node.output}
     waiting, seen = list(branch.input[: 1 if branch.op_type == "If" else 2]), set[str]()
     while waiting:
         name = waiting.pop()
         if name not in seen:
             seen.add(name)
-            waiting += makers[name].input if name in makers else []
+            made = makers.get(name)
+            waiting += made.input if made is not None and made.op_type not in ("Shape", "Size") else []
     return sorted(seen & inputs)
 
 

@@ -164,6 +164,8 @@ def estimate(
     launches free. Raises `UsageError` for a target without figures (those are per card), a precision it lacks, or dynamic
     axes without a range.
     """
+    if batch is not None and type(batch) is not int:
+        raise UsageError(f"a batch of {batch!r}", "give a whole number of samples")
     chosen = target_named(target)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     precision = _precision(opened, chosen, precision)
@@ -268,11 +270,14 @@ def _check_figures(target: Target, precision: str) -> None:
 def sizes_of(bundle: Bundle, batch: int | None = None) -> tuple[int, dict[str, int]]:
     """(the batch, symbol -> size: that batch, and the largest of each other stated range). ``batch`` None: the fewest samples
     that the graph takes. Raises `UsageError` for an axis of which nothing is known."""
-    least = {spec.name: shapes for spec in bundle.manifest.inputs if (shapes := profiles_for(bundle).get(spec.name))}
-    first = batch_symbol(bundle.manifest.inputs)
+    inputs = bundle.manifest.inputs
+    first = batch_symbol(inputs)
+    profiles = profiles_for(bundle, batch)
     if batch is None:
-        batch = next((least[spec.name][0][0] for spec in bundle.manifest.inputs if spec.shape[:1] == (first,)), 1)
-    profiles = profiles_for(bundle, batch if first is not None or batch != 1 else None)
+        fewest = [profiles[spec.name][0][0] for spec in inputs if spec.shape and spec.shape[0] == first]
+        fewest += [spec.shape[0] for spec in inputs if first is None and spec.shape and isinstance(spec.shape[0], int)]
+        batch = fewest[0] if fewest else 1
+        profiles = profiles_for(bundle, batch if first is not None else None)
     return batch, {
         symbol: profiles[spec.name][2][index]
         for spec in bundle.manifest.inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from .shapes import Axis
 __all__ = ["MAX_RELATIVE", "Feeds", "outputs", "trial_feeds"]
 
 _PARAMETERS = "give inputs that are parameters their values: --constant NAME:V; or state --shape"
+_FAILS = "ONNX Runtime fails on the graph"
 MAX_RELATIVE = 1e-4  # as the bundle's golden tolerance
 SEEDS = 3  # the first becomes golden, all are compared
 SAMPLES = (4, 1)  # golden samples tried along a dynamic first axis
@@ -34,7 +35,7 @@ def outputs(run: Any, feeds: Feeds) -> Feeds:
     try:
         return dict(zip(names, run.run(names, feeds), strict=True))
     except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
-        raise GraphError(f"ONNX Runtime fails on the graph: {first_line(error)[:300]}", _PARAMETERS) from None
+        raise GraphError(f"{_FAILS}: {first_line(error)[:300]}", _PARAMETERS) from None
 
 
 def _sizes(model: onnx.ModelProto, ranges: Mapping[str, Axis]) -> Iterator[tuple[dict[str, int], set[str]]]:
@@ -91,6 +92,8 @@ def trial_feeds(run: Any, model: onnx.ModelProto, ranges: Mapping[str, Axis], no
             kind, trials = masked
             _check_repeats(outputs(run, trials[0]), outputs(run, trials[0]))
             return _chosen(run, model, (sizes, batched, ranges), masked, notes)
+    if failure and ranges and failure.message.startswith(_FAILS):
+        raise _outside({name: min(axis.high, MAX_GOLDEN_AXIS) for name, axis in ranges.items()}, failure)
     raise failure or GraphError("the graph has no inputs", "give it one; a constant needs no model")
 
 
@@ -116,47 +119,85 @@ def _chosen(
     ``axes``: sizes of the trials, the symbols that go with the batch, the stated ranges. ``found``: kind and trials.
     """
     (sizes, batched, ranges), (kind, trials) = axes, found
-    ends, refused = list[Feeds](), dict[str, int]()
-    for wanted in _other_sizes(model, sizes, batched, ranges):
-        feeds = _random(model, wanted, kind, SEEDS)
+    ends = list[Feeds]()
+
+    def tried(wanted: Mapping[str, int]) -> GraphError | None:
+        """Why the graph does not run at these sizes; else the inputs of them are among ``ends``."""
+        feeds = _random(model, {**sizes, **wanted}, kind, SEEDS)
         try:
             answer = outputs(run, feeds)
         except GraphError as error:
-            refused = {name: size for name, size in wanted.items() if size != sizes[name]}
-            if any(name in ranges for name in refused):
-                raise _outside(refused, error) from None
-            continue
+            return error
         if all(_masked(value) for value in answer.values() if value.dtype.kind in "fc"):
             ends.append(feeds)
+        return None
+
+    for wanted in _stated_ends(model, sizes, ranges, notes):
+        if error := tried(wanted):
+            raise _outside(wanted, error) from None
+    baked = _baked_in(_one_sample(model, sizes, batched, ranges), tried)
+    single = {name for name in _firsts(model) if name not in ranges and sizes.get(name) == 1}  # four were tried before
     sizes = _tied(model, batched, sizes)
-    if fixed := {name: size for name, size in sizes.items() if name in refused}:
+    if alone := {name: size for name, size in sizes.items() if name in single}:
+        _fix(model, alone)
+        notes.append(f"it runs with one sample only: {_sizes_text(alone)} is fixed; state where it runs by --dynamic")
+    if fixed := {name: size for name, size in sizes.items() if name in baked}:
         _fix(model, fixed)
-        text = ", ".join(f"{name}={size}" for name, size in fixed.items())
-        notes.append(f"it does not run with one sample: {text} is fixed; state where it runs by --dynamic")
-    if unstated := {name: size for name, size in sizes.items() if name not in ranges and name not in fixed}:
-        notes.append(f"golden outputs were made with {', '.join(f'{k}={v}' for k, v in unstated.items())}")
+        notes.append(f"it does not run with one sample: {_sizes_text(fixed)} is fixed; state where it runs by --dynamic")
+    if unstated := {name: size for name, size in sizes.items() if name not in {*ranges, *fixed, *alone}}:
+        notes.append(f"golden outputs were made with {_sizes_text(unstated)}")
     return [*trials, *ends]
 
 
-def _other_sizes(
-    model: onnx.ModelProto, sizes: Mapping[str, int], batched: set[str], ranges: Mapping[str, Axis]
+def _stated_ends(
+    model: onnx.ModelProto, sizes: Mapping[str, int], ranges: Mapping[str, Axis], notes: list[str]
 ) -> Iterator[dict[str, int]]:
-    """The smallest and the largest sizes that are stated, one sample where nothing is: what a graph bakes in of the size at
-    which it was traced shows at another one only. Not those that would fill the memory."""
-    first = {passes.dims(i)[0] for i in model.graph.input if passes.dims(i)} & sizes.keys() | batched
-    tried = [dict(sizes)]
+    """The smallest and the largest sizes that are stated: what a graph bakes in of the size at which it was traced shows at
+    another one only. Not those that would fill the memory, with a note."""
+    seen = [{name: sizes[name] for name in sizes if name in ranges}]
     for which in (0, 1):
-        wanted = {name: ranges[name][which] if name in ranges else 1 if name in first else size for name, size in sizes.items()}
-        shapes = ([wanted.get(d, 1) if isinstance(d, str) else d or 1 for d in passes.dims(v)] for v in model.graph.input)
-        if wanted not in tried and all(math.prod(shape) <= MAX_TRIED for shape in shapes):
-            tried.append(wanted)
+        wanted = {name: ranges[name][which] for name in sizes if name in ranges}
+        if wanted in seen:
+            continue
+        seen.append(wanted)
+        all_ = {**sizes, **wanted}
+        shapes = ([all_.get(d, 1) if isinstance(d, str) else d or 1 for d in passes.dims(v)] for v in model.graph.input)
+        if all(math.prod(shape) <= MAX_TRIED for shape in shapes):
             yield wanted
+        else:
+            notes.append(f"not tried at {_sizes_text(wanted)}: too large for an import")
 
 
-def _outside(refused: Mapping[str, int], error: GraphError) -> GraphError:
-    text = ", ".join(f"{name}={size}" for name, size in refused.items())
+def _one_sample(
+    model: onnx.ModelProto, sizes: Mapping[str, int], batched: set[str], ranges: Mapping[str, Axis]
+) -> list[set[str]]:
+    """Groups of symbols that would be 1 together for one sample, of which nobody stated anything."""
+    names = [name for name in _firsts(model) if name not in ranges and sizes.get(name, 1) > 1]
+    return [{name, *(batched if index == 0 else ())} for index, name in enumerate(names)]
+
+
+def _firsts(model: onnx.ModelProto) -> list[str]:
+    """The symbols of first axes."""
+    first = [passes.dims(value)[0] for value in model.graph.input if passes.dims(value)]
+    return [name for name in dict.fromkeys(first) if isinstance(name, str)]
+
+
+def _baked_in(groups: list[set[str]], tried: Callable[[Mapping[str, int]], GraphError | None]) -> set[str]:
+    """The symbols whose size cannot be 1: of all groups together, or where that does not run, of each by itself."""
+    together: set[str] = set().union(*groups)
+    if not together or not tried(dict.fromkeys(together, 1)):
+        return set()
+    alone = [group for group in groups if len(groups) == 1 or tried(dict.fromkeys(group, 1))]
+    return set().union(*alone)
+
+
+def _sizes_text(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def _outside(refused: Mapping[str, int], error: EdgekitError) -> GraphError:
     return GraphError(
-        f"the graph does not run at {text}, which --dynamic states: {error.message}"[:500],
+        f"the graph does not run at {_sizes_text(refused)}, which --dynamic states: {error.message}"[:500],
         "state the range in which it runs, or fix the axis by --shape",
     )
 

@@ -42,14 +42,14 @@ def refit(model: onnx.ModelProto, changed: onnx.ModelProto) -> None:
     """Give ``model``, in place, the nodes, tensors and opset of what `without_weights` of it became; its large weights stay."""
     graph, new = model.graph, changed.graph
     large = {weight.name for weight in graph.initializer if math.prod(weight.dims) > _LARGE}
-    large -= {value.name for value in graph.input}
+    added = large - {value.name for value in graph.input}  # before IR 4 weights were inputs, too
     for index in reversed(range(len(graph.initializer))):
         if graph.initializer[index].name not in large:
             del graph.initializer[index]
     graph.initializer.extend(new.initializer)
     fields = {
         "node": new.node,
-        "input": [value for value in new.input if value.name not in large],
+        "input": [value for value in new.input if value.name not in added],
         "output": new.output,
         "value_info": new.value_info,
     }

@@ -50,10 +50,8 @@ def to_signed(model: onnx.ModelProto) -> bool:
 
 
 def plain_border(model: onnx.ModelProto) -> list[str]:
-    """Inputs and outputs of bfloat16 and float8 become float32, in place, with a Cast inside; returns notes.
-
-    TensorRT casts nothing to or from float8: there it is quantization by 1.
-    """
+    """Inputs and outputs of bfloat16 become float32, in place, with a Cast inside; those of float8 (E4M3FN, the only one that
+    TensorRT has) with a quantization by 1, for TensorRT casts nothing to or from it. Returns notes."""
     graph, taken, notes = model.graph, tensor_names(model.graph), list[str]()
     behind, ahead = list[onnx.NodeProto](), list[onnx.NodeProto]()
     inputs, outputs = ({value.name for value in values} for values in (graph.input, graph.output))

@@ -53,7 +53,7 @@ def store(cache: Any, choice: Choice, device: Device) -> None:
     with contextlib.suppress(OSError):
         for folder in (path.parent.parent, path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-            if folder.stat().st_mode & 0o022:  # umask 002: `restore` would never read what any of the group could have written
-                folder.chmod(0o755)
+            if (mode := folder.stat().st_mode) & 0o022:  # umask 002: `restore` never reads what a group could have written
+                folder.chmod(mode & 0o7755)
         if data and (not path.is_file() or path.read_bytes() != data):
             atomic_write(path, data)

@@ -46,21 +46,27 @@ class Log:
 
     def __init__(self) -> None:
         self._own = threading.local()  # of a thread that has called `clear`
-        self._others: list[str] = []
+        self._others: list[tuple[int, str]] = []  # numbered, the last hundred
+        self._count = 0
 
     def add(self, severity: int, worst: int, message: str) -> None:
-        lines = getattr(self._own, "lines", self._others)
-        if severity <= worst and len(lines) < 100:
+        if severity > worst:
+            return
+        lines = getattr(self._own, "lines", None)
+        if lines is None:
+            self._count += 1
+            self._others = [*self._others[-99:], (self._count, message)]
+        elif len(lines) < 100:
             lines.append(message)
 
     def clear(self) -> None:
         """Before a call whose reason may be asked for: what was said of other calls would mislead."""
-        self._own.lines = []
-        self._others.clear()
+        self._own.lines, self._own.since = [], self._count
 
     def take(self) -> str:
         """The first error: those after it follow from it."""
-        lines = [*getattr(self._own, "lines", ()), *self._others]
+        since = getattr(self._own, "since", 0)
+        lines = [*getattr(self._own, "lines", ()), *(line for number, line in self._others if number > since)]
         self.clear()
         return _line(lines[0]) if lines else "TensorRT gave no reason"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -558,6 +559,13 @@ def test_a_kit_of_what_no_tensorrt_builds_says_so(tmp_path: Path) -> None:
         assert made.usable is usable  # NonZero is classic TensorRT's, not RTX's
         said = "NOTHING BUILDS THIS KIT: TensorRT does not build Det (d); ONNX Runtime runs its graph"
         assert made.note.startswith(said) is not usable
+
+
+def test_nowhere_to_write_is_told_before_a_build(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(child, "call", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(UsageError, match="may not be written"):
+        build(tiny_bundle, target="rtx-ada")
 
 
 def test_a_damaged_engine_of_another_target_stops_no_build(tiny_bundle: Bundle, cli: Callable[..., Any]) -> None:

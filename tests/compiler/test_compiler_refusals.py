@@ -90,6 +90,34 @@ def test_what_decides_a_branch_is_asked_for() -> None:
     assert cure(graph, refusal).startswith("import it again with what decides If: --constant rate:V;")
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    ["OutOfMemory (Requested size was 1 bytes.)", "Could not find any implementation for node {ForeignNode[/a/Reshape_2]}"],
+)
+def test_a_refusal_of_another_kind_blames_no_branch_nor_reshape(refusal: str) -> None:
+    value = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    branch = helper.make_graph([N("Relu", ["x"], ["z"])], "b", [], [value])
+    graph = made(N("If", ["c"], ["y"], "choose", then_branch=branch, else_branch=branch), c=np.array(True))
+    assert explained(graph, refusal) == refusal
+    assert cure(graph, refusal) == "import it again with fixed shapes (--shape), or change this node"
+
+
+def test_a_baked_in_batch_is_told_and_every_shape_input_named() -> None:
+    graph = made(N("Relu", ["x"], ["y"]))
+    assert "--batch N" in cure(graph, "/r: reshape changes volume. Reshaping [1,64] to [4,64].")
+    asked = "a, b decides shapes: TensorRT needs such values when it compiles"
+    assert "--constant a:V,V --constant b:V,V" in cure(graph, asked)
+
+
+def test_a_branch_on_a_shape_asks_for_the_shape() -> None:
+    value = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    branch = helper.make_graph([N("Relu", ["x"], ["z"])], "b", [], [value])
+    model = onnx.load_model_from_string(made(N("If", ["c"], ["y"], "choose", then_branch=branch, else_branch=branch)))
+    for node in (N("Cast", ["s"], ["c"], to=TensorProto.BOOL), N("Shape", ["x"], ["s"])):
+        model.graph.node.insert(0, node)
+    assert "--shape" in cure(model.SerializeToString(), "graphScope.cpp: Error Code 2")
+
+
 def test_long_refusals_keep_what_the_node_has() -> None:
     found = explained(made(RESIZE, s=HALF), f"Resize (node rs): antialias {'x' * 900}")
     assert len(found) == 500

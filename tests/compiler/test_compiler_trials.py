@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.compiler import build, import_onnx, trials
+from edgekit.compiler import build, foreign, import_onnx, passes, trials
 from edgekit.compiler.reading import drop_unproven, read_model
 from edgekit.errors import GraphError, InputError, UsageError
 from edgekit.runtime import Model, check_golden
@@ -77,6 +77,57 @@ def test_a_range_is_tried_at_both_ends(tmp_path: Path) -> None:
     import_onnx(path, out=tmp_path / "c.edge", shape="x:4x8")
 
 
+def test_a_range_is_tried_at_its_lower_end(tmp_path: Path) -> None:
+    kernel = np.ones((2, 2, 3), np.float32)
+    path = saved(tmp_path / "m.onnx", [N("Conv", ["x", "w"], ["y"])], [V("x", F, [1, 2, "t"])], V("y", F, None), w=kernel)
+    with pytest.raises(GraphError, match="does not run at t=2, which"):
+        import_onnx(path, out=tmp_path / "b.edge", dynamic="x:1x2x2..9")
+    import_onnx(path, out=tmp_path / "c.edge", dynamic="x:1x2x3..9")
+
+
+def test_ends_are_held_against_the_rewritten_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that is right at the size of the golden inputs, and wrong at another one."""
+    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], [V("x", F, ["n", 4])], V("y", F, ["n", 4]))
+
+    def wrong(model: onnx.ModelProto) -> tuple[bool, list[str]]:
+        model.graph.node[0].input[0] = "padded"
+        whole = numpy_helper.from_array(np.array([0, 0, 4, 0]), "sizes")  # of the trials: four rows
+        model.graph.initializer.append(whole)
+        model.graph.node.insert(0, N("Slice", ["x", "from", "to"], ["padded"]))
+        model.graph.initializer.extend(
+            [numpy_helper.from_array(np.array([0]), "from"), numpy_helper.from_array(np.array([4]), "to")]
+        )
+        return True, []
+
+    monkeypatch.setattr(passes, "simplify", wrong)
+    request = {"model": str(path), "shape": {}, "dynamic": {"x": [[1, 8], [4, 4]]}}
+    notes = foreign.import_graph(request, tmp_path)["notes"]
+    assert any(note.startswith("kept as it was: ") for note in notes)
+
+
+def test_what_is_too_large_to_try_is_noted(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], [V("x", F, ["n", 4])], V("y", F, ["n", 4]))
+    notes = import_onnx(path, out=tmp_path / "b.edge", dynamic="x:1..2000000x4").manifest.history[-1].figures["notes"]
+    assert "not tried at n=2000000: too large for an import" in notes
+
+
+def test_a_stated_range_is_not_blamed_for_a_batch_that_nobody_stated(tmp_path: Path) -> None:
+    nodes = [
+        N("Concat", ["x", "w"], ["c"], axis=0),
+        N("Reshape", ["c", "s"], ["y"]),
+        N("Relu", ["t"], ["u"]),
+        N("Neg", ["k"], ["l"]),
+    ]
+    weights = {"w": np.ones((4, 8), np.float32), "s": np.array([8, 8])}
+    inputs = [V("x", F, ["n", 8]), V("t", F, [1, "t"]), V("k", F, ["k", 2])]
+    path = saved(tmp_path / "m.onnx", nodes, inputs, V("y", F, [8, 8]), **weights)
+    made = onnx.load_model(str(path))
+    made.graph.output.extend([V("u", F, [1, "t"]), V("l", F, ["k", 2])])
+    onnx.save(made, path)
+    bundle = import_onnx(path, out=tmp_path / "b.edge", dynamic="t:1x2..16")
+    assert [spec.shape for spec in bundle.manifest.inputs] == [(4, 8), (1, "t"), ("k", 2)]
+
+
 def test_a_batch_that_is_baked_in_is_fixed(tmp_path: Path) -> None:
     nodes = [N("Concat", ["x", "w"], ["c"], axis=0), N("Reshape", ["c", "s"], ["y"])]
     weights = {"w": np.ones((4, 8), np.float32), "s": np.array([8, 8])}
@@ -85,6 +136,15 @@ def test_a_batch_that_is_baked_in_is_fixed(tmp_path: Path) -> None:
     assert bundle.manifest.inputs[0].shape == (4, 8)
     (note,) = bundle.manifest.history[-1].figures["notes"]
     assert note == "it does not run with one sample: n=4 is fixed; state where it runs by --dynamic"
+
+
+def test_a_graph_that_takes_one_sample_only_says_so(tmp_path: Path) -> None:
+    nodes = [N("Reshape", ["x", "s"], ["y"])]
+    path = saved(tmp_path / "m.onnx", nodes, [V("x", F, ["n", 8])], V("y", F, [1, 8]), s=np.array([1, 8]))
+    bundle = import_onnx(path, out=tmp_path / "b.edge")
+    assert bundle.manifest.inputs[0].shape == (1, 8)
+    (note,) = bundle.manifest.history[-1].figures["notes"]
+    assert note == "it runs with one sample only: n=1 is fixed; state where it runs by --dynamic"
 
 
 def test_an_input_that_decides_nothing_is_noted(tmp_path: Path) -> None:
@@ -190,6 +250,14 @@ def test_an_input_that_decides_shapes_is_named_at_build(tmp_path: Path) -> None:
     assert "--constant dims:" in caught.value.hint
 
 
+def test_what_rtx_alone_does_not_build_is_noted_so(tmp_path: Path) -> None:
+    path = saved(
+        tmp_path / "m.onnx", [N("NonZero", ["x"], ["y"], name="nz")], [V("x", F, [2, 4])], V("y", TensorProto.INT64, None)
+    )
+    notes = import_onnx(path, out=tmp_path / "b.edge").manifest.history[-1].figures["notes"]
+    assert "TensorRT-RTX does not build NonZero (nz); ONNX Runtime runs it" in notes
+
+
 def test_what_tensorrt_does_not_build_is_noted(tmp_path: Path) -> None:
     node = N("ScatterND", ["x", "i", "u"], ["y"], name="s", reduction="add")
     ends: dict[str, Any] = {"i": np.zeros((1, 1), np.int64), "u": np.ones((1, 4), np.float32)}
@@ -242,6 +310,8 @@ def test_shapes_may_be_stated_as_in_python(tmp_path: Path) -> None:
     [
         ({"shape": [("x", 1)]}, "is no text"),
         ({"dynamic": 5}, "is no text"),
+        ({"shape": [None]}, "is no text"),
+        ({"shape": 0}, "is no text"),
         ({"name": 5}, "is not called 5"),
         ({"name": "two\nlines"}, "is not called"),
         ({"timeout_s": -1}, "a timeout of -1"),

@@ -69,6 +69,13 @@ def test_another_graph_than_the_recorded_one_stops_the_script(tmp_path: Path, fr
     assert not list((tmp_path / "out").glob("*.zip"))
 
 
+def test_a_gate_that_nothing_is_held_against_stops_the_script(tmp_path: Path) -> None:
+    for gate, lacks in (("MIN_TOP1", "EVAL_DATA"), ("MAX_MS", "BENCH_BACKEND")):
+        done = build(tmp_path / "none.edge", tmp_path / "none.json", tmp_path / "out", **{gate: 1})
+        assert done.returncode == 1
+        assert f"{gate} needs {lacks}" in done.stderr
+
+
 def test_missing_inputs_stop_the_script(tmp_path: Path) -> None:
     done = build(tmp_path / "none.edge", tmp_path / "none.json", tmp_path / "out")
     assert done.returncode == 1

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.compiler.passes import infer_shapes
 from edgekit.graphs.light import store, without_weights
+from edgekit.graphs.opset import raise_opset
 
 
 def chain(widths: list[int]) -> onnx.ModelProto:
@@ -57,3 +58,18 @@ def test_shapes_are_those_that_the_whole_model_gives() -> None:
     assert list(model.graph.output) == list(wanted.graph.output)
     assert [value.name for value in model.graph.input] == ["x"]
     assert len(model.graph.initializer) == 3
+
+
+def test_an_opset_is_raised_around_weights_that_are_inputs_too() -> None:
+    """As files of IR 3 have them."""
+    weight = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [1, 64]), ("w", [64, 64]))
+    ]
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 64])
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", values, [out], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8)
+    assert raise_opset(model) == (True, "")
+    assert [tensor.name for tensor in model.graph.initializer] == ["w"]
+    assert [value.name for value in model.graph.input] == ["x", "w"]
+    onnx.checker.check_model(model, full_check=True)
