@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .statistics import Interval, median_ratio
 from .stored import Stored, differences, same_device
 from .yardstick import BETWEEN
 
-__all__ = ["judge", "load_earlier", "parse_share", "verdict_words"]
+__all__ = ["check_comparable", "judge", "load_earlier", "parse_share", "verdict_words"]
 
 
 def load_earlier(path: str | os.PathLike[str], name: str, now: Mapping[str, Any], *, force: bool = False) -> Stored:
@@ -30,7 +31,11 @@ def load_earlier(path: str | os.PathLike[str], name: str, now: Mapping[str, Any]
     """
     file = Path(path)
     if (file / MANIFEST).is_file():
-        file = Bundle.open(file, verify=False).file(name)
+        bundle = Bundle.open(file, verify=False)
+        if not bundle.has(name):
+            held = ", ".join(sorted(n for n in bundle.manifest.files if n.startswith("bench/"))) or "none"
+            raise DataError(f"{file} has no {name}", f"measure it as this run is: edgekit bench {file}; its results: {held}")
+        file = bundle.file(name)
     elif file.is_dir():
         return baseline(file, now, force=force)
     hint = "name a file that edgekit bench wrote (B/bench/*.json, or its --json answer), or a bundle that was benched"
@@ -39,9 +44,10 @@ def load_earlier(path: str | os.PathLike[str], name: str, now: Mapping[str, Any]
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}", hint) from None
     except msgspec.DecodeError as error:
-        raise DataError(f"{file} is no bench result: {error}", hint) from None
+        why = "it holds NaN or Infinity" if re.search(rb"[:,\[]\s*-?(NaN|Infinity)", file.read_bytes()) else str(error)
+        raise DataError(f"{file} is no bench result: {why}", hint) from None
     if not found.comparable:
-        raise DataError(f"{file} is no bench result: it needs at least 16 samples_ms, all positive", hint)
+        raise DataError(f"{file} is no bench result: it needs at least 16 samples_ms, all positive, not all equal", hint)
     return found
 
 
@@ -60,6 +66,24 @@ def parse_share(value: str | float | None) -> float | None:
     return share
 
 
+def check_comparable(earlier: Stored, now: Mapping[str, Any], *, force: bool) -> list[str]:
+    """What differs beside the graph. ``now``: a result, or what is known of it before it is measured.
+
+    Raises `UsageError` for another scenario, and, unless ``force``, for another model, device, set-up or version.
+    """
+    if earlier.scenario != now["scenario"]:
+        raise UsageError(
+            f"the earlier result is {earlier.scenario}, this one {now['scenario']}", f"add --scenario {earlier.scenario}"
+        )
+    differs = differences(earlier, now)
+    if differs and not force:
+        raise UsageError(
+            f"the earlier result is of another model, device or set-up: {'; '.join(differs[:3])}",
+            "measure both on one device, or compare them all the same with --force",
+        )
+    return differs
+
+
 def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: bool) -> dict[str, Any]:
     """Compare ``now`` (a result of `bench`) with an earlier one.
 
@@ -74,16 +98,7 @@ def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: b
 
     Raises `UsageError` for another scenario, and, unless ``force``, for another model, device, set-up or version.
     """
-    if earlier.scenario != now["scenario"]:
-        raise UsageError(
-            f"the earlier result is {earlier.scenario}, this one {now['scenario']}", f"add --scenario {earlier.scenario}"
-        )
-    differs = differences(earlier, now)
-    if differs and not force:
-        raise UsageError(
-            f"the earlier result is of another model, device or set-up: {'; '.join(differs[:3])}",
-            "measure both on one device, or compare them all the same with --force",
-        )
+    differs = check_comparable(earlier, now, force=force)
     method, interval = _interval(earlier, now)
     exceeded = limit is not None and interval.ratio > 1 + limit and interval.verdict == "slower"
     return {

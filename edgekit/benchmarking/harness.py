@@ -33,11 +33,11 @@ from edgekit.runtime.cuda import open_cuda
 from edgekit.runtime.model import Precision
 from edgekit.runtime.tensorrt import TensorRtRunner
 
-from .asked import STREAMS, Asked
+from .asked import STREAMS, Asked, check_threads
 from .cold import process_start_ms
 from .device import Sensors, fingerprint, resident_mb
 from .doubts import doubts
-from .gate import judge, load_earlier, parse_share, verdict_words
+from .gate import check_comparable, judge, load_earlier, parse_share, verdict_words
 from .history import add, check_history
 from .inputs import Feeds, batchable, frame_for, golden_or_none, runner_feeds
 from .profile import check_profile, layer_times, tensorrt_layers, times_chart
@@ -48,7 +48,7 @@ from .statistics import coefficient_of_variation, histogram, jitter, percentiles
 __all__ = ["bench"]
 
 _BATCHES = (1, 4, 16, 64)
-_MAX_BATCH_BYTES = 64 << 20
+_MAX_BATCH_BYTES, _MAX_ASKED_BYTES = 64 << 20, 1 << 30
 _STARTS = 3  # processes started for their first answer
 _FILE = "bench/{}-{}-{}.json"
 
@@ -68,7 +68,7 @@ def bench(
     fail_over: str | float | None = None,
     force: bool = False,
     layers: bool = False,
-    plot: Path | None = None,
+    plot: str | os.PathLike[str] | None = None,
     history: str | os.PathLike[str] | None = None,
     save: bool = True,
 ) -> dict[str, Any]:
@@ -90,6 +90,8 @@ def bench(
     """
     asked = Asked(scenario, seconds, batch, streams, rate)
     asked.check()
+    check_threads(threads)
+    plot = None if plot is None else Path(plot)
     folder = None if history is None else Path(history)
     limit = _checked_limit(precision, folder, against, fail_over)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -102,6 +104,8 @@ def bench(
         known = {**subject, **model.runner.describe(), **asked.given()}
         earlier = None if against is None else load_earlier(against, name, known, force=force)
         asked = asked.like(earlier) if earlier else asked
+        if earlier:
+            check_comparable(earlier, {**known, **asked.given()}, force=force)
         result = {**subject, **_measure(model, asked), **costs}
         if profiled:
             result["profile"] = _profiled(model, graph, threads, seconds, plot)
@@ -233,6 +237,7 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
     threads = int(runner.describe().get("threads", 1))
     warm = run.warm_up or warm
     reasons = [*doubts(run, warm, asked.scenario), *load.reasons(cores, threads)]
+    reasons += [f"{threads} threads share {cores} cores"] if threads > cores else []
     reasons += [after.slow_governor] if after.slow_governor else []
     return {
         "batch": _least(runner),
@@ -336,7 +341,11 @@ def _batches(runner: Runner, one: Feeds, golden: Feeds | None, asked: int | None
     size = sum(array.nbytes for array in one.values())
     taken = []
     for batch in [asked] if asked else _BATCHES:
-        if not asked and batch * size > _MAX_BATCH_BYTES:
+        if batch * size > (_MAX_ASKED_BYTES if asked else _MAX_BATCH_BYTES):
+            if asked:
+                raise UsageError(
+                    f"--batch {asked}: {batch * size} bytes of inputs", f"at most {_MAX_ASKED_BYTES}: lower --batch"
+                )
             continue
         if runner.batches and not runner.batches[0] <= batch <= runner.batches[1]:
             if asked:

@@ -105,6 +105,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-seri
 .doubtful { fill: #ffffff; stroke: #d55e00; stroke-width: 1.5 }
 """.strip()
 _LEFT, _WIDTH, _HIGH, _PANEL, _HEAD = 70, 760, 110, 176, 74  # pixels
+_LABELS = 200  # that two of them take, side by side
 
 
 def _drawn(series: dict[str, list[Stored]]) -> str:
@@ -147,5 +148,12 @@ def _panel(name: str, entries: list[Stored], top: int) -> Iterator[str]:
         yield f'<line class="range" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
         kind = "run" if entry.trustworthy else "doubtful"
         yield f'<circle class="{kind}" cx="{x:.1f}" cy="{low:.1f}" r="4"><title>{hint}</title></circle>'
-    for x, entry, anchor in ((xs[0], entries[0], "start"), (xs[-1], entries[-1], "end"))[: min(len(entries), 2)]:
-        yield f'<text x="{x:.1f}" y="{top + 24 + _HIGH + 18}" text-anchor="{anchor}">{escape(entry.time[:10])}</text>'
+    # Days at the ends; of runs of one day, and of few runs, the first alone says its day.
+    one_day = entries[0].time[:10] == entries[-1].time[:10]
+    last = entries[-1].time[11:16] if one_day else entries[-1].time[:10]
+    labels = [
+        (xs[0], entries[0].time[:16].replace("T", " ") if one_day else entries[0].time[:10], "start"),
+        (xs[-1], last, "end"),
+    ]
+    for x, text, anchor in labels if xs[-1] - xs[0] > _LABELS else labels[:1]:
+        yield f'<text x="{x:.1f}" y="{top + 24 + _HIGH + 18}" text-anchor="{anchor}">{escape(text)}</text>'

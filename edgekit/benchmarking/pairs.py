@@ -15,7 +15,7 @@ from edgekit.progress import say, track
 from edgekit.runtime import Model
 from edgekit.runtime.model import Precision
 
-from .asked import Asked
+from .asked import Asked, check_threads
 from .device import Sensors, fingerprint
 from .gate import parse_share
 from .inputs import batchable, golden_or_none, runner_feeds
@@ -50,6 +50,7 @@ def bench_pair(
     """
     limit = parse_share(fail_over)
     Asked("single-stream", seconds, None, None, None).check()
+    check_threads(threads)
     bundles = [bundle if isinstance(bundle, Bundle) else Bundle.open(bundle) for bundle in (first, second)]
     models = [Model.open(bundle.path, backend, precision=precision, threads=threads) for bundle in bundles]
     with models[0], models[1]:

@@ -54,8 +54,13 @@ class Stored(msgspec.Struct, frozen=True):
 
     @property
     def comparable(self) -> bool:
-        """Whether it holds what a comparison needs: 16 samples, all positive."""
-        return len(self.samples_ms) >= FEWEST and min(self.samples_ms) > 0 and self.latency_ms.get("p50", 0) > 0
+        """Whether it holds what a comparison needs: 16 samples, all positive; of no variance there is no interval."""
+        return (
+            len(self.samples_ms) >= FEWEST
+            and len(set(self.samples_ms)) > 1
+            and min(self.samples_ms) > 0
+            and self.latency_ms.get("p50", 0) > 0
+        )
 
     @property
     def unit(self) -> str:

@@ -43,7 +43,7 @@ WORST_LAYERS = 12
 )
 @click.option("--fail-over", metavar="SHARE", help="With --against: exit 3 if it takes longer by more, for example 5%.")
 @click.option("--force", is_flag=True, help="Compare with a result of another device or version all the same.")
-@click.option("--layers", is_flag=True, help="Also time every layer (onnxruntime).")
+@click.option("--layers", is_flag=True, help="Also time every layer (onnxruntime, tensorrt, tensorrt-rtx).")
 @click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the layers' times; implies --layers.")
 @click.option(
     "--history",
@@ -221,7 +221,7 @@ def _in_turns(bundle: Path, other: Path, options: dict[str, Any]) -> Answer:
 
 
 def _percentiles(one: dict[str, Any]) -> dict[str, float]:
-    return {key: one["latency_ms"][key] for key in ("p50", "p90", "p99")}
+    return {f"{key} ms": one["latency_ms"][key] for key in ("p50", "p90", "p99")}
 
 
 def _bench_text(result: dict[str, Any]) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import edgekit
-from edgekit.benchmarking import gate
+from edgekit.benchmarking import gate, harness
 from edgekit.benchmarking.stored import Stored
 from edgekit.bundle import Bundle
-from edgekit.errors import BudgetNotMet, BundleError, DataError, UsageError
+from edgekit.errors import BudgetNotMet, DataError, UsageError
 
 SHORT = 0.05  # seconds
 RESULT = "bench/onnxruntime-float-single-stream.json"
@@ -27,7 +27,7 @@ VALID = {
     "threads": 1,
     "batch": 1,
     "latency_ms": {"p50": 1.0},
-    "samples_ms": [1.0] * 16,
+    "samples_ms": [1.0, 1.1] * 8,
     "device": {"cpu": "A", "cores": 2, "versions": {}},
     "trustworthy": True,
 }
@@ -210,7 +210,7 @@ def test_a_file_that_is_no_result(tmp_path: Path, content: Any) -> None:
 def test_no_file_and_no_result_in_a_bundle(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         edgekit.bench(tiny_bundle, seconds=SHORT, against=tmp_path / "nothing.json")
-    with pytest.raises(BundleError, match="has no bench/"):
+    with pytest.raises(DataError, match="has no bench/"):
         edgekit.bench(tiny_bundle, seconds=SHORT, against=tiny_bundle.path)
 
 
@@ -221,3 +221,61 @@ def test_shares() -> None:
     for wrong in ("5", "-5%", "nan", "inf%", "", "%", 20.0):
         with pytest.raises(UsageError):
             gate.parse_share(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"threads": -1}, {"threads": 10**9}, {"threads": "2"}, {"seconds": "2"}, {"seconds": None},
+        {"scenario": "offline", "batch": "4"}, {"scenario": "offline", "batch": 2.5}, {"scenario": "offline", "batch": 100_000},
+        {"scenario": "server", "rate": "9"}, {"scenario": "multi-stream", "streams": 1.5},
+    ],
+)  # fmt: skip
+def test_arguments_of_another_kind_are_told(tiny_bundle: Bundle, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        edgekit.bench(tiny_bundle, **{"save": False, "seconds": 0.02, **wrong})
+
+
+def test_another_model_is_refused_before_anything_is_measured(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = edgekit.bench(tiny_bundle, seconds=0.02)
+    earlier = {**result, "model": "another"}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    monkeypatch.setattr(harness, "_measure", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(UsageError, match="model: another, now "):
+        edgekit.bench(tiny_bundle.path, seconds=0.02, against=tmp_path / "earlier.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda text: text.replace('"cv":', '"cv":NaN,"was":'), "it holds NaN or Infinity"),
+        (lambda _: "{", "is no bench result"),
+    ],
+)
+def test_what_a_file_holds_instead_of_a_result_is_told(
+    tiny_bundle: Bundle, tmp_path: Path, change: Callable[[str], str], why: str
+) -> None:
+    result = edgekit.bench(tiny_bundle, seconds=0.02)
+    (tmp_path / "earlier.json").write_text(change(json.dumps(result, separators=(",", ":"))))
+    with pytest.raises(DataError, match=why):
+        edgekit.bench(tiny_bundle.path, seconds=0.02, against=tmp_path / "earlier.json")
+
+
+def test_a_run_of_no_variance_is_no_baseline(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    result = edgekit.bench(tiny_bundle, seconds=0.02)
+    (tmp_path / "earlier.json").write_text(json.dumps({**result, "samples_ms": [0.5] * 100}))
+    with pytest.raises(DataError, match="not all equal"):
+        edgekit.bench(tiny_bundle.path, seconds=0.02, against=tmp_path / "earlier.json")
+
+
+def test_a_bundle_without_such_a_run_says_how_to_make_one(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no bench/onnxruntime-float-single-stream") as caught:
+        edgekit.bench(tiny_bundle, seconds=0.02, against=tiny_bundle.path)
+    assert f"edgekit bench {tiny_bundle.path}" in caught.value.hint
+
+
+def test_a_picture_may_be_named_by_a_text(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    edgekit.bench(tiny_bundle, seconds=0.02, plot=str(tmp_path / "layers.svg"), save=False)
+    assert (tmp_path / "layers.svg").is_file()

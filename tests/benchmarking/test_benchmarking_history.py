@@ -80,7 +80,7 @@ RESULT = {
     "digest": "",
     "yardstick": None,
     "latency_ms": {"p50": 1.0},
-    "samples_ms": [1.0] * 16,
+    "samples_ms": [1.0, 1.1] * 8,
     "trustworthy": True,
     "device": {"cpu": "A", "versions": {}},
 }
@@ -99,7 +99,7 @@ RESULT = {
         {"batch": 3},
         {"streams": 3},
         {"rate": 3.0},
-        {"samples_ms": [1.0] * 15},
+        {"samples_ms": [1.0, 1.1, 1.0] * 5},
         {"passed": False},
     ],
 )
