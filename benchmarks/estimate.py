@@ -22,6 +22,7 @@ TensorRT joins was decided with the first eight figures in sight.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import tempfile
@@ -141,6 +142,7 @@ def factor(ratio: np.ndarray) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as name:
         nets = bundles(Path(name))
         first, orin, thor = (Rows(figures, nets) for figures in (PUBLISHED, ORIN, THOR))

@@ -10,6 +10,8 @@ the first:
   of the page, which are drawn one by one; ``paint_ms``: first contentful paint.
 
 Targets: 5 MB, 1 s, which the first opening has to reach. Writes ``results/report_page.json``.
+
+Needs Chromium and the development environment (`pip install -e '.[dev]'`).
 """
 
 from __future__ import annotations
