@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from edgekit.pruned import Pruning, kl_ticks, pruning_of
 
 from .bench import Bench, Protocol
-from .collect import BundleView, TensorRange
+from .collect import BundleView, Group, TensorRange
 from .figures import Curve, curve, pareto
 
 __all__ = [
@@ -35,6 +35,7 @@ class Point(NamedTuple):
     """``doubtful``: the cost is not trustworthy."""
 
     name: str
+    group: Group
     cost: float
     top1: float
     doubtful: bool = False
@@ -53,12 +54,18 @@ def headline(view: BundleView, key: Protocol | None) -> Bench | None:
 
 
 def tradeoff(points: Sequence[Point], unit: str) -> dict[str, Any] | None:
-    """Accuracy (percent) over a cost, with the Pareto front; None below two points, where there is nothing to trade."""
-    if len(points) < 2:
+    """Accuracy (percent) over a cost, with a Pareto front of each group; None where none has two points to trade."""
+    groups = [group for group, _ in Counter(p.group for p in points).most_common()]
+    fronts = [pareto((p.cost, p.top1) for p in points if p.group == group) for group in groups]
+    if len(points) < len(groups) + 1:
         return None
+    place = {group: i for i, group in enumerate(groups)}
     return {
-        "points": [{"name": p.name, "x": p.cost, "y": 100 * p.top1, "doubtful": p.doubtful} for p in points],
-        "front": [{"x": cost, "y": 100 * top1} for cost, top1 in pareto((p.cost, p.top1) for p in points)],
+        "points": [
+            {"name": p.name, "group": place[p.group], "x": p.cost, "y": 100 * p.top1, "doubtful": p.doubtful} for p in points
+        ],
+        "groups": [str(group) for group in groups],
+        "fronts": [[{"x": cost, "y": 100 * top1} for cost, top1 in front] for front in fronts],
         "x": unit,
         "y": "Top-1 accuracy (%)",
     }

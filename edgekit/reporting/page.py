@@ -20,7 +20,7 @@ from edgekit.version import __version__
 
 from . import charts
 from .bench import Bench
-from .collect import BundleView, collect
+from .collect import BundleView, Group, collect
 from .contrast import inks
 from .explanations import Picture, data_uri, read_pictures
 from .front import Front, front_file, read_front, row_words
@@ -54,14 +54,15 @@ def report(
     ``out`` is replaced atomically where it is an earlier report, and refused where it is any other file.
     ``explanations`` is a folder that `edgekit.explain` wrote. Returns ``bundle`` (the first), ``report`` (path), ``bundles``,
     ``size_bytes``.
-    Raises `BundleError` for a missing or damaged bundle, `OutputExists` for a foreign file at ``out``, `DataError` for
+    A damaged derived file counts as absent and is named on the page.
+    Raises `BundleError` for a missing bundle or a damaged model, `OutputExists` for a foreign file at ``out``, `DataError` for
     a folder without explanations or a study without a front.
     """
     sources = [bundles] if isinstance(bundles, Bundle | str | os.PathLike) else list(bundles)
     if not sources:
         raise UsageError("no bundle was named", "edgekit report B... --out report.html")
     sources, fronts = _with_fronts(sources)
-    opened = [Bundle.open(source.path if isinstance(source, Bundle) else source) for source in sources]
+    opened = [Bundle.open(source.path if isinstance(source, Bundle) else source, verify=False) for source in sources]
     home = _check_out(Path(out), opened)
     names = _names(opened)
     known = {bundle.digest: name for bundle, name in zip(opened, names, strict=True)}
@@ -145,6 +146,7 @@ def render(
     )
     key = charts.protocol(views)
     rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
+    groups = _groups(views)
     drawn = _charts(views, rows)
     stored = [(view.name, name, data_uri(png)) for view in views for name, png in view.pictures]
     embedded = [*pictures, *(Picture(uri, name, of=bundle) for bundle, name, uri in stored if uri)]
@@ -154,7 +156,8 @@ def render(
     scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
     page = environment.from_string(_asset("report.html")).render(
         live=live,
-        cards=_cards(rows),
+        cards=_cards(rows, groups),
+        groups=groups,
         views=views,
         rows=rows,
         protocol=str(key) if key else None,
@@ -183,9 +186,9 @@ def _asset(name: str) -> str:
 
 def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     judged: list[tuple[BundleView, Bench | None]] = [(row["view"], row["bench"]) for row in rows]
-    sized = [charts.Point(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged if v.top1 is not None]
+    sized = [charts.Point(v.name, v.group, v.graph_bytes / 1e3, v.top1) for v, _ in judged if v.top1 is not None]
     timed = [
-        charts.Point(v.name, b.p50, v.top1, b.trustworthy is False)
+        charts.Point(v.name, v.group, b.p50, v.top1, b.trustworthy is False)
         for v, b in judged
         if v.top1 is not None and b is not None and b.p50 is not None
     ]
@@ -218,15 +221,24 @@ def _absent(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The four answers that a reader looks for first; an unmeasured one says which command measures it."""
-    views: list[BundleView] = [row["view"] for row in rows]
-    timed: list[tuple[BundleView, Bench]] = [(row["view"], row["bench"]) for row in rows if row["bench"]]
+def _groups(views: Sequence[BundleView]) -> list[tuple[Group, list[str]]]:
+    """Those of the page with their bundles, the largest first."""
+    counts = Counter(view.group for view in views)
+    return [(group, [view.name for view in views if view.group == group]) for group, _ in counts.most_common()]
+
+
+def _cards(rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[Group, list[str]]]) -> list[dict[str, Any]]:
+    """The four answers that a reader looks for first, of the largest group; an unmeasured one says what measures it."""
+    first = groups[0][0] if groups else None
+    views: list[BundleView] = [row["view"] for row in rows if row["view"].group == first]
+    timed: list[tuple[BundleView, Bench]] = [
+        (row["view"], row["bench"]) for row in rows if row["bench"] and row["view"] in views
+    ]
     best = max((v for v in views if v.top1 is not None), key=lambda v: v.top1 or 0.0, default=None)
     small = min((v for v in views if v.graph_bytes), key=lambda v: v.graph_bytes, default=None)
     fast = min(timed, key=lambda pair: pair[1].p50 or 0.0, default=None)
     swift = f"{fast[0].name}{' · unsteady' if fast[1].trustworthy is False else ''}" if fast else None
-    engines = sorted(((v, e) for v in views for e in v.engines), key=lambda pair: not pair[1].built)
+    engines = sorted(((row["view"], e) for row in rows for e in row["view"].engines), key=lambda pair: not pair[1].built)
     title, value, note = "Engine", None, None
     if engines:
         view, engine = engines[0]
