@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle, refuse_inside_bundle
-from edgekit.errors import DataError, InputError, OutputExists, UsageError
+from edgekit.errors import DataError, InputError, MissingExtra, OutputExists, UsageError
 from edgekit.files import atomic_write, printable
 from edgekit.progress import say, track
 from edgekit.runtime import Model
@@ -69,9 +69,9 @@ def explain(
     of a map. ``label``: the class in question (default: the predicted). ``precision``: which graph. ``samples``: how often
     LIME asks. ``compare``: the float graph's map beside the int8 graph's, for the class that the latter answers.
     Returns ``out``, ``method``, ``images`` (one entry a sample: ``source``, ``label``, ``score``, ``overlay``, and for maps
-    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps`` and
-    ``channels`` of a series; ``compared``: ``spearman`` and the figures of ``float`` and ``int8``), ``skipped`` and, for
-    activations, ``layers``.
+    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps``,
+    ``channels`` and ``channel_names`` of a series; ``compared``: ``spearman`` and the figures of ``float`` and ``int8``),
+    ``skipped`` and, for activations, ``layers``.
     Raises `UsageError` for a bundle or a method that cannot be served, `DataError` for a missing sample or where none can
     be read.
     """
@@ -83,6 +83,7 @@ def explain(
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)
     refuse_inside_bundle(folder / RECORD)
+    _check_pillow()
     pictures = Pictures(folder, method, [source.file for source in sources if source.file])
     rows, skipped, rest = _rows(opened, settings, sources, pictures)
     graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
@@ -163,6 +164,14 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
     if not 50 <= samples <= 20_000:
         raise UsageError(f"{samples} samples are too few or too many", "choose --samples from 50 to 20000")
     return Settings(kind, method, precision, None if label is None else labels.index(label), samples, compare)
+
+
+def _check_pillow() -> None:
+    """What reads and draws pictures comes with several extras: name the one that brings all of `explain`."""
+    try:
+        importlib.import_module("PIL")
+    except ImportError:
+        raise MissingExtra("explain", "PIL") from None
 
 
 def _check_compare(bundle: Bundle, method: str, precision: str) -> None:
