@@ -92,6 +92,22 @@ def test_charts_follow_the_scheme_and_print_opens_the_details(browser: Any, page
     assert browser.complaints() == []
 
 
+def test_paper_holds_all_and_its_charts_are_drawn_for_it(browser: Any, family: list[Bundle], tmp_path: Path) -> None:
+    report(family, out=tmp_path / "r.html")
+    browser.open(tmp_path / "r.html")
+    widest = "Math.max(...[...document.querySelectorAll('canvas')].map((c) => c.width))"
+    assert browser.evaluate(widest) > 340
+    browser.evaluate(f"addEventListener('beforeprint', () => {{ window.widest = {widest}; }})")
+    browser.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.7)
+    assert browser.evaluate("window.widest") <= 340  # two beside each other on A4
+    assert browser.evaluate(widest) > 340
+    browser.call("Emulation.setDeviceMetricsOverride", width=688, height=900, deviceScaleFactor=1, mobile=False)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    right = "Math.max(...[...document.querySelectorAll('section, .card, .tag')].map((e) => e.getBoundingClientRect().right))"
+    assert browser.evaluate(right) <= 686
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
 CONTRASTS = """(() => {
   const channels = (css) => css.match(/[\\d.]+/g).slice(0, 3).map((v) => (css.startsWith("color") ? Number(v) : v / 255));
   const light = (css) => channels(css).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
