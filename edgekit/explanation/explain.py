@@ -211,7 +211,7 @@ class _Judge:
         score = float(replace(question, target=best).probability(logits)[0])
         question = replace(question, target=best if self._settings.target is None else self._settings.target)
         row: dict[str, Any] = {"label": self._name(best), "score": score}
-        caption = f"{row['label']} {score:.1%} · {self._settings.method}"
+        caption = f"{_answer(row['label'], score)} · {self._settings.method}"
         if self._probe is not None:
             from . import picture
 
@@ -220,7 +220,7 @@ class _Judge:
             return row, picture.sheet(sample, maps, f"{caption}: first feature maps · {name}")
         if question.target != best:
             explained = float(question.probability(logits)[0])
-            caption = f"why {self._name(question.target)} ({explained:.1%})? answer {caption}"
+            caption = f"why {_answer(self._name(question.target), explained)}? answer {caption}"
         figures, view, verdict = self._map(question)
         caption += f" · {verdict}"
         row |= {"explained": self._name(question.target), **figures}
@@ -230,7 +230,7 @@ class _Judge:
             row["compared"] = compared
             agreement = compared["spearman"]
             caption += "" if agreement is None else f" · Spearman {agreement:.3f}"
-            views = [other, view._replace(title=f"int8: {row['label']} {score:.1%}")]
+            views = [other, view._replace(title=f"int8: {_answer(row['label'], score)}")]
         return row, self._modality.picture(sample, views, f"{caption} · {name}" if name else caption)
 
     def _map(self, question: Question) -> tuple[dict[str, Any], View, str]:
@@ -255,7 +255,7 @@ class _Judge:
             "float": {name: {**answer, **figures}[name] for name in kept},
             "int8": {name: row[name] for name in kept},
         }
-        return compared, other._replace(title=f"float: {answer['label']} {score:.1%}")
+        return compared, other._replace(title=f"float: {_answer(self._name(best), score)}")
 
     def layers(self) -> list[dict[str, Any]]:
         return [layer.figures() for layer in self._probe.layers.values()] if self._probe is not None else []
@@ -263,3 +263,8 @@ class _Judge:
     def _name(self, index: int) -> str:
         labels = self._model.labels
         return labels[index] if index < len(labels) else str(index)
+
+
+def _answer(label: str, score: float) -> str:
+    """In brackets, so that the class 0 of 67.8% is not read as 067.8%."""
+    return f"{label} ({score:.1%})"

@@ -23,6 +23,7 @@ from .bench import Bench
 from .collect import BundleView, Group, collect
 from .contrast import inks
 from .explanations import Picture, data_uri, read_pictures
+from .figures import rounded
 from .front import Front, front_file, read_front, row_words
 from .tables import table_of
 
@@ -142,7 +143,7 @@ def render(
         raise MissingExtra("report", "jinja2") from None
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        count=_count, size=_size, ms=_ms, percent=_percent, micro=_micro, short=lambda text: str(text)[:12]
+        count=_count, size=_size, ms=_ms, percent=_percent, micro=_micro, rounded=rounded, short=lambda text: str(text)[:12]
     )
     key = charts.protocol(views)
     rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
@@ -298,13 +299,11 @@ def _count(value: float | None) -> str | None:
 def _size(value: float) -> str:
     if value < 1000:
         return f"{value:.0f} B"
-    return f"{value / 1e3:.3g} kB" if value < 999_500 else f"{value / 1e6:.3g} MB"
+    return f"{value / 1e3:.3g} kB" if value < 999_500 else f"{rounded(value / 1e6)} MB"
 
 
 def _ms(value: float | None) -> str | None:
-    if value is None:
-        return None
-    return f"{value:.3g} ms"
+    return None if value is None else f"{rounded(value)} ms"
 
 
 def _micro(value: float | None) -> str | None:

@@ -12,6 +12,7 @@ from edgekit.bundle import Bundle
 from edgekit.errors import BundleError
 from edgekit.manifest import History
 from edgekit.reporting import report
+from edgekit.reporting.figures import rounded
 from edgekit.reporting.serve import Watched
 
 
@@ -80,3 +81,19 @@ def test_a_link_out_of_a_bundle_is_still_refused(family: list[Bundle], tmp_path:
     path.symlink_to(tmp_path / "x.json")
     with pytest.raises(BundleError, match="symbolic link"):
         report(family[1], out=tmp_path / "r.html")
+
+
+def test_thousands_are_written_out(digits_bundle: Bundle, tmp_path: Path, pages: Any, benched: Any) -> None:
+    bundle = digits_bundle.extend({"bench/x.json": benched(2430.0, scenario="server", rate=1e6, cold_start_ms=99_999.6)})
+    report(bundle, out=tmp_path / "r.html")
+    text = pages(tmp_path / "r.html").text
+    assert "p50 2 430 ms" in text["latency"]  # a narrow space of no break, which split() made a common one
+    assert "1 000 000 queries a second" in text["latency"]
+    assert "e+0" not in text["latency"] + text["summary"] + text["bundles"]
+    assert [rounded(value) for value in (0.00012, 0.1234, 99.96, 999.4, 999.7)] == [
+        "0.00012",
+        "0.123",
+        "100",
+        "999",
+        "1\u202f000",
+    ]

@@ -41,7 +41,7 @@
         sides.unshift(...(steps ? [[10, 14], [-10 - width, -14]] : [[10, 0], [-10 - width, 0]])); // a step goes to the right
         for (const [dx, dy] of sides) {
           const box = { l: point.x + dx, r: point.x + dx + width, t: point.y + dy - 8, b: point.y + dy + 8 };
-          const inside = box.l >= chartArea.left && box.r <= chartArea.right + 8;
+          const inside = box.l >= chartArea.left && box.r <= chartArea.right + 8 && box.t >= 0;
           if (inside && !taken.some((o) => box.l < o.r && o.l < box.r && box.t < o.b && o.t < box.b)) {
             taken.push(box);
             ctx.fillText(text, box.l, point.y + dy);
@@ -73,8 +73,8 @@
         ctx.moveTo(x, chartArea.top);
         ctx.lineTo(x, chartArea.bottom);
         ctx.stroke();
-        ctx.textAlign = row ? "left" : "center";
-        ctx.fillText(name, row ? x + 4 : Math.max(x, chartArea.left + width / 2), chartArea.top - 4 + row * 13);
+        const left = row ? x + 4 : Math.max(x - width / 2, chartArea.left); // not cut at the right end
+        ctx.fillText(name, row && left + width > chart.width ? x - 4 - width : Math.min(left, chart.width - width), chartArea.top - 4 + row * 13);
       });
       ctx.restore();
     },
