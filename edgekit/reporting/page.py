@@ -146,7 +146,7 @@ def render(
         count=_count, size=_size, ms=_ms, percent=_percent, micro=_micro, rounded=rounded, short=lambda text: str(text)[:12]
     )
     key = charts.protocol(views)
-    rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
+    rows = [{"view": view, "bench": charts.headline(view, key), "differs": charts.differs(view, key)} for view in views]
     groups = _groups(views)
     drawn = _charts(views, rows)
     stored = [(view.name, name, data_uri(png)) for view in views for name, png in view.pictures]
@@ -199,6 +199,7 @@ def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> d
         "size": charts.tradeoff(sized, "Graph size (kB)"),
         "absent": _absent(rows),
         "curves": charts.curves(views),
+        "uncurved": charts.uncurved(views),
         "histograms": [{"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench],
         "times": [{"bundle": v.name, "bench": b, "rows": charts.times(b)} for v in views for b in v.bench if b.layers],
         "untimed": [v.name for v in views if not any(b.layers for b in v.bench)],

@@ -97,3 +97,24 @@ def test_thousands_are_written_out(digits_bundle: Bundle, tmp_path: Path, pages:
         "999",
         "1\u202f000",
     ]
+
+
+def test_what_differs_of_another_measurement_is_said(family: list[Bundle], tmp_path: Path, pages: Any, benched: Any) -> None:
+    family[1].extend({"bench/onnxruntime-int8-single-stream.json": benched(0.3, scenario="server")})
+    report([bundle.path for bundle in family], out=tmp_path / "r.html")
+    text = pages(tmp_path / "r.html").text["bundles"]
+    assert "small was measured otherwise (another scenario), which does not compare: onnxruntime · server" in text
+    assert "elsewhere" not in text
+
+
+def test_curves_are_named_after_the_bundle_trained_and_the_others_listed(
+    cli: Callable[..., Any], family: list[Bundle], tiny_bundle: Bundle, tmp_path: Path, pages: Any
+) -> None:
+    """However often the trained one was measured since."""
+    for i in range(4):
+        family[0] = family[0].extend({}, family[0].entry("bench", {"threads": i}, {}))
+    report([*family, tiny_bundle], out=tmp_path / "r.html")
+    text = pages(tmp_path / "r.html").text["training"]
+    assert "train · base" in text
+    assert f"No curve is in the history of {tiny_bundle.path.name.removesuffix('.edge')}:" in text
+    assert ": 1 bundle, " in cli("report", tiny_bundle.path, "--out", tmp_path / "one.html").out
