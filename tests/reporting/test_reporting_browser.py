@@ -154,10 +154,10 @@ def test_a_click_on_a_cell_shows_its_samples(browser: Any, digits_bundle: Bundle
     assert browser.complaints() == []
 
 
-def test_labels_at_the_edges_are_not_cut(browser: Any, digits_bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_labels_at_the_edges_are_not_cut(browser: Any, digits_bundle: Bundle, remade: Any, tmp_path: Path) -> None:
     """A point at 100% and the last mark of a narrow histogram; what is drawn stays on its canvas."""
-    made = []
-    for bundle, p50, top1 in ((digits_bundle, 0.1, 1.0), (tiny_bundle, 0.1001, 0.999)):
+    made, other = [], remade(digits_bundle, "other")
+    for bundle, p50, top1 in ((digits_bundle, 0.1, 1.0), (other, 0.1001, 0.999)):
         result: dict[str, Any] = {"backend": "onnxruntime", "scenario": "server"}
         result["latency_ms"] = {"p50": p50, "p90": 0.198, "p99": 0.1999}
         result["histogram"] = {"bins": np.linspace(0.0, 0.2, 21).tolist(), "counts": [5] * 20, "over": 0}
@@ -168,7 +168,7 @@ def test_labels_at_the_edges_are_not_cut(browser: Any, digits_bundle: Bundle, ti
       CanvasRenderingContext2D.prototype.fillText = function (text, x, y, ...rest) {
         const chart = Chart.getChart(this.canvas), width = this.measureText(text).width;
         const left = this.textAlign === "center" ? x - width / 2 : this.textAlign === "right" ? x - width : x;
-        const isOwn = /^(p[0-9]+|digits.*|tiny.*)$/.test(text);
+        const isOwn = /^(p[0-9]+|digits.*|other.*)$/.test(text);
         if (isOwn && (left < 0 || left + width > chart.width + 0.5 || y < 7)) out.push([text, left, y]);
         return draw.call(this, text, x, y, ...rest);
       };
@@ -181,10 +181,10 @@ def test_labels_at_the_edges_are_not_cut(browser: Any, digits_bundle: Bundle, ti
         assert browser.evaluate(record) == []
 
 
-def test_no_axis_begins_below_nothing(browser: Any, digits_bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_no_axis_begins_below_nothing(browser: Any, digits_bundle: Bundle, remade: Any, tmp_path: Path) -> None:
     """Small sizes beside a large one, and a share of all: a margin around them would reach below 0 and above 100%."""
-    made = []
-    for bundle, p50, top1 in ((digits_bundle, 0.01, 1.0), (tiny_bundle, 1.3, 0.9)):
+    made, other = [], remade(digits_bundle, "other")
+    for bundle, p50, top1 in ((digits_bundle, 0.01, 1.0), (other, 1.3, 0.9)):
         result = {"backend": "onnxruntime", "scenario": "single-stream", "latency_ms": {"p50": p50}}
         made.append(bundle.extend({"bench/a.json": json.dumps(result).encode()}, bundle.entry("eval", {}, {"top1": top1})))
     report(made, out=tmp_path / "r.html")
