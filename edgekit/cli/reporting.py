@@ -74,7 +74,8 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None, port
     from edgekit.reporting import report as write
 
     data = write(bundles, out=out, explanations=explanations)
-    return Answer(data, f"{data['report']}: {len(data['bundles'])} bundles, {data['size_bytes'] / 1e3:.0f} kB")
+    count = len(data["bundles"])
+    return Answer(data, f"{data['report']}: {count} {'bundle' if count == 1 else 'bundles'}, {data['size_bytes'] / 1e3:.0f} kB")
 
 
 def _refuse_with_serve(explanations: Path | None) -> None:

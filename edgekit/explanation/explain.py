@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle, refuse_inside_bundle
-from edgekit.errors import DataError, InputError, OutputExists, UsageError
+from edgekit.errors import DataError, InputError, MissingExtra, OutputExists, UsageError
 from edgekit.files import atomic_write, printable
 from edgekit.progress import say, track
 from edgekit.runtime import Model
@@ -69,9 +69,9 @@ def explain(
     of a map. ``label``: the class in question (default: the predicted). ``precision``: which graph. ``samples``: how often
     LIME asks. ``compare``: the float graph's map beside the int8 graph's, for the class that the latter answers.
     Returns ``out``, ``method``, ``images`` (one entry a sample: ``source``, ``label``, ``score``, ``overlay``, and for maps
-    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps`` and
-    ``channels`` of a series; ``compared``: ``spearman`` and the figures of ``float`` and ``int8``), ``skipped`` and, for
-    activations, ``layers``.
+    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps``,
+    ``channels`` and ``channel_names`` of a series; ``compared``: ``spearman`` and the figures of ``float`` and ``int8``),
+    ``skipped`` and, for activations, ``layers``.
     Raises `UsageError` for a bundle or a method that cannot be served, `DataError` for a missing sample or where none can
     be read.
     """
@@ -83,6 +83,7 @@ def explain(
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)
     refuse_inside_bundle(folder / RECORD)
+    _check_pillow()
     pictures = Pictures(folder, method, [source.file for source in sources if source.file])
     rows, skipped, rest = _rows(opened, settings, sources, pictures)
     graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
@@ -165,6 +166,14 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
     return Settings(kind, method, precision, None if label is None else labels.index(label), samples, compare)
 
 
+def _check_pillow() -> None:
+    """What reads and draws pictures comes with several extras: name the one that brings all of `explain`."""
+    try:
+        importlib.import_module("PIL")
+    except ImportError:
+        raise MissingExtra("explain", "PIL") from None
+
+
 def _check_compare(bundle: Bundle, method: str, precision: str) -> None:
     if method not in ("lime", "occlusion"):
         raise UsageError(f"{method} does not ask both graphs", "compare with --method occlusion or lime")
@@ -202,7 +211,7 @@ class _Judge:
         score = float(replace(question, target=best).probability(logits)[0])
         question = replace(question, target=best if self._settings.target is None else self._settings.target)
         row: dict[str, Any] = {"label": self._name(best), "score": score}
-        caption = f"{row['label']} {score:.1%} · {self._settings.method}"
+        caption = f"{_answer(row['label'], score)} · {self._settings.method}"
         if self._probe is not None:
             from . import picture
 
@@ -211,7 +220,7 @@ class _Judge:
             return row, picture.sheet(sample, maps, f"{caption}: first feature maps · {name}")
         if question.target != best:
             explained = float(question.probability(logits)[0])
-            caption = f"why {self._name(question.target)} ({explained:.1%})? answer {caption}"
+            caption = f"why {_answer(self._name(question.target), explained)}? answer {caption}"
         figures, view, verdict = self._map(question)
         caption += f" · {verdict}"
         row |= {"explained": self._name(question.target), **figures}
@@ -221,7 +230,7 @@ class _Judge:
             row["compared"] = compared
             agreement = compared["spearman"]
             caption += "" if agreement is None else f" · Spearman {agreement:.3f}"
-            views = [other, view._replace(title=f"int8: {row['label']} {score:.1%}")]
+            views = [other, view._replace(title=f"int8: {_answer(row['label'], score)}")]
         return row, self._modality.picture(sample, views, f"{caption} · {name}" if name else caption)
 
     def _map(self, question: Question) -> tuple[dict[str, Any], View, str]:
@@ -246,7 +255,7 @@ class _Judge:
             "float": {name: {**answer, **figures}[name] for name in kept},
             "int8": {name: row[name] for name in kept},
         }
-        return compared, other._replace(title=f"float: {answer['label']} {score:.1%}")
+        return compared, other._replace(title=f"float: {_answer(self._name(best), score)}")
 
     def layers(self) -> list[dict[str, Any]]:
         return [layer.figures() for layer in self._probe.layers.values()] if self._probe is not None else []
@@ -254,3 +263,8 @@ class _Judge:
     def _name(self, index: int) -> str:
         labels = self._model.labels
         return labels[index] if index < len(labels) else str(index)
+
+
+def _answer(label: str, score: float) -> str:
+    """In brackets, so that the class 0 of 67.8% is not read as 067.8%."""
+    return f"{label} ({score:.1%})"

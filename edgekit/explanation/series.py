@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,14 @@ STEPS = 3  # windows overlap so that each time step is judged by about STEPS of 
 PARTS = 20
 MAX_CHANNELS = 32  # asked about one by one
 MAX_BYTES = 64 << 20
+RESERVED = frozenset({"series", "id", "time", "label", "group", "split"})  # columns that are no channels
+
+
+class Recording(NamedTuple):
+    """``values`` (T, C); ``names`` of the channels, none where the file does not say."""
+
+    values: NDArray[Any]
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class SeriesQuestion(Question):
 
     by_channel: bool = False
     given: int = 0
+    names: tuple[str, ...] = ()
     _fill: Float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +88,7 @@ class SeriesQuestion(Question):
 
 
 class Series(Modality):
-    """See `Modality`. A sample is float (T, C)."""
+    """See `Modality`. A sample is a `Recording`."""
 
     noun = "series"
     plural = "series"
@@ -90,32 +100,54 @@ class Series(Modality):
     def __init__(self, model: Model) -> None:
         self._model = model
 
-    def read(self, path: Path) -> list[tuple[str, NDArray[Any]]]:
+    def read(self, path: Path) -> list[tuple[str, Recording]]:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{printable(path)} is over {MAX_BYTES >> 20} MiB", "give the stretch that the model sees")
-        return list(read_series(os.fspath(path))) if path.suffix.lower() == ".csv" else _read_arrays(path)
+        if path.suffix.lower() != ".csv":
+            return [(name, Recording(array)) for name, array in _read_arrays(path)]
+        found = read_series(os.fspath(path))
+        names = _channel_names(path, found[0][1].shape[1])
+        return [(name, Recording(array, names)) for name, array in found]
 
-    def question(self, sample: NDArray[Any], target: int, model: Model | None = None) -> SeriesQuestion:
+    def question(self, sample: Recording, target: int, model: Model | None = None) -> SeriesQuestion:
         model = model or self._model
-        return SeriesQuestion(model, model.preprocess(sample), target, given=len(sample))
+        return SeriesQuestion(model, model.preprocess(sample.values), target, given=len(sample.values), names=sample.names)
 
     def detail(self, question: Question, attribution: Attribution) -> dict[str, Any]:
         """``time_steps`` (t,); ``unread``: how many lie beyond the model's length; ``channels``, each with its heat (t,), found
-        by occlusion for every method."""
+        by occlusion for every method; ``channel_names`` where the file names them."""
         assert isinstance(question, SeriesQuestion)
         unread = max(0, question.given - question.steps)
         found: dict[str, Any] = {"time_steps": attribution.heat.tolist(), "unread": unread}
         if 1 < question.x.shape[2] - 1 <= MAX_CHANNELS:
             found["channels"] = attribute(replace(question, by_channel=True)).heat.T.tolist()
+        if question.names:
+            found["channel_names"] = list(question.names)
         return found
 
-    def picture(self, sample: NDArray[Any], views: Sequence[View], caption: str) -> bytes:
+    def picture(self, sample: Recording, views: Sequence[View], caption: str) -> bytes:
         from . import series_picture
 
         steps = len(views[0].heat)
-        array = np.asarray(sample, np.float32).reshape(len(sample), -1)[:steps]
-        cut = f"the model reads {steps} of {len(sample)} steps · " if len(sample) > steps else ""
-        return series_picture.curves(array, views, cut + caption)
+        array = np.asarray(sample.values, np.float32).reshape(len(sample.values), -1)[:steps]
+        cut = f"the model reads {steps} of {len(sample.values)} steps · " if len(sample.values) > steps else ""
+        return series_picture.curves(array, views, cut + caption, sample.names)
+
+
+def _channel_names(path: Path, channels: int) -> tuple[str, ...]:
+    """As the first row of a file that `read_series` took gives them; none where it holds numbers, or is an odd one."""
+    first = path.read_text("utf-8-sig").lstrip("\r\n").splitlines()[0]
+    cells = [printable(cell.strip()) for cell in next(csv.reader([first], delimiter=max(",;\t", key=first.count)))]
+    names = tuple(cell for cell in cells if cell.lower() not in RESERVED)
+    return () if len(names) != channels or all(map(_is_number, names)) else names
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_arrays(path: Path) -> list[tuple[str, NDArray[Any]]]:

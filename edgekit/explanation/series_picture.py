@@ -27,8 +27,9 @@ FINE = 3  # drawn so much larger and scaled down: smooth lines
 LINE = (38, 50, 64)
 
 
-def curves(series: Float, views: Sequence[View], caption: str) -> bytes:
+def curves(series: Float, views: Sequence[View], caption: str, names: Sequence[str] = ()) -> bytes:
     """PNG bytes: of ``series`` (t, C) a row a channel, its heat behind it; above, the heat of all channels at once.
+    ``names``: of each channel, else they are numbered.
 
     Each of the two heats has one scale over all views, for they are of different sizes.
     """
@@ -36,11 +37,14 @@ def curves(series: Float, views: Sequence[View], caption: str) -> bytes:
     apart = [np.array(view.detail.get("channels", [view.heat]), np.float32) for view in views]  # (C or 1, t)
     largest = max(float(np.abs(view.heat).max()) for view in views) or 1.0
     largest_apart = max(float(np.abs(heat).max()) for heat in apart) or 1.0
-    panels = [_panel(series, view.heat / largest, heat / largest_apart, width) for view, heat in zip(views, apart, strict=True)]
+    names = names or [f"ch {channel + 1}" for channel in range(series.shape[1])]
+    panels = [
+        _panel(series, view.heat / largest, heat / largest_apart, width, names) for view, heat in zip(views, apart, strict=True)
+    ]
     return page(panels, caption, [view.title for view in views])
 
 
-def _panel(series: Float, heat: Float, apart: Float, width: int) -> NDArray[np.uint8]:
+def _panel(series: Float, heat: Float, apart: Float, width: int, names: Sequence[str]) -> NDArray[np.uint8]:
     """``heat`` (t,) and ``apart`` (C or 1, t) within -1..1 -> uint8 (h, width, 3)."""
     drawn = min(series.shape[1], CHANNELS)
     height = STRIP + drawn * (ROW + GAP) + AXIS
@@ -57,7 +61,7 @@ def _panel(series: Float, heat: Float, apart: Float, width: int) -> NDArray[np.u
     for channel in range(drawn):
         top = STRIP + channel * (ROW + GAP)
         low, high = float(series[:, channel].min()), float(series[:, channel].max())
-        pen.text((0, top + ROW // 2 - 8), f"ch {channel + 1}", INK, font)
+        pen.text((0, top + ROW // 2 - 8), _fitted(names[channel], font), INK, font)
         pen.text((MARGIN - 4, top), f"{high:.3g}", LINE, ImageFont.load_default(10), "ra")
         pen.text((MARGIN - 4, top + ROW - 12), f"{low:.3g}", LINE, ImageFont.load_default(10), "ra")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -69,6 +73,15 @@ def _panel(series: Float, heat: Float, apart: Float, width: int) -> NDArray[np.u
     if drawn < series.shape[1]:
         pen.text((0, height - AXIS), f"+{series.shape[1] - drawn} more", LINE, font)
     return np.asarray(image, np.uint8)
+
+
+def _fitted(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of a name as the margin holds."""
+    cut = name
+    while font.getlength(cut) > MARGIN - 6 and len(name) > 1:
+        name = name[:-1]
+        cut = f"{name}…"
+    return cut
 
 
 def _coloured(heat: Float, width: int, height: int) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH
 
-from .figures import mapping, number, numbers, words
+from .figures import mapping, number, numbers, rounded, words
 
 __all__ = ["Bench", "LayerTime", "Protocol", "read_bench"]
 
@@ -171,7 +171,7 @@ def _conditions(data: Mapping[str, Any]) -> Iterator[str]:
     if (batch := number(data, "batch")) is not None:
         yield f"batch {batch:.0f}"
     if (rate := number(data, "rate")) is not None:
-        yield f"{rate:.4g} queries a second"
+        yield f"{rounded(rate, 4)} queries a second"
     device = mapping(data.get("device"))
     if driver := words(device, "driver") if str(data.get("backend")).startswith("tensorrt") else None:
         yield f"driver {driver}"
@@ -190,7 +190,7 @@ def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, what in (("jitter_ms", "jitter"), ("cold_start_ms", "cold start"), ("process_start_ms", "process start")):
         value = number(data, name)
         if value is not None:
-            yield what, f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+            yield what, f"{rounded(value)} ms"
     if (memory := number(data, "memory.rss_mb")) is not None:
         own = number(data, "memory.model_mb")
         yield "memory", f"{memory:.0f} MB" + (f", {own:.1f} by the model" if own is not None else "")
@@ -206,7 +206,7 @@ def _energy(energy: Mapping[str, Any]) -> str | None:
     rails = {str(name): value for name in stated if (value := number(stated, str(name))) is not None}
     whole = words(energy, "whole")
     shown = {whole: rails[whole]} if whole in rails else rails
-    return ", ".join(f"{value:.3g} mJ an inference ({rail})" for rail, value in shown.items()) or None
+    return ", ".join(f"{rounded(value)} mJ an inference ({rail})" for rail, value in shown.items()) or None
 
 
 def _heat(data: Mapping[str, Any]) -> str | None:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from edgekit.pruned import Pruning, kl_ticks, pruning_of
 
 from .bench import Bench, Protocol
-from .collect import BundleView, TensorRange
-from .figures import Curve, curve, pareto
+from .collect import BundleView, Group, TensorRange
+from .figures import MAKERS, Curve, curve, pareto
 
 __all__ = [
     "MAX_BARS",
     "Point",
     "curves",
+    "differs",
     "headline",
     "histogram",
     "protocol",
@@ -24,6 +25,7 @@ __all__ = [
     "sensitivity",
     "times",
     "tradeoff",
+    "uncurved",
 ]
 
 MAX_BARS = 30
@@ -35,6 +37,7 @@ class Point(NamedTuple):
     """``doubtful``: the cost is not trustworthy."""
 
     name: str
+    group: Group
     cost: float
     top1: float
     doubtful: bool = False
@@ -46,6 +49,17 @@ def protocol(views: Sequence[BundleView]) -> Protocol | None:
     return max(seen, key=lambda key: (seen[key], key.scenario == "single-stream", str(key))) if seen else None
 
 
+def differs(view: BundleView, key: Protocol | None) -> str | None:
+    """What is not equal of a bundle that was timed, though not under that protocol: the least of what any result says."""
+    others = [b.protocol for b in view.bench if b.is_latency]
+    if key is None or not others or key in others:
+        return None
+    parts = [("device", "another device"), ("backend", "another backend"), ("scenario", "another scenario")]
+    found = [[words for name, words in parts if getattr(other, name) != getattr(key, name)] for other in others]
+    found.sort(key=len)
+    return " and ".join(found[0]) or "other conditions"
+
+
 def headline(view: BundleView, key: Protocol | None) -> Bench | None:
     """A bundle's result under that protocol, of the graph that it ships."""
     found = [b for b in view.bench if b.protocol == key and b.p50 is not None]
@@ -53,12 +67,18 @@ def headline(view: BundleView, key: Protocol | None) -> Bench | None:
 
 
 def tradeoff(points: Sequence[Point], unit: str) -> dict[str, Any] | None:
-    """Accuracy (percent) over a cost, with the Pareto front; None below two points, where there is nothing to trade."""
-    if len(points) < 2:
+    """Accuracy (percent) over a cost, with a Pareto front of each group; None where none has two points to trade."""
+    groups = [group for group, _ in Counter(p.group for p in points).most_common()]
+    fronts = [pareto((p.cost, p.top1) for p in points if p.group == group) for group in groups]
+    if len(points) < len(groups) + 1:
         return None
+    place = {group: i for i, group in enumerate(groups)}
     return {
-        "points": [{"name": p.name, "x": p.cost, "y": 100 * p.top1, "doubtful": p.doubtful} for p in points],
-        "front": [{"x": cost, "y": 100 * top1} for cost, top1 in pareto((p.cost, p.top1) for p in points)],
+        "points": [
+            {"name": p.name, "group": place[p.group], "x": p.cost, "y": 100 * p.top1, "doubtful": p.doubtful} for p in points
+        ],
+        "groups": [str(group) for group in groups],
+        "fronts": [[{"x": cost, "y": 100 * top1} for cost, top1 in front] for front in fronts],
         "x": unit,
         "y": "Top-1 accuracy (%)",
     }
@@ -67,7 +87,7 @@ def tradeoff(points: Sequence[Point], unit: str) -> dict[str, Any] | None:
 def curves(views: Sequence[BundleView]) -> list[dict[str, Any]]:
     """Each training or fine-tuning run once, though its descendants repeat it in their history."""
     found: dict[tuple[str, str, str], tuple[str, Curve]] = {}
-    for view in sorted(views, key=lambda view: len(view.history)):  # so that a run is named after the bundle it made
+    for view in _elders_first(views):
         for entry in view.history:
             run = curve(entry)
             if run:
@@ -84,6 +104,16 @@ def curves(views: Sequence[BundleView]) -> list[dict[str, Any]]:
         }
         for name, run in found.values()
     ]
+
+
+def uncurved(views: Sequence[BundleView]) -> list[str]:
+    """The bundles whose history draws no curve."""
+    return [view.name for view in views if not any(curve(entry) for entry in view.history)]
+
+
+def _elders_first(views: Sequence[BundleView]) -> list[BundleView]:
+    """So that a run is named after the bundle that it made. Measuring adds to a history too, and makes no child."""
+    return sorted(views, key=lambda view: (sum(entry.stage in MAKERS for entry in view.history), len(view.history)))
 
 
 def _is_share(values: Sequence[float | None]) -> bool:
@@ -150,7 +180,7 @@ def _inside(tensor: TensorRange) -> tuple[float, float] | None:
 def prunings(views: Sequence[BundleView]) -> list[dict[str, Any]]:
     """Each pruning once, under the name of the bundle that it made, though its descendants repeat it in their history."""
     found: dict[tuple[str, str, str], tuple[str, Pruning]] = {}
-    for view in sorted(views, key=lambda view: len(view.history)):
+    for view in _elders_first(views):
         for entry in view.history:
             run = pruning_of(entry)
             if run:

@@ -14,6 +14,7 @@ from edgekit.files import printable
 from edgekit.manifest import History
 
 from .bench import Bench, read_bench
+from .damage import Damage, whole_files
 from .engine_layers import EngineLayers, read_layers
 from .examples import Examples, read_examples
 from .explanations import MAX_PICTURE_BYTES
@@ -55,6 +56,17 @@ class TensorRange(NamedTuple):
         return 1 - max(inside, 0.0) / (self.high - self.low)
 
 
+class Group(NamedTuple):
+    """What bundles must share for their accuracies and sizes to compare: ``data`` as they state it, else ``labels``."""
+
+    task: str
+    data: str | None
+    labels: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.data or self.task + (f" of {len(self.labels)} classes" if self.labels else "")
+
+
 class Layer(NamedTuple):
     """A layer's sensitivity: signal-to-noise ratio in dB with only this layer quantized; None where it was not measured."""
 
@@ -71,6 +83,7 @@ class BundleView:
     name: str
     path: str
     task: str
+    group: Group
     digest: str
     stage: str
     chain: str
@@ -92,6 +105,7 @@ class BundleView:
     history: tuple[History, ...]
     files: tuple[tuple[str, int, str], ...]
     pictures: tuple[tuple[str, bytes], ...]
+    damage: Damage = ()
 
     @property
     def timed(self) -> bool:
@@ -109,7 +123,11 @@ class BundleView:
 
 
 def collect(bundle: Bundle, name: str) -> BundleView:
-    """Everything the report needs of an opened bundle. Malformed derived files count as absent; hashes are checked."""
+    """Everything the report needs of an opened bundle. Malformed and damaged derived files count as absent; hashes are checked.
+
+    Raises `BundleError` where the model itself is damaged.
+    """
+    bundle, damage = whole_files(bundle)
     manifest = bundle.manifest
     calibration = _json(bundle, CALIBRATION) if bundle.has(CALIBRATION) else {}
     own = comparable(manifest.history)
@@ -119,6 +137,7 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         name=name,
         path=printable(bundle.path),
         task=manifest.task,
+        group=_group(bundle, own),
         digest=bundle.digest,
         stage=stages[-1] if stages else "unknown",
         chain=" → ".join(stages),
@@ -141,7 +160,17 @@ def collect(bundle: Bundle, name: str) -> BundleView:
         history=manifest.history,
         files=files,
         pictures=tuple(_pictures(bundle)),
+        damage=damage,
     )
+
+
+def _group(bundle: Bundle, own: Sequence[History]) -> Group:
+    """By the data of the last training, or for want of one of the newest evaluation."""
+    manifest = bundle.manifest
+    stated = [words(entry.config, "data") for entry in manifest.history if entry.stage == "train"]
+    stated = [data for data in stated if data] or [words(entry.config, "data") for entry in own if entry.stage == "eval"]
+    data = next((data for data in reversed(stated) if data), None)
+    return Group(manifest.task, data, () if data else manifest.labels)
 
 
 def _bench(bundle: Bundle, file: str) -> Bench:

@@ -22,6 +22,7 @@ __all__ = [
     "numbers",
     "own_entries",
     "pareto",
+    "rounded",
     "words",
 ]
 
@@ -76,6 +77,13 @@ def _reach(source: object, name: str) -> object:
     for part in (name,) if isinstance(source, Mapping) and name in source else name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def rounded(value: float, digits: int = 3) -> str:
+    """At so many digits, or all of those before the point: 2430 is neither 2.43e+03 nor 2000."""
+    if 10**digits - 0.5 <= abs(value) < 1e15:
+        return f"{value:,.0f}".replace(",", "\u202f")
+    return f"{value:.{digits}g}"
 
 
 def mapping(value: object) -> Mapping[str, Any]:

@@ -20,9 +20,10 @@ from edgekit.version import __version__
 
 from . import charts
 from .bench import Bench
-from .collect import BundleView, collect
+from .collect import BundleView, Group, collect
 from .contrast import inks
 from .explanations import Picture, data_uri, read_pictures
+from .figures import rounded
 from .front import Front, front_file, read_front, row_words
 from .tables import table_of
 
@@ -54,14 +55,15 @@ def report(
     ``out`` is replaced atomically where it is an earlier report, and refused where it is any other file.
     ``explanations`` is a folder that `edgekit.explain` wrote. Returns ``bundle`` (the first), ``report`` (path), ``bundles``,
     ``size_bytes``.
-    Raises `BundleError` for a missing or damaged bundle, `OutputExists` for a foreign file at ``out``, `DataError` for
+    A damaged derived file counts as absent and is named on the page.
+    Raises `BundleError` for a missing bundle or a damaged model, `OutputExists` for a foreign file at ``out``, `DataError` for
     a folder without explanations or a study without a front.
     """
     sources = [bundles] if isinstance(bundles, Bundle | str | os.PathLike) else list(bundles)
     if not sources:
         raise UsageError("no bundle was named", "edgekit report B... --out report.html")
     sources, fronts = _with_fronts(sources)
-    opened = [Bundle.open(source.path if isinstance(source, Bundle) else source) for source in sources]
+    opened = [Bundle.open(source.path if isinstance(source, Bundle) else source, verify=False) for source in sources]
     home = _check_out(Path(out), opened)
     names = _names(opened)
     known = {bundle.digest: name for bundle, name in zip(opened, names, strict=True)}
@@ -141,10 +143,11 @@ def render(
         raise MissingExtra("report", "jinja2") from None
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        count=_count, size=_size, ms=_ms, percent=_percent, micro=_micro, short=lambda text: str(text)[:12]
+        count=_count, size=_size, ms=_ms, percent=_percent, micro=_micro, rounded=rounded, short=lambda text: str(text)[:12]
     )
     key = charts.protocol(views)
-    rows = [{"view": view, "bench": charts.headline(view, key)} for view in views]
+    rows = [{"view": view, "bench": charts.headline(view, key), "differs": charts.differs(view, key)} for view in views]
+    groups = _groups(views)
     drawn = _charts(views, rows)
     stored = [(view.name, name, data_uri(png)) for view in views for name, png in view.pictures]
     embedded = [*pictures, *(Picture(uri, name, of=bundle) for bundle, name, uri in stored if uri)]
@@ -154,7 +157,8 @@ def render(
     scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
     page = environment.from_string(_asset("report.html")).render(
         live=live,
-        cards=_cards(rows),
+        cards=_cards(rows, groups),
+        groups=groups,
         views=views,
         rows=rows,
         protocol=str(key) if key else None,
@@ -183,9 +187,9 @@ def _asset(name: str) -> str:
 
 def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     judged: list[tuple[BundleView, Bench | None]] = [(row["view"], row["bench"]) for row in rows]
-    sized = [charts.Point(v.name, v.graph_bytes / 1e3, v.top1) for v, _ in judged if v.top1 is not None]
+    sized = [charts.Point(v.name, v.group, v.graph_bytes / 1e3, v.top1) for v, _ in judged if v.top1 is not None]
     timed = [
-        charts.Point(v.name, b.p50, v.top1, b.trustworthy is False)
+        charts.Point(v.name, v.group, b.p50, v.top1, b.trustworthy is False)
         for v, b in judged
         if v.top1 is not None and b is not None and b.p50 is not None
     ]
@@ -195,6 +199,7 @@ def _charts(views: Sequence[BundleView], rows: Sequence[Mapping[str, Any]]) -> d
         "size": charts.tradeoff(sized, "Graph size (kB)"),
         "absent": _absent(rows),
         "curves": charts.curves(views),
+        "uncurved": charts.uncurved(views),
         "histograms": [{"bundle": v.name, "bench": b, "chart": charts.histogram(b)} for v in views for b in v.bench],
         "times": [{"bundle": v.name, "bench": b, "rows": charts.times(b)} for v in views for b in v.bench if b.layers],
         "untimed": [v.name for v in views if not any(b.layers for b in v.bench)],
@@ -218,15 +223,24 @@ def _absent(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The four answers that a reader looks for first; an unmeasured one says which command measures it."""
-    views: list[BundleView] = [row["view"] for row in rows]
-    timed: list[tuple[BundleView, Bench]] = [(row["view"], row["bench"]) for row in rows if row["bench"]]
+def _groups(views: Sequence[BundleView]) -> list[tuple[Group, list[str]]]:
+    """Those of the page with their bundles, the largest first."""
+    counts = Counter(view.group for view in views)
+    return [(group, [view.name for view in views if view.group == group]) for group, _ in counts.most_common()]
+
+
+def _cards(rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[Group, list[str]]]) -> list[dict[str, Any]]:
+    """The four answers that a reader looks for first, of the largest group; an unmeasured one says what measures it."""
+    first = groups[0][0] if groups else None
+    views: list[BundleView] = [row["view"] for row in rows if row["view"].group == first]
+    timed: list[tuple[BundleView, Bench]] = [
+        (row["view"], row["bench"]) for row in rows if row["bench"] and row["view"] in views
+    ]
     best = max((v for v in views if v.top1 is not None), key=lambda v: v.top1 or 0.0, default=None)
     small = min((v for v in views if v.graph_bytes), key=lambda v: v.graph_bytes, default=None)
     fast = min(timed, key=lambda pair: pair[1].p50 or 0.0, default=None)
     swift = f"{fast[0].name}{' · unsteady' if fast[1].trustworthy is False else ''}" if fast else None
-    engines = sorted(((v, e) for v in views for e in v.engines), key=lambda pair: not pair[1].built)
+    engines = sorted(((row["view"], e) for row in rows for e in row["view"].engines), key=lambda pair: not pair[1].built)
     title, value, note = "Engine", None, None
     if engines:
         view, engine = engines[0]
@@ -286,13 +300,11 @@ def _count(value: float | None) -> str | None:
 def _size(value: float) -> str:
     if value < 1000:
         return f"{value:.0f} B"
-    return f"{value / 1e3:.3g} kB" if value < 999_500 else f"{value / 1e6:.3g} MB"
+    return f"{value / 1e3:.3g} kB" if value < 999_500 else f"{rounded(value / 1e6)} MB"
 
 
 def _ms(value: float | None) -> str | None:
-    if value is None:
-        return None
-    return f"{value:.3g} ms"
+    return None if value is None else f"{rounded(value)} ms"
 
 
 def _micro(value: float | None) -> str | None:

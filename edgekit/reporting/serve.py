@@ -63,6 +63,9 @@ class Watched:
                 contents = _contents(path)
                 try:
                     views.append(self._view(path, stamp))
+                    if views[-1].damage:
+                        failed[path] = contents
+                        del self._views[path]  # read again when it is mended, though its manifest stays
                 except Exception as error:  # noqa: BLE001  one bundle, however odd, hides none of the others
                     failed[path] = contents
                     known = isinstance(error, EdgekitError | OSError)
@@ -81,7 +84,8 @@ class Watched:
             raise BundleError(f"there is no {MANIFEST} in {path}")
         known = self._views.get(path)
         if known is None or known[0] != stamp:
-            self._views[path] = known = (stamp, collect(Bundle.open(path), path.name.removesuffix(SUFFIX)))
+            known = (stamp, collect(Bundle.open(path, verify=False), path.name.removesuffix(SUFFIX)))
+            self._views[path] = known
         return known[1]
 
     def _paths(self) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,29 @@ def test_series_are_read_from_csv_and_npz(machine: Bundle, tmp_path: Path) -> No
     assert [row["overlay"] for row in result["images"]] == [f"{name}.occlusion.png" for name in names]
     assert {row["label"] for row in result["images"]} == {"burst"}
     assert [len(row["time_steps"]) for row in result["images"]] == [60, 60, 60, 60, 30]
+
+
+def test_channels_have_the_names_of_the_header(machine: Bundle, tmp_path: Path) -> None:
+    """In the record and in the picture, which differs from that of the numbered channels; also where they are quoted."""
+    rows = "\n".join(f"{t};1;{a:.5f};{b:.5f}" for t, (a, b) in enumerate(burst()))
+    pictures = []
+    for header in ('time;label;"Vib";temp', "time;label;A very long name of a sensor;ch 2", "time;label;ch 1;ch 2"):
+        (tmp_path / "press.csv").write_text(f"{header}\n{rows}\n")
+        row = explain(machine, tmp_path / "press.csv", out=tmp_path / "why")["images"][0]
+        assert row["channel_names"] == header.replace('"', "").split(";")[2:]
+        pictures.append((tmp_path / "why" / row["overlay"]).read_bytes())
+    assert len(set(pictures)) == 3
+    np.savetxt(tmp_path / "bare.csv", burst(), delimiter=",")
+    assert "channel_names" not in explain(machine, tmp_path / "bare.csv", out=tmp_path / "why")["images"][0]
+
+
+def test_without_pillow_the_extra_of_explain_is_named(
+    cli: Callable[..., Any], machine: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "press.npy", burst())
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    answer = cli("explain", machine.path, tmp_path / "press.npy", "--out", tmp_path / "why")
+    assert (answer.code, "hint: pip install 'edgekit[explain]'" in answer.err) == (1, True)
 
 
 def test_a_csv_is_read_as_training_reads_it(machine: Bundle, tmp_path: Path) -> None:

@@ -92,6 +92,22 @@ def test_charts_follow_the_scheme_and_print_opens_the_details(browser: Any, page
     assert browser.complaints() == []
 
 
+def test_paper_holds_all_and_its_charts_are_drawn_for_it(browser: Any, family: list[Bundle], tmp_path: Path) -> None:
+    report(family, out=tmp_path / "r.html")
+    browser.open(tmp_path / "r.html")
+    widest = "Math.max(...[...document.querySelectorAll('canvas')].map((c) => c.width))"
+    assert browser.evaluate(widest) > 340
+    browser.evaluate(f"addEventListener('beforeprint', () => {{ window.widest = {widest}; }})")
+    browser.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.7)
+    assert browser.evaluate("window.widest") <= 340  # two beside each other on A4
+    assert browser.evaluate(widest) > 340
+    browser.call("Emulation.setDeviceMetricsOverride", width=688, height=900, deviceScaleFactor=1, mobile=False)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    right = "Math.max(...[...document.querySelectorAll('section, .card, .tag')].map((e) => e.getBoundingClientRect().right))"
+    assert browser.evaluate(right) <= 686
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
 CONTRASTS = """(() => {
   const channels = (css) => css.match(/[\\d.]+/g).slice(0, 3).map((v) => (css.startsWith("color") ? Number(v) : v / 255));
   const light = (css) => channels(css).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
@@ -138,10 +154,37 @@ def test_a_click_on_a_cell_shows_its_samples(browser: Any, digits_bundle: Bundle
     assert browser.complaints() == []
 
 
-def test_no_axis_begins_below_nothing(browser: Any, digits_bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_labels_at_the_edges_are_not_cut(browser: Any, digits_bundle: Bundle, remade: Any, tmp_path: Path) -> None:
+    """A point at 100% and the last mark of a narrow histogram; what is drawn stays on its canvas."""
+    made, other = [], remade(digits_bundle, "other")
+    for bundle, p50, top1 in ((digits_bundle, 0.1, 1.0), (other, 0.1001, 0.999)):
+        result: dict[str, Any] = {"backend": "onnxruntime", "scenario": "server"}
+        result["latency_ms"] = {"p50": p50, "p90": 0.198, "p99": 0.1999}
+        result["histogram"] = {"bins": np.linspace(0.0, 0.2, 21).tolist(), "counts": [5] * 20, "over": 0}
+        made.append(bundle.extend({"bench/a.json": json.dumps(result).encode()}, bundle.entry("eval", {}, {"top1": top1})))
+    report(made, out=tmp_path / "r.html")
+    record = """(() => {
+      const out = [], draw = CanvasRenderingContext2D.prototype.fillText;
+      CanvasRenderingContext2D.prototype.fillText = function (text, x, y, ...rest) {
+        const chart = Chart.getChart(this.canvas), width = this.measureText(text).width;
+        const left = this.textAlign === "center" ? x - width / 2 : this.textAlign === "right" ? x - width : x;
+        const isOwn = /^(p[0-9]+|digits.*|other.*)$/.test(text);
+        if (isOwn && (left < 0 || left + width > chart.width + 0.5 || y < 7)) out.push([text, left, y]);
+        return draw.call(this, text, x, y, ...rest);
+      };
+      Object.values(Chart.instances).forEach((chart) => chart.draw());
+      CanvasRenderingContext2D.prototype.fillText = draw;
+      return out;
+    })()"""
+    for width in (1280, 360):
+        browser.open(tmp_path / "r.html", width)
+        assert browser.evaluate(record) == []
+
+
+def test_no_axis_begins_below_nothing(browser: Any, digits_bundle: Bundle, remade: Any, tmp_path: Path) -> None:
     """Small sizes beside a large one, and a share of all: a margin around them would reach below 0 and above 100%."""
-    made = []
-    for bundle, p50, top1 in ((digits_bundle, 0.01, 1.0), (tiny_bundle, 1.3, 0.9)):
+    made, other = [], remade(digits_bundle, "other")
+    for bundle, p50, top1 in ((digits_bundle, 0.01, 1.0), (other, 1.3, 0.9)):
         result = {"backend": "onnxruntime", "scenario": "single-stream", "latency_ms": {"p50": p50}}
         made.append(bundle.extend({"bench/a.json": json.dumps(result).encode()}, bundle.entry("eval", {}, {"top1": top1})))
     report(made, out=tmp_path / "r.html")

@@ -3,6 +3,7 @@
 (() => {
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const SHAPES = ["circle", "rectRot", "triangle", "rect", "star", "crossRot"]; // colour never stands alone
+  const SOLID = ["circle", "rectRot", "triangle", "rect"], hue = (i) => style(`--c${(i % 6) + 1}`);
   const drawn = [];
 
   const axis = (title, extra = {}) => ({
@@ -40,7 +41,7 @@
         sides.unshift(...(steps ? [[10, 14], [-10 - width, -14]] : [[10, 0], [-10 - width, 0]])); // a step goes to the right
         for (const [dx, dy] of sides) {
           const box = { l: point.x + dx, r: point.x + dx + width, t: point.y + dy - 8, b: point.y + dy + 8 };
-          const inside = box.l >= chartArea.left && box.r <= chartArea.right + 8;
+          const inside = box.l >= chartArea.left && box.r <= chartArea.right + 8 && box.t >= 0;
           if (inside && !taken.some((o) => box.l < o.r && o.l < box.r && box.t < o.b && o.t < box.b)) {
             taken.push(box);
             ctx.fillText(text, box.l, point.y + dy);
@@ -72,8 +73,8 @@
         ctx.moveTo(x, chartArea.top);
         ctx.lineTo(x, chartArea.bottom);
         ctx.stroke();
-        ctx.textAlign = row ? "left" : "center";
-        ctx.fillText(name, row ? x + 4 : Math.max(x, chartArea.left + width / 2), chartArea.top - 4 + row * 13);
+        const left = row ? x + 4 : Math.max(x - width / 2, chartArea.left); // not cut at the right end
+        ctx.fillText(name, row && left + width > chart.width ? x - 4 - width : Math.min(left, chart.width - width), chartArea.top - 4 + row * 13);
       });
       ctx.restore();
     },
@@ -92,11 +93,12 @@
     scatter: (d) => ({
       type: "scatter",
       data: { datasets: [
-        { data: d.points, backgroundColor: d.points.map((p) => style(p.doubtful ? "--paper" : "--c1")), borderColor: d.points.map((p) => style(p.doubtful ? "--c1" : "--paper")), borderWidth: d.points.map((p) => (p.doubtful ? 2 : 1.5)), radius: 7, hoverRadius: 9 },
-        { data: d.front, showLine: true, radius: 0, hitRadius: 0, hoverRadius: 0, borderColor: style("--c2"), borderWidth: 1.5, borderDash: [5, 4] },
+        { data: d.points, backgroundColor: d.points.map((p) => (p.doubtful ? style("--paper") : hue(p.group))), borderColor: d.points.map((p) => (p.doubtful ? hue(p.group) : style("--paper"))), borderWidth: d.points.map((p) => (p.doubtful ? 2 : 1.5)), pointStyle: d.points.map((p) => SOLID[p.group % 4]), radius: 7, hoverRadius: 9 },
+        ...d.fronts.map((data, i) => ({ data, showLine: true, radius: 0, hitRadius: 0, hoverRadius: 0, borderColor: d.groups.length > 1 ? hue(i) : style("--c2"), borderWidth: 1.5, borderDash: [5, 4] })),
       ] },
       options: base({ x: axis(d.x, around(d.points, "x", 0.12)), y: axis(d.y, around(d.points, "y", 0.15, 100)) }, {
-        legend: { display: false },
+        legend: { display: d.groups.length > 1, align: "start", onClick: () => {}, labels: { usePointStyle: true, boxHeight: 8,
+          generateLabels: () => d.groups.map((text, i) => ({ text, fillStyle: hue(i), strokeStyle: hue(i), pointStyle: SOLID[i % 4], fontColor: style("--ink") })) } },
         tooltip: { displayColors: false, filter: (item) => item.datasetIndex === 0,
           callbacks: { label: (item) => [item.raw.name, `${d.x}: ${round(item.raw.x)}${item.raw.doubtful ? ", not trustworthy" : ""}`, `${d.y}: ${round(item.raw.y)}`] } },
       }),
