@@ -95,7 +95,7 @@ class Texts(Modality):
                 raise DataError(f"{printable(path)} is over {MAX_BYTES >> 20} MiB", "give the part that the model reads")
             return [("", data.decode("utf-8-sig"))]
         except UnicodeDecodeError as error:
-            raise DataError(f"{printable(path)} is not UTF-8: {error.reason}", "save it as UTF-8") from None
+            raise DataError(f"{printable(path)} is not UTF-8: {error.reason}", "give a text, or a text file in UTF-8") from None
 
     def question(self, sample: str, target: int, model: Model | None = None) -> TextQuestion:
         words = tuple(word for word in self._words(sample) if word.tokens)

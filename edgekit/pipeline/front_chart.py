@@ -137,10 +137,14 @@ class _Chart:
                     break
 
 
+_LEAST_SPAN = 1e-9  # of accuracies, milliseconds, megabytes; below it numbers lose the digits that ticks are made of
+
+
 def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
-    """The range of ``values`` and ``share`` of it more on both sides; some range where there is but one value."""
+    """The range of ``values`` and ``share`` of it more on both sides; some range where there is but one value, or nearly so."""
     low, high = min(values), max(values)
-    span = (high - low) or abs(high) * 0.2 or 1.0
+    spans = (high - low, abs(high) * 0.2, 1.0)
+    span = next(span for span in spans if span >= _LEAST_SPAN)
     return low - share * span, high + share * span
 
 

@@ -323,13 +323,20 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Dev
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`build` without its child process, which imports onnx anew each time: a second that a test of options need not wait."""
+def in_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`build` and `import_onnx` without their child process, which imports onnx anew each time: a second that a test of what
+    they answer need not wait. A test marked ``child`` gets the real one."""
+    if request.node.get_closest_marker("child"):
+        return
 
-    def call(function: str, request: Any, folder: Path, timeout_s: float, address_space: int) -> Any:
-        from edgekit.compiler.compilation import compile_graph
+    def call(function: str, request: Any, folder: Path, timeout_s: float, address_space: int = 0) -> Any:
+        from edgekit.compiler import compilation, foreign, inspection
 
-        assert function == "compilation:compile_graph"
-        return json.loads(json.dumps(compile_graph(json.loads(json.dumps(request)), folder)))
+        run = {
+            "compilation:compile_graph": compilation.compile_graph,
+            "foreign:import_graph": foreign.import_graph,
+            "inspection:inspect_graph": inspection.inspect_graph,
+        }[function]
+        return json.loads(json.dumps(run(json.loads(json.dumps(request)), folder)))
 
     monkeypatch.setattr(child, "call", call)

@@ -27,6 +27,7 @@ from edgekit.runtime.onnxruntime import session
 from edgekit.trust import is_trusted
 
 pytest.importorskip("tensorrt_rtx")
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def write(
@@ -134,6 +135,7 @@ def test_an_engine_of_another_machine_is_served_and_never_trusted_for_that(
     assert "edgekit build --again" not in build(tiny_bundle.path, target="rtx-ada").note
 
 
+@pytest.mark.child
 def test_a_cached_build_loads_no_heavy_library(digits_bundle: Bundle) -> None:
     build(digits_bundle, target="rtx-ada")
     code = (
@@ -303,6 +305,7 @@ def test_the_flag_reaches_the_builders_configuration(tmp_path: Path, monkeypatch
     assert (tmp_path / "plan.engine").stat().st_size > 1000
 
 
+@pytest.mark.child
 def test_a_kit_tells_the_device_to_look_for_sparse_kernels(tmp_path: Path) -> None:
     bundle = sparse_bundle(tmp_path / "s.edge", np.random.default_rng(0).normal(size=(64, 32)))
     made = build(bundle, target="jetson-orin-nano")
@@ -373,6 +376,7 @@ def test_without_tensorrt_rtx_the_extra_is_named(tiny_bundle: Bundle, monkeypatc
     assert build(tiny_bundle, target="jetson-thor").kit is not None
 
 
+@pytest.mark.child
 def test_a_tensorrt_rtx_without_its_library_is_not_called_missing(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +423,7 @@ def test_targets_lists_every_figure_with_its_source(cli: Callable[..., Any]) -> 
     assert "jetson-orin-nano" in cli("targets").out
 
 
+@pytest.mark.child
 def test_only_the_reader_of_foreign_files_has_an_address_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
@@ -436,6 +441,7 @@ def test_only_the_reader_of_foreign_files_has_an_address_limit(tmp_path: Path, m
         assert set_to[-1] == limit
 
 
+@pytest.mark.child
 def test_an_engine_is_built_without_an_address_limit(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     call = child.call
@@ -492,6 +498,7 @@ def crash(code: signal.Signals) -> child.NativeCrash:
     return made
 
 
+@pytest.mark.child
 def test_a_crash_of_tensorrt_is_tried_again_with_fixed_axes(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = child.call, list[bool]()
 
@@ -508,6 +515,7 @@ def test_a_crash_of_tensorrt_is_tried_again_with_fixed_axes(digits_bundle: Bundl
 
 
 @pytest.mark.parametrize(("code", "times"), [(signal.SIGABRT, 2), (signal.SIGKILL, 1)])
+@pytest.mark.child
 def test_a_crash_is_told_and_memory_that_is_short_is_not_tried_twice(
     digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, code: signal.Signals, times: int
 ) -> None:
@@ -561,6 +569,7 @@ def test_a_kit_of_what_no_tensorrt_builds_says_so(tmp_path: Path) -> None:
         assert made.note.startswith(said) is not usable
 
 
+@pytest.mark.child
 def test_nowhere_to_write_is_told_before_a_build(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(child, "call", lambda *_, **__: pytest.fail("it was built"))

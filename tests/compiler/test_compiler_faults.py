@@ -16,6 +16,8 @@ from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.compiler.faults import check_structure, inference_fault
 from edgekit.errors import GraphError
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 N = helper.make_node
 
 
@@ -183,6 +185,7 @@ def test_a_quantized_file_counts_as_import_brings_it(tmp_path: Path, cli: Callab
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.child
 def test_a_damaged_file_is_one_line(tiny_bundle: Bundle, tmp_path: Path, cli: Callable[..., Any], share: float) -> None:
     data = tiny_bundle.read(FLOAT_GRAPH)
     (tmp_path / "m.onnx").write_bytes(data[: int(len(data) * share)])

@@ -25,6 +25,8 @@ from edgekit.errors import BundleError, EdgekitError, GraphError, OutputExists, 
 from edgekit.runtime import Model, check_golden
 from edgekit.runtime.onnxruntime import session
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 F = TensorProto.FLOAT
 
 
@@ -305,6 +307,7 @@ def test_an_output_without_a_shape_gets_one(tmp_path: Path) -> None:
     assert bundle.manifest.outputs[0].shape == (3, 2)
 
 
+@pytest.mark.child
 def test_a_constant_bomb_is_not_unfolded(tmp_path: Path) -> None:
     made = model([helper.make_node("ConstantOfShape", ["big"], ["c"]), helper.make_node("ReduceMax", ["c"], ["m"], keepdims=0),
                   helper.make_node("Add", ["x", "m"], ["y"])], {"big": np.array([1 << 20, 1 << 20])}, y=["n", 4])  # fmt: skip
@@ -364,6 +367,7 @@ def test_simplify_never_changes_an_output(plan: list[tuple[str, int, int]], fixe
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
+@pytest.mark.child
 def test_a_damaged_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Cut or flipped anywhere, reading a file ends in a model or in one `GraphError`."""
     whole = bytearray(shaped_reshape().SerializeToString())
@@ -399,6 +403,7 @@ def test_a_name_that_is_no_text_is_damage(tmp_path: Path) -> None:
         read_model(tmp_path / "m.onnx")
 
 
+@pytest.mark.child
 def test_the_command_refuses_junk_in_a_few_lines(cli: Any, tmp_path: Path, tiny_onnx: Path) -> None:
     (tmp_path / "junk.onnx").write_bytes(b"\x08\x07not an onnx file" * 40)
     (tmp_path / "cut.onnx").write_bytes(tiny_onnx.read_bytes()[:5000])
@@ -427,6 +432,7 @@ def test_the_command_answers_json_and_overwrites_nothing(cli: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("script", "limit", "why"), [("kill -SEGV $$", 30, "crashed .SIGSEGV"), ("exec sleep 60", 0.3, "longer than 0.3 s")]
 )
+@pytest.mark.child
 def test_a_crash_or_a_hang_of_the_child_is_one_error(
     tmp_path: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, script: str, limit: float, why: str
 ) -> None:
@@ -439,6 +445,7 @@ def test_a_crash_or_a_hang_of_the_child_is_one_error(
     assert not (tmp_path / "b.edge").exists()
 
 
+@pytest.mark.child
 def test_errors_cross_from_the_child_as_they_are(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.onnx", model([helper.make_node("Relu", ["x"], ["y"])], y=["n", 4]))
     with pytest.raises(UsageError, match="no input 'z'") as caught:
@@ -483,6 +490,7 @@ def test_what_cannot_be_folded_leaves_the_graph_as_it_was(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("hidden", ["onnx", "onnxruntime"])
+@pytest.mark.child
 def test_without_onnx_each_command_names_the_extra(tiny_bundle: Any, tiny_onnx: Path, tmp_path: Path, hidden: str) -> None:
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / f"{hidden}.py").write_text(

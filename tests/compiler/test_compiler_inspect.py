@@ -18,6 +18,8 @@ from edgekit.compiler.versions import readers
 from edgekit.quantization import quantize
 from edgekit.targets import USER_TARGETS, load_targets
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 N = helper.make_node
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.bundle import Bundle
+from edgekit.compiler import import_onnx
 from edgekit.compiler.shapes import Axis, parse_batch, parse_shapes, profiles_for
 from edgekit.errors import UsageError
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, history_entry
@@ -128,3 +130,22 @@ def test_a_range_for_shape_and_one_backwards_are_told_apart() -> None:
     with pytest.raises(UsageError, match="ends below its start") as caught:
         parse_shapes(["x:8..1x3"], "--dynamic", ranges=True)
     assert caught.value.hint == "write the smaller size first: 1..8"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"shape": [("x", 1)]}, "is no text"),
+        ({"dynamic": 5}, "is no text"),
+        ({"shape": [None]}, "is no text"),
+        ({"shape": 0}, "is no text"),
+        ({"name": 5}, "is not called 5"),
+        ({"name": "two\nlines"}, "is not called"),
+        ({"timeout_s": -1}, "a timeout of -1"),
+        ({"timeout_s": float("nan")}, "a timeout of nan"),
+    ],
+)
+def test_arguments_of_another_kind_are_told(tmp_path: Path, tiny_onnx: Path, wrong: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        import_onnx(tiny_onnx, out=tmp_path / "b.edge", **wrong)
+    assert not (tmp_path / "b.edge").exists()
