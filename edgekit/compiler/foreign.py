@@ -100,7 +100,7 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not evaluated and _without_branches(bound):
         notes.append("a branch of If that does not fit these shapes was left out")
         changed = True
-    proof = _Proof(trials, truths, evaluated)
+    proof, sizes = _Proof(trials, truths, evaluated), _sizes_run(bound, trials[0])  # before `bound` is rewritten
     run, figures = _rewritten(bound, folder / FLOAT_GRAPH, None if changed else path, proof, notes)
     (folder / GOLDEN).write_bytes(save_golden(trials[0], truths[0]))
     return {
@@ -109,7 +109,7 @@ def _import_graph(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "shape": {name: [axis.low for axis in axes] for name, axes in binding.fixed.items()},
         "dynamic": {name: "x".join(map(str, axes)) for name, axes in binding.dynamic.items()},
         "notes": notes,
-        "figures": {**figures, "nodes_before": before, **_sizes_run(bound, trials[0]), **quantized},
+        "figures": {**figures, "nodes_before": before, **sizes, **quantized},
     }
 
 

@@ -313,3 +313,19 @@ def test_the_api_tells_what_it_takes(tmp_path: Path, tiny_bundle: Any) -> None:
             build(tiny_bundle, **options)
     with Model.open(tiny_bundle) as model, pytest.raises(InputError, match="a mapping was expected"):
         model.run(np.zeros((1, 3, 32, 32), np.float32))  # type: ignore[arg-type]
+
+
+def test_a_scan_over_open_steps_keeps_the_sizes_of_its_inputs(tmp_path: Path) -> None:
+    """Written out, the loop leaves nothing of its inputs' shapes in the graph that the sizes could be read from."""
+    body = helper.make_graph(
+        [N("Add", ["sum", "step"], ["next"]), N("Identity", ["next"], ["out"])],
+        "body",
+        [V("sum", F, [2]), V("step", F, [2])],
+        [V("next", F, [2]), V("out", F, [2])],
+    )
+    scan = N("Scan", ["first", "x"], ["last", "y"], num_scan_inputs=1, body=body)
+    path = saved(tmp_path / "m.onnx", [scan], [V("first", F, [2]), V("x", F, [3, 2])], V("y", F, [3, 2]))
+    bundle = import_onnx(path, out=tmp_path / "b.edge")
+    with Model.open(bundle.path) as model:
+        found = model.run({"first": np.zeros(2, np.float32), "x": np.ones((3, 2), np.float32)})["y"]
+    assert found.tolist() == [[1, 1], [2, 2], [3, 3]]
