@@ -88,12 +88,9 @@ def bench(
 
     Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run it.
     """
-    asked = Asked(scenario, seconds, batch, streams, rate)
-    asked.check()
-    check_threads(threads)
-    plot = None if plot is None else Path(plot)
-    folder = None if history is None else Path(history)
-    limit = _checked_limit(precision, folder, against, fail_over)
+    (asked := Asked(scenario, seconds, batch, streams, rate)).check()
+    plot, folder = (None if path is None else Path(path) for path in (plot, history))
+    limit = _checked_limit(precision, threads, folder, against, fail_over)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     with _opened(opened, backend, precision, threads, starts=_STARTS if seconds >= 1 else 1) as (model, costs):
         graph = _graph(opened, precision)
@@ -103,8 +100,8 @@ def bench(
         subject = {**_subject(opened, graph), "scenario": scenario, "device": fingerprint()}
         known = {**subject, **model.runner.describe(), **asked.given()}
         earlier = None if against is None else load_earlier(against, name, known, force=force)
-        asked = asked.like(earlier) if earlier else asked
         if earlier:
+            asked = asked.like(earlier)
             check_comparable(earlier, {**known, **asked.given()}, force=force)
         result = {**subject, **_measure(model, asked), **costs}
         if profiled:
@@ -114,14 +111,17 @@ def bench(
     file = str(opened.path / name) if save and not (result["passed"] is False and _same(opened.path / name, against)) else None
     if file:
         _save(opened, name, result, {"backend": backend, "precision": precision, "threads": threads, **asked._asdict()})
-    kept = None if folder is None else str(add(folder, result))
+    kept = str(add(folder, result)) if folder else None
     return _passed({"bundle": str(opened.path), "file": file, "history": kept, **result, "against": comparison})
 
 
-def _checked_limit(precision: str, history: Path | None, against: object, fail_over: str | float | None) -> float | None:
+def _checked_limit(
+    precision: str, threads: int, history: Path | None, against: object, fail_over: str | float | None
+) -> float | None:
     """The gate's limit. Raises `UsageError` for what is wrong before anything is measured."""
     if precision not in get_args(Precision):
         raise UsageError(f"there is no precision {precision!r}", f"choose one of: {', '.join(get_args(Precision))}")
+    check_threads(threads)
     if history is not None:
         check_history(history)
     limit = parse_share(fail_over)

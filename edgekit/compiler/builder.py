@@ -127,8 +127,6 @@ def build(
     if earlier is not None and not again and _serves(opened, chosen, earlier, key, options):
         remarks += _foreign(chosen, earlier)
         return _result(opened, chosen, earlier, remarks, cached=True, seconds=time.perf_counter() - started)
-    if not os.access(opened.path, os.W_OK | os.X_OK):
-        raise UsageError(f"{opened.path} may not be written", "copy it to where you may write: an engine goes into its bundle")
     files, record = _compiled(opened, chosen, options, {**spec, "key": key}, timeout_s)
     changed, reproduced = _compared(opened, earlier, record, files[record["file"]])
     updated = _kept(opened, files, record, {"target": target, "precision": precision, "batch": batch, **spec["options"]})
@@ -160,6 +158,8 @@ def _compiled(
     bundle: Bundle, target: Target, options: Options, spec: Mapping[str, Any], timeout_s: float
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(files for the bundle, the record for ``engines/TARGET.json``)."""
+    if not os.access(bundle.path, os.W_OK | os.X_OK):  # told before minutes of work
+        raise UsageError(f"{bundle.path} may not be written", "copy it to where you may write: an engine goes into its bundle")
     with tempfile.TemporaryDirectory(prefix="edgekit-build-") as name:
         folder = Path(name)
         request = _request(bundle, target, spec, options)

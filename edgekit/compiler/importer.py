@@ -61,8 +61,7 @@ def import_onnx(
     path = Path(model)
     fixed = parse_shapes(_texts(shape, "shape"))
     ranges = parse_shapes(_texts(dynamic, "dynamic"), "--dynamic", ranges=True)
-    if name is not None and not (isinstance(name, str) and name.isprintable()):
-        raise UsageError(f"a bundle is not called {name!r}", "give letters, digits and signs on one line")
+    _check_name(name)
     values = _constants(constants)
     _check_once(fixed, ranges, values)
     with Bundle.create(out) as draft, tempfile.TemporaryDirectory(prefix="edgekit-import-") as work:
@@ -91,6 +90,11 @@ def import_onnx(
             history=(history_entry("import", config, {**answer["figures"], "notes": answer["notes"]}),),
         )
     return Bundle.open(out, verify=False)
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None and not (isinstance(name, str) and name.isprintable()):
+        raise UsageError(f"a bundle is not called {name!r}", "give letters, digits and signs on one line")
 
 
 def _texts(stated: Mapping[str, Iterable[int | str]] | Iterable[str] | str, what: str) -> list[str]:

@@ -25,7 +25,7 @@ from edgekit.manifest import Preprocessing, SeriesPreprocessing, Task, TextPrepr
 
 from .dataset import Dataset, Split, digest_of, one_group_out, stratified
 
-__all__ = ["MAX_STEPS", "TEST_SHARE", "load", "read_series"]
+__all__ = ["MAX_STEPS", "TEST_SHARE", "is_number", "load", "read_series"]
 
 TEST_SHARE = 0.2
 TOKENS = 128
@@ -348,10 +348,11 @@ def _is_bare(name: str, first: _Row) -> bool:
     if len(first.cells) > 1 and [cell.strip() for cell in first.cells] == [str(i) for i in range(len(first.cells))]:
         message = f"{name}, line {first.line}: {','.join(first.cells)[:40]!r} may be a header or the first time step"
         raise DataError(message, "name the channels in the first row (pandas: columns=), or write 0.0 for 0")
-    return all(map(_is_number, first.cells))
+    return all(map(is_number, first.cells))
 
 
-def _is_number(cell: str) -> bool:
+def is_number(cell: str) -> bool:
+    """Whether a cell holds a number, also a NaN or an infinity."""
     try:
         float(cell)
     except ValueError:

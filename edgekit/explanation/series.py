@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.data.csv_file import read_series
+from edgekit.data.csv_file import is_number, read_series
 from edgekit.errors import DataError
 from edgekit.files import npz_problem, printable
 from edgekit.runtime import Model
@@ -139,15 +139,7 @@ def _channel_names(path: Path, channels: int) -> tuple[str, ...]:
     first = path.read_text("utf-8-sig").lstrip("\r\n").splitlines()[0]
     cells = [printable(cell.strip()) for cell in next(csv.reader([first], delimiter=max(",;\t", key=first.count)))]
     names = tuple(cell for cell in cells if cell.lower() not in RESERVED)
-    return () if len(names) != channels or all(map(_is_number, names)) else names
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    return () if len(names) != channels or all(map(is_number, names)) else names
 
 
 def _read_arrays(path: Path) -> list[tuple[str, NDArray[Any]]]:
