@@ -1,8 +1,8 @@
 """What the scan path adds to decoding and the model, a 640x480 frame: scan_path.py [--rounds N]
 
-1. ``path``: `Scanner.process` (event, accounting, clock) and one sink's `send`, with a model that answers at once, so
+1. ``path``: `Pipeline.process` (event, accounting, clock) and one sink's `send`, with a model that answers at once, so
    that nothing else is in the figure. One row a sink; ``none`` is the path alone.
-2. ``folder``: `Scanner.run` over PPM files (quick to decode: less noise) with a JSON lines sink, beside a bare loop of
+2. ``folder``: `Pipeline.run` over PPM files (quick to decode: less noise) with a JSON lines sink, beside a bare loop of
    `read_image` and `Model` over the same files, a frame each in turns; the median of the paired differences.
 
 Target: 0.3 ms beyond decode and model, with the JSON lines sink. SQLite syncs every event to disk: its row says what that
@@ -28,7 +28,7 @@ from edgekit.bundle import Bundle
 from edgekit.preprocess import read_image
 from edgekit.progress import track
 from edgekit.runtime import Model, Prediction
-from edgekit.scanner import Captured, Scanner, open_sink, open_source
+from edgekit.scanner import Captured, Pipeline, open_sink, open_source
 
 TARGET_MS = 0.3
 SHAPE = (480, 640, 3)
@@ -55,7 +55,7 @@ def path_cost(bundle: Bundle, folder: Path, rounds: int) -> dict[str, dict[str, 
     sinks = {"jsonl": f"jsonl:{folder}/events.jsonl", "sqlite": f"sqlite:{folder}/events.db"}
     opened = {name: open_sink(spec, no_outbox) for name, spec in sinks.items()}
     captured = Captured(frame, "camera.png", 0, 1e9)
-    scanners = {name: Scanner(source=(), model=model) for name in ("none", *opened)}
+    scanners = {name: Pipeline(source=(), model=model) for name in ("none", *opened)}
 
     def call(name: str) -> Callable[[], None]:
         scanner, sink = scanners[name], opened.get(name, SimpleNamespace(send=lambda event: None))
@@ -91,7 +91,7 @@ def folder_cost(bundle: Bundle, folder: Path, frames: int) -> dict[str, float]:
                 marks.append(perf_counter_ns())
 
         start = perf_counter_ns()
-        Scanner(source=source(), model=model, sinks=[sink]).run()
+        Pipeline(source=source(), model=model, sinks=[sink]).run()
         sink.close()
     begins, ends = np.array([start, *marks[1::2]])[:frames], np.array(marks[::2])
     scan_ns = ends - begins

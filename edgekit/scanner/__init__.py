@@ -1,6 +1,6 @@
 """What runs on the device all day: frames in, events out, nothing lost and nothing invented.
 
-A `Scanner` takes frames from a source (`sources/`, one file a kind), reads them with a `Model`, a `CodeReader` or both,
+A `Pipeline` takes frames from a source (`sources/`, one file a kind), reads them with a `Model`, a `CodeReader` or both,
 and hands one event a frame to its sinks (`sinks/`, one file a kind). `scan` opens all of it by name, as
 ``edgekit scan`` does.
 
@@ -10,10 +10,12 @@ Importing this room loads no decoder, code reader or network library; each is lo
 from .codes import Code, CodeReader
 from .events import SCHEMA
 from .outbox import Outbox
-from .scanner import Scanner, Summary
+from .pipeline import Pipeline, Summary
+from .reading import Reading, Region
 from .service import scan
 from .sinks import SINKS, Sink, open_sink
-from .sources import SOURCES, Captured, open_source
+from .sources import SOURCES, Captured, Notice, open_source
+from .steps import Step
 from .stop import Stop, stop_on_signals
 
 __all__ = [
@@ -23,9 +25,13 @@ __all__ = [
     "Captured",
     "Code",
     "CodeReader",
+    "Notice",
     "Outbox",
-    "Scanner",
+    "Pipeline",
+    "Reading",
+    "Region",
     "Sink",
+    "Step",
     "Stop",
     "Summary",
     "open_sink",

@@ -12,7 +12,7 @@ from edgekit.runtime import Model
 
 from .codes import BUDGET_MS, CodeReader
 from .outbox import Outbox, default_outbox
-from .scanner import Scanner, Summary
+from .pipeline import Pipeline, Summary
 from .sinks import Sink, open_sink
 from .sources import open_source
 from .stop import Stop
@@ -65,7 +65,7 @@ def scan(
             if any(_place(sink) == _place(other) for other in targets):
                 raise UsageError(f"the sink {sink.name} is named twice", "name each sink once")
             targets.append(sink)
-        return Scanner(source=frames, model=model, codes=reader, sinks=targets, stop=stop).run()
+        return Pipeline(source=frames, model=model, codes=reader, sinks=targets, stop=stop).run()
 
 
 def _place(sink: Sink) -> str:

@@ -1,4 +1,4 @@
-"""`Scanner` as a library: every frame accounted for, whatever comes."""
+"""`Pipeline` as a library: every frame accounted for, whatever comes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, UsageError
 from edgekit.runtime import Model
-from edgekit.scanner import Captured, Code, Scanner, Stop, open_source, scan
+from edgekit.scanner import Captured, Code, Pipeline, Stop, open_source, scan
 
 
 class Memory:
@@ -55,7 +55,7 @@ def test_captured_is_inferred_plus_dropped(digits_bundle: Bundle, kinds: list[st
     source = (captured(kind, i) for i, kind in enumerate(kinds))
     with Model.open(digits_bundle.path) as model:
         codes = (lambda frame: [Code("A", "QR Code", None)]) if with_codes else None
-        summary = Scanner(source=source, model=model, codes=codes, sinks=[sink]).run()
+        summary = Pipeline(source=source, model=model, codes=codes, sinks=[sink]).run()
     counts = {reason: kinds.count(reason) for reason in (DAMAGED, UNFIT) if reason in kinds}
     assert summary.captured == summary.events == len(sink.events) == len(kinds)
     assert summary.dropped == counts
@@ -71,7 +71,7 @@ def test_captured_is_inferred_plus_dropped(digits_bundle: Bundle, kinds: list[st
 
 def test_a_model_that_breaks_down_drops_frames_with_the_reason(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with Model.open(digits_bundle.path) as model:
-        scanner = Scanner(source=[captured(GOOD, i) for i in range(3)], model=model)
+        scanner = Pipeline(source=[captured(GOOD, i) for i in range(3)], model=model)
 
         def broken(feeds: Any) -> Any:
             raise BackendError("the device is gone")
@@ -86,14 +86,14 @@ def test_scores_that_are_no_numbers_are_not_reported_as_answers(digits_bundle: B
     sink = Memory()
     with Model.open(digits_bundle.path) as model:
         monkeypatch.setattr(model, "run", lambda feeds: {model.outputs[0].name: np.full((1, 10), np.nan, np.float32)})
-        summary = Scanner(source=[captured(GOOD, 0)], model=model, sinks=[sink]).run()
+        summary = Pipeline(source=[captured(GOOD, 0)], model=model, sinks=[sink]).run()
     assert summary.dropped == {"failed": 1}
     assert "label" not in sink.events[0]
 
 
 def test_time_is_the_capture_time_in_utc() -> None:
     sink = Memory()
-    Scanner(source=[captured(GOOD, 0)], codes=lambda frame: [], sinks=[sink]).run()
+    Pipeline(source=[captured(GOOD, 0)], codes=lambda frame: [], sinks=[sink]).run()
     assert sink.events[0]["time"] == "2001-09-09T01:46:40.000Z"
 
 
@@ -106,15 +106,15 @@ def test_stop_ends_after_the_frame_in_hand() -> None:
                 stop.set()
             yield captured(GOOD, seq % 200)
 
-    summary = Scanner(source=endless(), codes=lambda frame: [], sinks=[sink], stop=stop).run()
+    summary = Pipeline(source=endless(), codes=lambda frame: [], sinks=[sink], stop=stop).run()
     assert summary.captured == summary.events == len(sink.events) == 6
 
 
 def test_nothing_to_read_with_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(UsageError):
-        Scanner(source=[])
+        Pipeline(source=[])
     with Model.open(tiny_bundle.path) as model, pytest.raises(UsageError, match="raw tensors"):
-        Scanner(source=[], model=model)
+        Pipeline(source=[], model=model)
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:

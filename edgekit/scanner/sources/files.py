@@ -24,7 +24,7 @@ POLL_S = 0.25
 _Stamp = tuple[int, int, int]  # inode, bytes, modification time in ns
 
 
-def open_files(target: str, watch: bool, stop: Stop) -> Iterator[Captured]:
+def open_files(target: str, watch: bool, stop: Stop) -> Iterator[Captured | None]:
     """The image at ``target``, or every image below the folder ``target``, sorted by path; hidden files are left out.
 
     With ``watch``, files that appear or change later follow until ``stop`` is set. Raises `DataError` where there is
@@ -85,7 +85,7 @@ def _captured(paths: list[Path], stop: Stop) -> Iterator[Captured]:
         yield _capture(path, seq)
 
 
-def _watched(folder: Path, stop: Stop) -> Iterator[Captured]:
+def _watched(folder: Path, stop: Stop) -> Iterator[Captured | None]:
     """Polling, not inotify: it also works on network shares, where cameras drop their pictures."""
     done: dict[Path, _Stamp] = {}
     before: dict[Path, _Stamp] = {}
@@ -109,15 +109,17 @@ def _watched(folder: Path, stop: Stop) -> Iterator[Captured]:
             done[path] = now[path]
         done = {path: stamp for path, stamp in done.items() if path in now}  # forget what was removed: memory stays bounded
         before = now
+        if not ready:
+            yield None  # steps may have something due
         stop.wait(POLL_S)
 
 
 def _capture(path: Path, seq: int) -> Captured:
     name = printable(path)
-    now = time.time()
+    now, monotonic = time.time(), time.monotonic()
     try:
-        return Captured(read_image(path), name, seq, now)
+        return Captured(read_image(path), name, seq, now, "", monotonic)
     except DataError as error:
-        return Captured(None, name, seq, now, error.message)
+        return Captured(None, name, seq, now, error.message, monotonic)
     except MemoryError:
-        return Captured(None, name, seq, now, f"{printable(path.name)} does not fit into memory")
+        return Captured(None, name, seq, now, f"{printable(path.name)} does not fit into memory", monotonic)

@@ -1,0 +1,42 @@
+"""Steps: what happens between a frame's answer and the sinks. One file a kind; `Pipeline` runs them in order."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from .events import Event
+from .sources import Captured
+
+__all__ = ["Step"]
+
+
+class Step(Protocol):
+    """Used from the scanning thread only. Events that a step makes of its own need no id: the pipeline numbers them.
+
+    Time is `Captured.monotonic` for all that counts milliseconds: the wall clock may jump by a day.
+    """
+
+    name: str
+
+    def wants(self, captured: Captured) -> str:
+        """Before the frame is read: "" to have it read, else the reason why it is dropped (counted under that word)."""
+        ...
+
+    def frame(self, captured: Captured, event: Event) -> list[Event]:
+        """What goes on to the next step: ``[event]``, changed or not; none where it is held back; or more than one.
+
+        Called for every event on its way, those without an answer (``"event": "damaged"``) too.
+        """
+        ...
+
+    def due(self, monotonic: float, wall: float) -> list[Event]:
+        """Events whose time has come without a frame. Called after each frame, and at least four times a second."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Figures for the summary and the metrics."""
+        ...
+
+    def close(self) -> None:
+        """The scan ends; `due` is asked a last time before, with an infinite ``monotonic``."""
+        ...
