@@ -5,13 +5,13 @@ A chain of small matrix products, about 0.1 ms, in ONNX Runtime with one thread.
 - ``overhead``: p50 as `bench` takes it, the yardstick timed in between, over p50 of a loop that holds nothing but the call and
   two clock readings.
 - ``repeat``: p50 of two runs of `bench`, one after the other; and whether a run that was off by more said so.
-- ``false_alarms``: share of comparisons of the graph with itself that are called slower or faster, by runs one after the
-  other, each in a process of its own (``against``), and in turns (``bench A B``).
+- ``false_alarms``: share of comparisons of the graph with itself that are called slower or faster: by five processes and the
+  five after them (``against``; each process belongs to several comparisons), and in turns (``bench A B``).
 - ``found``: share of comparisons with the same graph, 5% slower by an empty loop, that are called slower; ``ratio``: the
   median that they found.
 - ``gate``: the same with ``--fail-over 2.5%``.
-- ``between_runs``: how much runs of one thing differ by the yardstick (standard deviation of the logarithm), and how much of
-  that their stretches do not show.
+- ``between_runs``: how much processes differ (standard deviation of the logarithm of their medians): in ms, relative to the
+  yardstick, and beyond what their stretches show (``between``).
 
 Targets: overhead 2% or 5 us; 3% or flagged; 1 in 100; 95 in 100. Writes ``results/bench_harness.json``.
 """
@@ -32,16 +32,18 @@ import numpy as np
 from _machine import save
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekit.benchmarking.cold import MEASURED_S
 from edgekit.benchmarking.device import Sensors
 from edgekit.benchmarking.doubts import doubts
 from edgekit.benchmarking.pairs import in_turns
 from edgekit.benchmarking.scenarios import Run, no_collector, single_stream, warm_up
-from edgekit.benchmarking.statistics import Interval, log_median, median_ratio, paired_ratio
+from edgekit.benchmarking.statistics import Interval, log_median, paired_ratio, runs_ratio
 from edgekit.benchmarking.yardstick import BETWEEN
 from edgekit.runtime.onnxruntime import session
 
 SLOWER = 1.05
 SECONDS = 2.0  # what the command measures
+PROCESSES = 5  # that it measures in: its own and four more
 LIMIT = 0.025  # of the gate
 Call = Callable[[], Any]
 
@@ -131,70 +133,69 @@ def judged(call: Call) -> tuple[Run, bool]:
     return run, not [*doubts(run, warm, "single-stream"), *load]
 
 
-class Stretches(NamedTuple):
-    """Of a run, relative to the yardstick."""
+class Process(NamedTuple):
+    """A run's median, its stretches relative to the yardstick."""
 
+    p50_ms: float
     relative: np.ndarray[Any, Any]
-    trusted: bool
 
 
-def process(turns: int) -> Stretches:
-    """A run in a process of its own, as runs of different days are."""
+def process(turns: int) -> Process:
+    """A run in a process of its own, as long as those that `bench` starts."""
     command = [sys.executable, __file__, "--child", str(turns)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    relative, trusted = json.loads(done.stdout)
-    return Stretches(np.array(relative), trusted)
+    p50_ms, relative = json.loads(done.stdout)
+    return Process(p50_ms, np.array(relative))
 
 
 def child(turns: int) -> None:
     call = model()
-    run, trusted = judged(slower(call, turns) if turns else call)
+    call = slower(call, turns) if turns else call
+    warm_up(call, limit_s=0.5)
+    run = measured(call, MEASURED_S)
     assert run.yardstick
-    print(json.dumps([run.yardstick["relative"], trusted]))
+    print(json.dumps([float(np.median(run.samples_ms)), run.yardstick["relative"]]))
 
 
-class Gates(NamedTuple):
-    """Intervals by kind, and the runs that those of ``against`` are of."""
-
-    intervals: dict[str, list[Interval]]
-    runs: list[Stretches]
-
-    def share(self, verdicts: tuple[str, ...], limit: float = 0.0) -> dict[str, float]:
-        """Of each kind, the share with one of the verdicts and a ratio off by more than ``limit``."""
-        return {
-            kind: sum(each.verdict in verdicts and abs(each.ratio - 1) > limit for each in found) / len(found)
-            for kind, found in self.intervals.items()
-        }
+def against(turns: int, count: int) -> tuple[list[Interval], list[Interval], list[Process]]:
+    """Comparisons by five processes each: of the graph with itself, with the slower one; and the processes of the graph."""
+    runs: dict[int, list[Process]] = {0: [], turns: []}
+    for _ in range(count + 2 * PROCESSES - 1):
+        for kind, found in runs.items():
+            found.append(process(kind))
+    same, other = (np.array([np.median(each.relative) for each in runs[kind]]) for kind in (0, turns))
+    parts = [(slice(i, i + PROCESSES), slice(i + PROCESSES, i + 2 * PROCESSES)) for i in range(count)]
+    pairs = [[runs_ratio(same[a], after[b]) for a, b in parts] for after in (same, other)]
+    return pairs[0], pairs[1], runs[0]
 
 
-def gates(turns: int, pairs: int) -> Gates:
-    """Comparisons of runs one after the other, each in its own process, and of runs in turns in this one."""
-    found = Gates({"against": [], "in turns": []}, [])
+def turned(turns: int, count: int) -> list[Interval]:
+    """Comparisons in turns, with the graph that is slower by so many ``turns``."""
     call = model()
     other = slower(call, turns) if turns else call
     for each in (call, other):
         warm_up(each)
-    for _ in range(pairs):
-        first, second = process(0), process(turns)
-        found.runs.extend((first, second))
-        spread = float(np.hypot(BETWEEN[first.trusted], BETWEEN[second.trusted]))
-        found.intervals["against"].append(median_ratio(first.relative, second.relative, spread))
-        found.intervals["in turns"].append(paired_ratio(*in_turns([call, other], SECONDS)[1]))
-    return found
+    return [paired_ratio(*in_turns([call, other], SECONDS)[1]) for _ in range(count)]
 
 
-def between(runs: list[Stretches]) -> dict[str, Any]:
-    """What runs of one thing differ by beyond what their stretches show, by whether they are trusted (`yardstick.BETWEEN`)."""
-    found: dict[str, Any] = {}
-    for name, trusted in (("trusted", True), ("not trusted", False)):
-        each = [log_median(run.relative) for run in runs if run.trusted is trusted]
-        found[name] = {"runs": len(each), "assumed": BETWEEN[trusted]}
-        if len(each) > 2:
-            medians, errors = np.array(each).T
-            spread, within = float(np.std(medians, ddof=1)), float(np.sqrt(np.mean(errors**2)))
-            beyond = float(np.sqrt(max(spread**2 - within**2, 0)))
-            found[name] |= {"all": spread, "within": within, "between": beyond}
-    return found
+def share(found: list[Interval], verdicts: tuple[str, ...], limit: float = 0.0) -> float:
+    """Of comparisons, the share with one of the verdicts and a ratio off by more than ``limit``."""
+    return sum(each.verdict in verdicts and abs(each.ratio - 1) > limit for each in found) / len(found)
+
+
+def between(runs: list[Process]) -> dict[str, float]:
+    """What processes of one thing differ by, and what of it their stretches do not show."""
+    medians, errors = np.array([log_median(run.relative) for run in runs]).T
+    within = float(np.sqrt(np.mean(errors**2)))
+    spread = float(np.std(medians, ddof=1))
+    return {
+        "processes": len(runs),
+        "assumed": BETWEEN,
+        "ms": float(np.std(np.log([run.p50_ms for run in runs]), ddof=1)),
+        "relative": spread,
+        "within": within,
+        "between": float(np.sqrt(max(spread**2 - within**2, 0))),
+    }
 
 
 def main() -> None:
@@ -209,12 +210,16 @@ def main() -> None:
     warm_up(call)
     figures: dict[str, Any] = {"overhead": overhead(call), "repeat": repeat(call, max(options.pairs // 5, 5))}
     turns = turns_for(call, SLOWER)
-    same, other = gates(0, options.pairs), gates(turns, options.pairs)
-    figures["false_alarms"] = same.share(("slower", "faster"))
-    figures["found"] = other.share(("slower",))
-    figures["gate"] = {"limit": LIMIT, "false_alarms": same.share(("slower",), LIMIT), "found": other.share(("slower",), LIMIT)}
-    figures["ratio"] = {kind: float(np.median([each.ratio for each in found])) for kind, found in other.intervals.items()}
-    figures["between_runs"] = between(same.runs)
+    by_processes = against(turns, options.pairs)
+    same = {"against": by_processes[0], "in turns": turned(0, options.pairs)}
+    other = {"against": by_processes[1], "in turns": turned(turns, options.pairs)}
+    figures["false_alarms"] = {kind: share(found, ("slower", "faster")) for kind, found in same.items()}
+    figures["found"] = {kind: share(found, ("slower",)) for kind, found in other.items()}
+    alarms, hits = ({kind: share(found, ("slower",), LIMIT) for kind, found in each.items()} for each in (same, other))
+    figures["gate"] = {"limit": LIMIT, "false_alarms": alarms, "found": hits}
+    figures["ratio"] = {kind: float(np.median([each.ratio for each in found])) for kind, found in other.items()}
+    figures["half_width"] = {k: float(np.median([each.high / each.ratio - 1 for each in found])) for k, found in same.items()}
+    figures["between_runs"] = between(by_processes[2])
     figures["pairs"] = options.pairs
     for name, found in figures.items():
         print(name, found)

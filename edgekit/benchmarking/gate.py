@@ -15,8 +15,8 @@ from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import DataError, UsageError
 
 from .history import baseline
-from .statistics import Interval, median_ratio
-from .stored import Stored, differences, same_device
+from .statistics import Interval, median_ratio, runs_ratio
+from .stored import Stored, Yardstick, differences, same_device
 from .yardstick import BETWEEN
 
 __all__ = ["check_comparable", "judge", "load_earlier", "parse_share", "verdict_words"]
@@ -92,9 +92,10 @@ def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: b
     ``both_trustworthy``, ``limit`` and ``passed`` (None without a limit). A gate is passed unless the ratio exceeds 1 +
     ``limit`` *and* the interval lies above 1.
 
-    ``method``: ``yardstick``, where both runs carry the same one and the device is one: the ratio of the medians of the
-    stretches relative to it, and the interval holds what differs between runs. Else ``latency``: the ratio of p50, and
-    an interval of the noise within the runs, which knows nothing of a machine that was slower that day.
+    ``method``: ``processes``, where both were also measured in processes of their own, beside the same yardstick on one
+    device: the ratio of the means of all of them, and the interval holds what they differ by. ``yardstick``, where they were
+    not: the ratio of the medians of the stretches relative to it, widened by `BETWEEN`. Else ``latency``: the ratio of p50,
+    and an interval of the noise within the runs, which knows nothing of a machine that was slower that day.
 
     Raises `UsageError` for another scenario, and, unless ``force``, for another model, device, set-up or version.
     """
@@ -116,10 +117,11 @@ def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: b
 
 
 def _interval(earlier: Stored, now: dict[str, Any]) -> tuple[str, Interval]:
-    old, new = earlier.yardstick, now.get("yardstick")
-    if old and new and old.name == new["name"] and old.enough and len(new["relative"]) >= 16 and same_device(earlier, now):
-        spread = float(np.hypot(BETWEEN[earlier.trustworthy], BETWEEN[now["trustworthy"]]))
-        return "yardstick", median_ratio(np.array(old.relative), np.array(new["relative"]), spread)
+    old, new = earlier.yardstick, msgspec.convert(now.get("yardstick"), Yardstick | None)
+    if old and new and old.name == new.name and old.enough and new.enough and same_device(earlier, now):
+        if old.runs and new.runs:
+            return "processes", runs_ratio(np.array(old.runs), np.array(new.runs))
+        return "yardstick", median_ratio(np.array(old.relative), np.array(new.relative), float(np.hypot(BETWEEN, BETWEEN)))
     interval = median_ratio(np.array(earlier.samples_ms), np.array(now["samples_ms"]))
     ratio = now["latency_ms"]["p50"] / earlier.latency_ms["p50"]  # of all samples; the stored ones are a part
     return "latency", Interval(ratio, min(interval.low, ratio), max(interval.high, ratio))
@@ -127,5 +129,7 @@ def _interval(earlier: Stored, now: dict[str, Any]) -> tuple[str, Interval]:
 
 def verdict_words(comparison: Mapping[str, Any]) -> str:
     """``ratio 1.03 by the yardstick, 99% interval 0.98 to 1.08``."""
-    of = "by the yardstick, " if comparison["method"] == "yardstick" else "of p50, within-run "
+    of = {"processes": "by several processes, ", "yardstick": "by the yardstick, "}.get(
+        comparison["method"], "of p50, within-run "
+    )
     return f"ratio {comparison['ratio']:.3f} {of}99% interval {comparison['low']:.3f} to {comparison['high']:.3f}"

@@ -34,7 +34,7 @@ from edgekit.runtime.model import Precision
 from edgekit.runtime.tensorrt import TensorRtRunner
 
 from .asked import STREAMS, Asked, check_threads
-from .cold import process_start_ms
+from .cold import processes
 from .device import Sensors, fingerprint, resident_mb
 from .doubts import doubts
 from .gate import check_comparable, judge, load_earlier, parse_share, verdict_words
@@ -49,7 +49,7 @@ __all__ = ["bench"]
 
 _BATCHES = (1, 4, 16, 64)
 _MAX_BATCH_BYTES, _MAX_ASKED_BYTES = 64 << 20, 1 << 30
-_STARTS = 3  # processes started for their first answer
+_STARTS = 4  # processes started, for their first answer and a short run
 _FILE = "bench/{}-{}-{}.json"
 
 
@@ -92,7 +92,9 @@ def bench(
     plot, folder = (None if path is None else Path(path) for path in (plot, history))
     limit = _checked_limit(precision, threads, folder, against, fail_over)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    with _opened(opened, backend, precision, threads, starts=_STARTS if seconds >= 1 else 1) as (model, costs):
+    starts = _STARTS if seconds >= 1 else 1
+    measured = seconds >= 1 and scenario == "single-stream"
+    with _opened(opened, backend, precision, threads, starts, measured) as (model, costs, relative):
         graph = _graph(opened, precision)
         if profiled := layers or plot is not None:
             check_profile(model.runner.name, plot)
@@ -104,6 +106,8 @@ def bench(
             asked = asked.like(earlier)
             check_comparable(earlier, {**known, **asked.given()}, force=force)
         result = {**subject, **_measure(model, asked), **costs}
+        if result["yardstick"]:
+            result["yardstick"]["processes"] = relative
         if profiled:
             result["profile"] = _profiled(model, graph, threads, seconds, plot)
     comparison = judge(earlier, result, limit, force=force) if earlier else None
@@ -175,10 +179,10 @@ def _graph(bundle: Bundle, precision: str) -> str:
 
 @contextlib.contextmanager
 def _opened(
-    bundle: Bundle, backend: str, precision: Precision, threads: int, starts: int
-) -> Iterator[tuple[Model, dict[str, Any]]]:
+    bundle: Bundle, backend: str, precision: Precision, threads: int, starts: int, measured: bool
+) -> Iterator[tuple[Model, dict[str, Any], list[float]]]:
     """The model, open, and what opening it cost: ``cold_start_ms`` (with hash check and first inference), ``process_start_ms``
-    (of so many ``starts``), ``memory``."""
+    (of so many ``starts``), ``memory``; and what these processes took beside the yardstick, if that is to be ``measured``."""
     runner = open_runner(bundle, backend)  # imports the backend: once a process, and not the model's cost
     free = _free_on_gpu(runner)
     before, start = resident_mb(), time.perf_counter()
@@ -191,14 +195,15 @@ def _opened(
         after = resident_mb()
         grown = after - before if before is not None and after is not None else None
         taken = None if free is None else (free - (_free_on_gpu(runner) or 0)) / 2**20
-        yield (
-            model,
-            {
-                "cold_start_ms": cold_start * 1e3,
-                "process_start_ms": process_start_ms(model, precision, threads, feeds, starts),
-                "memory": {"rss_mb": after, "model_mb": grown, "gpu_mb": taken},
-            },
-        )
+        started = processes(model, precision, threads, feeds, starts, measured and _on_cpu(runner))
+        memory = {"rss_mb": after, "model_mb": grown, "gpu_mb": taken}
+        costs = {"cold_start_ms": cold_start * 1e3, "process_start_ms": started.ms, "memory": memory}
+        yield model, costs, started.relative
+
+
+def _on_cpu(runner: Runner) -> bool:
+    """Whether the yardstick's pace is the runner's: a GPU's is not the CPU's."""
+    return runner.name not in ENGINE_MODULES
 
 
 def _free_on_gpu(runner: Runner) -> int | None:
@@ -275,7 +280,7 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
 
 def _run(runner: Runner, feeds: Feeds, golden: Feeds | None, asked: Asked) -> tuple[Run, Call]:
     """The scenario's run, and the call that it made over and over."""
-    yardstick = runner.name not in ENGINE_MODULES  # a GPU's pace is not the CPU's
+    yardstick = _on_cpu(runner)
     if asked.scenario == "offline":
         batches = _batches(runner, feeds, golden, asked.batch)
         run = offline(lambda n: _batch_call(runner, golden, n), batches, asked.seconds, yardstick)

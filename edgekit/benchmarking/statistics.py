@@ -16,6 +16,7 @@ __all__ = [
     "median_ratio",
     "paired_ratio",
     "percentiles",
+    "runs_ratio",
     "thin",
 ]
 
@@ -23,6 +24,8 @@ Floats = NDArray[np.float64]
 _BATCHES = 8
 _T_99 = 3.499  # Student's t, 7 degrees of freedom, two-sided 99%
 _Z_99 = 2.576  # the normal distribution's
+#: Student's t, two-sided 99%, from one degree of freedom on; the last one for more.
+_T_99_BY_FREEDOM = (63.66, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.250, 3.169)
 
 
 def percentiles(samples_ms: Floats) -> dict[str, float]:
@@ -105,6 +108,23 @@ def log_median(run: Floats) -> tuple[float, float]:
     """Mean of the logarithms of the medians of eight stretches, and its standard error."""
     logs = np.log([np.median(part) for part in np.array_split(run, _BATCHES)])
     return float(logs.mean()), float(logs.std(ddof=1)) / float(np.sqrt(_BATCHES))
+
+
+def runs_ratio(old: Floats, new: Floats) -> Interval:
+    """The ratio of what (N,) and (M,) runs found, a figure for each, with its 99% confidence interval by Student's t on the
+    logarithms: what it holds is what runs differ by, whatever the cause.
+
+    Raises ValueError for fewer than two runs of either, or a figure that is not positive.
+    """
+    if min(len(old), len(new)) < 2 or min(old.min(), new.min()) <= 0:
+        raise ValueError("two runs of each are needed, with positive figures")
+    before, after = np.log(old), np.log(new)
+    freedom = len(before) + len(after) - 2
+    variance = (before.var() * len(before) + after.var() * len(after)) / freedom
+    t = _T_99_BY_FREEDOM[min(freedom, len(_T_99_BY_FREEDOM)) - 1]
+    margin = t * float(np.sqrt(variance * (1 / len(before) + 1 / len(after))))
+    centre = float(after.mean() - before.mean())
+    return Interval(float(np.exp(centre)), float(np.exp(centre - margin)), float(np.exp(centre + margin)))
 
 
 def paired_ratio(old_ms: Floats, new_ms: Floats) -> Interval:

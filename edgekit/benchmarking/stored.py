@@ -17,19 +17,26 @@ FEWEST = 16  # stretches or samples, of which an interval can be made
 
 
 class Yardstick(msgspec.Struct, frozen=True):
-    """See `yardstick`. ``relative``: each stretch's median latency over the yardstick's before and after it."""
+    """See `yardstick`. ``relative``: each stretch's median latency over the yardstick's before and after it; ``processes``:
+    the medians of short runs in processes of their own."""
 
     name: str
     ms: float
     relative: list[float]
+    processes: list[float] = []
 
     def __post_init__(self) -> None:
-        if any(not value > 0 for value in self.relative):
+        if any(not value > 0 for value in (*self.relative, *self.processes)):
             raise ValueError("its yardstick's relative values must be positive")
 
     @property
     def enough(self) -> bool:
         return len(self.relative) >= FEWEST
+
+    @property
+    def runs(self) -> list[float]:
+        """A figure for each process: this run's own and the others'."""
+        return [median(self.relative), *self.processes] if self.processes else []
 
 
 class Stored(msgspec.Struct, frozen=True):

@@ -116,20 +116,28 @@ def test_batch_and_streams_are_those_of_the_earlier_run(tiny_bundle: Bundle, tmp
             edgekit.bench(tiny_bundle, scenario=scenario, seconds=SHORT, against=kept, **dict.fromkeys(options, 5))
 
 
-@pytest.mark.parametrize(("trustworthy", "verdict"), [(True, "slower"), (False, "same")])
-def test_a_doubtful_run_is_compared_with_more_doubt(trustworthy: bool, verdict: str) -> None:
-    """6%, and nothing but the steadiest stretches."""
-    rng = np.random.default_rng(0)
+def test_what_processes_differ_by_decides_whether_a_slowdown_is_certain() -> None:
+    """6% slower by five processes each: certain where they agree within 1%, not where they differ by 5%."""
 
-    def result(pace: float) -> dict[str, Any]:
-        relative = (pace * rng.normal(1, 0.01, 400)).tolist()
-        return {**VALID, "trustworthy": trustworthy, "yardstick": {"name": "y", "ms": 1.0, "relative": relative}}
+    def result(pace: float, spread: float | None) -> dict[str, Any]:
+        relative = (pace * np.random.default_rng(0).normal(1, 0.01, 400)).tolist()
+        others = [] if spread is None else [pace * (1 + part * spread) for part in (-1, -0.5, 0.5, 1)]
+        return {**VALID, "yardstick": {"name": "y", "ms": 1.0, "relative": relative, "processes": others}}
 
-    earlier = msgspec.convert(result(1.0), Stored)
-    found = gate.judge(earlier, result(1.06), 0.05, force=False)
-    assert found["method"] == "yardstick"
-    assert found["ratio"] == pytest.approx(1.06, abs=0.005)  # though p50 is the same
-    assert (found["verdict"], found["passed"]) == (verdict, verdict == "same")
+    for spread, method, verdict in ((0.01, "processes", "slower"), (0.05, "processes", "same"), (None, "yardstick", "same")):
+        earlier = msgspec.convert(result(1.0, spread), Stored)
+        found = gate.judge(earlier, result(1.06, spread), 0.05, force=False)
+        assert found["method"] == method
+        assert found["ratio"] == pytest.approx(1.06, abs=0.005)  # though p50 is the same
+        assert (found["verdict"], found["passed"]) == (verdict, verdict == "same")
+
+
+def test_a_run_is_measured_in_processes_of_its_own_too(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:
+    first = cli("bench", tiny_bundle.path, "--seconds", 1, "--json").json
+    assert len(first["yardstick"]["processes"]) == 4
+    again = cli("bench", tiny_bundle.path, "--seconds", 1, "--no-save", "--against", tiny_bundle.path)
+    assert "by several processes, 99% interval" in again.out, again.err
+    assert edgekit.bench(tiny_bundle, seconds=SHORT)["yardstick"]["processes"] == []
 
 
 def test_a_failed_gate_keeps_its_baseline(tiny_bundle: Bundle, tmp_path: Path) -> None:
