@@ -45,25 +45,28 @@ class Point(NamedTuple):
 
 def protocol(views: Sequence[BundleView]) -> Protocol | None:
     """What most bundles were measured with: only such latencies are compared."""
-    seen = Counter(key for view in views for key in {b.protocol for b in view.bench if b.is_latency})
+    seen = Counter(key for view in views for key in {b.protocol for b in view.shipped})
     return max(seen, key=lambda key: (seen[key], key.scenario == "single-stream", str(key))) if seen else None
 
 
 def differs(view: BundleView, key: Protocol | None) -> str | None:
     """What is not equal of a bundle that was timed, though not under that protocol: the least of what any result says."""
-    others = [b.protocol for b in view.bench if b.is_latency]
-    if key is None or not others or key in others:
+    timed = [b for b in view.bench if b.is_latency]
+    if not timed or headline(view, key) is not None:
         return None
     parts = [("device", "another device"), ("backend", "another backend"), ("scenario", "another scenario")]
-    found = [[words for name, words in parts if getattr(other, name) != getattr(key, name)] for other in others]
+    found = [
+        [words for name, words in parts if key is not None and getattr(b.protocol, name) != getattr(key, name)]
+        + ([] if b in view.shipped else ["another graph"])
+        for b in timed
+    ]
     found.sort(key=len)
     return " and ".join(found[0]) or "other conditions"
 
 
 def headline(view: BundleView, key: Protocol | None) -> Bench | None:
     """A bundle's result under that protocol, of the graph that it ships."""
-    found = [b for b in view.bench if b.protocol == key and b.p50 is not None]
-    return min(found, key=lambda b: b.precision not in (view.form, "auto", None), default=None)
+    return next((b for b in view.shipped if b.protocol == key), None)
 
 
 def tradeoff(points: Sequence[Point], unit: str) -> dict[str, Any] | None:

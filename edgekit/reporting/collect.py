@@ -113,6 +113,11 @@ class BundleView:
         return any(bench.is_latency for bench in self.bench)
 
     @property
+    def shipped(self) -> tuple[Bench, ...]:
+        """Its latencies of the graph that ships, or of one that is not stated."""
+        return tuple(b for b in self.bench if b.is_latency and b.precision in (self.form, "auto", None))
+
+    @property
     def protocols(self) -> list[str]:
         """How its latencies were measured."""
         return sorted({str(bench.protocol) for bench in self.bench if bench.is_latency})
@@ -130,7 +135,7 @@ def collect(bundle: Bundle, name: str) -> BundleView:
     bundle, damage = whole_files(bundle)
     manifest = bundle.manifest
     calibration = _json(bundle, CALIBRATION) if bundle.has(CALIBRATION) else {}
-    own = comparable(manifest.history)
+    own = comparable(_of_graph(manifest.history, bundle.graph))
     stages = [entry.stage for entry in manifest.history if entry.stage in MAKERS]
     files = tuple((file, bundle.file(file).stat().st_size, digest) for file, digest in manifest.files.items())
     return BundleView(
@@ -173,6 +178,11 @@ def _group(bundle: Bundle, own: Sequence[History]) -> Group:
     return Group(manifest.task, data, () if data else manifest.labels)
 
 
+def _of_graph(history: Sequence[History], graph: str) -> list[History]:
+    """Without evaluations of another graph than that."""
+    return [entry for entry in history if entry.stage != "eval" or entry.config.get("graph", graph) == graph]
+
+
 def _bench(bundle: Bundle, file: str) -> Bench:
     try:
         return read_bench(Path(file).stem, _json(bundle, file), bundle.form)
@@ -182,7 +192,9 @@ def _bench(bundle: Bundle, file: str) -> Bench:
 
 def _examples(bundle: Bundle, own: Sequence[History]) -> Examples:
     """Samples of the evaluation whose matrix is shown, and no other's."""
-    classes = len(bundle.manifest.labels)
+    classes, newest = len(bundle.manifest.labels), bundle.last("eval")
+    if newest is not None and not _of_graph([newest], bundle.graph):
+        return {}  # the file is of that one
     entry = next((entry for entry in reversed(own) if confusion([entry], classes)), None)
     if entry is None or not bundle.has(EXAMPLES):
         return {}

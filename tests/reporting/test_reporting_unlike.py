@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgekit.bundle import Bundle
+from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError
 from edgekit.manifest import History
 from edgekit.reporting import report
@@ -100,7 +100,7 @@ def test_thousands_are_written_out(digits_bundle: Bundle, tmp_path: Path, pages:
 
 
 def test_what_differs_of_another_measurement_is_said(family: list[Bundle], tmp_path: Path, pages: Any, benched: Any) -> None:
-    family[1].extend({"bench/onnxruntime-int8-single-stream.json": benched(0.3, scenario="server")})
+    family[1].extend({"bench/onnxruntime-int8-single-stream.json": benched(0.3, graph=INT8_GRAPH, scenario="server")})
     report([bundle.path for bundle in family], out=tmp_path / "r.html")
     text = pages(tmp_path / "r.html").text["bundles"]
     assert "small was measured otherwise (another scenario), which does not compare: onnxruntime · server" in text
@@ -118,3 +118,33 @@ def test_curves_are_named_after_the_bundle_trained_and_the_others_listed(
     assert "train · base" in text
     assert f"No curve is in the history of {tiny_bundle.path.name.removesuffix('.edge')}:" in text
     assert ": 1 bundle, " in cli("report", tiny_bundle.path, "--out", tmp_path / "one.html").out
+
+
+def test_figures_of_a_graph_that_does_not_ship_are_none_of_the_bundles(
+    family: list[Bundle], tmp_path: Path, pages: Any, benched: Any
+) -> None:
+    base, small = family
+    small = small.extend(
+        {"bench/onnxruntime-float-single-stream.json": benched(0.2)}, drop=["bench/onnxruntime-int8-single-stream.json"]
+    )
+    figures = {"top1": 0.995, "confusion": [[9 * (i == j) for j in range(10)] for i in range(10)]}
+    small.extend({}, small.entry("eval", {"data": "digits", "graph": FLOAT_GRAPH}, figures))
+    report([base.path, small.path], out=tmp_path / "r.html")
+    page = pages(tmp_path / "r.html")
+    row = " ".join(page.text["bundles"].partition("small")[2].split())
+    assert "97.50 % another graph" in row
+    assert "0.2 ms" not in row
+    assert "99.50 %" not in page.text["summary"]
+    assert "90 of 90 right" not in page.text["confusion"]
+    assert "0.25 ms base" in page.text["summary"]
+    assert not [data for kind, data in page.charts if kind == "scatter" and "Latency" in data["x"]]
+    report([small.path], out=tmp_path / "r.html")
+    page = pages(tmp_path / "r.html")
+    assert "No latency was measured of the graphs that ship" in page.text["bundles"]
+    assert "None" not in page.text["bundles"]
+
+
+def test_a_slow_model_answers_more_than_none_a_second(family: list[Bundle], tmp_path: Path, pages: Any, benched: Any) -> None:
+    slow = family[0].extend({"bench/onnxruntime-float-single-stream.json": benched(2500.0)})
+    report([slow.path], out=tmp_path / "r.html")
+    assert "per second 0.4 " in pages(tmp_path / "r.html").text["latency"]
