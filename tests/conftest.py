@@ -74,6 +74,14 @@ def quick_pruning() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def quick_comparison() -> Iterator[None]:
+    """`quantize` times its graph beside the float one for more than a second each time: here as few rounds as it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgekit.quantization.speed.SECONDS", 0.01)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def quick_export() -> Iterator[None]:
     """torch parses its library of ONNX operators anew at each export, a fourth of the time of a small one: here, once."""
     read = "torch.onnx._internal.exporter._registration.ONNXRegistry.from_torchlib"

@@ -17,19 +17,13 @@ import pytest
 import edgekit
 from edgekit.bundle import CALIBRATION, INT8_GRAPH, Bundle
 from edgekit.errors import DataError
-from edgekit.quantization import layer_table, read_calibration, speed
+from edgekit.quantization import layer_table, read_calibration
 from edgekit.runtime import Model, check_golden
 from edgekit.runtime.golden import load_golden
 
 Cli = Callable[..., Any]
 IN_FRONT = {"Sub", "Mul", "Pad"}
 MODULE = "edgekit.quantization.quantize"
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each graph is timed beside the other: no test here is about how well."""
-    monkeypatch.setattr(speed, "SECONDS", 0.01)
 
 
 def int8_graph(bundle: Bundle | Path) -> onnx.ModelProto:
