@@ -48,6 +48,7 @@ def first_line(error: BaseException) -> str:
 _EXTRA_OF = {
     "PIL": "scan",
     "accelerate": "distributed",
+    "av": "video",
     "biip": "scan",
     "cryptography": "sign",
     "cuda": "cuda",

@@ -14,7 +14,10 @@ from .pipeline import Pipeline, Summary
 from .reading import Reading, Region
 from .service import scan
 from .sinks import SINKS, Sink, open_sink
-from .sources import SOURCES, Captured, Notice, open_source
+from .sources import SOURCES, Captured, Notice, open_source, open_sources
+from .sources.cameras import Cameras
+from .sources.frames import frames_of
+from .sources.options import CameraOptions
 from .steps import Step
 from .stop import Stop, stop_on_signals
 
@@ -22,6 +25,8 @@ __all__ = [
     "SCHEMA",
     "SINKS",
     "SOURCES",
+    "CameraOptions",
+    "Cameras",
     "Captured",
     "Code",
     "CodeReader",
@@ -34,8 +39,10 @@ __all__ = [
     "Step",
     "Stop",
     "Summary",
+    "frames_of",
     "open_sink",
     "open_source",
+    "open_sources",
     "scan",
     "stop_on_signals",
 ]
