@@ -15,7 +15,7 @@ from edgekit.errors import UsageError
 from .codes import BUDGET_MS
 from .logs import LogOptions
 from .reading import Region
-from .sources import CameraOptions
+from .sources.options import CameraOptions
 from .tables import Problem, Tables
 
 if sys.version_info >= (3, 11):
