@@ -96,7 +96,9 @@ class BundleError(EdgekitError):
 
 
 class GoldenError(BundleError):
-    pass
+    """``result``: how far the outputs were (a `GoldenResult`), where they were compared."""
+
+    result: Any = None
 
 
 class DataError(EdgekitError):
