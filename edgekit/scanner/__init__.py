@@ -1,17 +1,19 @@
 """What runs on the device all day: frames in, events out, nothing lost and nothing invented.
 
 A `Pipeline` takes frames from a source (`sources/`, one file a kind), reads them with a `Model`, a `CodeReader` or both,
-and hands one event a frame to its sinks (`sinks/`, one file a kind). `scan` opens all of it by name, as
-``edgekit scan`` does.
+and hands one event a frame to its sinks (`sinks/`, one file a kind). `Scanner` opens all of it as a config says, `scan`
+by names.
 
 Importing this room loads no decoder, code reader or network library; each is loaded by the file that needs it.
 """
 
 from .codes import Code, CodeReader
+from .config import ScanConfig, read_config
 from .events import SCHEMA
 from .outbox import Outbox
 from .pipeline import Pipeline, Summary
 from .reading import Reading, Region
+from .scanner import Scanner
 from .service import scan
 from .sinks import SINKS, Sink, open_sink
 from .sources import SOURCES, Captured, Notice, open_source, open_sources
@@ -35,6 +37,8 @@ __all__ = [
     "Pipeline",
     "Reading",
     "Region",
+    "ScanConfig",
+    "Scanner",
     "Sink",
     "Step",
     "Stop",
@@ -43,6 +47,7 @@ __all__ = [
     "open_sink",
     "open_source",
     "open_sources",
+    "read_config",
     "scan",
     "stop_on_signals",
 ]

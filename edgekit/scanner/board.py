@@ -40,9 +40,9 @@ class Board:
             self._figures = self._make()
             self._answered.set()
 
-    def stop(self) -> None:
-        """The last figures stand."""
-        if self._make is not None:
+    def stop(self, well: bool = True) -> None:
+        """The last figures stand; where the scan did not end ``well``, those of before."""
+        if self._make is not None and well:
             self._figures = self._make()
         self.state = "stopping"
         self._answered.set()

@@ -84,7 +84,7 @@ class RegionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SourceOptions(CameraOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An image, a folder, a video file or a camera. ``name`` stands for it in events; ``watch`` waits for new files in a folder."""
+    """Where frames come from. ``name`` stands for a camera in events; ``watch`` waits for new files in a folder."""
 
     address: Annotated[str, msgspec.Meta(min_length=1)]
     name: str = ""
@@ -119,7 +119,7 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         host, _, port = self.address.rpartition(":")
         host = host.strip("[]")
         if not host or not port.isdigit() or int(port) > 65535:
-            raise UsageError(f"the address {self.address!r}", "write HOST:PORT, for example 127.0.0.1:9110; port 0 takes a free one")
+            raise UsageError(f"the address {self.address!r}", "write HOST:PORT, for example 127.0.0.1:9110")
         return host, int(port)
 
 

@@ -35,7 +35,8 @@ class Summary:
     """``captured = inferred + sum(dropped.values()) + in_flight``. ``codes`` counts codes, ``events`` all events sent.
 
     ``in_flight``: captured by a camera and not yet read, 0 once a scan has ended. ``sinks``, ``steps`` and ``sources``:
-    each one's `status`. ``latency_ms``: p50 and p99 over the last 65,536 inferred frames, None without any.
+    each one's `status`. ``latency_ms``: p50 and p99 over the last 65,536 inferred frames, None without any. ``model``: the
+    bundle, its digest, the backend, and the ``batch`` that measured fastest; empty without one.
     """
 
     captured: int
@@ -48,9 +49,19 @@ class Summary:
     steps: list[dict[str, Any]]
     sources: list[dict[str, Any]]
     latency_ms: dict[str, float | None]
+    model: dict[str, Any] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         return asdict(self)
+
+    def line(self) -> str:
+        """The figures in one line."""
+        text = f"{self.captured} captured, {self.inferred} read, {self.codes} codes"
+        if self.dropped:
+            text += "; " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        if self.latency_ms["p50"] is not None:
+            text += f"; latency p50 {self.latency_ms['p50']:.3g} ms, p99 {self.latency_ms['p99']:.3g} ms"
+        return text
 
 
 @dataclass

@@ -114,7 +114,8 @@ def _drawn(shot: Shot, region: Region | None) -> bytes:
     left = top = 0
     if region is not None:
         left, top = int(region.left * width), int(region.top * height)
-        draw.rectangle((left * scale, top * scale, region.right * width * scale, region.bottom * height * scale), outline=_REGION)
+        corner = (region.right * width * scale - 1, region.bottom * height * scale - 1)
+        draw.rectangle((left * scale, top * scale, *corner), outline=_REGION)
     fields = shot.answer.fields if shot.answer else {}
     for code in shot.answer.codes if shot.answer else ():
         corners = [((x + left) * scale, (y + top) * scale) for x, y in getattr(code, "position", None) or ()]

@@ -45,7 +45,7 @@ class Region(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """``fields`` of the event, or the reason (``unfit``, ``failed``) and the words why there are none. ``codes`` as they came."""
+    """``fields`` of the event, or the reason (``unfit``, ``failed``) and the words why there are none; ``codes`` as read."""
 
     fields: dict[str, Any]
     latency_ms: float

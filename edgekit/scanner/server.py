@@ -66,7 +66,11 @@ class StatusServer:
     """
 
     def __init__(
-        self, options: ServerOptions, board: Board, reasons: Callable[[dict[str, Any]], list[str]], preview: Preview | None = None
+        self,
+        options: ServerOptions,
+        board: Board,
+        reasons: Callable[[dict[str, Any]], list[str]],
+        preview: Preview | None = None,
     ) -> None:
         host, port = options.place()
         self.board, self.preview, self.reasons = board, preview, reasons
@@ -75,7 +79,7 @@ class StatusServer:
             self._server = _Server(host, port, self)
         except (OSError, OverflowError) as error:
             words = getattr(error, "strerror", "") or str(error)
-            raise UsageError(f"the address {options.address} cannot be used: {words}", "choose another [server] address") from None
+            raise UsageError(f"the address {options.address} cannot be used: {words}", "choose another in [server]") from None
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_address[1]}/"
         self.closing = threading.Event()
@@ -141,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = io.BufferedReader(io.BytesIO(self._head()))  # type: ignore[arg-type]  a reader all the same
+        self.rfile = io.BytesIO(self._head())
 
     def _head(self) -> bytes:
         """The request's head, if it is small and comes in time; what follows it is not read."""
@@ -183,12 +187,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._stream(owner.preview, source)
         return self._words(404, "there is: /metrics /healthz /readyz /status" + (" / /preview.jpg" if owner.preview else ""))
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815  http.server's names
 
     def _refuse(self) -> None:
         self._words(405, "read only: GET and HEAD", Allow="GET, HEAD")
 
-    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
 
     def _figures(self, path: str) -> None:
         owner = self.server.owner

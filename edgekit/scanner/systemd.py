@@ -19,6 +19,7 @@ class Systemd:
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._address = environment.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)  # an abstract socket starts with a zero byte
+        self.active = bool(self._address)
         ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         period = int(found) / 1e6 if ours and (found := environment.get("WATCHDOG_USEC", "")).isdigit() else 0.0
         self.every_s = period / PINGS if period else math.inf
