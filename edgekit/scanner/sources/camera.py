@@ -35,8 +35,6 @@ _CHILD = (
     "import sys; sys.path[:] = sys.argv[3:]; "
     "from edgekit.scanner.sources.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
-    "import sys; sys.path[:] = sys.argv[3:]; from edgekit.scanner.sources.child import main; main(*map(int, sys.argv[1:3]))"
-)
 
 
 class Ending(NamedTuple):
