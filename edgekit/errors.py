@@ -52,6 +52,7 @@ _EXTRA_OF = {
     "biip": "scan",
     "cryptography": "sign",
     "cuda": "cuda",
+    "cv2": "camera",
     "jinja2": "report",
     "onnx": "onnx",
     "onnx_ir": "train",

@@ -8,25 +8,8 @@ from pathlib import Path
 
 __all__ = ["LIVE", "PATTERN", "VIDEO_SUFFIXES", "kind_of", "safe_words", "shown"]
 
-VIDEO_SUFFIXES = frozenset(
-    {
-        ".mp4",
-        ".m4v",
-        ".avi",
-        ".mkv",
-        ".mov",
-        ".webm",
-        ".ts",
-        ".mts",
-        ".mpg",
-        ".mpeg",
-        ".h264",
-        ".h265",
-        ".mjpeg",
-        ".mjpg",
-        ".y4m",
-    }
-)
+_VIDEO = ".mp4 .m4v .avi .mkv .mov .webm .ts .mts .mpg .mpeg .h264 .h265 .mjpeg .mjpg .y4m"
+VIDEO_SUFFIXES = frozenset(_VIDEO.split())
 #: Schemes of what goes on by itself, beside ``pattern:``.
 LIVE = frozenset({"camera", "v4l2", "rtsp", "rtsps", "http", "https", "tcp", "udp", "rtp", "srt", "gst"})
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")

@@ -19,6 +19,7 @@ class Waiting(NamedTuple):
     """A frame that is there: ``take`` copies it out of shared memory, ``leave`` gives its place back."""
 
     seq: int
+    time: float
     monotonic: float
     take: Callable[[], Any]
     leave: Callable[[], None]

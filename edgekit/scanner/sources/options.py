@@ -20,8 +20,9 @@ class CameraOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     down and its process is ended. ``open_s``: how long connecting may take. ``retry_s`` and ``retry_most_s``: the first and
     the longest pause before it is tried again, doubled each time, with jitter. ``loop``: a video file starts again at its end;
     ``paced``: it comes at its own rate, not as fast as it is read. ``transport``: of RTSP. ``width``, ``height``, ``fps`` and
-    ``format`` (for example ``mjpeg``): what a local camera is asked for, 0 and "" for its own choice. ``max_pixels``: larger
-    pictures are refused, before they are decoded where the stream tells their size.
+    ``format`` (four letters, for example ``MJPG``): what a local camera is asked for, 0 and "" for its own choice.
+    ``max_pixels``: larger pictures are refused, before they are decoded where the stream tells their size. ``damaged``:
+    pictures that the decoder found errors in are dropped, or kept with what it made up in the place of the lost parts.
     """
 
     queue: Literal["", "newest", "wait"] = ""
@@ -38,6 +39,7 @@ class CameraOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     fps: float = 0.0
     format: str = ""
     max_pixels: int = MAX_PIXELS
+    damaged: Literal["drop", "keep"] = "drop"
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
