@@ -9,7 +9,7 @@ Importing this room loads no decoder, code reader or network library; each is lo
 
 from .codes import Code, CodeReader
 from .events import SCHEMA
-from .outbox import Outbox
+from .outbox import Outbox, OutboxOptions
 from .pipeline import Pipeline, Summary
 from .reading import Reading, Region
 from .service import scan
@@ -27,6 +27,7 @@ __all__ = [
     "CodeReader",
     "Notice",
     "Outbox",
+    "OutboxOptions",
     "Pipeline",
     "Reading",
     "Region",
