@@ -48,6 +48,7 @@ def first_line(error: BaseException) -> str:
 _EXTRA_OF = {
     "PIL": "scan",
     "accelerate": "distributed",
+    "asyncua": "opcua",
     "av": "video",
     "biip": "scan",
     "cryptography": "sign",
@@ -63,6 +64,7 @@ _EXTRA_OF = {
     "kornia": "train",
     "safetensors": "train",
     "seglearn": "watch",
+    "serial": "serial",
     "tensorboardX": "logs",
     "tensorrt_rtx": "rtx",
     "tokenizers": "text",

@@ -10,7 +10,7 @@ Importing this room loads no decoder, code reader or network library; each is lo
 from .codes import Code, CodeReader
 from .config import ScanConfig, read_config
 from .events import SCHEMA
-from .outbox import Outbox
+from .outbox import Outbox, OutboxOptions
 from .pipeline import Pipeline, Summary
 from .reading import Reading, Region
 from .scanner import Scanner
@@ -34,6 +34,7 @@ __all__ = [
     "CodeReader",
     "Notice",
     "Outbox",
+    "OutboxOptions",
     "Pipeline",
     "Reading",
     "Region",
