@@ -76,6 +76,8 @@ class Link:
         """The next message and its descriptors; None at the end. Raises `BlockingIOError` on a socket that does not block."""
         try:
             data, fds, _, _ = socket.recv_fds(self.socket, _LONGEST, 1)
+        except ConnectionResetError:  # it went with words of ours unread; its own last ones are still to come
+            data, fds, _, _ = socket.recv_fds(self.socket, _LONGEST, 1)
         except ConnectionError:
             return None
         if not data:
