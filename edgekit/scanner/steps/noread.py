@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.preprocess import Frame, canonical_frame
-
 from edgekit.scanner.cascade import _noise_sigma, blur_sigma
 from edgekit.scanner.codes import _grey
 
@@ -33,7 +32,7 @@ _CROP = 512  # pixels a side that edges and modules are measured on
 _SATURATED = 250
 _OUTLINE = 0.35  # of its box is busy: the outline of an empty label
 _ALL_OVER = 0.9  # of an edge is busy: the grain of cardboard
-_BLUR_MODULES = 0.12  # of a module as it is measured: a blur that joins bars makes modules look wide
+_BLUR_MODULES = 0.1  # of a module as it is measured: a blur that joins bars makes modules look wide
 _RUN = 1.8  # modules a bar or space is wide in the mean: 1.6 in EAN, 1.8 in Code 128, 2 in QR codes
 
 Grey = NDArray[np.uint8]
@@ -54,7 +53,7 @@ class NoReadOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     glare_share: float = 0.04
     cut_share: float = 0.15
     least_edges: float = 4.0
-    module_px: float = 2.3
+    module_px: float = 2.6
     blur_px: float = 1.3
 
     def __post_init__(self) -> None:
@@ -95,11 +94,11 @@ def cause(frame: Frame, event: Mapping[str, Any] | None = None, options: NoReadO
     edge = found.edge_share()
     if edge > _ALL_OVER or found.edges < options.least_edges:
         return _because("nothing there", "edges", found.edges, options.least_edges, 1)
-    if edge > options.cut_share:
+    sigma = blur_sigma(found.crop)
+    if edge > options.cut_share and sigma <= 2 * options.blur_px:  # a strong blur spreads a whole code over the edge
         return _because("cut off", "edge_share", edge, options.cut_share, 3)
     if found.module_px < options.module_px:
         return _because("too small", "module_px", found.module_px, options.module_px, 2)
-    sigma = blur_sigma(found.crop)
     if sigma > options.blur_px and sigma > _BLUR_MODULES * found.module_px:
         return _because("blur", "blur_px", sigma, options.blur_px, 2)
     return Cause("unclear", {})
