@@ -19,7 +19,8 @@ class HarvestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """``folder`` keeps at most ``most_frames`` frames of ``most_megabytes``; better ones push worse ones out.
 
     A frame is kept where its score is below ``score``, its event is one of ``on``, a model in the shadow disagrees, or by
-    chance (``random_share``). One whose perceptual hash is within ``near_bits`` of 64 of a kept one is left out (0: only equal ones).
+    chance (``random_share``). One whose perceptual hash is within ``near_bits`` of 64 of a kept one is left out
+    (0: only equal ones).
     """
 
     folder: str
