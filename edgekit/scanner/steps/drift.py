@@ -42,8 +42,8 @@ _MAX_BYTES = 1 << 20  # of a baseline's file
 
 
 class DriftOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Every ``every_frames``-th frame is measured; the last ``window_frames`` of those are held against the baseline, four times
-    a window.
+    """Every ``every_frames``-th frame is measured; the last ``window_frames`` of those are held against the baseline, four
+    times a window.
 
     ``level_psi`` is the population stability index from which a part has drifted, ``back_psi`` from which it is back.
     ``learn_frames`` measured frames make the baseline where the bundle has none; ``baseline``: a JSON file that keeps it over
@@ -294,7 +294,7 @@ def _event(part: str, state: str, moved: Moved, level: float, baseline: Baseline
         "psi": round(moved.psi, 4),
         "ks": round(moved.ks, 4),
         "level": round(level, 4),
-        "reason": f"{part}: {key} {baseline.values.get(key, 0):.4g} before, {moved.values[key]:.4g} over the last {frames} frames",
+        "reason": f"{part}: {key} {baseline.values.get(key, 0):.4g} before, {moved.values[key]:.4g} in the last {frames} frames",
         "before": baseline.values,
         "now": moved.values,
         "baseline": baseline.origin,
