@@ -8,6 +8,7 @@ Importing this room loads no decoder, code reader or network library; each is lo
 """
 
 from .codes import Code, CodeReader
+from .event_schema import event_schema
 from .events import SCHEMA
 from .outbox import Outbox, OutboxOptions
 from .pipeline import Pipeline, Summary
@@ -35,6 +36,7 @@ __all__ = [
     "Step",
     "Stop",
     "Summary",
+    "event_schema",
     "open_sink",
     "open_source",
     "scan",
