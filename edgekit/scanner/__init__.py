@@ -9,6 +9,7 @@ Importing this room loads no decoder, code reader or network library; each is lo
 
 from .codes import Code, CodeReader
 from .config import ScanConfig, read_config
+from .event_schema import event_schema
 from .events import SCHEMA
 from .outbox import Outbox, OutboxOptions
 from .pipeline import Pipeline, Summary
@@ -44,6 +45,7 @@ __all__ = [
     "Step",
     "Stop",
     "Summary",
+    "event_schema",
     "frames_of",
     "open_sink",
     "open_source",

@@ -15,25 +15,25 @@ import fcntl
 import os
 import sqlite3
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import msgspec
-
-from edgekit.errors import DataError, UsageError
+from edgekit.errors import DataError
 from edgekit.progress import say
 
 from .database import FULL, connect, sqlite_errors
+from .outbox_options import OutboxOptions
 
 __all__ = ["Outbox", "OutboxOptions", "Waiting", "default_outbox"]
 
 #: Events, and bytes, that wait in memory while the disk is full.
 MOST_HELD = 1000
 MOST_HELD_BYTES = 16 << 20
-LEAST_EVENTS = 100  # a batch in delivery is never dropped, so there must be room beside it
+QUIET_S = 10.0
 _VERSION = 0x65640002
 _SCHEMA = """CREATE TABLE outbox (
     position INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -53,28 +53,6 @@ _ADDED = """CREATE TABLE IF NOT EXISTS dropped (
 CREATE INDEX IF NOT EXISTS outbox_refused ON outbox (sink, position) WHERE refused IS NOT NULL"""
 #: What a row takes in the file beside its event: id and sink stand in the row and in the indices.
 _ROW_COST = "length(event) + 2 * (length(id) + length(sink)) + 64"
-
-
-class OutboxOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How much of one sink may wait in the outbox, and what happens beyond.
-
-    ``policy``: ``drop oldest`` (the default: the scan goes on, and a sink that comes back after hours wants to know the
-    present), ``drop newest`` (keeps the beginning of an outage), ``stop`` (the scan ends with an error: nothing is ever
-    dropped). Raises `UsageError` for a limit that is too small.
-    """
-
-    most_events: int = 1_000_000
-    most_megabytes: float = 256
-    policy: Literal["drop oldest", "drop newest", "stop"] = "drop oldest"
-
-    def __post_init__(self) -> None:
-        if self.most_events < LEAST_EVENTS or not self.most_megabytes > 0:
-            found = f"most_events {self.most_events}, most_megabytes {self.most_megabytes:g}"
-            raise UsageError(
-                f"the outbox's limits are too small: {found}", f"most_events from {LEAST_EVENTS}, megabytes above 0"
-            )
-        if self.policy not in ("drop oldest", "drop newest", "stop"):
-            raise UsageError(f"there is no outbox policy {self.policy!r}", "choose: drop oldest, drop newest, stop")
 
 
 class Waiting(NamedTuple):
@@ -134,7 +112,7 @@ class Outbox:
         self._held: deque[_Held] = deque()
         self._held_bytes = self._held_count = 0
         self._moved: dict[int, int] = {}  # places in memory -> on disk, of events in delivery
-        self._full = False
+        self._full = 0.0  # when the disk was last full, on the monotonic clock
         self._unwritten: Counter[tuple[str, str]] = Counter()  # dropped, and not yet in the file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Not on the database itself: SQLite places its own locks there.
@@ -192,7 +170,7 @@ class Outbox:
                 if (cost := queue.handed.pop(position, None)) is not None:
                     queue.bytes -= cost
                     queue.waiting -= 1
-            self._unhold(lambda each: each.position in gone)
+            self._unhold(gone)
             queue.done = max(queue.done, *gone)
             if queue.waiting * 2 < self.options.most_events and queue.bytes < self.options.most_megabytes * 5e5:
                 queue.said = False
@@ -291,9 +269,9 @@ class Outbox:
                 self._connection.execute("ROLLBACK")
             raise
         self._unwritten.clear()
-        self._unhold(lambda each: True)
-        if self._full:
-            self._full = False
+        self._unhold({each.position for each in self._held})
+        if self._full and time.monotonic() - self._full > QUIET_S:  # a disk at its brink would say it at every event
+            self._full = 0.0
             say(f"there is room again for {self.path}")
 
     def _try_to_store(self) -> None:
@@ -315,7 +293,11 @@ class Outbox:
     def _insert(self, row: _Held, unwritten: Counter[tuple[str, str]]) -> None:
         """Store a row that its queue's figures count already, or drop what the limits ask for."""
         queue = self._queue(row.sink)
-        if (limit := self._exceeded(queue)) and not self._make_room(row, queue, limit, unwritten):
+        limit = self._exceeded(queue)
+        known = (
+            limit and self._connection.execute("SELECT 1 FROM outbox WHERE sink = ? AND id = ?", (row.sink, row.id)).fetchone()
+        )
+        if limit and not known and not self._make_room(row, queue, limit, unwritten):
             self._drop(row.sink, limit, row.cost, unwritten)
             return
         added = self._connection.execute(
@@ -381,8 +363,8 @@ class Outbox:
 
     def _hold(self, new: _Held, error: OSError) -> None:
         """Keep an event in memory while the disk is full; beyond `MOST_HELD` drop one and count it."""
-        if not self._full:
-            self._full = True
+        quiet, self._full = self._full, time.monotonic()
+        if not quiet:
             say(f"{self.path}: {error.strerror}; new events wait in memory, at most {MOST_HELD}, and a power cut loses them")
         queue = self._queue(new.sink)
         queue.waiting, queue.bytes = queue.waiting + 1, queue.bytes + new.cost
@@ -391,10 +373,10 @@ class Outbox:
         while len(self._held) > MOST_HELD or self._held_bytes > MOST_HELD_BYTES:
             order = self._held if self.options.policy == "drop oldest" else reversed(self._held)
             gone = next(each for each in order if each.position not in self._queue(each.sink).handed)
-            self._unhold(lambda each, gone=gone: each is gone)
+            self._unhold({gone.position})
             self._drop(gone.sink, "disk full", gone.cost, self._unwritten)
 
-    def _unhold(self, which: Callable[[_Held], bool]) -> None:
+    def _unhold(self, positions: set[int]) -> None:
         if self._held:
-            self._held = deque(each for each in self._held if not which(each))
+            self._held = deque(each for each in self._held if each.position not in positions)
             self._held_bytes = sum(each.cost for each in self._held)
