@@ -22,6 +22,15 @@ from .sinks import Sink, open_sink
 from .sources import open_source, open_sources
 from .sources.frames import frames_of
 from .steps import Step
+from .steps.crosscheck import CrossCheck
+from .steps.drift import Drift
+from .steps.duplicates import Duplicates
+from .steps.harvest import Harvest
+from .steps.ring import Ring
+from .steps.selftest import SelfTest
+from .steps.shadow import Shadow, ShadowedModel
+from .steps.triggers import Trigger
+from .steps.votes import Votes
 from .stop import Stop
 
 __all__ = ["Parts", "assemble"]
@@ -62,16 +71,53 @@ def assemble(config: ScanConfig, stack: contextlib.ExitStack, stop: Stop, frames
     """
     parts = Parts()
     opened = _model(config, stack, parts)
-    parts.reading = _reading(config, stack, opened)
     cameras = 0 if frames is not None else len(config.source)
     if opened is not None:
         parts.batch, measured = fastest_batch(opened, cameras)
         parts.model |= {"batch": parts.batch} | ({"ms_a_frame": measured} if measured else {})
+    model: FrameModel | None = opened
+    if opened is not None and config.shadow is not None and config.model is not None:
+        model = ShadowedModel(opened, config.shadow, backend=config.model.backend, threads=config.model.threads)
+        stack.callback(model.close)
+    parts.reading = _reading(config, stack, model)
     parts.source = frames_of(frames) if frames is not None else _source(config, stop)
     if close := getattr(parts.source, "close", None):
         stack.callback(close)
     parts.sinks = _sinks(config, stack, parts)
+    parts.steps = _steps(config, parts, model)
     return parts
+
+
+def _steps(config: ScanConfig, parts: Parts, model: FrameModel | None) -> list[Step]:
+    """In their order: what looks at single frames stands before the trigger, which makes one event of several."""
+    region = config.region.region() if config.region else None
+    for name in ("shadow", "drift", "selftest"):
+        if getattr(config, name) is not None and model is None:
+            raise UsageError(f"[{name}] wants a model", "add [model] with a bundle, or leave it out")
+    shadowed = model if isinstance(model, ShadowedModel) else None
+    steps: list[Step] = []
+    if shadowed is not None:
+        steps.append(Shadow(shadowed, region))
+    if config.selftest is not None:
+        steps.append(SelfTest(model, config.selftest))
+    if config.drift is not None and model is not None:
+        steps.append(Drift(model, config.drift, region))
+    if config.harvest is not None:
+        harvest = Harvest(config.harvest, shadowed, region)
+        steps.append(harvest)
+        parts.sinks.append(harvest)
+    if config.votes is not None:
+        steps.append(Votes(config.votes))
+    trigger = Trigger(config.trigger, cameras=[s.name for s in config.source if s.name]) if config.trigger else None
+    if trigger is not None:
+        steps.append(trigger)
+    if config.crosscheck is not None:
+        steps.append(CrossCheck(config.crosscheck))
+    if config.duplicates is not None:
+        steps.append(Duplicates(config.duplicates))
+    if config.ring is not None:
+        steps.append(Ring(config.ring, trigger.picture) if trigger else Ring(config.ring))
+    return steps
 
 
 def _model(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> Model | None:
@@ -96,7 +142,7 @@ def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel 
 def _sinks(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> list[Sink]:
     def the_outbox() -> Outbox:
         if parts.outbox is None:
-            parts.outbox = Outbox(config.outbox.path or default_outbox())
+            parts.outbox = Outbox(config.outbox.path or default_outbox(), config.outbox.limits())
             stack.callback(parts.outbox.close)
         return parts.outbox
 

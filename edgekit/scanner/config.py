@@ -14,8 +14,19 @@ from edgekit.errors import UsageError
 
 from .codes import BUDGET_MS
 from .logs import LogOptions
+from .outbox_options import OutboxOptions
 from .reading import Region
 from .sources.options import CameraOptions
+from .steps.crosscheck import CrossCheckOptions
+from .steps.drift import DriftOptions
+from .steps.duplicates import DuplicateOptions
+from .steps.harvest import HarvestOptions
+from .steps.incident import IncidentOptions
+from .steps.ring import RingOptions
+from .steps.selftest import SelfTestOptions
+from .steps.shadow import ShadowOptions
+from .steps.triggers import TriggerOptions
+from .steps.votes import VoteOptions
 from .tables import Problem, Tables
 
 if sys.version_info >= (3, 11):
@@ -98,10 +109,13 @@ class SinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class OutboxFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``path``: empty for $STATE_DIRECTORY or the user's state folder."""
+class OutboxFile(OutboxOptions, frozen=True, forbid_unknown_fields=True):
+    """``path``: empty for $STATE_DIRECTORY or the user's state folder. The limits are each sink's (`OutboxOptions`)."""
 
     path: str = ""
+
+    def limits(self) -> OutboxOptions:
+        return OutboxOptions(**{name: getattr(self, name) for name in OutboxOptions.__struct_fields__})
 
 
 class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,7 +140,7 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ScanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of a scan. A table that is not there is off; `source` is all that must be, and something to read with.
 
-    ``base``: the folder that relative paths start from; they are absolute once the config is read.
+    Relative paths start from the file's folder; they are absolute once it is read.
     """
 
     model: ModelOptions | None = None
@@ -134,6 +148,16 @@ class ScanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     codes: CodeOptions | None = None
     region: RegionOptions | None = None
     source: tuple[SourceOptions, ...] = ()
+    trigger: TriggerOptions | None = None
+    votes: VoteOptions | None = None
+    crosscheck: CrossCheckOptions | None = None
+    duplicates: DuplicateOptions | None = None
+    ring: RingOptions | None = None
+    drift: DriftOptions | None = None
+    selftest: SelfTestOptions | None = None
+    shadow: ShadowOptions | None = None
+    incidents: IncidentOptions | None = None
+    harvest: HarvestOptions | None = None
     sink: tuple[SinkOptions, ...] = ()
     outbox: OutboxFile = OutboxFile()
     server: ServerOptions | None = None
@@ -141,7 +165,17 @@ class ScanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 #: Keys that hold a path, which is relative to the config's file.
-_PATHS = (("model", "bundle"), ("text", "bundle"), ("outbox", "path"))
+_PATHS = (
+    ("model", "bundle"),
+    ("text", "bundle"),
+    ("outbox", "path"),
+    ("ring", "folder"),
+    ("incidents", "folder"),
+    ("harvest", "folder"),
+    ("drift", "baseline"),
+    ("shadow", "candidate"),
+    ("shadow", "report"),
+)
 #: Sinks whose address is a path.
 _FILE_SINKS = ("jsonl", "sqlite")
 

@@ -41,7 +41,7 @@ def named_config(
         codes=CodeOptions(budget_ms=code_budget_ms) if codes else None,
         source=tuple(SourceOptions(address=each, watch=watch) for each in sources),
         sink=tuple(SinkOptions(each) for each in sinks),
-        outbox=OutboxFile("" if outbox is None else os.fspath(outbox)),
+        outbox=OutboxFile(path="" if outbox is None else os.fspath(outbox)),
     )
 
 
