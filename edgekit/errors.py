@@ -48,9 +48,12 @@ def first_line(error: BaseException) -> str:
 _EXTRA_OF = {
     "PIL": "scan",
     "accelerate": "distributed",
+    "asyncua": "opcua",
+    "av": "video",
     "biip": "scan",
     "cryptography": "sign",
     "cuda": "cuda",
+    "cv2": "camera",
     "jinja2": "report",
     "onnx": "onnx",
     "onnx_ir": "train",
@@ -61,6 +64,7 @@ _EXTRA_OF = {
     "kornia": "train",
     "safetensors": "train",
     "seglearn": "watch",
+    "serial": "serial",
     "tensorboardX": "logs",
     "tensorrt_rtx": "rtx",
     "tokenizers": "text",
@@ -95,7 +99,9 @@ class BundleError(EdgekitError):
 
 
 class GoldenError(BundleError):
-    pass
+    """``result``: how far the outputs were (a `GoldenResult`), where they were compared."""
+
+    result: Any = None
 
 
 class DataError(EdgekitError):

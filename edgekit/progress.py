@@ -8,11 +8,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 
-__all__ = ["bar", "first", "say", "track"]
+__all__ = ["Speaker", "bar", "first", "say", "spoken_by", "track"]
 
 T = TypeVar("T")
 
@@ -75,7 +75,31 @@ class _Lines:
         say(f"{self.label} {self.done}/{self.length}, {datetime.timedelta(seconds=round(left))} left  {note}".rstrip())
 
 
-def say(message: str) -> None:
-    """One line for the person who waits."""
-    if first():
+class Speaker(Protocol):
+    """Says one line in another form than plain text on stderr; called from any thread."""
+
+    def __call__(self, message: str, level: str, **about: Any) -> None: ...
+
+
+_speaker: Speaker | None = None
+
+
+def say(message: str, level: str = "info", **about: Any) -> None:
+    """One line for the person who waits. ``level`` and the fields ``about`` it are for logs (`spoken_by`)."""
+    if not first():
+        return
+    if _speaker is not None:
+        _speaker(message, level, **about)
+    else:
         click.echo(message, err=True)
+
+
+@contextlib.contextmanager
+def spoken_by(speaker: Speaker) -> Iterator[None]:
+    """In the block ``speaker`` says what `say` is given, in all threads."""
+    global _speaker
+    before, _speaker = _speaker, speaker
+    try:
+        yield
+    finally:
+        _speaker = before

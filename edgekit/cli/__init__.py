@@ -36,6 +36,8 @@ COMMANDS = {
     "report": "reporting",
     "doctor": "measuring",
     "scan": "scanning",
+    "replay": "watching",
+    "harvest": "watching",
     "pack": "deployment",
     "verify": "deployment",
     "keygen": "deployment",

@@ -19,7 +19,13 @@ __all__ = ["scan"]
 @click.command("scan")
 @click.argument("bundle", metavar="[B]", required=False, type=click.Path(path_type=Path))
 @click.option("--codes", is_flag=True, help="Read 1-D and 2-D codes, and GS1 data in them; with or without a bundle.")
-@click.option("--source", required=True, metavar="SRC", help="An image file, or a folder of images.")
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="SRC",
+    help="An image, a folder, a video file or a camera (camera:N, v4l2:, rtsp://, gst:); cameras may be repeated.",
+)
 @click.option("--watch", is_flag=True, help="Keep watching the folder for new files, until SIGTERM or Ctrl-C.")
 @click.option(
     "--sink",
@@ -45,19 +51,21 @@ __all__ = ["scan"]
     type=click.FloatRange(0),
     help="After this long on one frame no further attempt at a code is started; 0: plain reading only.",
 )
+@click.option("--check", is_flag=True, help="Only read the config file B.toml and name every mistake in it.")
 @answers
 def scan(
     bundle: Path | None,
     codes: bool,
-    source: str,
+    sources: tuple[str, ...],
     watch: bool,
     sinks: tuple[str, ...],
     outbox: Path | None,
     backend: str,
     threads: int,
     code_budget_ms: float,
+    check: bool,
 ) -> Answer:
-    """Read images with a model, codes, or both: one JSON event an image.
+    """Read images with a model, codes, or both: one JSON event an image. B is a bundle, or a TOML file that says all.
 
     A damaged image is reported as an event and does not stop the scan. Events for mqtt and http sinks wait on disk,
     in order, while the sink is down. Without --sink the events go to stdout; with --json stdout is the summary.
@@ -67,32 +75,40 @@ def scan(
       edgekit scan digits.edge --source images/
       edgekit scan digits.edge --codes --source images/ --sink jsonl:events.jsonl --sink sqlite:events.db
       edgekit scan --codes --source inbox/ --watch --sink mqtt://broker:1883/line1/codes
+      edgekit scan --check scan.toml && edgekit scan scan.toml
     """
+    from msgspec.structs import replace
+
     from edgekit.errors import UsageError
     from edgekit.progress import say
-    from edgekit.scanner import scan as scan_source
-    from edgekit.scanner import stop_on_signals
+    from edgekit.scanner import Scanner, stop_on_signals
+    from edgekit.scanner.config import SinkOptions, read_config
+    from edgekit.scanner.service import named_config
 
     as_json = bool(click.get_current_context().params["as_json"])
+    written = bundle is not None and bundle.suffix.lower() == ".toml"
+    if check:
+        return _checked(bundle, written)
     sinks = tuple("jsonl:-" if sink.lower() == "jsonl:-" else sink for sink in sinks)
-    if as_json and "jsonl:-" in sinks:
-        raise UsageError("--json and --sink jsonl:- both want stdout", "leave one of them out, or write jsonl:PATH")
-    targets = sinks or (() if as_json else ("jsonl:-",))
+    if written and bundle is not None:
+        if codes or sources or watch or sinks or outbox:
+            raise UsageError(f"{bundle} says all of the scan", "leave the other options out, or write them into the file")
+        config = read_config(bundle)
+    elif not sources:
+        raise UsageError("there is no --source", "name an image, a folder, a video file or a camera: --source images/")
+    else:
+        names = {"codes": codes, "watch": watch, "outbox": outbox, "backend": backend, "threads": threads}
+        config = named_config(bundle, source=sources, sinks=sinks, code_budget_ms=code_budget_ms, **names)  # type: ignore[arg-type]
+    targets = [sink.address for sink in config.sink]
+    if as_json and "jsonl:-" in targets:
+        raise UsageError("--json and the sink jsonl:- both want stdout", "leave one of them out, or write jsonl:PATH")
+    if not targets and not as_json:
+        targets = ["jsonl:-"]
+        config = replace(config, sink=(SinkOptions("jsonl:-"),))
     with stop_on_signals() as stop:
-        summary = scan_source(
-            bundle,
-            source=source,
-            sinks=targets,
-            codes=codes,
-            watch=watch,
-            outbox=outbox,
-            backend=backend,
-            threads=threads,
-            code_budget_ms=code_budget_ms,
-            stop=stop,
-        )
-    answer = _answer(summary, source, interrupted=stop.signal)
-    if stop.signal == signal.SIGINT and not watch:
+        summary = Scanner(config, stop=stop).run()
+    answer = _answer(summary, ", ".join(sources) or "the sources", interrupted=stop.signal)
+    if stop.signal == signal.SIGINT and not any(source.watch for source in config.source):
         raise KeyboardInterrupt
     if answer.exit_code:
         say(f"error: {answer.data['error']}\nhint: {answer.data['hint']}")
@@ -102,13 +118,26 @@ def scan(
     return answer
 
 
+def _checked(path: Path | None, written: bool) -> Answer:
+    """Every mistake in a config file; exit code 2 where there is one."""
+    from edgekit.errors import UsageError
+    from edgekit.progress import say
+    from edgekit.scanner.config import parse_config
+
+    if path is None or not written:
+        raise UsageError("--check wants a config file", "edgekit scan --check scan.toml")
+    _, problems = parse_config(path)
+    for problem in problems:
+        say(f"error: {problem}")
+    rows = [{"where": each.where, "error": each.message, "hint": each.hint} for each in problems]
+    data = {"config": str(path), "ok": not problems, "problems": rows}
+    return Answer(data, f"{path}: {len(problems)} mistakes" if problems else f"{path} is in order", 2 if problems else 0)
+
+
 def _answer(summary: Summary, source: str, interrupted: int) -> Answer:
     """The summary in figures and in one line; exit code 1 where frames came and not one could be read."""
     figures = summary.figures()
-    dropped = ", ".join(f"{count} {reason}" for reason, count in summary.dropped.items())
-    text = f"{summary.captured} captured, {summary.inferred} read, {summary.codes} codes" + (f"; {dropped}" if dropped else "")
-    if summary.latency_ms["p50"] is not None:
-        text += f"; latency p50 {summary.latency_ms['p50']:.3g} ms, p99 {summary.latency_ms['p99']:.3g} ms"
+    text = summary.line()
     if summary.captured and not summary.inferred and not interrupted:
         error = {"error": f"not one of the {summary.captured} images of {source} could be read", "hint": "the events say why"}
         return Answer({**figures, **error}, text, exit_code=1)

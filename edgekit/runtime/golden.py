@@ -20,6 +20,7 @@ from .feeds import as_taken
 __all__ = [
     "MAX_DB",
     "Distance",
+    "Golden",
     "GoldenResult",
     "check_golden",
     "compare_arrays",
@@ -222,6 +223,36 @@ def _run_in_parts(
     return {n: np.concatenate(found, along[n]) if along[n] < found[0].ndim else found[0] for n, found in parts.items()}
 
 
+class Golden(NamedTuple):
+    """Golden arrays in memory: a test that runs every hour needs the bundle's files no more."""
+
+    inputs: dict[str, NDArray[Any]]
+    outputs: dict[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, runner: Runner) -> Golden:
+        """Those of an entered runner. Raises `BundleError`."""
+        return cls(*engine_golden(runner))
+
+    def check(self, runner: Runner) -> GoldenResult:
+        """Run an entered runner on them. Raises `GoldenError` beyond the tolerance, with the ``result`` that was found."""
+        bundle, graph = runner.bundle, runner.graph
+        found = run_samples(runner, self.inputs)
+        if missing := [name for name in self.outputs if name not in found]:
+            raise GoldenError(f"{graph} has no output {missing[0]}", "make the bundle again")
+        worst = compare_outputs(self.outputs, found, quantized=graph == INT8_GRAPH)
+        tolerance = runner.tolerance or bundle.manifest.golden.get(graph)
+        if tolerance and not worst.within(tolerance):
+            text = f"{worst.relative:.2g} relative" if tolerance.kind == "relative" else f"{worst.snr_db:.1f} dB"
+            error = GoldenError(
+                f"{graph} on {runner.name} misses the golden outputs: {text}, allowed {tolerance.limit:g} ({tolerance.kind})",
+                "the file or the backend differs from what was tested; make the bundle again",
+            )
+            error.result = worst
+            raise error
+        return worst
+
+
 def check_golden(bundle: Bundle, graph: str | None = None, backend: str = "onnxruntime") -> GoldenResult:
     """Run a graph on the golden inputs. Raises `GoldenError` beyond the tolerance that is stated for it.
 
@@ -233,17 +264,4 @@ def check_golden(bundle: Bundle, graph: str | None = None, backend: str = "onnxr
     if not any(outputs[name].size for name in signal_names(outputs, quantized=quantized)):
         raise BundleError(f"{bundle.path / GOLDEN} holds no golden outputs", "make the bundle again")
     with open_runner(bundle, backend, graph) as runner:
-        inputs, outputs = engine_golden(runner)
-        found = run_samples(runner, inputs)
-        stated = runner.tolerance
-    if missing := [name for name in outputs if name not in found]:
-        raise GoldenError(f"{graph} has no output {missing[0]}", "make the bundle again")
-    worst = compare_outputs(outputs, found, quantized=quantized)
-    tolerance = stated or bundle.manifest.golden.get(graph)
-    if tolerance and not worst.within(tolerance):
-        found_text = f"{worst.relative:.2g} relative" if tolerance.kind == "relative" else f"{worst.snr_db:.1f} dB"
-        raise GoldenError(
-            f"{graph} on {backend} misses the golden outputs: {found_text}, allowed {tolerance.limit:g} ({tolerance.kind})",
-            "the file or the backend differs from what was tested; make the bundle again",
-        )
-    return worst
+        return Golden.of(runner).check(runner)

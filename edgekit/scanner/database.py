@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -12,14 +13,20 @@ from pathlib import Path
 from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import DataError
 
-__all__ = ["connect", "sqlite_errors"]
+__all__ = ["FULL", "connect", "sqlite_errors", "sync_folder"]
+
+#: What a full disk says (``EFBIG``: a limit on files), and a failing one (``EIO``): it may pass.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 BUSY_S = 5.0
+_LARGEST_WAL = 16 << 20  # bytes; a longer one shrinks when it is next reset
 _LEAST_FREE = 1 << 16  # bytes; below, SQLite's "disk I/O error" is a full disk
 
 
-def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
+def connect(path: Path, schema: str, version: int, added: str = "") -> sqlite3.Connection:
     """Open or create a database whose tables are ``schema`` (statements), usable from any thread under a lock.
+
+    ``added``: statements for what an older file of the same version may lack (``IF NOT EXISTS``).
 
     WAL with ``synchronous=FULL``: a commit that returned is on disk (https://sqlite.org/pragma.html#pragma_synchronous).
     Raises `DataError` where the file is no such database, `OSError` where it cannot be written.
@@ -31,14 +38,14 @@ def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
     with sqlite_errors(path):
         connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
-            _prepare(connection, path, schema, version)
+            _prepare(connection, path, schema, version, added)
         except BaseException:
             connection.close()
             raise
     return connection
 
 
-def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: int) -> None:
+def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: int, added: str) -> None:
     found = int(connection.execute("PRAGMA user_version").fetchone()[0])
     tables = int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
     if found != version and (found or tables):
@@ -50,6 +57,20 @@ def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: i
     connection.execute("PRAGMA synchronous=FULL")
     if not found:
         connection.executescript(f"BEGIN IMMEDIATE; {schema}; PRAGMA user_version={version}; COMMIT;")
+    if added:
+        connection.executescript(f"BEGIN IMMEDIATE; {added}; COMMIT;")
+    connection.execute(f"PRAGMA journal_size_limit={_LARGEST_WAL}")
+    sync_folder(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the name of a new file outlive a power cut; where a file system cannot, it stays as it is."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import math
 import time
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,10 +20,12 @@ from .sources import Captured, Notice
 from .steps import Step
 from .stop import Stop
 
-__all__ = ["Pipeline", "Summary"]
+__all__ = ["BUCKETS_MS", "Pipeline", "Summary"]
 
 #: Latency percentiles are over this many latest frames: memory stays constant however long the scan runs.
 LATENCIES = 65536
+#: Upper bounds of the latency histogram; one more bucket takes what is above.
+BUCKETS_MS = (0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
 #: A stopped scan must be out within 2 s, whatever its sinks do.
 STOPPED_FLUSH_S = 0.5
 
@@ -32,7 +35,8 @@ class Summary:
     """``captured = inferred + sum(dropped.values()) + in_flight``. ``codes`` counts codes, ``events`` all events sent.
 
     ``in_flight``: captured by a camera and not yet read, 0 once a scan has ended. ``sinks``, ``steps`` and ``sources``:
-    each one's `status`. ``latency_ms``: p50 and p99 over the last 65,536 inferred frames, None without any.
+    each one's `status`. ``latency_ms``: p50 and p99 over the last 65,536 inferred frames, None without any. ``model``: the
+    bundle, its digest, the backend, and the ``batch`` that measured fastest; empty without one.
     """
 
     captured: int
@@ -45,9 +49,19 @@ class Summary:
     steps: list[dict[str, Any]]
     sources: list[dict[str, Any]]
     latency_ms: dict[str, float | None]
+    model: dict[str, Any] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         return asdict(self)
+
+    def line(self) -> str:
+        """The figures in one line."""
+        text = f"{self.captured} captured, {self.inferred} read, {self.codes} codes"
+        if self.dropped:
+            text += "; " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        if self.latency_ms["p50"] is not None:
+            text += f"; latency p50 {self.latency_ms['p50']:.3g} ms, p99 {self.latency_ms['p99']:.3g} ms"
+        return text
 
 
 @dataclass
@@ -65,8 +79,9 @@ class Pipeline:
     Without ``steps`` each captured frame is one event. The source gives `Captured`, `Notice` (sent as an event) or None
     (nothing came for a while). One that drops frames itself says so in ``counts()`` (`sources.Counting`), one that has more
     at hand gives it in ``more(n)``; up to ``batch`` frames are read in one go. The source is closed here, the sinks by the
-    caller. Use it from one thread; ``stop`` may be set from any. Raises `UsageError` where there is nothing to read with, or
-    the model takes no pictures.
+    caller. Use it from one thread; ``stop`` may be set from any. ``on_round`` hears the monotonic clock each time that the
+    loop went round, ``on_answer`` each captured frame with its answer (None where it was not read); both must be quick.
+    Raises `UsageError` where there is nothing to read with, or the model takes no pictures.
     """
 
     def __init__(
@@ -82,37 +97,52 @@ class Pipeline:
         stop: Stop | None = None,
         run_id: str | None = None,
         on_event: Callable[[Event], None] | None = None,
+        on_round: Callable[[float], None] | None = None,
+        on_answer: Callable[[Captured, Answer | None], None] | None = None,
     ) -> None:
         self.reading = reading or Reading(model, codes)
         self._source, self._steps, self._sinks = source, tuple(steps), tuple(sinks)
         self._batch = batch
         self._stop = stop or Stop()
         self.run_id = run_id or uuid.uuid4().hex
-        self._on_event = on_event
+        self._on_event, self._on_round, self._on_answer = on_event, on_round, on_answer
         self._counts = _Counts()
         self._latencies = array("d")
+        self._latency_ms = 0.0  # of all
+        self._buckets = array("Q", bytes(8 * (len(BUCKETS_MS) + 1)))
 
     def run(self) -> Summary:
         """Scan until the source ends or ``stop`` is set, then flush the sinks.
 
         Raises `OSError` or `EdgekitError` where a sink cannot take an event: it would be lost.
         """
-        try:
-            for item in self._source:
-                for event in self.events(item):
-                    self._send(event)
-                if self._stop.is_set():
-                    break
-        finally:
-            if close := getattr(self._source, "close", None):
-                close()
-        for event in self._due(math.inf):
-            self._send(event)
-        for step in self._steps:
-            step.close()
-        for sink in self._sinks:
-            sink.flush(STOPPED_FLUSH_S / len(self._sinks) if self._stop.is_set() else FLUSH_S)
+        for _ in self.stream():
+            pass
         return self.summary()
+
+    def stream(self) -> Iterator[Event]:
+        """`run`, an event at a time, each when every sink has taken it. Closing the iterator stops the scan in order."""
+        try:
+            try:
+                for item in self._source:
+                    yield from self._sent(self.events(item))
+                    if self._on_round:
+                        self._on_round(time.monotonic())
+                    if self._stop.is_set():
+                        break
+            finally:
+                if close := getattr(self._source, "close", None):
+                    close()
+            yield from self._sent(self._due(math.inf))
+        except GeneratorExit:
+            self._stop.set()
+            self._sent(self._due(math.inf))
+            self._flush()
+            raise
+        finally:
+            for step in self._steps:
+                step.close()
+        self._flush()
 
     def events(self, item: Captured | Notice | None) -> list[Event]:
         """What one item of the source, and what is at hand with it, gives to send; numbered."""
@@ -156,11 +186,21 @@ class Pipeline:
             latency_ms={"p50": p50, "p99": p99},
         )
 
-    def _send(self, event: Event) -> None:
+    def latencies(self) -> dict[str, Any]:
+        """``count``, ``total_ms``, and ``buckets``: frames up to each of `BUCKETS_MS`, and above (not cumulated)."""
+        return {"count": self._counts.inferred, "total_ms": self._latency_ms, "buckets": list(self._buckets)}
+
+    def _sent(self, events: list[Event]) -> list[Event]:
+        for event in events:
+            for sink in self._sinks:
+                sink.send(event)
+            if self._on_event:
+                self._on_event(event)
+        return events
+
+    def _flush(self) -> None:
         for sink in self._sinks:
-            sink.send(event)
-        if self._on_event:
-            self._on_event(event)
+            sink.flush(STOPPED_FLUSH_S / len(self._sinks) if self._stop.is_set() else FLUSH_S)
 
     def _numbered(self, event: Event) -> Event:
         """With what every event has, first: the schema and an id of its own."""
@@ -181,6 +221,8 @@ class Pipeline:
             if reasons[i]:
                 self._counts.captured += 1
                 self._drop(reasons[i])
+                if self._on_answer:
+                    self._on_answer(captured, None)
                 continue
             event = self._event(captured, answers.get(i) or self._wanted(captured))
             made += self._through([(captured, event)])
@@ -209,6 +251,8 @@ class Pipeline:
         """A frame's event, counted. One that cannot be read gives an event that says why, without an answer."""
         counts = self._counts
         counts.captured += 1
+        if self._on_answer:
+            self._on_answer(captured, answer)
         event: Event = {"source": captured.source, "seq": captured.seq, "time": rfc3339(captured.time)}
         if answer is None or answer.reason:
             reason, why = (answer.reason, answer.why) if answer else ("damaged", captured.error)
@@ -220,6 +264,8 @@ class Pipeline:
             self._latencies.append(answer.latency_ms)
         else:
             self._latencies[counts.inferred % LATENCIES] = answer.latency_ms
+        self._latency_ms += answer.latency_ms
+        self._buckets[bisect_left(BUCKETS_MS, answer.latency_ms)] += 1
         return {**event, **answer.fields, "latency_ms": round(answer.latency_ms, 3)}
 
     def _drop(self, reason: str) -> None:

@@ -45,12 +45,13 @@ class Region(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """``fields`` of the event, or the reason (``unfit``, ``failed``) and the words why there are none."""
+    """``fields`` of the event, or the reason (``unfit``, ``failed``) and the words why there are none; ``codes`` as read."""
 
     fields: dict[str, Any]
     latency_ms: float
     reason: str = ""
     why: str = ""
+    codes: Sequence[Any] = ()
 
 
 class Reading:
@@ -84,17 +85,18 @@ class Reading:
         """What one frame says. A frame that the model does not take, and one it breaks down on, give the reason."""
         start = perf_counter_ns()
         fields: dict[str, Any] = {}
+        codes: Sequence[Any] = ()
         reason = why = ""
         try:
             part = frame if self.region is None else self.region.of(frame)
             if self.model is not None:
                 fields.update(_predicted(self.model(part)))
-            fields.update(self._beside(part))
+            codes = self._beside(part, fields)
         except InputError as error:
             reason, why = "unfit", error.message
         except BackendError as error:
             reason, why = "failed", error.message
-        return Answer({} if reason else fields, (perf_counter_ns() - start) / 1e6, reason, why)
+        return Answer({} if reason else fields, (perf_counter_ns() - start) / 1e6, reason, why, codes)
 
     def answers(self, frames: Sequence[Frame]) -> list[Answer]:
         """The same for several frames; the model runs once on all of them, or on each where one of them does not fit.
@@ -106,21 +108,23 @@ class Reading:
         start = perf_counter_ns()
         parts = [frame if self.region is None else self.region.of(frame) for frame in frames]
         try:
-            predicted = [_predicted(each) for each in self.model.predict_batch(parts)]
-            fields = [{**own, **self._beside(part)} for own, part in zip(predicted, parts, strict=True)]
+            fields = [_predicted(each) for each in self.model.predict_batch(parts)]
+            codes = [self._beside(part, own) for own, part in zip(fields, parts, strict=True)]
         except EdgekitError:
             return [self.answer(frame) for frame in frames]
         took = (perf_counter_ns() - start) / 1e6
-        return [Answer(own, took) for own in fields]
+        return [Answer(own, took, codes=each) for own, each in zip(fields, codes, strict=True)]
 
-    def _beside(self, frame: Frame) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _beside(self, frame: Frame, fields: dict[str, Any]) -> Sequence[Any]:
+        """Text and codes into ``fields``; the codes as the reader gave them."""
         if self.text is not None:
             line = self.text(frame)
-            found["text"], found["text_score"] = line.text, round(line.score, 6)
-        if self.codes is not None:
-            found["codes"] = [code.figures() for code in self.codes(frame)]
-        return found
+            fields["text"], fields["text_score"] = line.text, round(line.score, 6)
+        if self.codes is None:
+            return ()
+        codes = self.codes(frame)
+        fields["codes"] = [code.figures() for code in codes]
+        return codes
 
 
 def _predicted(prediction: Prediction) -> dict[str, Any]:

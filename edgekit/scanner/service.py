@@ -1,29 +1,54 @@
-"""`scan`: a scanner put together by name, from the bundle to the last flush."""
+"""`scan`: a scan in one call, by names, as ``edgekit scan`` without a config file."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 
 from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
-from edgekit.runtime import Model
 
-from .codes import BUDGET_MS, CodeReader
-from .outbox import Outbox, default_outbox
-from .pipeline import Pipeline, Summary
-from .sinks import Sink, open_sink
-from .sources import open_source
+from .codes import BUDGET_MS
+from .config import CodeOptions, ModelOptions, OutboxFile, ScanConfig, SinkOptions, SourceOptions
+from .pipeline import Summary
+from .scanner import Scanner
 from .stop import Stop
 
-__all__ = ["scan"]
+__all__ = ["named_config", "scan"]
+
+
+def named_config(
+    bundle: Bundle | str | os.PathLike[str] | None = None,
+    *,
+    source: str | Sequence[str],
+    sinks: Sequence[str] = (),
+    codes: bool = False,
+    watch: bool = False,
+    outbox: str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+    threads: int = 1,
+    code_budget_ms: float = BUDGET_MS,
+) -> ScanConfig:
+    """The config of a scan from names; several sources are cameras. Raises `UsageError` where there is nothing to read with."""
+    if bundle is None and not codes:
+        raise UsageError("there is nothing to read with", "name a bundle, or add --codes")
+    sources = (source,) if isinstance(source, str) else tuple(source)
+    if doubles := [each for number, each in enumerate(sources) if each in sources[:number]]:
+        raise UsageError(f"the source {doubles[0]} is named twice", "name each source once")
+    path = bundle.path if isinstance(bundle, Bundle) else bundle
+    return ScanConfig(
+        model=None if path is None else ModelOptions(os.fspath(path), backend, threads=threads),
+        codes=CodeOptions(budget_ms=code_budget_ms) if codes else None,
+        source=tuple(SourceOptions(address=each, watch=watch) for each in sources),
+        sink=tuple(SinkOptions(each) for each in sinks),
+        outbox=OutboxFile(path="" if outbox is None else os.fspath(outbox)),
+    )
 
 
 def scan(
     bundle: Bundle | str | os.PathLike[str] | None = None,
     *,
-    source: str,
+    source: str | Sequence[str],
     sinks: Sequence[str] = (),
     codes: bool = False,
     watch: bool = False,
@@ -35,40 +60,20 @@ def scan(
 ) -> Summary:
     """Read every frame of ``source`` with the bundle's model, with ``codes``, or both; send the events to ``sinks``.
 
-    ``source`` and ``sinks`` as in `SOURCES` and `SINKS`. ``outbox``: the file in which events wait for a network sink
-    (`default_outbox`). ``watch`` goes on until ``stop`` is set. Raises `UsageError` for unknown names or nothing to
-    read with, `BundleError`, `DataError` for a missing source, `OSError` where a sink cannot be written.
+    ``source`` and ``sinks`` as in `SOURCES` and `SINKS`; several sources are cameras. ``outbox``: the file in which events wait
+    for a network sink (`default_outbox`). ``watch`` goes on until ``stop`` is set. `Scanner` takes all else that a scan can be
+    told. Raises `UsageError` for unknown names or nothing to read with, `BundleError`, `DataError` for a missing source,
+    `OSError` where a sink cannot be written.
     """
-    if bundle is None and not codes:
-        raise UsageError("there is nothing to read with", "name a bundle, or add --codes")
-    stop = stop or Stop()
-    with contextlib.ExitStack() as stack:
-        frames = open_source(source, watch=watch, stop=stop)
-        reader = CodeReader(code_budget_ms) if codes else None
-        model = None
-        if bundle is not None:
-            model = stack.enter_context(
-                Model.open(bundle.path if isinstance(bundle, Bundle) else bundle, backend, threads=threads)
-            )
-        opened: list[Outbox] = []
-
-        def the_outbox() -> Outbox:
-            if not opened:
-                opened.append(Outbox(outbox or default_outbox()))
-                stack.callback(opened[0].close)
-            return opened[0]
-
-        targets: list[Sink] = []
-        for spec in sinks:
-            sink = open_sink(spec, the_outbox)
-            stack.callback(sink.close)
-            if any(_place(sink) == _place(other) for other in targets):
-                raise UsageError(f"the sink {sink.name} is named twice", "name each sink once")
-            targets.append(sink)
-        return Pipeline(source=frames, model=model, codes=reader, sinks=targets, stop=stop).run()
-
-
-def _place(sink: Sink) -> str:
-    """Where a sink writes, whichever way its path was spelled."""
-    kind, _, path = sink.name.partition(":")
-    return f"{kind}:{os.path.abspath(path)}" if kind in ("jsonl", "sqlite") and path != "-" else sink.name
+    config = named_config(
+        bundle,
+        source=source,
+        sinks=sinks,
+        codes=codes,
+        watch=watch,
+        outbox=outbox,
+        backend=backend,
+        threads=threads,
+        code_budget_ms=code_budget_ms,
+    )
+    return Scanner(config, stop=stop).run()

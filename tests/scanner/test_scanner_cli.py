@@ -65,7 +65,7 @@ def test_json_summary_is_the_only_thing_on_stdout(
     assert summary["dropped"] == {"damaged": 1}
     assert summary["events"] == len(kit.read_events(out)) == 4
     assert summary["codes"] == 0
-    assert summary["sinks"] == [{"sink": f"jsonl:{out}", "sent": 4}]
+    assert summary["sinks"] == [{"sink": f"jsonl:{out}", "sent": 4, "unsaved": 0, "dropped": {}}]
     assert 0 < summary["latency_ms"]["p50"] <= summary["latency_ms"]["p99"]
     clash = cli("scan", digits_bundle.path, "--source", pictures, "--sink", "jsonl:-", "--json")
     assert clash.code == 2

@@ -27,6 +27,12 @@ def event(i: int) -> dict[str, Any]:
     return {"schema": 1, "id": f"run-{i}", "source": "étage.png", "seq": i, "time": "2026-01-31T12:00:00.000Z", "label": "7"}
 
 
+def figures(sink: Any, **others: int) -> dict[str, Any]:
+    """A network sink's status."""
+    none = {"sent": 0, "delivered": 0, "waiting": 0, "unsaved": 0, "refused": 0, "dropped": {}}
+    return {"sink": sink.name, **none, **others}
+
+
 @pytest.fixture
 def outbox(tmp_path: Path) -> Iterator[Outbox]:
     opened = Outbox(tmp_path / "outbox.sqlite")
@@ -229,7 +235,7 @@ def test_http_down_then_up_delivers_all_in_order(kit: Any, outbox: Outbox, recei
     sink.flush(20.0)
     assert receiver.events == [event(i) for i in range(50)]
     assert [h["Idempotency-Key"] for h in receiver.headers] == [f"run-{i}" for i in range(50)]
-    assert sink.status() == {"sink": sink.name, "sent": 50, "delivered": 50, "waiting": 0, "refused": 0}
+    assert sink.status() == figures(sink, sent=50, delivered=50)
     sink.close()
 
 
@@ -251,7 +257,7 @@ def test_http_waits_through_errors_and_sets_refused_events_aside(kit: Any, outbo
 def test_events_of_a_failed_run_go_out_with_the_next(
     kit: Any, cli: Cli, pictures: Path, tmp_path: Path, receive: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekit.scanner.scanner.FLUSH_S", 0.3)
+    monkeypatch.setattr("edgekit.scanner.pipeline.FLUSH_S", 0.3)
     port = kit.free_port()
     arguments = ["scan", "--codes", "--source", pictures, "--sink", f"http://127.0.0.1:{port}/", "--json"]
     first = cli(*arguments)
@@ -326,7 +332,7 @@ def test_mqtt_without_permission_keeps_the_events(kit: Any, outbox: Outbox, brok
     sink = open_sink(f"mqtt://127.0.0.1:{port}/line/1", lambda: outbox)
     sink.send(event(0))
     sink.flush(1.5)
-    assert sink.status() == {"sink": sink.name, "sent": 1, "delivered": 0, "waiting": 1, "refused": 0}
+    assert sink.status() == figures(sink, sent=1, waiting=1)
     sink.close()
 
 

@@ -44,8 +44,14 @@ SINKS: dict[str, tuple[str, str]] = {
     "mqtt": ("edgekit.scanner.sinks.mqtt", "open_mqtt"),
     "http": ("edgekit.scanner.sinks.http", "open_http"),
     "https": ("edgekit.scanner.sinks.http", "open_http"),
+    "tcp": ("edgekit.scanner.sinks.lines", "open_tcp"),
+    "serial": ("edgekit.scanner.sinks.lines", "open_serial"),
+    "opc.tcp": ("edgekit.scanner.sinks.opcua", "open_opcua"),
 }
-_FORMS = "jsonl:PATH, jsonl:- (stdout), sqlite:PATH, mqtt://HOST:PORT/TOPIC, http(s)://HOST/PATH"
+_FORMS = (
+    "jsonl:PATH, jsonl:- (stdout), sqlite:PATH, mqtt://HOST:PORT/TOPIC, http(s)://HOST/PATH, tcp://HOST:PORT, "
+    "serial:DEVICE?baud=9600, opc.tcp://HOST:PORT/PATH?node=NODE"
+)
 
 
 def without_secrets(spec: str) -> str:

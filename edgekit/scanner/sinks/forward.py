@@ -6,12 +6,14 @@ retries with growing pauses, and removes what was acknowledged.
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
 from typing import Any, Protocol
 
 from edgekit.progress import say
+from edgekit.scanner.database import FULL
 from edgekit.scanner.events import Event, encode
 from edgekit.scanner.outbox import Outbox, Waiting
 
@@ -22,10 +24,15 @@ __all__ = ["ForwardSink", "Refused", "Transport", "Undelivered"]
 BATCH = 32
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+LONGEST_ASKED_S = 300.0
 
 
 class Undelivered(Exception):
-    """The sink could not be reached or did not acknowledge: try again."""
+    """The sink could not be reached or did not acknowledge: try again, where it asked for a pause after ``after_s``."""
+
+    def __init__(self, why: str, after_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.after_s = after_s
 
 
 class Refused(Exception):
@@ -66,22 +73,38 @@ class ForwardSink:
         self._wake.set()
 
     def flush(self, patience_s: float = FLUSH_S) -> None:
-        """Wait for deliveries; what is left after ``patience_s`` without one stays in the outbox, and is named."""
+        """Wait for deliveries; what is left after ``patience_s`` without one stays in the outbox, and is named.
+
+        Raises `OSError` where a full disk leaves events in memory.
+        """
         self._hurry.set()
         self._wake.set()
         progress, moved = time.monotonic(), self._delivered
-        while self._outbox.head(self.name, 1) and time.monotonic() - progress < patience_s:
+        while self._outbox.count(self.name) and time.monotonic() - progress < patience_s:
             self._check()
             if self._delivered != moved:
                 progress, moved = time.monotonic(), self._delivered
             time.sleep(0.01)
         self._hurry.clear()
+        self._outbox.settle()
+        if unsaved := self._outbox.unsaved(self.name):
+            raise OSError(errno.ENOSPC, f"No space left for {unsaved} events", str(self._outbox.path))
         if waiting := self._outbox.count(self.name):
             say(f"{self.name}: {waiting} events wait in {self._outbox.path}; the next scan with this --outbox sends them")
 
     def status(self) -> dict[str, Any]:
-        counts = {"waiting": self._outbox.count(self.name), "refused": self._outbox.count(self.name, refused=True)}
-        return {"sink": self.name, "sent": self._sent, "delivered": self._delivered, **counts}
+        """``sent`` and ``delivered`` in this run; the others are of the outbox file: sent + waiting at the start =
+        delivered + waiting + newly refused + newly dropped. ``unsaved``: those of ``waiting`` that are in memory only."""
+        outbox, name = self._outbox, self.name
+        return {
+            "sink": name,
+            "sent": self._sent,
+            "delivered": self._delivered,
+            "waiting": outbox.count(name),
+            "unsaved": outbox.unsaved(name),
+            "refused": outbox.count(name, refused=True),
+            "dropped": outbox.dropped(name),
+        }
 
     def close(self) -> None:
         """Stop delivering. A delivery that hangs is left behind: its event is still in the outbox."""
@@ -107,12 +130,13 @@ class ForwardSink:
         pause = FIRST_PAUSE_S
         while not self._closing.is_set():
             self._wake.clear()
+            self._outbox.settle()
             waiting = self._outbox.head(self.name, BATCH)
             if not waiting:
                 self._wake.wait()
                 continue
-            problem = self._deliver(waiting)
-            if problem is None:
+            problem, asked = self._deliver(waiting)
+            if not problem:
                 pause = FIRST_PAUSE_S
                 if self._down:
                     self._down = False
@@ -122,13 +146,13 @@ class ForwardSink:
                 self._down = True
                 say(f"{self.name} is down: {problem}; events wait in {self._outbox.path}")
             # Jitter keeps many devices from knocking at the same moment when a broker comes back.
-            self._hurry.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311
+            self._hurry.wait(max(pause * random.uniform(0.5, 1.0), min(asked, LONGEST_ASKED_S)))  # noqa: S311
             if self._hurry.is_set():
                 self._closing.wait(0.1)
             pause = min(pause * 2, LONGEST_PAUSE_S)
 
-    def _deliver(self, waiting: list[Waiting]) -> str | None:
-        """Deliver in order; returns why it stopped early, or None."""
+    def _deliver(self, waiting: list[Waiting]) -> tuple[str, float]:
+        """Deliver in order; returns why it stopped early ("" if it did not) and the pause that the sink asks for."""
         done: list[int] = []
         try:
             for entry in waiting:
@@ -137,14 +161,18 @@ class ForwardSink:
                 try:
                     self._transport.deliver(entry.id, entry.event)
                 except Refused as error:
-                    self._outbox.refuse(entry.position, str(error))
+                    self._outbox.refuse(self.name, entry.position, str(error))
                     say(f"{self.name} refuses event {entry.id}: {error}; it is kept in {self._outbox.path}")
                     continue
                 done.append(entry.position)
         except Undelivered as error:
-            return str(error)
+            return str(error), error.after_s
+        except OSError as error:  # a full disk has no room for what was refused
+            if error.errno not in FULL:
+                raise
+            return str(error), 0.0
         finally:
             if done:
-                self._outbox.delivered(done)
+                self._outbox.delivered(self.name, done)
                 self._delivered += len(done)
-        return None
+        return "", 0.0

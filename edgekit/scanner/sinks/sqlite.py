@@ -1,6 +1,7 @@
 """``sqlite:PATH``: a table ``events`` with one row an event.
 
-Every event is committed and synced to disk before `send` returns. Ids are unique, so a repeated event adds no row::
+Every event is committed and synced to disk before `send` returns; on a full disk it waits in memory, and that is said. An
+event of no frame (a camera that is down) has ``seq`` -1. Ids are unique, so a repeated event adds no row::
 
     SELECT json_extract(event, '$.label'), count(*) FROM events GROUP BY 1;
 """
@@ -9,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from edgekit.scanner.database import connect, sqlite_errors
 from edgekit.scanner.events import Event, encode
 from edgekit.scanner.outbox import Outbox
 
-from . import FLUSH_S, Sink
+from . import Sink
+from .local import LocalSink
 
 __all__ = ["SqliteSink", "open_sqlite"]
 
@@ -34,26 +35,17 @@ def open_sqlite(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     return SqliteSink(Path(spec.partition(":")[2]))
 
 
-class SqliteSink:
-    """Raises `DataError` for a file that is another database, `OSError` for a full disk or an unwritable path."""
+class SqliteSink(LocalSink):
+    """Raises `DataError` for a file that is another database, `OSError` for a path that cannot be written."""
 
     def __init__(self, path: Path) -> None:
-        self.name = f"sqlite:{path}"
-        self._path = path
-        self._sent = 0
+        super().__init__(f"sqlite:{path}", path)
         self._connection = connect(path, _SCHEMA, _VERSION)
 
-    def send(self, event: Event) -> None:
-        row = (event["id"], event["time"], event["source"], event["seq"], encode(event).decode())
+    def _write(self, event: Event) -> None:
+        row = (event["id"], event["time"], event.get("source", ""), event.get("seq", -1), encode(event).decode())
         with sqlite_errors(self._path):
             self._connection.execute("INSERT OR IGNORE INTO events (id, time, source, seq, event) VALUES (?, ?, ?, ?, ?)", row)
-        self._sent += 1
-
-    def flush(self, patience_s: float = FLUSH_S) -> None:
-        pass  # nothing is held back
-
-    def status(self) -> dict[str, Any]:
-        return {"sink": self.name, "sent": self._sent}
 
     def close(self) -> None:
         with sqlite_errors(self._path):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from edgekit.errors import UsageError
 from edgekit.preprocess import Frame
 from edgekit.scanner.stop import Stop
 
-__all__ = ["SOURCES", "Captured", "Counting", "Notice", "open_source"]
+from .address import LIVE, kind_of, shown
+
+if TYPE_CHECKING:
+    from .options import CameraOptions
+
+__all__ = ["SOURCES", "Captured", "Counting", "Notice", "open_source", "open_sources"]
 
 
 class Captured(NamedTuple):
@@ -56,25 +59,56 @@ class Counting(Protocol):
         ...
 
 
-#: scheme -> (module, function ``(target, watch, stop) -> Iterator[Captured | Notice | None]``); "" is a path.
+#: kind of address -> (module, function ``(target, watch, stop) -> Iterator[Captured | Notice | None]``); "" is a path.
 SOURCES: dict[str, tuple[str, str]] = {
     "": ("edgekit.scanner.sources.files", "open_files"),
+    **dict.fromkeys(("video", "pattern", *sorted(LIVE)), ("edgekit.scanner.sources.cameras", "open_camera")),
 }
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
-_KNOWN = "give an image file or a folder of images; camera:, rtsp:, v4l2:, gst: and video are not there in this version"
+_KNOWN = "give an image, a video file, a folder of images, camera:N, v4l2:/dev/videoN, rtsp://..., http://... or gst:PIPELINE"
 
 
-def open_source(spec: str, *, watch: bool = False, stop: Stop | None = None) -> Iterator[Captured | Notice | None]:
+def open_source(
+    spec: str, *, watch: bool = False, stop: Stop | None = None, options: CameraOptions | None = None
+) -> Iterator[Captured | Notice | None]:
     """The frames of a source. ``watch`` keeps waiting for new files in a folder until ``stop`` is set.
 
-    Raises `UsageError` for a kind that does not exist, `DataError` where there is nothing at ``spec``.
+    Raises `UsageError` for a kind that does not exist, `DataError` where there is nothing at ``spec``, `MissingExtra` where
+    what decodes it is not installed.
     """
-    found = _SCHEME.match(spec)
-    scheme = found.group(1).lower() if found and not Path(spec).exists() else ""
-    if scheme not in SOURCES:
-        raise UsageError(f"there is no source {scheme}: in this version", _KNOWN)
+    kind = _kind(spec)
+    module, function = SOURCES[kind]
+    more = (options,) if options is not None and kind else ()
+    opened: Iterator[Captured | Notice | None] = getattr(importlib.import_module(module), function)(
+        spec, watch, stop or Stop(), *more
+    )
+    return opened
+
+
+def open_sources(
+    specs: Sequence[str] | Mapping[str, str],
+    options: CameraOptions | Mapping[str, CameraOptions] | None = None,
+    stop: Stop | None = None,
+) -> Iterator[Captured | Notice | None]:
+    """Several cameras, streams and video files as one source (`cameras.Cameras`); ``specs`` may name them.
+
+    Raises as `open_source` does; `UsageError` where an image or a folder is among several.
+    """
+    from .cameras import Cameras
+
+    addresses = list(specs.values() if isinstance(specs, Mapping) else specs)
+    kinds = [_kind(spec) for spec in addresses]
+    if kinds == [""]:
+        return open_source(addresses[0], stop=stop)
+    for spec, kind in zip(addresses, kinds, strict=True):
+        if not kind:
+            raise UsageError(f"{shown(spec)} cannot be one of several sources", "scan images and folders on their own")
+    return Cameras(specs, options, stop)
+
+
+def _kind(spec: str) -> str:
     if not spec:
         raise UsageError("the source is empty", _KNOWN)
-    module, function = SOURCES[scheme]
-    opened: Iterator[Captured | Notice | None] = getattr(importlib.import_module(module), function)(spec, watch, stop or Stop())
-    return opened
+    kind = kind_of(spec)
+    if kind not in SOURCES:
+        raise UsageError(f"there is no source {kind}: in this version", _KNOWN)
+    return kind

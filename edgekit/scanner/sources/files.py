@@ -17,7 +17,6 @@ from . import Captured
 
 __all__ = ["POLL_S", "open_files"]
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".h264", ".mjpeg"})
 #: A watched file is read once its size and time stood still for this long: a copy in progress is left alone.
 POLL_S = 0.25
 
@@ -43,8 +42,6 @@ def open_files(target: str, watch: bool, stop: Stop) -> Iterator[Captured | None
         raise UsageError(f"--watch wants a folder, {target} is a file", "name the folder, or leave --watch out")
     if not path.is_file():
         raise DataError(f"{target} is no regular file", "give an image file or a folder of images")
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        raise UsageError(f"{target} looks like a video, which is not there in this version", "extract its frames to a folder")
     return _captured([path], stop)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from .events import Event
-from .sources import Captured
+from edgekit.scanner.events import Event
+from edgekit.scanner.sources import Captured
 
 __all__ = ["Step"]
 

@@ -1,0 +1,66 @@
+"""``edgekit replay`` and ``edgekit harvest``: what a scan kept, looked at later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .common import Answer, answers, out_option
+
+__all__ = ["harvest", "replay"]
+
+
+@click.command("replay")
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--bundle", metavar="B", type=click.Path(path_type=Path), help="The model, where it lies now; or another one.")
+@click.option("--backend", help="What runs the model. Default: what ran it in the scan.")
+@answers
+def replay(file: Path, bundle: Path | None, backend: str | None) -> Answer:
+    """Run a recorded incident again and hold every event against the one that was sent.
+
+    Exit code 3 where one differs; the first such is shown.
+
+    \b
+    Examples:
+      edgekit replay 20260131T120000Z-no_read.edgekit-incident
+      edgekit replay FILE.edgekit-incident --bundle new.edge --json
+    """
+    from edgekit.scanner.replay import replay as run
+
+    found = run(file, bundle=bundle, backend=backend)
+    text = f"{found.frames} frames, {found.events} events"
+    if found.given:
+        text += f" ({found.given} taken as recorded)"
+    if found.difference is None:
+        return Answer(found.figures(), f"{text}: all as recorded")
+    lines = [f"{text}: event {found.difference['number']} differs"]
+    lines += [f"  {which}: {json.dumps(found.difference[which])}" for which in ("recorded", "replayed")]
+    if found.fresh or found.absent:
+        lines.append(f"steps without the state they had: {', '.join([*found.fresh, *found.absent])}")
+    return Answer(found.figures(), "\n".join(lines), exit_code=3)
+
+
+@click.command("harvest")
+@click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
+@out_option("The data set to make, one folder a label.", "DATASET")
+@answers
+def harvest(folder: Path, out: Path) -> Answer:
+    """Make a data set of the frames that a scan kept for retraining.
+
+    Labels are the model's, so look through review.csv, which lists the most telling frames first, and sort what lies in
+    unlabelled/ before training on folder:DATASET.
+
+    \b
+    Examples:
+      edgekit harvest /var/lib/edgekit/harvest --out parcels2
+      edgekit train --data folder:parcels2 --out parcels2.edge
+    """
+    from edgekit.scanner.gathered import SHEET, UNLABELLED, gather
+
+    made = gather(folder, out)
+    text = f"{made['frames']} frames in {len(made['labels'])} folders; look through {out / SHEET}"
+    if count := made["labels"].get(UNLABELLED):
+        text += f", and sort {count} in {out / UNLABELLED}"
+    return Answer(made, text + (f"; {made['damaged']} damaged ones left out" if made["damaged"] else ""))

@@ -1,0 +1,171 @@
+"""The parts of a scan, opened as its config says; an `ExitStack` closes them in the other order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import UsageError
+from edgekit.runtime import Model
+
+from .batching import fastest_batch
+from .codes import CodeReader
+from .config import ScanConfig
+from .outbox import Outbox, default_outbox
+from .reading import FrameModel, Reading
+from .sinks import Sink, open_sink
+from .sources import open_source, open_sources
+from .sources.frames import frames_of
+from .steps import Step
+from .steps.crosscheck import CrossCheck
+from .steps.drift import Drift
+from .steps.duplicates import Duplicates
+from .steps.harvest import Harvest
+from .steps.ring import Ring
+from .steps.selftest import SelfTest
+from .steps.shadow import Shadow, ShadowedModel
+from .steps.triggers import Trigger
+from .steps.votes import Votes
+from .stop import Stop
+
+__all__ = ["Parts", "assemble"]
+
+#: Less free disk than this, and events may soon find no place.
+LEAST_FREE = 1 << 20
+
+
+@dataclass
+class Parts:
+    source: Iterable[Any] = ()
+    reading: Reading | None = None
+    steps: list[Step] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
+    outbox: Outbox | None = None
+    batch: int = 1
+    #: What `Summary.model` tells.
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def reasons(self, figures: dict[str, Any]) -> list[str]:
+        """Why the scan is not ready, from its figures and its disk."""
+        rows = [row for row in figures["sources"] if row.get("state", "up") not in ("up", "ended")]
+        found = [f"{row['source']} is {row['state']}" + (f": {row['reason']}" if row.get("reason") else "") for row in rows]
+        found += [f"the {row['step']} failed" for row in figures["steps"] if row.get("healthy") is False]
+        if self.outbox is not None:
+            folder = self.outbox.path.parent
+            if not os.access(folder, os.W_OK):
+                found.append(f"the outbox cannot write to {folder}")
+            elif shutil.disk_usage(folder).free < LEAST_FREE:
+                found.append(f"the outbox's disk is full: {folder}")
+        return found
+
+
+def assemble(config: ScanConfig, stack: contextlib.ExitStack, stop: Stop, frames: Iterable[Any] | None = None) -> Parts:
+    """Open models, codes and steps, then the sources, so that no frame waits for a model that loads, then the sinks.
+
+    ``frames`` take the place of the config's sources. Raises whatever one of them raises; the stack closes the others.
+    """
+    parts = Parts()
+    opened = _model(config, stack, parts)
+    cameras = 0 if frames is not None else len(config.source)
+    if opened is not None:
+        parts.batch, measured = fastest_batch(opened, cameras)
+        parts.model |= {"batch": parts.batch} | ({"ms_a_frame": measured} if measured else {})
+    model: FrameModel | None = opened
+    if opened is not None and config.shadow is not None and config.model is not None:
+        model = ShadowedModel(opened, config.shadow, backend=config.model.backend, threads=config.model.threads)
+        stack.callback(model.close)
+    parts.reading = _reading(config, stack, model)
+    parts.source = frames_of(frames) if frames is not None else _source(config, stop)
+    if close := getattr(parts.source, "close", None):
+        stack.callback(close)
+    parts.sinks = _sinks(config, stack, parts)
+    parts.steps = _steps(config, parts, model)
+    return parts
+
+
+def _steps(config: ScanConfig, parts: Parts, model: FrameModel | None) -> list[Step]:
+    """In their order: what looks at single frames stands before the trigger, which makes one event of several."""
+    region = config.region.region() if config.region else None
+    for name in ("shadow", "drift", "selftest"):
+        if getattr(config, name) is not None and model is None:
+            raise UsageError(f"[{name}] wants a model", "add [model] with a bundle, or leave it out")
+    shadowed = model if isinstance(model, ShadowedModel) else None
+    steps: list[Step] = []
+    if shadowed is not None:
+        steps.append(Shadow(shadowed, region))
+    if config.selftest is not None:
+        steps.append(SelfTest(model, config.selftest))
+    if config.drift is not None and model is not None:
+        steps.append(Drift(model, config.drift, region))
+    if config.harvest is not None:
+        harvest = Harvest(config.harvest, shadowed, region)
+        steps.append(harvest)
+        parts.sinks.append(harvest)
+    if config.votes is not None:
+        steps.append(Votes(config.votes))
+    trigger = Trigger(config.trigger, cameras=[s.name for s in config.source if s.name]) if config.trigger else None
+    if trigger is not None:
+        steps.append(trigger)
+    if config.crosscheck is not None:
+        steps.append(CrossCheck(config.crosscheck))
+    if config.duplicates is not None:
+        steps.append(Duplicates(config.duplicates))
+    if config.ring is not None:
+        steps.append(Ring(config.ring, trigger.picture) if trigger else Ring(config.ring))
+    return steps
+
+
+def _model(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> Model | None:
+    options = config.model
+    if options is None:
+        return None
+    opened = Model.open(options.bundle, options.backend, precision=options.precision, threads=options.threads)
+    model = stack.enter_context(opened)
+    parts.model = {"bundle": os.fspath(model.bundle.path), "digest": model.bundle.digest, "backend": model.runner.name}
+    return model
+
+
+def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel | None) -> Reading:
+    codes = CodeReader(config.codes.budget_ms) if config.codes else None
+    text: Model | None = None
+    if found := config.text:
+        text = Model.open(found.bundle, found.backend, precision=found.precision, threads=found.threads, beam=found.beam)
+        stack.enter_context(text)
+    return Reading(model, codes, text, config.region.region() if config.region else None)
+
+
+def _sinks(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> list[Sink]:
+    def the_outbox() -> Outbox:
+        if parts.outbox is None:
+            parts.outbox = Outbox(config.outbox.path or default_outbox(), config.outbox.limits())
+            stack.callback(parts.outbox.close)
+        return parts.outbox
+
+    targets: list[Sink] = []
+    for options in config.sink:
+        sink = open_sink(options.address, the_outbox)
+        stack.callback(sink.close)
+        if any(_place(sink) == _place(other) for other in targets):
+            raise UsageError(f"the sink {sink.name} is named twice", "name each sink once")
+        targets.append(sink)
+    return targets
+
+
+def _source(config: ScanConfig, stop: Stop) -> Iterable[Any]:
+    if len(config.source) == 1 and not config.source[0].name:
+        (only,) = config.source
+        return open_source(only.address, watch=only.watch, stop=stop, options=only.camera())
+    names = [source.name or source.address for source in config.source]
+    addresses = dict(zip(names, (source.address for source in config.source), strict=True))
+    return open_sources(addresses, {name: source.camera() for name, source in zip(names, config.source, strict=True)}, stop)
+
+
+def _place(sink: Sink) -> str:
+    """Where a sink writes, whichever way its path was spelled."""
+    kind, _, path = sink.name.partition(":")
+    return f"{kind}:{Path(path).absolute()}" if kind in ("jsonl", "sqlite") and path != "-" else sink.name

@@ -1,0 +1,268 @@
+"""`ScanConfig`: one TOML file that says all of a scan. `read_config` reads it; `check_config` looks at everything it names."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from edgekit.errors import UsageError
+
+from .codes import BUDGET_MS
+from .logs import LogOptions
+from .outbox_options import OutboxOptions
+from .reading import Region
+from .sources.options import CameraOptions
+from .steps.crosscheck import CrossCheckOptions
+from .steps.drift import DriftOptions
+from .steps.duplicates import DuplicateOptions
+from .steps.harvest import HarvestOptions
+from .steps.incident import IncidentOptions
+from .steps.ring import RingOptions
+from .steps.selftest import SelfTestOptions
+from .steps.shadow import ShadowOptions
+from .steps.triggers import TriggerOptions
+from .steps.votes import VoteOptions
+from .tables import Problem, Tables
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "CodeOptions",
+    "ModelOptions",
+    "RegionOptions",
+    "ScanConfig",
+    "ServerOptions",
+    "SinkOptions",
+    "SourceOptions",
+    "TextOptions",
+    "config_of",
+    "parse_config",
+    "read_config",
+]
+
+MAX_BYTES = 1 << 20
+Threads = Annotated[int, msgspec.Meta(ge=0, le=1024)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The bundle that answers with a label, or reads a line of text. ``threads``: CPU cores, 0 for all."""
+
+    bundle: str
+    backend: str = "auto"
+    precision: Literal["auto", "float", "int8"] = "auto"
+    threads: Threads = 1
+
+
+class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A text reader beside the model. ``beam``: readings weighed at each step, 1 is greedy."""
+
+    bundle: str
+    backend: str = "auto"
+    precision: Literal["auto", "float", "int8"] = "auto"
+    threads: Threads = 1
+    beam: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
+
+
+class CodeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``budget_ms``: after so long on one frame no further attempt is started, 0 reads plainly only."""
+
+    budget_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)] = BUDGET_MS
+
+
+class RegionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The part of each frame that is read, in shares of its width and height."""
+
+    left: Share = 0.0
+    top: Share = 0.0
+    right: Share = 1.0
+    bottom: Share = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.left < self.right and self.top < self.bottom):
+            raise UsageError("the region is empty", "left is below right and top below bottom, each in 0..1")
+
+    def region(self) -> Region:
+        return Region(self.left, self.top, self.right, self.bottom)
+
+
+class SourceOptions(CameraOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where frames come from. ``name`` stands for a camera in events; ``watch`` waits for new files in a folder."""
+
+    address: Annotated[str, msgspec.Meta(min_length=1)]
+    name: str = ""
+    watch: bool = False
+
+    def camera(self) -> CameraOptions:
+        return CameraOptions(**{name: getattr(self, name) for name in CameraOptions.__struct_fields__})
+
+
+class SinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    address: Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class OutboxFile(OutboxOptions, frozen=True, forbid_unknown_fields=True):
+    """``path``: empty for $STATE_DIRECTORY or the user's state folder. The limits are each sink's (`OutboxOptions`)."""
+
+    path: str = ""
+
+    def limits(self) -> OutboxOptions:
+        return OutboxOptions(**{name: getattr(self, name) for name in OutboxOptions.__struct_fields__})
+
+
+class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Metrics, health and the preview over HTTP, read-only. ``hosts``: names it may be asked by, beside its own address."""
+
+    address: str = "127.0.0.1:9110"
+    preview: bool = True
+    hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.place()
+
+    def place(self) -> tuple[str, int]:
+        """Host and port. Raises `UsageError` for what is no address."""
+        host, _, port = self.address.rpartition(":")
+        host = host.strip("[]")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise UsageError(f"the address {self.address!r}", "write HOST:PORT, for example 127.0.0.1:9110")
+        return host, int(port)
+
+
+class ScanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All of a scan. A table that is not there is off; `source` is all that must be, and something to read with.
+
+    Relative paths start from the file's folder; they are absolute once it is read.
+    """
+
+    model: ModelOptions | None = None
+    text: TextOptions | None = None
+    codes: CodeOptions | None = None
+    region: RegionOptions | None = None
+    source: tuple[SourceOptions, ...] = ()
+    trigger: TriggerOptions | None = None
+    votes: VoteOptions | None = None
+    crosscheck: CrossCheckOptions | None = None
+    duplicates: DuplicateOptions | None = None
+    ring: RingOptions | None = None
+    drift: DriftOptions | None = None
+    selftest: SelfTestOptions | None = None
+    shadow: ShadowOptions | None = None
+    incidents: IncidentOptions | None = None
+    harvest: HarvestOptions | None = None
+    sink: tuple[SinkOptions, ...] = ()
+    outbox: OutboxFile = OutboxFile()
+    server: ServerOptions | None = None
+    log: LogOptions = LogOptions()
+
+
+#: Keys that hold a path, which is relative to the config's file.
+_PATHS = (
+    ("model", "bundle"),
+    ("text", "bundle"),
+    ("outbox", "path"),
+    ("ring", "folder"),
+    ("incidents", "folder"),
+    ("harvest", "folder"),
+    ("drift", "baseline"),
+    ("shadow", "candidate"),
+    ("shadow", "report"),
+)
+#: Sinks whose address is a path.
+_FILE_SINKS = ("jsonl", "sqlite")
+
+
+def read_config(path: str | os.PathLike[str]) -> ScanConfig:
+    """Read and check a TOML file. Raises `UsageError` that names the first mistake and says how many more there are."""
+    config, problems = parse_config(path)
+    if config is None:
+        first, *more = problems
+        also = f" (and {len(more)} more: edgekit scan --check {os.fspath(path)})" if more else ""
+        raise UsageError(f"{first.where}: {first.message}{also}", first.hint)
+    return config
+
+
+def config_of(config: ScanConfig | Mapping[str, Any] | str | os.PathLike[str]) -> ScanConfig:
+    """A config as it is, of tables in a dict (paths relative to the working folder), or of a file."""
+    if isinstance(config, ScanConfig):
+        return config
+    if isinstance(config, str | os.PathLike):
+        return read_config(config)
+    found, problems = _parsed(Tables(), config, Path())
+    if found is None:
+        raise UsageError(problems[0].message, problems[0].hint)
+    return found
+
+
+def parse_config(path: str | os.PathLike[str]) -> tuple[ScanConfig | None, list[Problem]]:
+    """The config, or None and every mistake in the file."""
+    file = Path(path)
+    name = os.fspath(path)
+    try:
+        with file.open("rb") as handle:
+            raw = handle.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            return None, [Problem(name, f"it is larger than {MAX_BYTES >> 20} MiB", "a config is a few tables of text")]
+        text = raw.decode()
+        data = tomllib.loads(text)
+    except FileNotFoundError:
+        return None, [Problem(name, "there is no such file", "docs/scan.md has an example to start from")]
+    except OSError as error:
+        return None, [Problem(name, error.strerror or str(error), "name a TOML file that can be read")]
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        return None, [Problem(f"{name}:{line}", "this is no UTF-8 text", "save the file as UTF-8")]
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        return None, [Problem(name, f"this is no TOML: {error}", "strings need quotes, tables [brackets]")]
+    return _parsed(Tables(name, text), data, file.parent)
+
+
+def _parsed(tables: Tables, data: Mapping[str, Any], base: Path) -> tuple[ScanConfig | None, list[Problem]]:
+    config = tables.struct(ScanConfig, data)
+    if "source" not in data:
+        tables.add((), "there is no [[source]]", 'write [[source]] and address = "camera:0", a folder or another source')
+    if not {"model", "text", "codes"} & set(data):
+        tables.add((), "there is nothing to read with", "add [model] with a bundle, [text] or [codes]")
+    names = [source.get("name") for source in data.get("source", ()) if isinstance(source, Mapping)]
+    for number, name in enumerate(names):
+        if name and name in names[:number]:
+            tables.add(("source", number, "name"), f"two sources are named {name!r}", "give each its own name")
+    if tables.problems or config is None:
+        return None, tables.problems
+    return _absolute(config, base), []
+
+
+def _absolute(config: ScanConfig, base: Path) -> ScanConfig:
+    """With all paths absolute."""
+    changes: dict[str, Any] = {}
+    for table, key in _PATHS:
+        options = changes.get(table, getattr(config, table))
+        if options is not None and getattr(options, key):
+            changes[table] = msgspec.structs.replace(options, **{key: str((base / getattr(options, key)).absolute())})
+    changes["source"] = tuple(_source_from(source, base) for source in config.source)
+    changes["sink"] = tuple(_sink_from(sink, base) for sink in config.sink)
+    return msgspec.structs.replace(config, **changes)
+
+
+def _source_from(source: SourceOptions, base: Path) -> SourceOptions:
+    from .sources.address import kind_of
+
+    path = base / source.address
+    if kind_of(source.address) not in ("", "video") and not path.exists():
+        return source
+    return msgspec.structs.replace(source, address=str(path.absolute()))
+
+
+def _sink_from(sink: SinkOptions, base: Path) -> SinkOptions:
+    kind, _, rest = sink.address.partition(":")
+    if kind.lower() not in _FILE_SINKS or rest in ("", "-"):
+        return sink
+    return msgspec.structs.replace(sink, address=f"{kind}:{(base / rest).absolute()}")

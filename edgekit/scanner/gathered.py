@@ -1,0 +1,89 @@
+"""What a `Harvest` kept, as a ``folder:`` data set with a sheet of what to look at."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from edgekit.bundle import refuse_inside_bundle
+from edgekit.errors import DataError, OutputExists
+
+from .steps.harvest import Facts
+
+__all__ = ["SHEET", "UNLABELLED", "gather"]
+
+UNLABELLED = "unlabelled"
+SHEET = "review.csv"
+_MAX_FACTS = 1 << 16
+_COLUMNS = ("file", "label", "score", "why", "other", "source", "seq", "time")
+
+
+def gather(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Copy the frames of ``folder`` to ``out``, one folder a predicted label, `UNLABELLED` for the others; `SHEET` lists them,
+    the most telling first.
+
+    Returns ``frames``, ``labels`` (count by folder), ``damaged``. Raises `DataError` where there is nothing to gather,
+    `OutputExists`.
+    """
+    source, target = Path(folder), Path(out)
+    if os.path.lexists(target):
+        raise OutputExists(target)
+    refuse_inside_bundle(target)
+    found, damaged = _found(source)
+    if not found:
+        raise DataError(f"{source} holds no harvested frames", "harvest some: edgekit scan with a harvest in its config")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        labels: dict[str, int] = {}
+        with (work / SHEET).open("w", newline="", encoding="utf-8") as file:
+            sheet = csv.writer(file)
+            sheet.writerow(_COLUMNS)
+            for path, facts in sorted(found, key=lambda each: (-each[1].value, each[0].name)):
+                place = _folder_name(facts.label)
+                (work / place).mkdir(exist_ok=True)
+                shutil.copyfile(path, work / place / path.name)
+                labels[place] = labels.get(place, 0) + 1
+                row = (facts.label, facts.score, facts.why, facts.other, facts.source, facts.seq, facts.time)
+                sheet.writerow([f"{place}/{path.name}", *map(_cell, row)])
+        os.chmod(work, 0o755)
+        os.rename(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return {"out": str(target), "frames": len(found), "labels": dict(sorted(labels.items())), "damaged": damaged}
+
+
+def _found(folder: Path) -> tuple[list[tuple[Path, Facts]], int]:
+    found: list[tuple[Path, Facts]] = []
+    damaged = 0
+    for path in sorted(folder.glob("*.json")):
+        picture = path.with_suffix(".png")
+        try:
+            if path.stat().st_size > _MAX_FACTS or picture.is_symlink() or not picture.is_file():
+                raise ValueError(path.name)
+            found.append((picture, msgspec.json.decode(path.read_bytes(), type=Facts)))
+        except (msgspec.DecodeError, UnicodeDecodeError, OSError, ValueError):
+            damaged += 1
+    return found, damaged
+
+
+def _folder_name(label: str | None) -> str:
+    """A label as the name of a folder below the data set, whatever it holds."""
+    name = quote(label, safe=" ()+,=@") if label else ""
+    if not name:
+        return UNLABELLED
+    return f"%2E{name[1:]}" if name.startswith(".") else name[:200]
+
+
+def _cell(value: Any) -> str:
+    """Text that no spreadsheet takes for a formula."""
+    text = "" if value is None else str(value)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text

@@ -1,0 +1,166 @@
+"""`Scanner`: a whole scan as an object, for the command line and for applications on the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from edgekit.errors import UsageError
+from edgekit.progress import say
+
+from .assembly import Parts, assemble
+from .board import Board
+from .config import ScanConfig, config_of
+from .events import Event
+from .logs import LogOptions, logging
+from .pipeline import Pipeline, Summary
+from .preview import Preview
+from .server import StatusServer
+from .stop import Stop
+from .systemd import Systemd
+
+__all__ = ["Scanner"]
+
+#: Events kept for whoever looks.
+RECENT = 20
+#: Between two status lines for systemd.
+STATUS_S = 10.0
+
+
+class Scanner:
+    """All that a `ScanConfig` (or its tables in a dict, or the path of its TOML file) says, once.
+
+    ``run()`` scans to the end of the source or until `stop`; ``for event in Scanner(config)`` and ``async for`` give each event
+    once every sink has taken it, and leaving the loop stops the scan in order. ``on_event`` hears each event too. ``frames``:
+    arrays of the application's own, uint8 (H, W) or (H, W, 3) RGB, in place of the config's sources.
+
+    **Threads.** All about a frame happens in the thread that runs the scan: the caller's, with ``async for`` one of its own. A
+    consumer that is slow holds the scan up; its cameras then drop frames by their queue's policy, and count them. Beside it
+    there is one thread a network sink, one a camera, and with [server] one, and one a connection. `stop` and `status` may be
+    called from any thread; SIGTERM is the caller's (`stop_on_signals`).
+
+    **Processes.** Each camera, stream and video file is a process of its own, so that a read that hangs can be ended.
+
+    **Memory.** One model; ``depth`` + 2 frames a camera in shared memory; latencies of the last 65,536 frames (0.5 MB). What
+    grows with time is on disk, and bounded.
+
+    Raises `UsageError` for a config that cannot be; opening happens where the scan starts and raises what `scan` raises.
+    """
+
+    def __init__(
+        self,
+        config: ScanConfig | Mapping[str, Any] | str,
+        *,
+        on_event: Callable[[Event], None] | None = None,
+        frames: Iterable[Any] | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        self.config = config_of(config)
+        if frames is None and not self.config.source:
+            raise UsageError("there is no source", "add [[source]] with an address, or give frames=")
+        self.summary: Summary | None = None
+        self.url = ""  #: of the server, once it runs
+        self._board = Board()
+        self._on_event, self._frames, self._stop = on_event, frames, stop or Stop()
+        self._recent: deque[Event] = deque(maxlen=RECENT)
+        self._systemd = Systemd()
+        self._tell = 0.0
+
+    def run(self) -> Summary:
+        """Scan; returns the figures. Raises `OSError` or `EdgekitError` where a sink cannot take an event."""
+        for _ in self:
+            pass
+        assert self.summary is not None
+        return self.summary
+
+    def stop(self) -> None:
+        """End after the frame in hand; from any thread or signal handler."""
+        self._stop.set()
+
+    def status(self) -> dict[str, Any]:
+        """The figures of now, and ``recent`` events; {} before the scan runs. From any thread."""
+        return self._board.figures()
+
+    def __iter__(self) -> Generator[Event, None, None]:
+        with contextlib.ExitStack() as stack:
+            if self.config.log != LogOptions():
+                stack.enter_context(logging(self.config.log))
+            parts = Parts()
+            preview = self._serve(stack, lambda figures: parts.reasons(figures))
+            parts = assemble(self.config, stack, self._stop, self._frames)
+            pipeline = Pipeline(
+                source=parts.source,
+                reading=parts.reading,
+                steps=parts.steps,
+                sinks=parts.sinks,
+                batch=parts.batch,
+                stop=self._stop,
+                on_event=self._heard,
+                on_round=lambda monotonic: self._round(pipeline, monotonic),
+                on_answer=preview.show if preview else None,
+            )
+            if preview is not None:
+                preview.by_source = hasattr(parts.source, "counts")
+            yield from self._running(pipeline, parts)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+
+        loop, events = asyncio.get_running_loop(), iter(self)
+        thread = ThreadPoolExecutor(1, "scan")  # one: a model belongs to a thread
+        try:
+            while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
+                yield event
+        finally:
+            self.stop()
+            await asyncio.shield(loop.run_in_executor(thread, events.close))
+            thread.shutdown(wait=False)
+
+    def _serve(self, stack: contextlib.ExitStack, reasons: Callable[[dict[str, Any]], list[str]]) -> Preview | None:
+        options = self.config.server
+        if options is None:
+            return None
+        region = self.config.region
+        preview = Preview(region.region() if region else None) if options.preview else None
+        server = StatusServer(options, self._board, reasons, preview)
+        stack.callback(server.close)
+        self.url = server.url
+        say(f"{server.url}" + (" shows the newest frames" if preview else "metrics"), url=server.url)
+        return preview
+
+    def _running(self, pipeline: Pipeline, parts: Parts) -> Generator[Event, None, None]:
+        def figures() -> dict[str, Any]:
+            latencies = pipeline.latencies()
+            return {**pipeline.summary().figures(), "model": parts.model, "latencies": latencies, "recent": list(self._recent)}
+
+        self._board.start(figures)
+        self._systemd.send("READY=1", "STATUS=scanning")
+        well = True
+        try:
+            yield from pipeline.stream()
+        except Exception:
+            well = False  # what failed may not give its figures either
+            raise
+        finally:
+            self._systemd.send("STOPPING=1")
+            self._board.stop(well)
+            if well:
+                self.summary = replace(pipeline.summary(), model=parts.model)
+
+    def _heard(self, event: Event) -> None:
+        self._recent.append(event)
+        if self._on_event:
+            self._on_event(event)
+
+    def _round(self, pipeline: Pipeline, monotonic: float) -> None:
+        self._board.round(monotonic)
+        self._systemd.round(monotonic)
+        if self._stop.is_set():
+            self._systemd.send("STOPPING=1")
+        elif self._systemd.active and monotonic >= self._tell:
+            self._tell = monotonic + STATUS_S
+            self._systemd.send(f"STATUS={pipeline.summary().line()}")

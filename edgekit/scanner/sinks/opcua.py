@@ -1,0 +1,94 @@
+"""``opc.tcp://[user:password@]host[:port][/path]?node=ns=2;s=Line1.Event``: write each event, as JSON, to a String variable.
+
+The server's good status for the write is the acknowledgement. A variable holds one value: the server has had every event in
+order, a client sees each only where it subscribes with a queue or the server keeps history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+from edgekit.errors import MissingExtra, UsageError, first_line
+from edgekit.scanner.outbox import Outbox
+
+from . import Sink, without_secrets
+from .forward import ForwardSink, Undelivered
+
+__all__ = ["OpcUaTransport", "open_opcua"]
+
+TIMEOUT_S = 5.0
+_FORM = "write opc.tcp://HOST:4840/PATH?node=ns=2;s=NAME; in user and password, write / @ ? # as %2F %40 %3F %23"
+
+
+def open_opcua(spec: str, outbox: Callable[[], Outbox]) -> Sink:
+    """Raises `UsageError` for an address without host or node, `MissingExtra` without asyncua."""
+    try:
+        url = urllib.parse.urlsplit(spec)
+        host, port = url.hostname, url.port or 4840
+    except ValueError:  # its words may quote a part of the password
+        raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
+    option, _, node = url.query.partition("=")
+    if not host or option != "node" or not node or "&" in node or "@" in url.path or "#" in spec:
+        raise UsageError(f"the sink {without_secrets(spec)!r} names no host and node to write to", _FORM)
+    try:
+        import asyncua
+        from asyncua import ua
+    except ImportError:
+        raise MissingExtra("opcua", "asyncua") from None
+    node = urllib.parse.unquote(node)
+    try:
+        node_id = ua.NodeId.from_string(node)
+    except Exception:  # noqa: BLE001  whatever asyncua makes of it
+        raise UsageError(f"{node!r} is no OPC UA node id", "write for example ns=2;s=Line1.Event or ns=2;i=1001") from None
+    user, password = (urllib.parse.unquote(part) if part is not None else None for part in (url.username, url.password))
+    where = f"opc.tcp://{f'[{host}]' if ':' in host else host}:{port}{url.path.rstrip('/')}"
+    transport = OpcUaTransport(asyncua, where, node_id, user, password)
+    return ForwardSink(f"{where}?node={node}", transport, outbox())
+
+
+class OpcUaTransport:
+    def __init__(self, asyncua: Any, address: str, node_id: Any, user: str | None, password: str | None) -> None:
+        self._asyncua, self._address, self._node_id = asyncua, address, node_id
+        self._user, self._password = user, password
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: Any = None
+
+    def deliver(self, event_id: str, event: bytes) -> None:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        try:
+            self._loop.run_until_complete(asyncio.wait_for(self._write(event.decode()), TIMEOUT_S))
+        except (TimeoutError, asyncio.TimeoutError):
+            self._disconnect()
+            raise Undelivered(f"no answer within {TIMEOUT_S:g} s") from None
+        except Exception as error:  # noqa: BLE001  asyncua raises a class for each status code, and its own beside
+            self._disconnect()
+            raise Undelivered(first_line(error)) from None
+
+    def close(self) -> None:
+        if self._loop:
+            self._disconnect()
+            self._loop.close()
+            self._loop = None
+
+    async def _write(self, text: str) -> None:
+        ua = self._asyncua.ua
+        if self._client is None:
+            client = self._asyncua.Client(self._address, timeout=TIMEOUT_S)
+            if self._user is not None:
+                client.set_user(self._user)
+                client.set_password(self._password or "")
+            await client.connect()
+            self._client = client
+        value = ua.DataValue(ua.Variant(text, ua.VariantType.String))
+        await self._client.get_node(self._node_id).write_value(value)
+
+    def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client and self._loop:
+            with contextlib.suppress(Exception):
+                self._loop.run_until_complete(asyncio.wait_for(client.disconnect(), 1.0))

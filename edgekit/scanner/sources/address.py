@@ -1,0 +1,51 @@
+"""What a source's address says: its kind, the name that may be shown, and the words for what went wrong with it."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from pathlib import Path
+
+__all__ = ["LIVE", "PATTERN", "VIDEO_SUFFIXES", "kind_of", "safe_words", "shown"]
+
+_VIDEO = ".mp4 .m4v .avi .mkv .mov .webm .ts .mts .mpg .mpeg .h264 .h265 .mjpeg .mjpg .y4m"
+VIDEO_SUFFIXES = frozenset(_VIDEO.split())
+#: Schemes of what goes on by itself, beside ``pattern:``.
+LIVE = frozenset({"camera", "v4l2", "rtsp", "rtsps", "http", "https", "tcp", "udp", "rtp", "srt", "gst"})
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
+#: ``pattern:WIDTHxHEIGHT@FPS``, with ``,FRAMES`` where it should end.
+PATTERN = re.compile(r"^pattern:(\d{1,5})x(\d{1,5})@(\d{1,4}(?:\.\d+)?)(?:,(\d{1,9}))?$")
+_SECRET = re.compile(r"(?i)([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig)[^=&;]*=)[^&;#\s]+")
+_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)[^/\s]*@")
+
+
+def kind_of(spec: str) -> str:
+    """The scheme in lower case, ``video`` for a video file, "" for any other path."""
+    if Path(spec).exists():
+        scheme = ""
+    else:
+        found = _SCHEME.match(spec)
+        scheme = found.group(1).lower() if found else ""
+    return "video" if not scheme and Path(spec).suffix.lower() in VIDEO_SUFFIXES and not Path(spec).is_dir() else scheme
+
+
+def shown(spec: str) -> str:
+    """The address without user, password and what looks like a token."""
+    return _SECRET.sub(r"\1...", _USER.sub(r"\1", spec))
+
+
+def safe_words(words: str, spec: str) -> str:
+    """A message of a library that may quote the address, in one short line without its password."""
+    for secret in _secrets(spec):
+        words = words.replace(secret, "...")
+    return shown(" ".join(words.split()))[:300]
+
+
+def _secrets(spec: str) -> list[str]:
+    try:
+        url = urllib.parse.urlsplit(spec)
+        password = url.password or ""
+    except ValueError:
+        password = ""
+    values = [password, urllib.parse.unquote(password), *(each.group(0).split("=", 1)[1] for each in _SECRET.finditer(spec))]
+    return sorted({each for each in values if each}, key=len, reverse=True)

@@ -1,0 +1,226 @@
+"""A sampler that keeps the frames which teach a model most: what it was unsure of, what nobody read, and a few at random."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import random
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle import refuse_inside_bundle
+from edgekit.files import atomic_write
+from edgekit.scanner.events import Event, rfc3339
+from edgekit.scanner.png import encode_png
+from edgekit.scanner.reading import Region
+from edgekit.scanner.sources import Captured
+
+from .shadow import ShadowedModel
+
+__all__ = ["Facts", "Harvest", "HarvestOptions", "near_hash"]
+
+_RECENT = 8  # frames that an event without one may be about
+_RANDOM_PART = 0.2  # of most_frames, at least, for the random ones
+
+
+class HarvestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``folder`` keeps at most ``most_frames`` frames of ``most_megabytes``; better ones push worse ones out.
+
+    A frame is kept where its score is below ``score``, its event is one of ``on``, a model in the shadow disagrees, or by
+    chance (``random_share``). One whose perceptual hash is within ``near_bits`` of 64 of a kept one is left out
+    (0: only equal ones).
+    """
+
+    folder: str
+    most_frames: int = 500
+    most_megabytes: float = 500.0
+    score: float = 0.6
+    random_share: float = 0.001
+    on: tuple[str, ...] = ("no_read", "drift", "failed", "unfit")
+    near_bits: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise ValueError("folder is empty")
+        if self.most_frames < 1 or self.most_megabytes <= 0 or not 0 <= self.near_bits <= 32:
+            raise ValueError("most_frames is at least 1, most_megabytes more than 0, near_bits 0 to 32")
+        if not (0 <= self.score <= 1 and 0 <= self.random_share <= 1):
+            raise ValueError("score and random_share are shares of 1")
+
+
+class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Beside a kept frame, as JSON. ``why``: score, random, disagreement or an event's name; ``value``: the higher the better."""
+
+    why: str
+    value: float
+    source: str
+    seq: int
+    time: str
+    hash: str = ""
+    label: str | None = None
+    text: str | None = None
+    score: float | None = None
+    other: str | None = None
+
+
+class _Entry(NamedTuple):
+    facts: Facts
+    name: str
+    size: int
+
+
+class Harvest:
+    """A `Step`, before those that hold events back, and a `Sink`, for events that later steps make.
+
+    ``shadow``: the model whose disagreements are harvested as well. Hashing and writing are done by a thread of its own.
+    """
+
+    name = "harvest"
+
+    def __init__(self, options: HarvestOptions, shadow: ShadowedModel | None = None, region: Region | None = None) -> None:
+        refuse_inside_bundle(Path(options.folder) / "x")
+        self.options = options
+        self._shadow, self._region = shadow, region
+        self._recent: deque[tuple[Captured, Event]] = deque(maxlen=_RECENT)
+        self._random = random.Random(0)  # noqa: S311  which frames, not which keys
+        self._jobs: queue.Queue[Any] = queue.Queue(4)
+        self._thread: threading.Thread | None = None
+        self._kept: list[_Entry] = []
+        self._number = 0
+        self._sent = 0
+        self._counts = {"seen": 0, "near": 0, "pushed_out": 0, "busy": 0, "failed": 0}
+
+    def wants(self, captured: Captured) -> str:
+        return ""
+
+    def frame(self, captured: Captured, event: Event) -> list[Event]:
+        if captured.frame is None:
+            return [event]
+        self._recent.append((captured, event))
+        score = event.get("score")
+        if event.get("event") in self.options.on:
+            self._take(captured.frame, event, str(event["event"]), 2.0)
+        elif isinstance(score, int | float) and score < self.options.score:
+            self._take(captured.frame, event, "score", 1.0 + (self.options.score - score))
+        elif self._random.random() < self.options.random_share:
+            self._take(captured.frame, event, "random", self._random.random())
+        return [event]
+
+    def due(self, monotonic: float, wall: float) -> list[Event]:
+        for each in self._shadow.take_disagreements() if self._shadow is not None else ():
+            about = {"source": each.shown.source, "seq": each.shown.seq, "time": rfc3339(wall), **each.before}
+            self._take(
+                each.shown.frame, about, "disagreement", 3.0, str(each.after.get("label", each.after.get("text"))), whole=True
+            )
+        if math.isinf(monotonic):
+            self.flush()
+        return []
+
+    def send(self, event: Event) -> None:
+        """An event of ``on`` that a step made is about the frame it names, or the latest."""
+        self._sent += 1
+        if event.get("event") not in self.options.on or event.get("event") in ("failed", "unfit") or not self._recent:
+            return
+        named = [each for each in self._recent if (each[0].source, each[0].seq) == (event.get("source"), event.get("seq"))]
+        captured, answered = (named or list(self._recent))[-1]
+        assert captured.frame is not None
+        self._take(captured.frame, answered, str(event["event"]), 2.0)
+
+    def flush(self, patience_s: float = 2.0) -> None:
+        """Wait until what was taken is on disk."""
+        if self._thread is not None and self._thread.is_alive():
+            done = threading.Event()
+            with contextlib.suppress(queue.Full):
+                self._jobs.put(done.set, timeout=patience_s)
+                done.wait(patience_s)
+
+    def status(self) -> dict[str, Any]:
+        return {"sink": self.name, "sent": self._sent, "kept": len(self._kept), **self._counts}
+
+    def close(self) -> None:
+        self.flush()
+        if self._thread is not None:
+            with contextlib.suppress(queue.Full):
+                self._jobs.put(None, timeout=1.0)
+            self._thread.join(1.0)
+            self._thread = None
+
+    def _take(
+        self, frame: NDArray[Any], event: Event, why: str, value: float, other: str | None = None, whole: bool = False
+    ) -> None:
+        if frame.dtype != np.uint8 or frame.ndim not in (2, 3) or (frame.ndim == 3 and frame.shape[2] != 3):
+            return
+        self._counts["seen"] += 1
+        part = np.array(frame if whole or self._region is None else self._region.of(frame))
+        known = {key: event[key] for key in ("label", "text", "score") if isinstance(event.get(key), str | int | float)}
+        facts = Facts(why, value, str(event["source"]), int(event["seq"]), str(event["time"]), other=other, **known)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="harvest", daemon=True)
+            self._thread.start()
+        try:
+            self._jobs.put_nowait((part, facts))
+        except queue.Full:
+            self._counts["busy"] += 1
+
+    def _work(self) -> None:
+        self._load()
+        while (job := self._jobs.get()) is not None:
+            if callable(job):
+                job()
+                continue
+            try:
+                self._keep(*job)
+            except OSError:  # a full disk must not stop the scan
+                self._counts["failed"] += 1
+
+    def _load(self) -> None:
+        for path in sorted(Path(self.options.folder).glob("*.json")):
+            with contextlib.suppress(msgspec.DecodeError, OSError, ValueError):
+                facts = msgspec.json.decode(path.read_bytes(), type=Facts)
+                self._kept.append(_Entry(facts, path.stem, path.with_suffix(".png").stat().st_size))
+                self._number = max(self._number, int(path.stem) + 1)
+
+    def _keep(self, frame: NDArray[np.uint8], facts: Facts) -> None:
+        own = near_hash(frame)
+        limit = self.options.near_bits
+        if any((int(entry.facts.hash, 16) ^ own).bit_count() <= limit for entry in self._kept if entry.facts.hash):
+            self._counts["near"] += 1
+            return
+        png = encode_png(frame)
+        folder, name = Path(self.options.folder), f"{self._number:08d}"
+        self._kept.append(_Entry(msgspec.structs.replace(facts, hash=f"{own:016x}"), name, len(png)))
+        while len(self._kept) > self.options.most_frames or sum(e.size for e in self._kept) > self.options.most_megabytes * 1e6:
+            worst = self._worst()
+            self._kept.remove(worst)
+            self._counts["pushed_out"] += 1
+            if worst.name == name:
+                return
+            for suffix in (".json", ".png"):
+                (folder / f"{worst.name}{suffix}").unlink(missing_ok=True)
+        self._number += 1
+        atomic_write(folder / f"{name}.png", png)
+        facts = next(entry.facts for entry in self._kept if entry.name == name)
+        atomic_write(folder / f"{name}.json", msgspec.json.encode(facts))
+
+    def _worst(self) -> _Entry:
+        """The least telling frame; of the random ones only while they are more than their part."""
+        chance = [entry for entry in self._kept if entry.facts.why == "random"]
+        rest = [entry for entry in self._kept if entry.facts.why != "random"]
+        among = chance if not rest or len(chance) > _RANDOM_PART * self.options.most_frames else rest
+        return min(among, key=lambda entry: entry.facts.value)
+
+
+def near_hash(frame: NDArray[np.uint8]) -> int:
+    """64 bits that like pictures share: whether each of 8x8 places is brighter than its right neighbour (a difference hash)."""
+    grey = frame if frame.ndim == 2 else frame[:, :, 1]
+    rows, columns = (np.linspace(0, size, count + 1).astype(int)[:-1] for size, count in zip(grey.shape, (8, 9), strict=True))
+    sums = np.add.reduceat(np.add.reduceat(grey, rows, 0, dtype=np.float64), columns, 1)
+    bits = (sums[:, :-1] > sums[:, 1:]).ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")

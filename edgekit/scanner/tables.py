@@ -1,0 +1,156 @@
+"""Tables of a TOML file into msgspec structs, with every mistake named at once: file and line, key, what arrived, what fits."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from edgekit.errors import EdgekitError
+
+__all__ = ["Key", "Problem", "Tables", "line_of"]
+
+#: A key's place: names, and numbers in arrays of tables.
+Key = tuple[str | int, ...]
+_HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
+
+
+class Problem(NamedTuple):
+    """What is wrong, where, and what mends it."""
+
+    where: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" + (f"; {self.hint}" if self.hint else "")
+
+
+class Tables:
+    """Reads tables into structs and collects `problems`. ``file`` and ``text``: where they come from, empty for a dict."""
+
+    def __init__(self, file: str = "", text: str = "") -> None:
+        self._file, self._text = file, text
+        self.problems: list[Problem] = []
+
+    def add(self, at: Key, message: str, hint: str = "") -> None:
+        self.problems.append(Problem(self._where(at), message, hint))
+
+    def struct(self, kind: type[Any], data: Any, at: Key = ()) -> Any:
+        """A ``kind`` made of ``data``; None where that did not work, and then `problems` say why."""
+        if not isinstance(data, Mapping):
+            self.add(at, f"`{shown(at)}` is {data!r}", "a table was expected: [" + shown(at) + "]")
+            return None
+        before = len(self.problems)
+        hints = get_type_hints(kind, include_extras=True)
+        names = kind.__struct_fields__
+        for key in data:
+            if key not in names:
+                self._unknown(at, key, names)
+        values = {name: self._value(hints[name], data[name], (*at, name)) for name in names if name in data}
+        for field in msgspec.structs.fields(kind):
+            if field.required and field.name not in data:
+                self.add(at, f"`{shown((*at, field.name))}` is missing")
+        if len(self.problems) > before:
+            return None
+        try:
+            return kind(**values)
+        except EdgekitError as error:
+            self.add(at, f"[{shown(at)}] {error.message}", error.hint)
+        except ValueError as error:
+            self.add(at, f"[{shown(at)}] {error}")
+        return None
+
+    def _value(self, hint: Any, value: Any, at: Key) -> Any:
+        kind, many = _tables_in(hint)
+        if kind is None:
+            try:
+                return msgspec.convert(value, hint)
+            except msgspec.ValidationError as error:
+                self._wrong(hint, value, at, str(error))
+                return None
+        if not many:
+            return self.struct(kind, value, at)
+        if not isinstance(value, list | tuple):
+            self.add(at, f"`{shown(at)}` is one table", f"write it as [[{shown(at)}]]; it may be repeated")
+            return ()
+        return tuple(self.struct(kind, each, (*at, number)) for number, each in enumerate(value))
+
+    def _wrong(self, hint: Any, value: Any, at: Key, message: str) -> None:
+        choices = _choices(hint)
+        if choices and isinstance(value, str):
+            self.add(at, f"`{shown(at)}` is {value!r}", _near(value, choices) or f"choose one of: {', '.join(choices)}")
+        else:
+            what, _, where = message.partition(" - at `$")
+            self.add(at, f"`{shown(at)}{where.rstrip('`')}` is {value!r}", what[0].lower() + what[1:].replace("`", ""))
+
+    def _unknown(self, at: Key, key: str, names: Iterable[str]) -> None:
+        hint = _near(key, names) or f"there is: {', '.join(sorted(names))}"
+        self.add((*at, key), f"unknown key `{shown((*at, key))}`", hint)
+
+    def _where(self, at: Key) -> str:
+        line = line_of(self._text, at)
+        return f"{self._file}:{line}" if line else self._file or "config"
+
+
+def shown(at: Key) -> str:
+    """``source[1].address``: entries of an array counted from 0, as in the error messages of other tools."""
+    text = ""
+    for part in at:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def line_of(text: str, at: Key) -> int:
+    """The line, from 1, on which a key or its table stands in a TOML text; 0 where it is not found."""
+    names = [part for part in at if isinstance(part, str)]
+    index = next((part for part in at if isinstance(part, int)), 0)
+    header: list[str] = []
+    seen: dict[str, int] = {}
+    best = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := _HEADER.match(line):
+            header = [part.strip().strip("\"'") for part in found[2].split(".")]
+            if found[1] == "[[":
+                seen[found[2]] = seen.get(found[2], -1) + 1
+            entry = seen.get(header[0], 0)
+            if names[: len(header)] == header and entry == index:
+                best = number
+            continue
+        inside = names[: len(header)] == header and seen.get(header[0] if header else "", 0) == index
+        key = re.match(r"""^\s*["']?([\w\-]+)["']?\s*[=.]""", line)
+        if inside and key and len(names) > len(header) and key[1] == names[len(header)]:
+            return number
+    return best
+
+
+def _near(word: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(names), 1)
+    return f"did you mean `{near[0]}`?" if near else ""
+
+
+def _plain(hint: Any) -> Any:
+    """Without Annotated and ``| None``."""
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = [each for each in get_args(hint) if each is not type(None)]
+        return _plain(inner[0]) if len(inner) == 1 else hint
+    return hint
+
+
+def _tables_in(hint: Any) -> tuple[type[Any] | None, bool]:
+    """The struct that a value becomes, and whether there may be several."""
+    hint = _plain(hint)
+    many = get_origin(hint) is tuple
+    kind = _plain(get_args(hint)[0]) if many and get_args(hint) else hint
+    return (kind, many) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else (None, many)
+
+
+def _choices(hint: Any) -> list[str]:
+    hint = _plain(hint)
+    return [str(each) for each in get_args(hint)] if get_origin(hint) is Literal else []
