@@ -53,7 +53,7 @@ def gather(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[
                 labels[place] = labels.get(place, 0) + 1
                 row = (facts.label, facts.score, facts.why, facts.other, facts.source, facts.seq, facts.time)
                 sheet.writerow([f"{place}/{path.name}", *map(_cell, row)])
-        os.chmod(work, 0o755)
+        os.chmod(work, 0o755)  # noqa: S103  as mkdir would have made it
         os.rename(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

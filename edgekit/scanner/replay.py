@@ -212,9 +212,9 @@ def _resume(steps: Sequence[Any], records: Sequence[StepState]) -> list[str]:
             known[record.name] = iter([*known.get(record.name, ()), record])
     fresh = []
     for step in steps:
-        record = next(known.get(step.name, iter(())), None)
-        if record is not None and hasattr(step, "resume"):
-            step.resume(record.state)
+        then = next(known.get(step.name, iter(())), None)
+        if then is not None and hasattr(step, "resume"):
+            step.resume(then.state)
         else:
             fresh.append(step.name)
     return fresh

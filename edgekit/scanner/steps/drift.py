@@ -276,7 +276,7 @@ def _of_calibration(bundle: Bundle) -> dict[str, Baseline]:
     counts[0] += tensor.zeros
     if not counts.sum() > 0 or counts.min() < 0:
         return {}
-    edges = np.arange(1, bins) * (tensor.top / bins)
+    edges = np.arange(1, bins, dtype=np.float64) * (tensor.top / bins)
     kept, shares = merged(edges, counts / counts.sum())
     samples = max(len(found.samples.ids), 1)
     values = {"mean": float(f"{tensor.mean:.4g}"), "rms": float(f"{tensor.rms:.4g}")}
@@ -294,7 +294,7 @@ def _event(part: str, state: str, moved: Moved, level: float, baseline: Baseline
         "psi": round(moved.psi, 4),
         "ks": round(moved.ks, 4),
         "level": round(level, 4),
-        "reason": f"{part}: {key} {baseline.values.get(key, 0):.4g} before, {moved.values[key]:.4g} in the last {frames} frames",
+        "reason": f"{part}: {key} {baseline.values.get(key, 0):.4g} before, {moved.values[key]:.4g} in {frames} frames",
         "before": baseline.values,
         "now": moved.values,
         "baseline": baseline.origin,

@@ -56,7 +56,7 @@ class HarvestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Beside a kept frame, as JSON. ``why``: score, random, disagreement or an event's name; ``value``: the higher the better."""
+    """Beside a kept frame, as JSON. ``why``: score, random, disagreement or an event's name; ``value``: high is good."""
 
     why: str
     value: float

@@ -182,7 +182,10 @@ class Incidents:
 
     def close(self) -> None:
         self.flush()
-        self._jobs.put(None)
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._jobs.put(None)
+            thread.join(2.0)
 
     def _opened(self) -> _Turn:
         """The round that is going on; the one before ends with its `due`, and the events that left after it."""

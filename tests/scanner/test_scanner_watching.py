@@ -1,0 +1,283 @@
+"""What watches a scan: shadow, drift, self-test, incidents and their replay, harvest."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from edgekit.bundle import GOLDEN, Bundle
+from edgekit.data import load
+from edgekit.errors import DataError
+from edgekit.manifest import Tolerance
+from edgekit.runtime import Model
+from edgekit.runtime.golden import load_golden, save_golden
+from edgekit.runtime.onnxruntime import OnnxRuntimeRunner
+from edgekit.scanner import Captured, Pipeline, Step
+from edgekit.scanner.png import decode_png, encode_png
+from edgekit.scanner.reading import Reading
+from edgekit.scanner.steps.drift import Drift, DriftOptions
+from edgekit.scanner.steps.harvest import Harvest, HarvestOptions
+from edgekit.scanner.steps.incident import IncidentOptions, Incidents
+from edgekit.scanner.steps.selftest import SelfTest, SelfTestOptions
+from edgekit.scanner.steps.shadow import Shadow, ShadowedModel, ShadowOptions
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[np.ndarray[Any, Any]]:
+    split = load("digits").test
+    return [split.read(i) for i in range(len(split))]
+
+
+def frames(digits: list[Any], count: int, begin: int = 0) -> Iterator[Captured]:
+    for seq in range(begin, begin + count):
+        yield Captured(digits[seq % len(digits)], "cam", seq, 1e9 + seq / 10, "", 100 + seq / 10)
+
+
+SIDE = st.integers(1, 12)
+
+
+@given(arrays.arrays(np.uint8, st.one_of(st.tuples(SIDE, SIDE), st.tuples(SIDE, SIDE, st.just(3)))))
+def test_frames_are_packed_without_loss(frame: Any) -> None:
+    assert np.array_equal(decode_png(encode_png(frame), "f"), frame)
+
+
+@given(st.binary(max_size=80), st.integers(0, 60))
+def test_a_damaged_frame_is_refused(noise: bytes, place: int) -> None:
+    good = encode_png(np.arange(30, dtype=np.uint8).reshape(5, 6))
+    bad = good[:place] + noise + good[place + len(noise) :]
+    with contextlib.suppress(DataError):
+        assert decode_png(bad, "f").size <= 64_000_000
+
+
+# Shadow
+
+
+def wait_for(condition: Any, model: ShadowedModel, step: Shadow, digits: list[Any]) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    end = time.monotonic() + 30
+    seq = 0
+    while not condition(events):
+        assert time.monotonic() < end, events
+        captured = next(frames(digits, 1, seq))
+        prediction = model(captured.frame)
+        events += step.frame(captured, {"label": prediction.label})[1:] + step.due(0.0, 0.0)
+        seq += 1
+        time.sleep(0.001)
+    return events
+
+
+def ended(events: list[dict[str, Any]]) -> bool:
+    return any(event["state"] in ("promoted", "refused") for event in events)
+
+
+def renamed(bundle: Bundle, path: Path, labels: tuple[str, ...] | None = None) -> Path:
+    """The same model, another digest."""
+    with Bundle.create(path) as draft:
+        for name in bundle.manifest.files:
+            draft.write(name, bundle.read(name))
+        inputs, outputs = load_golden(bundle)
+        draft.write(GOLDEN, save_golden({"x": inputs["x"][:4]}, {"y": outputs["y"][:4]}))
+        draft.manifest = msgspec.structs.replace(bundle.manifest, labels=labels or bundle.manifest.labels)
+    return path
+
+
+def test_a_like_bundle_is_promoted_and_every_model_closed(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"open": 0, "closed": 0}
+    enter, leave = OnnxRuntimeRunner.__enter__, OnnxRuntimeRunner.__exit__
+
+    def counted_enter(self: Any) -> Any:
+        counts["open"] += 1
+        return enter(self)
+
+    def counted_leave(self: Any, *args: Any) -> None:
+        counts["closed"] += 1
+        leave(self, *args)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "__enter__", counted_enter)
+    monkeypatch.setattr(OnnxRuntimeRunner, "__exit__", counted_leave)
+    options = ShadowOptions(frames=20, p99_share=50, busy_share=1.0)
+    model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), options)
+    step = Shadow(model)
+    new = renamed(digits_bundle, tmp_path / "new.edge")
+    model.offer(new)
+    events = wait_for(ended, model, step, digits)
+    assert [event["state"] for event in events] == ["offered", "promoted"]
+    assert events[-1]["agreement"] == 1
+    assert events[-1]["frames"] == 20
+    assert model.bundle.digest == Bundle.open(new).digest == events[-1]["digest"]
+    model.close()
+    assert counts["open"] == counts["closed"] == 4
+
+
+@pytest.mark.parametrize("fault", ["otherwise", "corrupt", "missing"])
+def test_a_bad_bundle_changes_nothing(digits_bundle: Bundle, digits: list[Any], tmp_path: Path, fault: str) -> None:
+    path = renamed(digits_bundle, tmp_path / "new.edge", tuple("abcdefghij") if fault == "otherwise" else None)
+    if fault == "corrupt":
+        graph = path / "model.onnx"
+        graph.write_bytes(graph.read_bytes()[:-1] + b"!")
+    report = tmp_path / "report.json"
+    options = ShadowOptions(frames=20, busy_share=1.0, report=str(report))
+    model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), options)
+    step = Shadow(model)
+    model.offer(tmp_path / "none.edge" if fault == "missing" else path)
+    events = wait_for(ended, model, step, digits)
+    assert events[-1]["state"] == "refused"
+    assert {"otherwise": "otherwise", "corrupt": "damaged", "missing": "no bundle"}[fault] in events[-1]["reason"]
+    assert model.bundle.digest == digits_bundle.digest
+    assert model(digits[0]).label is not None
+    assert ('"seq"' in report.read_text()) == (fault == "otherwise")
+    model.close()
+
+
+# Drift
+
+
+def drifted(step: Drift, stream: Iterator[Captured]) -> list[dict[str, Any]]:
+    return [event for captured in stream for event in step.frame(captured, {})[1:]]
+
+
+def test_drift_is_found_once_and_comes_back(digits_bundle: Bundle, digits: list[Any]) -> None:
+    order = np.random.default_rng(0)
+    plain = [digits[i] for i in order.integers(0, len(digits), 6000)]
+    options = DriftOptions(every_frames=1, window_frames=100, learn_frames=300)
+    with Model.open(digits_bundle.path) as model:
+        step = Drift(model, options)
+        assert drifted(step, frames(plain, 300 + 2000)) == []  # 20 windows
+        assert not step.status()["drifted"]
+        dark = [(frame * 0.5).astype(np.uint8) for frame in plain[:400]]
+        found = drifted(step, frames(dark, 400))
+        assert "brightness" in {event["part"] for event in found}
+        assert all(event["state"] == "drifted" for event in found)
+        assert len(found) == len({event["part"] for event in found})
+        event = next(event for event in found if event["part"] == "brightness")
+        assert event["now"]["mean"] < event["before"]["mean"]
+        assert "first 300" in event["baseline"]
+        back = drifted(step, frames(plain, 400))
+        assert {e["part"] for e in back if e["state"] == "back"} == {e["part"] for e in found}
+
+
+# Self-test
+
+
+def test_the_self_test_runs_at_load_by_the_clock_and_when_hot(digits_bundle: Bundle, tmp_path: Path) -> None:
+    zone = tmp_path / "thermal_zone0"
+    zone.mkdir()
+    (zone / "temp").write_text("40000\n")
+    with Model.open(digits_bundle.path) as model:
+        step = SelfTest(model, SelfTestOptions(zones=str(tmp_path)))
+        (event,) = step.due(0.0, 1e9)
+        assert (event["why"], event["ok"]) == ("load", True)
+        assert event["error"] < 1e-4
+        assert step.due(3599.0, 1e9) == []
+        assert step.due(3600.0, 1e9)[0]["why"] == "hourly"
+        (zone / "temp").write_text("90500\n")
+        (event,) = step.due(4000.0, 1e9)
+        assert (event["why"], event["celsius"]) == ("hot", 90.5)
+        assert step.due(4010.0, 1e9) == []
+        assert step.healthy
+
+
+def test_a_failed_self_test_is_unhealthy(digits_bundle: Bundle) -> None:
+    wrong = msgspec.structs.replace(digits_bundle.manifest, golden={"model.onnx": Tolerance("relative", -1.0)})
+    with Model.open(Bundle(digits_bundle.path, wrong)) as model:
+        step = SelfTest(model)
+        (event,) = step.due(0.0, 1e9)
+        assert not event["ok"]
+        assert "misses the golden outputs" in event["reason"]
+        assert step.status()["healthy"] is False
+
+
+# Incidents
+
+
+class Sometimes:
+    """A step that makes an incident of each tenth frame."""
+
+    name = "votes"
+
+    def wants(self, captured: Captured) -> str:
+        return "skipped" if captured.seq % 7 == 3 else ""
+
+    def frame(self, captured: Captured, event: dict[str, Any]) -> list[dict[str, Any]]:
+        return [event, {**event, "event": "no_read"}] if captured.seq == 55 else [event]
+
+    def due(self, monotonic: float, wall: float) -> list[dict[str, Any]]:
+        return []
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def record(bundle: Bundle, digits: list[Any], folder: Path, **options: Any) -> list[Path]:
+    incidents = Incidents(IncidentOptions(folder=str(folder), **options))
+    with Model.open(bundle.path) as model:
+        reading = Reading(model)
+        steps: list[Step] = [incidents, Sometimes()]
+        incidents.watch(reading, steps, {"sink": "mqtt://me:pw@host/x", "password": "pw"})
+        Pipeline(source=frames(digits, 60), reading=reading, steps=steps, sinks=[incidents]).run()
+        incidents.close()
+    return sorted(folder.glob("*.edgekit-incident"))
+
+
+def test_an_incident_is_replayed_byte_for_byte(digits_bundle: Bundle, digits: list[Any], tmp_path: Path) -> None:
+    from edgekit.scanner.replay import replay
+
+    (path,) = record(digits_bundle, digits, tmp_path / "incidents")
+    found = replay(path, steps=lambda records: [Sometimes()])
+    assert found.difference is None
+    assert found.events >= 48
+    assert found.frames == 56  # up to the incident
+    assert found.fresh == ["votes"]  # it cannot tell its state
+    assert b"pw" not in zipfile.ZipFile(path).read("incident.json")
+
+
+def test_replay_shows_what_differs(digits_bundle: Bundle, digits: list[Any], tmp_path: Path, cli: Any) -> None:
+    (path,) = record(digits_bundle, digits, tmp_path / "incidents", on=("no_read",))
+    other = renamed(digits_bundle, tmp_path / "other.edge", tuple("abcdefghij"))
+    done = cli("replay", path, "--bundle", other, "--json")
+    assert done.code == 3
+    assert done.json["difference"]["recorded"]["label"] != done.json["difference"]["replayed"]["label"]
+    path.write_bytes(path.read_bytes()[:-200])
+    done = cli("replay", path)
+    assert done.code == 1
+    assert "no recording of an incident" in done.err
+
+
+# Harvest
+
+
+def test_harvest_becomes_a_data_set(digits_bundle: Bundle, digits: list[Any], tmp_path: Path, cli: Any) -> None:
+    options = HarvestOptions(folder=str(tmp_path / "kept"), most_frames=12, score=1.0, near_bits=2)
+    harvest = Harvest(options)
+    with Model.open(digits_bundle.path) as model:
+        for captured in frames(digits, 40):
+            event = {"source": "cam", "seq": captured.seq, "time": "t", "score": model(captured.frame).score, "label": "3/.."}
+            harvest.frame(captured, event)
+            harvest.flush()
+    harvest.close()
+    assert harvest.status()["kept"] == 12 == len(list((tmp_path / "kept").glob("*.png")))
+    done = cli("harvest", tmp_path / "kept", "--out", tmp_path / "set", "--json")
+    assert done.code == 0
+    assert done.json["frames"] == 12
+    assert [p.name for p in (tmp_path / "set").iterdir() if p.is_dir()] == ["3%2F.."]
+    rows = list(csv.DictReader((tmp_path / "set/review.csv").read_text().splitlines()))
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores)
+    assert cli("harvest", tmp_path / "kept", "--out", tmp_path / "set").code == 2
