@@ -310,6 +310,10 @@ class Outbox:
             self._moved[row.position] = added.lastrowid
             queue.handed[added.lastrowid] = cost
 
+    def _known(self, row: _Held) -> bool:
+        found = self._connection.execute("SELECT 1 FROM outbox WHERE sink = ? AND id = ?", (row.sink, row.id))
+        return found.fetchone() is not None
+
     def _exceeded(self, queue: _Queue) -> str:
         if queue.waiting + queue.refused > self.options.most_events:
             return "most events"

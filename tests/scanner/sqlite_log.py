@@ -122,6 +122,8 @@ def image(steps: list[Any], folder: Path, part: float, rng: random.Random) -> No
             content = files.setdefault(step[1], bytearray())
             content.extend(b"\0" * max(0, step[2] - len(content)))
             content[step[2] : step[2] + len(data)] = data
+    if any(name.endswith("-wal") for name in files):  # SQLite has removed the journal before it opens the WAL
+        files = {name: content for name, content in files.items() if not name.endswith("-journal")}
     for name, content in files.items():
         if not name.endswith("-shm"):
             (folder / name).write_bytes(content)

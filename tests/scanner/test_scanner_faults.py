@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import sqlite3
@@ -13,8 +14,12 @@ from typing import Any
 import pytest
 
 from edgekit.scanner import Outbox
-from tests.scanner import sqlite_log
 
+_spec = importlib.util.spec_from_file_location("sqlite_log", Path(__file__).with_name("sqlite_log.py"))
+assert _spec
+assert _spec.loader
+sqlite_log = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sqlite_log)
 KILLER = Path(__file__).with_name("killed_scans.py")
 
 
@@ -31,7 +36,7 @@ def test_200_kills_lose_nothing_and_repeats_have_the_same_id(tmp_path: Path) -> 
     order = [int(each.split("-")[0]) * 10**6 + int(each.split("-")[1]) for each in dict.fromkeys(received)]
     assert order == sorted(order)
     lines: list[str] = []
-    for path in sorted(tmp_path.glob("events.jsonl.*")) + [tmp_path / "events.jsonl"]:
+    for path in [*sorted(tmp_path.glob("events.jsonl.*")), tmp_path / "events.jsonl"]:
         lines += [json.loads(line)["id"] for line in path.read_text().splitlines()]
     assert acknowledged <= set(lines)
     assert len(lines) == len(set(lines))
