@@ -61,5 +61,6 @@ def test_an_application_takes_events_as_they_come(digits_bundle: Bundle, picture
     async def first() -> Any:
         async for event in Scanner(tables):
             return event
+        return None
 
     assert asyncio.run(first())["seq"] == 0
