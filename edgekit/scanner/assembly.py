@@ -26,12 +26,14 @@ from .steps.crosscheck import CrossCheck
 from .steps.drift import Drift
 from .steps.duplicates import Duplicates
 from .steps.harvest import Harvest
+from .steps.incident import Incidents
 from .steps.ring import Ring
 from .steps.selftest import SelfTest
 from .steps.shadow import Shadow, ShadowedModel
 from .steps.triggers import Trigger
 from .steps.votes import Votes
 from .stop import Stop
+from .trigger_inputs import open_trigger_input
 
 __all__ = ["Parts", "assemble"]
 
@@ -85,6 +87,14 @@ def assemble(config: ScanConfig, stack: contextlib.ExitStack, stop: Stop, frames
         stack.callback(close)
     parts.sinks = _sinks(config, stack, parts)
     parts.steps = _steps(config, parts, model)
+    if config.incidents is not None:  # first to see what comes, last to see what is sent
+        incidents = Incidents(config.incidents)
+        incidents.watch(parts.reading, parts.steps, config)
+        parts.steps.insert(0, incidents)
+        parts.sinks.append(incidents)
+    for trigger in [step for step in parts.steps if isinstance(step, Trigger)]:
+        for address in trigger.options.inputs:
+            stack.callback(open_trigger_input(address, trigger.fire).close)
     return parts
 
 
