@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .errors import EdgekitError
+from .errors import EdgekitError, UsageError
 
 __all__ = ["atomic_write", "locked", "naming", "npz_problem", "printable", "sha256_file", "staged", "sync_path"]
 
@@ -64,6 +64,8 @@ def staged(files: Mapping[Path, bytes]) -> Iterator[dict[Path, str]]:
     names: dict[Path, str] = {}
     try:
         for path, data in files.items():
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UsageError(f"{path} is a device, a pipe or a socket: a file would take its place", "name a file")
             path.parent.mkdir(parents=True, exist_ok=True)
             with naming(path):
                 handle, names[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

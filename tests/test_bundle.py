@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import pytest
 from edgekit import bundle as module
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle, new_path
 from edgekit.errors import BundleError, OutputExists, UsageError
+from edgekit.files import atomic_write
 from edgekit.manifest import (
     FORMAT,
     History,
@@ -487,3 +489,11 @@ def test_temporary_names_are_short_enough(tmp_path: Path) -> None:
     """A long but legal name still has room for the temporary's prefix and suffix."""
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
         module.atomic_write(Path(folder) / ("n" * 200), b"1")
+
+
+def test_no_file_takes_the_place_of_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="a pipe"):
+        atomic_write(pipe, b"x")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)

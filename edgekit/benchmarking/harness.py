@@ -194,7 +194,7 @@ def _opened(
         cold_start = loaded - start + time.perf_counter() - first
         after = resident_mb()
         grown = after - before if before is not None and after is not None else None
-        taken = None if free is None else (free - (_free_on_gpu(runner) or 0)) / 2**20
+        taken = None if free is None else (free - (_free_on_gpu(runner) or 0)) / 1e6
         started = processes(model, precision, threads, feeds, starts, measured and _on_cpu(runner))
         memory = {"rss_mb": after, "model_mb": grown, "gpu_mb": taken}
         costs = {"cold_start_ms": cold_start * 1e3, "process_start_ms": started.ms, "memory": memory}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,17 @@ def test_files_that_are_no_results_stay(tiny_bundle: Bundle, tmp_path: Path) -> 
         edgekit.bench(tiny_bundle, seconds=SHORT, save=False, history=tmp_path)
     with pytest.raises(UsageError, match="is no folder"):
         edgekit.bench(tiny_bundle, seconds=SHORT, save=False, history=tmp_path / "notes.json")
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_measured(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("edgekit.benchmarking.harness._measure", never)
+    os.mkfifo(tmp_path / "history.svg")
+    with pytest.raises(UsageError, match=r"history\.svg is no file"):
+        edgekit.bench(tiny_bundle, history=tmp_path)
+    with pytest.raises(OSError, match=r"/proc/nowhere"):
+        edgekit.bench(tiny_bundle, history="/proc/nowhere")

@@ -43,5 +43,5 @@ def test_what_a_model_takes_of_the_gpu_is_in_the_result(library: str, simulate: 
     with Model.open(bundle.path, simulation.backend) as model:
         sizes = [4 * 3 * 32 * 32, 4 * 10]  # of one sample, in and out
         assert [spec.name for spec in (*model.inputs, *model.outputs)] == ["x", "y"]
-    assert found["memory"]["gpu_mb"] == pytest.approx(sum(sizes) / 2**20)
+    assert found["memory"]["gpu_mb"] == pytest.approx(sum(sizes) / 1e6)
     assert cli("bench", bundle.path, "--backend", "onnxruntime", "--seconds", "0.02", "--json").json["memory"]["gpu_mb"] is None
