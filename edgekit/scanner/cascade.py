@@ -1,149 +1,243 @@
-"""Better pictures of codes that were not read: turned upright, sharpened, deblurred, with parameters from the picture.
+"""Better pictures of codes that were not read: cut out, inverted, turned upright, sharpened, deblurred.
 
-Each stage gives one new picture, dearer than the one before. Sizes are bounded before anything is enlarged, so that the
-cost of a stage does not grow with the camera.
+`attempts` names them in the order that pays; each is made only when asked for, and says beforehand how large it will be,
+so that a reader with a time limit can pass over what would not fit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["blur_sigma", "enhanced", "orientation"]
+from .estimates import Motion, bars, blur_sigma, motion, noise_sigma, orientation
+from .regions import Box, regions
+from .restore import Bars, Blurred, Grey, enlarged, sharpened, turned
 
-Grey = NDArray[np.uint8]
+__all__ = ["Attempt", "attempts"]
 
-MAX_PIXELS = 4_000_000  # of an enhanced picture
 MIN_SIDE = 16  # pixels; no code is smaller
-_SMALLEST_TURN = 4.0  # degrees; zxing-cpp reads smaller ones by itself
+_SMALLEST_TURN = 3.0  # degrees; zxing-cpp reads smaller ones by itself
+_LARGEST_REGION = 600_000  # pixels; larger ones are made smaller first
+_ENLARGED = 300_000  # pixels of an upright picture
+_SIGMAS = (0.5, 0.8, 1.1, 1.4, 1.8, 2.2, 2.7, 3.3)  # pixels, guesses across bars
+#: Smears across bars as (sigma, length) in pixels; the sigma is the camera's own.
+SMEARS = ((0.5, 7.0), (0.5, 5.0), (0.5, 9.0), (0.5, 6.0), (0.5, 4.0), (0.5, 8.0), (0.5, 3.0), (0.5, 10.0), (0.5, 11.0))
+ROUNDS = 20  # of constrained restoration
 
 
-def enhanced(grey: Grey) -> Iterator[Grey]:
-    """uint8 (H, W) -> pictures to try after the plain and the inverted one, in the order that pays."""
+class Attempt(NamedTuple):
+    """``make`` gives the picture, uint8 (H, W), of about ``pixels``; ``kind``: any, linear or matrix codes.
+
+    ``upright``: bars and cells lie along the axes and bars stand, so that no other direction needs a search. ``guess``: its
+    parameters are one of many tried, so that a read of it alone proves little.
+    """
+
+    stage: str
+    pixels: int
+    make: Callable[[], Grey]
+    kind: str = "any"
+    upright: bool = False
+    guess: bool = False
+
+
+def attempts(grey: Grey) -> Iterator[Attempt]:
+    """uint8 (H, W) -> what to try after the plain picture."""
     if min(grey.shape) < MIN_SIDE or int(grey.max()) - int(grey.min()) < 8:
         return
-    angle = orientation(grey)
-    if abs(angle) >= _SMALLEST_TURN:
-        yield _turned(grey, angle)
-    yield _sharpened(grey)
-    sigma = blur_sigma(grey)
-    if sigma >= 0.8:
-        sharp = _deconvolved(grey, sigma)
-        yield _enlarged(sharp)
-        if abs(angle) >= _SMALLEST_TURN:
-            yield _turned(sharp, angle)
+    found = [Region(grey, box) for box in regions(grey)]
+    for region in found[:1]:
+        yield from region.first()
+    yield Attempt("inverted", grey.size, lambda: 255 - grey)
+    for region in found[1:]:
+        yield from region.first()
+    for region in found:
+        yield from region.second()
+    for region in found:
+        yield from region.third()
+    if not found or found[0].share < 0.7:
+        whole = Region(grey, Box(0, 0, grey.shape[1], grey.shape[0]))
+        for stage in (whole.first, whole.second, whole.third):
+            yield from stage()
 
 
-def orientation(grey: Grey) -> float:
-    """By how many degrees, in [-45, 45), the strongest edges are turned away from the picture's axes.
+class Region:
+    """A part of the frame with what is known of it; estimates are made when first needed."""
 
-    The peak of the gradients' directions, weighted by magnitude, modulo 90 degrees: a code's bars give one direction, its
-    ends the other.
-    """
-    a = grey.astype(np.float32)
-    a = a[:-2] + 2 * a[1:-1] + a[2:]  # binomial smoothing, weights 1, 2, 1 both ways, over 16
-    gx, gy = _gradients((a[:, :-2] + 2 * a[:, 1:-1] + a[:, 2:]) / np.float32(16))
-    magnitude = np.hypot(gx, gy)
-    strong = magnitude > max(8.0, float(magnitude.max()) * 0.25)
-    if not strong.any():
-        return 0.0
-    degrees = np.degrees(np.arctan2(gy[strong], gx[strong])) % 90.0
-    histogram = np.bincount((degrees * 2).astype(int) % 180, weights=magnitude[strong], minlength=180)
-    smooth = sum(np.roll(histogram, shift) for shift in range(-3, 4))
-    peak = float(np.argmax(smooth)) / 2 + 0.25
-    return peak if peak < 45 else peak - 90
+    def __init__(self, grey: Grey, box: Box) -> None:
+        part = box.of(grey)
+        self.share = part.size / grey.size
+        if part.size > _LARGEST_REGION:
+            part = enlarged(part, math.sqrt(_LARGEST_REGION / part.size))  # smaller, here
+        self.grey = np.ascontiguousarray(part)
+        self.fits = min(part.shape) >= MIN_SIDE
+
+    @cached_property
+    def angle(self) -> float:
+        angle = orientation(self.grey)
+        return angle if abs(angle) >= _SMALLEST_TURN else 0.0
+
+    @cached_property
+    def bars(self) -> BarsSeen | None:
+        return bars_seen(self.grey)
+
+    @cached_property
+    def blurred(self) -> Blurred:
+        return Blurred(self.grey)
+
+    @cached_property
+    def noise(self) -> float:
+        return noise_sigma(self.grey)
+
+    @cached_property
+    def sigma(self) -> float:
+        return blur_sigma(self.grey)
+
+    @cached_property
+    def _size(self) -> tuple[float, int]:
+        """The upright picture's scale and pixels: a long strip, turned, has mostly corners."""
+        (height, width), radians = self.grey.shape, math.radians(self.angle)
+        c, s = abs(math.cos(radians)), abs(math.sin(radians))
+        box = (width * c + height * s) * (width * s + height * c)
+        scale = min(2.0, math.sqrt(_ENLARGED / self.grey.size), math.sqrt(3 * _ENLARGED / box))
+        return scale, round(box * scale * scale)
+
+    @property
+    def _pixels(self) -> int:
+        return self._size[1]
+
+    def _upright(self, grey: Grey) -> Grey:
+        scale, _ = self._size
+        return turned(grey, self.angle, scale) if self.angle else enlarged(grey, scale)
+
+    def first(self) -> Iterator[Attempt]:
+        """What is cheap or pays most: bars with the estimated blur, the part upright and enlarged."""
+        if not self.fits:
+            return
+        if self.bars is not None and self.bars.coherence > 0.25:
+            yield from self.bars.attempts(self.bars.likely, 1e-3)
+        base = cached(lambda: self._upright(self.grey))
+        yield Attempt("turned" if self.angle else "enlarged", self._pixels, base)
+        if self.bars is not None and self.bars.coherence > 0.25:
+            yield from self.bars.attempts(SMEARS, 1e-2)
+        elif self.sigma >= 1.0:
+            yield self._gauss(1.0)
+        yield Attempt("sharpened", self._pixels, lambda: sharpened(base()))
+
+    def second(self) -> Iterator[Attempt]:
+        """The best guesses of blur and motion."""
+        if not self.fits:
+            return
+        if self.bars is not None and self.bars.coherence <= 0.25:
+            yield from self.bars.attempts(SMEARS, 1e-2)
+        smears = motion(self.grey)
+        for smear in smears[:1]:
+            yield self._smear(smear)
+        yield self._gauss(1.0)
+        if self.bars is not None:
+            yield from self.bars.attempts(SMEARS, 1e-3)
+            yield from self.bars.attempts(self.bars.likely, 1e-4)
+            yield from self.bars.attempts(self.bars.unlikely, 1e-3)
+        yield Attempt("turned inverted", self._pixels, lambda: 255 - self._upright(self.grey))
+
+    def third(self) -> Iterator[Attempt]:
+        """Neighbours of the guesses; what takes long."""
+        if not self.fits:
+            return
+        yield self._gauss(0.75)
+        smears = motion(self.grey)
+        for smear in smears[:1]:
+            for change in (-1.0, 1.0):
+                yield self._smear(smear._replace(length=smear.length + change))
+        for smear in smears[1:]:
+            yield self._smear(smear)
+        yield self._gauss(1.3)
+        if self.bars is not None:
+            yield from self.bars.attempts((*self.bars.likely, *self.bars.unlikely), 1e-2)
+            yield from self.bars.attempts((*SMEARS, *self.bars.unlikely), 1e-4)
+        for smear in smears[:1]:
+            line = self.blurred.line(smear.length, smear.degrees)
+            yield self._restored("smear constrained", lambda t=line: self.blurred.constrained(t, ROUNDS))  # type: ignore[misc]
+        bell = self.blurred.gaussian(max(0.5, self.sigma))
+        yield self._restored("gauss constrained", lambda: self.blurred.constrained(bell, ROUNDS))
+
+    def _gauss(self, factor: float) -> Attempt:
+        ratio = 1e-5 if self.noise < 0.4 else 1e-4 if self.noise < 2 else 1e-3
+        sigma = max(0.5, self.sigma * factor)
+        return self._restored("gauss", lambda: self.blurred.wiener(self.blurred.gaussian(sigma), ratio))
+
+    def _smear(self, smear: Motion) -> Attempt:
+        length = max(2.0, smear.length)
+        ratio = 1e-3 if self.noise < 2 else 3e-3
+        return self._restored("smear", lambda: self.blurred.wiener(self.blurred.line(length, smear.degrees), ratio))
+
+    def _restored(self, name: str, restore: Callable[[], Grey]) -> Attempt:
+        return Attempt(name, self._pixels, lambda: self._upright(restore()), guess=True)
 
 
-def blur_sigma(grey: Grey) -> float:
-    """Standard deviation, in pixels, of the Gaussian that would blur a sharp edge as the steepest edges here are.
+class BarsSeen:
+    """Bars found in a region: their profile, how blurred they look, and guesses from it."""
 
-    A step of height A under a Gaussian has slope A / (sigma sqrt(2 pi)) in its middle. The difference over two pixels
-    that measures the slope blurs by itself, with a variance of 1/3. 0.88: too low a guess costs fewer reads than too high.
-    """
-    gx, gy = _gradients(grey.astype(np.float32))
-    steepest = float(np.percentile(np.hypot(gx, gy), 99.95))
-    low, high = np.percentile(grey[::2, ::2], [1, 99])
-    seen = float(high - low) / (max(steepest, 1e-3) * math.sqrt(2 * math.pi))
-    return 0.88 * math.sqrt(max(0.0, seen**2 - 1 / 3))
+    def __init__(self, part: Grey, coherence: float) -> None:
+        self.coherence = coherence
+        self._profile = Bars(part)
+        self._pixels = self._profile.rows * 3 * part.shape[1] * 4
+        seen = blur_sigma(part)
+        order = sorted(_SIGMAS, key=lambda sigma: abs(sigma - seen))
+        self.likely = tuple((sigma, 0.0) for sigma in order[:3])
+        self.unlikely = tuple((sigma, 0.0) for sigma in order[3:])
 
+    def attempts(self, guesses: Sequence[tuple[float, float]], ratio: float) -> Iterator[Attempt]:
+        """One guess, dark bars and light, costs a tenth of a picture's."""
+        for sigma, length in guesses:
+            for light in (False, True):
 
-def _gradients(a: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Slopes along x and y in grey levels a pixel, float32 (H - 2, W - 2).
+                def make(s: float = sigma, n: float = length, inverted: bool = light) -> Grey:
+                    picture = self._profile.restored(s, n, ratio)
+                    return 255 - picture if inverted else picture
 
-    Scharr's weights 3, 10, 3 across: with equal weights the direction of fine bars is off by up to 8 degrees.
-    """
-    edge, middle = np.float32(3 / 32), np.float32(10 / 32)
-    rows = edge * (a[:-2] + a[2:]) + middle * a[1:-1]
-    columns = edge * (a[:, :-2] + a[:, 2:]) + middle * a[:, 1:-1]
-    return rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
-
-
-def _noise_sigma(grey: Grey) -> float:
-    """Noise in grey levels, from the median response of a mask that is blind to edges (after Immerkaer, CVIU 64(2), 1996)."""
-    a = grey.astype(np.float32)
-    rows = a[:-2] - 2 * a[1:-1] + a[2:]
-    response = rows[:, :-2] - 2 * rows[:, 1:-1] + rows[:, 2:]
-    return float(np.median(np.abs(response))) / (6 * 0.6745)
+                name = "smear across" if length else "gauss across"
+                yield Attempt(name, self._pixels, make, "linear", upright=True, guess=True)
 
 
-def _scale(shape: tuple[int, ...]) -> float:
-    return min(2.0, math.sqrt(MAX_PIXELS / (shape[0] * shape[1])))
+def bars_seen(grey: Grey) -> BarsSeen | None:
+    direction, coherence = bars(grey)
+    part = _barred(turned(grey, direction, 1.0, int(np.median(grey[::4, ::4]))))
+    return None if min(part.shape) < 3 or part.shape[1] < 40 else BarsSeen(part, coherence)
 
 
-def _image(grey: Grey) -> Any:
-    from PIL import Image
+def cached(make: Callable[[], Grey]) -> Callable[[], Grey]:
+    made: list[Grey] = []
 
-    return Image.fromarray(grey)
+    def once() -> Grey:
+        if not made:
+            made.append(make())
+        return made[0]
 
-
-def _turned(grey: Grey, angle: float) -> Grey:
-    """Turned upright and enlarged in one warp; the corners that come in are white, as around most codes."""
-    from PIL import Image
-
-    height, width = grey.shape
-    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    box = (abs(width * cosine) + abs(height * sine), abs(width * sine) + abs(height * cosine))
-    scale = min(2.0, math.sqrt(MAX_PIXELS / (box[0] * box[1])))
-    out_width, out_height = max(1, round(box[0] * scale)), max(1, round(box[1] * scale))
-    a, b = cosine / scale, -sine / scale
-    d, e = sine / scale, cosine / scale
-    c = width / 2 - a * out_width / 2 - b * out_height / 2
-    f = height / 2 - d * out_width / 2 - e * out_height / 2
-    turned = _image(grey).transform(
-        (out_width, out_height), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC, fillcolor=255
-    )
-    return np.asarray(turned)
+    return once
 
 
-def _enlarged(grey: Grey) -> Grey:
-    from PIL import Image
-
-    scale = _scale(grey.shape)
-    size = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
-    return np.asarray(_image(grey).resize(size, Image.Resampling.BICUBIC))
-
-
-def _sharpened(grey: Grey) -> Grey:
-    from PIL import ImageFilter
-
-    large = _image(_enlarged(grey))
-    return np.asarray(large.filter(ImageFilter.UnsharpMask(radius=3, percent=200, threshold=0)))
+def _barred(upright: Grey) -> Grey:
+    """The part with the bars: the rows, then the columns, where slopes across are dense; with a quiet zone."""
+    slope = np.abs(np.diff(upright.astype(np.float32), axis=1))
+    rows = _smooth(slope.mean(axis=1), 5)
+    top, bottom = _run(rows, 0.5)
+    columns = np.flatnonzero((smooth := _smooth(slope[top:bottom].mean(axis=0), 9)) > 0.15 * smooth.max())
+    margin = 14
+    return upright[top:bottom, max(0, int(columns[0]) - margin) : int(columns[-1]) + 1 + margin]
 
 
-def _deconvolved(grey: Grey, sigma: float) -> Grey:
-    """Wiener deconvolution of a Gaussian blur; the noise-to-signal ratio is lower on clean pictures only."""
-    if grey.size > MAX_PIXELS:
-        grey = _enlarged(grey)  # makes it smaller here
-    noise_to_signal = 1e-5 if _noise_sigma(grey) < 0.6 else 1e-4
-    pad = min(int(4 * sigma) + 8, min(grey.shape) - 1)  # mirrored, so that the border does not ring
-    padded = np.pad(grey.astype(np.float32), pad, mode="reflect")
-    fy = np.fft.fftfreq(padded.shape[0])[:, None]
-    fx = np.fft.rfftfreq(padded.shape[1])[None, :]
-    transfer = np.exp(-2 * (math.pi * sigma) ** 2 * (fx**2 + fy**2))
-    spectrum = np.fft.rfft2(padded) * (transfer / (transfer**2 + noise_to_signal))
-    sharp = np.fft.irfft2(spectrum, padded.shape)[pad:-pad, pad:-pad]
-    return np.clip(np.rint(sharp), 0, 255).astype(np.uint8)
+def _smooth(a: NDArray[np.float32], n: int) -> NDArray[np.float32]:
+    return np.convolve(a, np.full(n, 1 / n), "same").astype(np.float32)
+
+
+def _run(a: NDArray[np.float32], share: float) -> tuple[int, int]:
+    """First and one past the last index around the maximum that stays above ``share`` of it."""
+    low = np.flatnonzero(a < share * a.max())
+    peak = int(a.argmax())
+    before, after = low[low < peak], low[low > peak]
+    return (int(before[-1]) + 1 if len(before) else 0), (int(after[0]) if len(after) else len(a))

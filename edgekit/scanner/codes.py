@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -12,17 +13,22 @@ from numpy.typing import NDArray
 from edgekit.errors import MissingExtra, UsageError
 from edgekit.preprocess import Frame, canonical_frame
 
-from .cascade import enhanced
+from .cascade import Attempt, attempts
 from .gs1 import parse_gs1
 
 __all__ = ["Code", "CodeReader"]
 
 BUDGET_MS = 100.0
+RATE = 5e-5  # ms a pixel, until a stage has been measured
 #: What an enhanced picture may give: not ITF, Telepen or DX film edge. A part of an ITF code is a valid ITF code, and a
 #: damaged picture gives such short wrong reads.
-ENHANCED = (
-    "Code128,Code93,Code39,Codabar,EANUPC,DataBar,QRCode,MicroQRCode,RMQRCode,DataMatrix,Aztec,PDF417,MicroPDF417,MaxiCode"
-)
+LINEAR = "Code128,Code93,Code39,Codabar,EANUPC,DataBar"
+MATRIX = "QRCode,MicroQRCode,RMQRCode,DataMatrix,Aztec,PDF417,MicroPDF417,MaxiCode"
+KINDS = {"any": f"{LINEAR},{MATRIX}", "linear": LINEAR, "matrix": MATRIX}
+#: Names of formats with few or no check digits: an enhanced picture must give the same twice.
+WEAK = frozenset({"EAN-8", "UPC-E", "Codabar", "Micro QR Code", "rMQR Code"})
+#: Formats with error correction: one read is proof, however the picture was made.
+STRONG = frozenset({"QR Code", "Data Matrix", "Aztec", "PDF417", "MaxiCode"})
 
 
 class Code(NamedTuple):
@@ -40,12 +46,13 @@ class Code(NamedTuple):
 class CodeReader:
     """Reads every code on a frame.
 
-    The plain picture is read first, always. Only where that finds nothing, stages that cost more follow (see
-    `_stages`) until one finds something or ``budget_ms`` has passed; a stage is not started after that. 0 reads the
-    plain picture only. Raises `MissingExtra` without zxing-cpp or biip.
+    The plain picture is read first, always. Only where that finds nothing, better pictures follow (`attempts`) until one
+    gives a code or ``budget_ms`` has passed; one that is not expected to end in time is passed over. 0 reads the plain
+    picture only. ``formats``: symbologies as zxing-cpp names them, None for all; fewer cost less. ``stage`` is how the
+    last frame's codes were read. Raises `UsageError` for an unknown format, `MissingExtra` without zxing-cpp or biip.
     """
 
-    def __init__(self, budget_ms: float = BUDGET_MS) -> None:
+    def __init__(self, budget_ms: float = BUDGET_MS, formats: Sequence[str] | None = None) -> None:
         if not budget_ms >= 0:
             raise UsageError(f"the code budget is {budget_ms:g} ms", "give 0 (plain reading only) or more milliseconds")
         try:
@@ -57,37 +64,95 @@ class CodeReader:
         except ImportError:
             raise MissingExtra("scan", "biip") from None
         self.budget_ms = budget_ms
+        self.stage = ""
         self._zxing = zxingcpp
         self._all = zxingcpp.BarcodeFormats([])  # any
-        self._enhanced = zxingcpp.barcode_formats_from_str(ENHANCED)
+        wanted = None
+        if formats is not None:
+            self._all = wanted = _formats(zxingcpp, formats)
+        self._kinds = {kind: _common(zxingcpp, names, wanted) for kind, names in KINDS.items()}
+        self._rates: dict[str, float] = {}  # ms a pixel of each stage, measured
 
     def __call__(self, frame: Frame) -> list[Code]:
         """uint8 (H, W), (H, W, 3) RGB -> the codes on it, in the reader's order. Raises `InputError` for what is no frame."""
         start = perf_counter()
         grey = _grey(canonical_frame(frame))
-        for picture, formats in self._stages(grey):
-            if codes := self._read(picture, formats):
-                return codes
-            if (perf_counter() - start) * 1e3 >= self.budget_ms:
+        found = self._read(grey, self._all)
+        self.stage = "plain" if found else ""
+        if found or (perf_counter() - start) * 1e3 >= self.budget_ms:
+            return found
+        votes: dict[tuple[str, str], int] = {}
+        for attempt in attempts(grey):
+            before = perf_counter()
+            left_ms = self.budget_ms - (before - start) * 1e3
+            if left_ms <= 0:
                 break
+            rate = self._rates.get(attempt.stage, RATE)
+            if rate * attempt.pixels > left_ms:
+                continue
+            believed = self._believed(attempt, votes)
+            spent = (perf_counter() - before) * 1e3 / attempt.pixels
+            self._rates[attempt.stage] = spent if attempt.stage not in self._rates else 0.8 * rate + 0.2 * spent
+            if believed:
+                self.stage = attempt.stage
+                return believed
         return []
 
-    def _stages(self, grey: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.uint8], Any]]:
-        """Pictures, with the formats that are believed on them; each is made when it is asked for."""
-        yield grey, self._all
-        # zxing-cpp tries inversion itself, but with the same thresholds: light codes on dark ground mostly stay unread.
-        yield 255 - grey, self._all
-        for picture in enhanced(grey):
-            yield picture, self._enhanced
+    def _believed(self, attempt: Attempt, votes: dict[tuple[str, str], int]) -> list[Code]:
+        """What an attempt reads, if it can be believed alone or an earlier attempt read the same."""
+        if attempt.stage == "inverted":
+            return self._read(attempt.make(), self._all, try_invert=False)
+        believed = []
+        formats = self._kinds[attempt.kind]
+        if formats is None:
+            return []
+        for code in self._read(
+            attempt.make(),
+            formats,
+            try_rotate=not attempt.upright,
+            try_downscale=False,
+            try_invert=attempt.kind != "linear",
+        ):
+            key = (code.text, code.format)
+            votes[key] = votes.get(key, 0) + 1
+            needed = 2 if code.format in WEAK or (attempt.guess and code.format not in STRONG) else 1
+            if votes[key] >= needed:
+                believed.append(code)
+        return believed
 
-    def _read(self, grey: NDArray[np.uint8], formats: Any) -> list[Code]:
+    def _read(self, grey: NDArray[np.uint8], formats: Any, **options: bool) -> list[Code]:
         zxing = self._zxing
-        found = zxing.read_barcodes(grey, formats=formats, text_mode=zxing.TextMode.Plain)
+        found = zxing.read_barcodes(grey, formats=formats, text_mode=zxing.TextMode.Plain, **options)
         return [self._code(code) for code in found if code.valid]
 
     def _code(self, code: Any) -> Code:
         is_gs1 = code.content_type == self._zxing.ContentType.GS1
         return Code(code.text, str(code.format), parse_gs1(code.text) if is_gs1 else None)
+
+
+def _formats(zxing: Any, names: Sequence[str]) -> Any:
+    """zxing-cpp's set of the named formats. Raises `UsageError` for a name that it does not know, and for none."""
+    known = {str(each): each for each in zxing.barcode_formats_list(zxing.barcode_formats_from_str("AllReadable"))}
+    chosen = []
+    for name in names:
+        try:
+            chosen.append(zxing.barcode_format_from_str(name))
+        except ValueError:
+            near = difflib.get_close_matches(name.lower(), {each.lower(): each for each in known}, n=3, cutoff=0.4)
+            offered = [each for each in known if each.lower() in near] or list(known)
+            raise UsageError(f"the code format {name!r} is not known", f"formats: {', '.join(offered)}") from None
+    if not chosen or any(each == zxing.BarcodeFormat.NONE for each in chosen):
+        raise UsageError("no code format is named", f"formats: {', '.join(known)}; leave them out for all")
+    return zxing.BarcodeFormats(chosen)
+
+
+def _common(zxing: Any, names: str, wanted: Any) -> Any:
+    """The formats of ``names`` that are ``wanted`` (None: all); None where there are none."""
+    offered = zxing.barcode_formats_from_str(names)
+    if wanted is None:
+        return offered
+    each = set(zxing.barcode_formats_list(offered)) & set(zxing.barcode_formats_list(wanted))
+    return zxing.BarcodeFormats(sorted(each, key=str)) if each else None
 
 
 def _grey(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
