@@ -141,7 +141,7 @@ def _model(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> Mod
 
 
 def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel | None) -> Reading:
-    codes = CodeReader(config.codes.budget_ms) if config.codes else None
+    codes = CodeReader(config.codes.budget_ms, config.codes.formats or None) if config.codes else None
     text: Model | None = None
     if found := config.text:
         text = Model.open(found.bundle, found.backend, precision=found.precision, threads=found.threads, beam=found.beam)

@@ -73,9 +73,11 @@ class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CodeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``budget_ms``: after so long on one frame no further attempt is started, 0 reads plainly only."""
+    """``budget_ms``: after so long on one frame no further attempt is started, 0 reads plainly only. ``formats``: those that
+    are read, as `CodeReader` takes them; none named: all."""
 
     budget_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)] = BUDGET_MS
+    formats: tuple[str, ...] = ()
 
 
 class RegionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.preprocess import Frame, canonical_frame
-from edgekit.scanner.cascade import _noise_sigma, blur_sigma
 from edgekit.scanner.codes import _grey
+from edgekit.scanner.estimates import blur_sigma, noise_sigma
 
 from .answers import require, symbology, valid
 
@@ -108,7 +108,7 @@ class _Busiest:
     """The connected cells with the most in them; their ``crop`` of at most `_CROP` pixels a side."""
 
     def __init__(self, grey: Grey) -> None:
-        self._noise = _noise_sigma(grey[:1024, :1024]) if min(grey.shape) > 2 else 0.0
+        self._noise = noise_sigma(grey[:1024, :1024]) if min(grey.shape) > 2 else 0.0
         size = max(_CELL, -(-max(grey.shape) // _MOST_CELLS))
         rows, columns = grey.shape[0] // size, grey.shape[1] // size
         self.cells = 0
