@@ -92,9 +92,7 @@ def bench(
     plot, folder = (None if path is None else Path(path) for path in (plot, history))
     limit = _checked_limit(precision, threads, folder, against, fail_over)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    starts = _STARTS if seconds >= 1 else 1
-    measured = seconds >= 1 and scenario == "single-stream"
-    with _opened(opened, backend, precision, threads, starts, measured) as (model, costs, relative):
+    with _opened(opened, backend, precision, threads, asked) as (model, costs, relative):
         graph = _graph(opened, precision)
         if profiled := layers or plot is not None:
             check_profile(model.runner.name, plot)
@@ -112,9 +110,9 @@ def bench(
             result["profile"] = _profiled(model, graph, threads, seconds, plot)
     comparison = judge(earlier, result, limit, force=force) if earlier else None
     result["passed"] = comparison["passed"] if comparison else None
-    file = str(opened.path / name) if save and not (result["passed"] is False and _same(opened.path / name, against)) else None
-    if file:
-        _save(opened, name, result, {"backend": backend, "precision": precision, "threads": threads, **asked._asdict()})
+    save = save and not (result["passed"] is False and _same(opened.path / name, against))
+    config = {"backend": backend, "precision": precision, "threads": threads, **asked._asdict()}
+    file = _save(opened, name, result, config) if save else None
     kept = str(add(folder, result)) if folder else None
     return _passed({"bundle": str(opened.path), "file": file, "history": kept, **result, "against": comparison})
 
@@ -145,11 +143,12 @@ def _subject(bundle: Bundle, graph: str) -> dict[str, Any]:
     }
 
 
-def _save(bundle: Bundle, name: str, result: dict[str, Any], config: dict[str, Any]) -> None:
-    """The result as a file of the bundle, the few figures that others show in its history."""
+def _save(bundle: Bundle, name: str, result: dict[str, Any], config: dict[str, Any]) -> str:
+    """The result as a file of the bundle, the few figures that others show in its history. Returns the file."""
     figures = {key: result["latency_ms"][key] for key in ("p50", "p90", "p99")}
     figures |= {key: result[key] for key in ("throughput", "graph", "backend", "trustworthy")}
     bundle.extend({name: msgspec.json.encode(result) + b"\n"}, bundle.entry("bench", config, figures))
+    return str(bundle.path / name)
 
 
 def _passed(answer: dict[str, Any]) -> dict[str, Any]:
@@ -179,10 +178,12 @@ def _graph(bundle: Bundle, precision: str) -> str:
 
 @contextlib.contextmanager
 def _opened(
-    bundle: Bundle, backend: str, precision: Precision, threads: int, starts: int, measured: bool
+    bundle: Bundle, backend: str, precision: Precision, threads: int, asked: Asked
 ) -> Iterator[tuple[Model, dict[str, Any], list[float]]]:
     """The model, open, and what opening it cost: ``cold_start_ms`` (with hash check and first inference), ``process_start_ms``
-    (of so many ``starts``), ``memory``; and what these processes took beside the yardstick, if that is to be ``measured``."""
+    (of `_STARTS` processes), ``memory``; and what these took beside the yardstick, single-stream and from a second on.
+    """
+    starts = _STARTS if asked.seconds >= 1 else 1
     runner = open_runner(bundle, backend)  # imports the backend: once a process, and not the model's cost
     free = _free_on_gpu(runner)
     before, start = resident_mb(), time.perf_counter()
@@ -195,7 +196,8 @@ def _opened(
         after = resident_mb()
         grown = after - before if before is not None and after is not None else None
         taken = None if free is None else (free - (_free_on_gpu(runner) or 0)) / 1e6
-        started = processes(model, precision, threads, feeds, starts, measured and _on_cpu(runner))
+        measured = starts > 1 and asked.scenario == "single-stream" and _on_cpu(runner)
+        started = processes(model, precision, threads, feeds, starts, measured)
         memory = {"rss_mb": after, "model_mb": grown, "gpu_mb": taken}
         costs = {"cold_start_ms": cold_start * 1e3, "process_start_ms": started.ms, "memory": memory}
         yield model, costs, started.relative

@@ -12,6 +12,7 @@ from .common import Answer, answers
 
 if TYPE_CHECKING:
     from edgekit.scanner import Summary
+    from edgekit.scanner.config import ScanConfig
 
 __all__ = ["scan"]
 
@@ -77,34 +78,24 @@ def scan(
       edgekit scan --codes --source inbox/ --watch --sink mqtt://broker:1883/line1/codes
       edgekit scan --check scan.toml && edgekit scan scan.toml
     """
-    from msgspec.structs import replace
-
     from edgekit.errors import UsageError
     from edgekit.progress import say
     from edgekit.scanner import Scanner, stop_on_signals
-    from edgekit.scanner.config import SinkOptions, read_config
     from edgekit.scanner.service import named_config
 
-    as_json = bool(click.get_current_context().params["as_json"])
     written = bundle is not None and bundle.suffix.lower() == ".toml"
     if check:
         return _checked(bundle, written)
-    sinks = tuple("jsonl:-" if sink.lower() == "jsonl:-" else sink for sink in sinks)
     if written and bundle is not None:
-        if codes or sources or watch or sinks or outbox:
-            raise UsageError(f"{bundle} says all of the scan", "leave the other options out, or write them into the file")
-        config = read_config(bundle)
+        config = _read(bundle)
     elif not sources:
         raise UsageError("there is no --source", "name an image, a folder, a video file or a camera: --source images/")
     else:
+        sinks = tuple("jsonl:-" if sink.lower() == "jsonl:-" else sink for sink in sinks)
         names = {"codes": codes, "watch": watch, "outbox": outbox, "backend": backend, "threads": threads}
         config = named_config(bundle, source=sources, sinks=sinks, code_budget_ms=code_budget_ms, **names)  # type: ignore[arg-type]
+    config = _with_stdout(config)
     targets = [sink.address for sink in config.sink]
-    if as_json and "jsonl:-" in targets:
-        raise UsageError("--json and the sink jsonl:- both want stdout", "leave one of them out, or write jsonl:PATH")
-    if not targets and not as_json:
-        targets = ["jsonl:-"]
-        config = replace(config, sink=(SinkOptions("jsonl:-"),))
     with stop_on_signals() as stop:
         summary = Scanner(config, stop=stop).run()
     answer = _answer(summary, ", ".join(sources) or "the sources", interrupted=stop.signal)
@@ -116,6 +107,38 @@ def scan(
         say(answer.text)
         click.get_current_context().exit(answer.exit_code)
     return answer
+
+
+def _read(path: Path) -> ScanConfig:
+    """The config in a file, which says all of the scan."""
+    from click.core import ParameterSource
+
+    from edgekit.errors import UsageError
+    from edgekit.scanner.config import read_config
+
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in ("bundle", "as_json")
+        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UsageError(f"{path} says all of the scan, {given[0]} too", "leave the option out, or write it into the file")
+    return read_config(path)
+
+
+def _with_stdout(config: ScanConfig) -> ScanConfig:
+    """Without a sink events go to stdout, unless the answer does."""
+    from msgspec.structs import replace
+
+    from edgekit.errors import UsageError
+    from edgekit.scanner.config import SinkOptions
+
+    as_json = bool(click.get_current_context().params["as_json"])
+    if as_json and any(sink.address == "jsonl:-" for sink in config.sink):
+        raise UsageError("--json and the sink jsonl:- both want stdout", "leave one of them out, or write jsonl:PATH")
+    return config if config.sink or as_json else replace(config, sink=(SinkOptions("jsonl:-"),))
 
 
 def _checked(path: Path | None, written: bool) -> Answer:

@@ -192,13 +192,14 @@ def read_config(path: str | os.PathLike[str]) -> ScanConfig:
     return config
 
 
-def config_of(config: ScanConfig | Mapping[str, Any] | str | os.PathLike[str]) -> ScanConfig:
-    """A config as it is, of tables in a dict (paths relative to the working folder), or of a file."""
+def config_of(config: ScanConfig | Mapping[str, Any] | str | os.PathLike[str], *, sourced: bool = True) -> ScanConfig:
+    """A config as it is, of tables in a dict (paths relative to the working folder; not ``sourced``: they need name no source),
+    or of a file."""
     if isinstance(config, ScanConfig):
         return config
     if isinstance(config, str | os.PathLike):
         return read_config(config)
-    found, problems = _parsed(Tables(), config, Path())
+    found, problems = _parsed(Tables(), config, Path(), sourced)
     if found is None:
         raise UsageError(problems[0].message, problems[0].hint)
     return found
@@ -227,9 +228,11 @@ def parse_config(path: str | os.PathLike[str]) -> tuple[ScanConfig | None, list[
     return _parsed(Tables(name, text), data, file.parent)
 
 
-def _parsed(tables: Tables, data: Mapping[str, Any], base: Path) -> tuple[ScanConfig | None, list[Problem]]:
+def _parsed(
+    tables: Tables, data: Mapping[str, Any], base: Path, sourced: bool = True
+) -> tuple[ScanConfig | None, list[Problem]]:
     config = tables.struct(ScanConfig, data)
-    if "source" not in data:
+    if sourced and "source" not in data:
         tables.add((), "there is no [[source]]", 'write [[source]] and address = "camera:0", a folder or another source')
     if not {"model", "text", "codes"} & set(data):
         tables.add((), "there is nothing to read with", "add [model] with a bundle, [text] or [codes]")

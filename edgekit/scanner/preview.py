@@ -86,9 +86,10 @@ class Preview:
         return sorted(self._shots)
 
     def jpeg(self, source: str = "", after: int = 0) -> tuple[int, bytes] | None:
-        """The newest picture of a source and its number; None where there is none newer than ``after``."""
+        """The newest picture of a source (of all, where none is named) and its number; None where there is none newer than
+        ``after``."""
         self._looked = time.monotonic()
-        shot = self._shots.get(source)
+        shot = self._shots.get(source) or (None if source else max(self._shots.copy().values(), default=None))
         if shot is None or shot.number <= after:
             return None
         with self._lock:  # ten viewers, one picture

@@ -58,7 +58,7 @@ class Scanner:
         frames: Iterable[Any] | None = None,
         stop: Stop | None = None,
     ) -> None:
-        self.config = config_of(config)
+        self.config = config_of(config, sourced=frames is None)
         if frames is None and not self.config.source:
             raise UsageError("there is no source", "add [[source]] with an address, or give frames=")
         self.summary: Summary | None = None

@@ -166,10 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         owner = self.server.owner
         path, _, query = self.path.partition("?")
-        if not _may_ask(self.headers.get("Host", ""), owner.hosts):
-            return self._words(403, "this name is not known here: add it to `hosts` of [server]")
         if path == "/too-large":
             return self._words(431, f"a request is at most {MOST_BYTES} bytes")
+        if not _may_ask(self.headers.get("Host", ""), owner.hosts):
+            return self._words(403, "this name is not known here: add it to `hosts` of [server]")
         if path == "/healthz":
             return self._verdict(owner.health())
         if path == "/readyz":

@@ -37,7 +37,7 @@ def shot(seq: int, at: float, code: int = 0, camera: str = "camera:0", there: bo
 
 
 def read(frame: np.ndarray[Any, Any]) -> list[Code]:
-    return [Code(f"C{frame[0, 0]}", "Code 128", None)] if frame[0, 0] else []
+    return [Code(f"C{frame.flat[0]}", "Code 128", None)] if frame.flat[0] else []
 
 
 def unclear(frame: Any, event: Any) -> Cause:
@@ -329,3 +329,11 @@ def test_text_against_codes(text: str, agreement: list[str], doubtful: list[str]
 def test_options_refuse_what_makes_no_sense(kind: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(wrong, kind)
+
+
+def test_a_frame_of_the_readers_own_kind_does_not_end_the_scan() -> None:
+    """An application's own reader may take frames of five channels; why nothing was read on one nobody can say."""
+    frames = [shot(i, i / 4)._replace(frame=np.zeros((20, 20, 5), np.uint8)) for i in range(1, 9)]
+    trigger = Trigger(TriggerOptions(mode="single", time_ms=1000))
+    run = Run([shot(0, -1.0), (0.0, ""), *frames], [trigger], trigger)
+    assert [(event["event"], event["cause"]) for event in run.events] == [("no_read", "unclear")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ MOST_HELD_BYTES = 16 << 20
 FULL_S = 1.0
 
 
-class LocalSink:
+class LocalSink(ABC):
     """Kinds write one event in `_write`, wholly or not at all. Events leave in the order in which they came."""
 
     def __init__(self, name: str, path: Path) -> None:
@@ -55,8 +56,8 @@ class LocalSink:
         """``sent`` = written + ``unsaved`` (they wait in memory for room on the disk) + ``dropped["disk full"]``."""
         return {"sink": self.name, "sent": self._sent, "unsaved": len(self._held), "dropped": dict(self._dropped)}
 
-    def _write(self, event: Event) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _write(self, event: Event) -> None: ...
 
     def _waits(self, error: OSError) -> bool:
         """Whether freed space would mend it."""

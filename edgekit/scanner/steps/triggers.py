@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from edgekit.errors import InputError
 from edgekit.preprocess import Frame
 from edgekit.scanner.events import Event, rfc3339
 from edgekit.scanner.sources import Captured
@@ -274,6 +275,13 @@ class Trigger:
         self._counts["frames"] += 1
         self._counts["codes"] += len(event.get("codes", ()))
 
+    def _why(self, frame: Frame, event: Event) -> Cause:
+        """The cause of a no-read; a frame of a shape that only the application's own reader takes has none to be seen."""
+        try:
+            return self._diagnose(frame, event)
+        except InputError:
+            return Cause("unclear", {})
+
     def _event(self, window: Window, wall: float) -> Event:
         event = window.event(self.options.mode, rfc3339(wall))
         if len(self._durations) == _DURATIONS:
@@ -288,7 +296,7 @@ class Trigger:
             self._counts["good"] += 1
             return event
         self._counts["no_read"] += 1
-        why = Cause("no frame", {}) if frame is None or not window.frames else self._diagnose(frame, event)
+        why = Cause("no frame", {}) if frame is None or not window.frames else self._why(frame, event)
         self._causes[why.cause] = self._causes.get(why.cause, 0) + 1
         about = {name: event[name] for name in ("source", "seq", "time")}
         return {**about, "event": "no_read", "cause": why.cause, "figure": why.figure, **event}
