@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from .errors import BundleError, OutputExists, UsageError
-from .files import atomic_write, locked, naming, sha256_file, staged, sync_path
+from .files import atomic_write, given_path, locked, naming, sha256_file, staged, sync_path
 from .manifest import (
     MAX_MANIFEST_BYTES,
     History,
@@ -92,7 +92,7 @@ class Bundle:
 
         Raises `BundleError` where the bundle is missing, damaged or of a newer format.
         """
-        folder = Path(path)
+        folder = given_path(path, "bundle")
         if folder.is_symlink():  # an install's `current`: followed once, so that a switch meanwhile cannot mix two bundles
             folder = folder.resolve()
         manifest_file = folder / MANIFEST

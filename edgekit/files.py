@@ -9,9 +9,45 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .errors import EdgekitError, UsageError
+from .errors import EdgekitError, OutputExists, UsageError
 
-__all__ = ["atomic_write", "locked", "naming", "npz_problem", "printable", "sha256_file", "staged", "sync_path"]
+__all__ = [
+    "atomic_write",
+    "check_new",
+    "given_path",
+    "locked",
+    "naming",
+    "npz_problem",
+    "printable",
+    "sha256_file",
+    "staged",
+    "sync_path",
+]
+
+
+def given_path(value: object, name: str) -> Path:
+    """The argument ``name`` as a path. Raises `UsageError` for what is none."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UsageError(f"{name}: {value!r} is no path", f"give a str or a pathlib.Path as {name}")
+    return Path(path)
+
+
+def check_new(path: Path) -> None:
+    """Whether `atomic_write` can put a file at ``path``: better said before the work than after.
+
+    Raises `OutputExists` for a device or a pipe, which a file would take the place of (as root even that of /dev/null), and
+    `UsageError` where no file can be made there.
+    """
+    import tempfile
+
+    if path.exists() and not path.is_file():
+        raise OutputExists(path)
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    try:  # permissions do not tell all
+        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=f".{path.name}."))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written in {folder}: {error.strerror}", "name another path") from None
 
 
 def printable(path: str | os.PathLike[str]) -> str:

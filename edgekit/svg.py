@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from xml.sax import saxutils
 
 from .bundle import refuse_inside_bundle
 from .errors import OutputExists, UsageError
+from .files import check_new
 
 __all__ = ["checked_path", "escape"]
 
@@ -21,13 +20,9 @@ def checked_path(path: Path, mark: str) -> Path:
     if path.suffix.lower() != ".svg":
         raise UsageError(f"the chart is drawn as SVG, not as {path.suffix or 'a file without ending'!r}", "name it FILE.svg")
     refuse_inside_bundle(path)
-    if path.is_dir() or (path.exists() and mark.encode() not in path.read_bytes()[:200]):
+    check_new(path)
+    if path.exists() and mark.encode() not in path.read_bytes()[:200]:
         raise OutputExists(path)
-    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    try:  # permissions do not tell all: better said before the work than after
-        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=f".{path.name}."))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be drawn in {folder}: {error.strerror}", "name another FILE.svg") from None
     return path
 
 

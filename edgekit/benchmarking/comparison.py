@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BudgetNotMet, BundleError, InputError, UsageError
-from edgekit.files import atomic_write
+from edgekit.files import atomic_write, given_path
 from edgekit.manifest import Tolerance
 from edgekit.runtime import BACKENDS, compare_arrays, open_runner
 from edgekit.runtime.backends import runnable_graphs
@@ -69,8 +69,8 @@ def compare(
     candidate = reference if other is None else _opened(other)
     if layers:
         _check_layers(candidate, other is not None, names, diverge)
-    picture = None if plot is None else check_picture(Path(plot))
-    inputs, golden = load_golden(reference) if data is None else _answered(reference, Path(data), threads)
+    picture = None if plot is None else check_picture(given_path(plot, "plot"))
+    inputs, golden = load_golden(reference) if data is None else _answered(reference, given_path(data, "data"), threads)
     tolerances = candidate.manifest.golden if other is None and data is None else {}
     with _naming_both(reference, candidate):
         rows = [row for name in names for row in _output_rows(candidate, name, inputs, golden, tolerances, threads)]

@@ -24,7 +24,7 @@ import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, BudgetNotMet, UsageError
-from edgekit.files import atomic_write
+from edgekit.files import atomic_write, given_path
 from edgekit.manifest import ImagePreprocessing
 from edgekit.progress import say
 from edgekit.runtime import Model
@@ -89,7 +89,8 @@ def bench(
     Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run it.
     """
     (asked := Asked(scenario, seconds, batch, streams, rate)).check()
-    plot, folder = (None if path is None else Path(path) for path in (plot, history))
+    paths = {"plot": plot, "history": history, "against": against}
+    plot, folder, against = (None if path is None else given_path(path, name) for name, path in paths.items())
     limit = _checked_limit(precision, threads, folder, against, fail_over)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     with _opened(opened, backend, precision, threads, asked) as (model, costs, relative):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -14,7 +12,7 @@ from typing import Any
 import msgspec
 
 from edgekit.errors import DataError, UsageError
-from edgekit.files import atomic_write
+from edgekit.files import atomic_write, check_new
 from edgekit.svg import escape
 
 from .stored import Stored, differences, version_differences
@@ -28,19 +26,11 @@ _MARK = "<!-- edgekit bench history -->"
 
 
 def check_history(folder: Path) -> None:
-    """Make ``folder``: what cannot be written is told before anything is measured.
-
-    Raises `UsageError` where it is a file, or holds a history.svg that is no such picture, `OSError` where it cannot be
-    written.
-    """
+    """Raises `UsageError` where ``folder`` is a file, or holds a history.svg that is no such picture, or cannot be written."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is no folder", "name a folder for results: --history DIR")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     picture = folder / PICTURE
-    if picture.exists() and not picture.is_file():
-        raise UsageError(f"{picture} is no file", "name another folder: --history DIR")
+    check_new(picture)
     if picture.exists() and _MARK.encode() not in picture.read_bytes()[:200]:
         raise UsageError(f"{picture} was not drawn by edgekit", "name another folder: --history DIR")
 

@@ -19,12 +19,13 @@ from .asked import Asked, check_threads
 from .device import Sensors, fingerprint
 from .gate import parse_share
 from .inputs import batchable, golden_or_none, runner_feeds
-from .scenarios import Call, no_collector, stretch, warm_up
+from .scenarios import PATIENCE, Call, no_collector, stretch, warm_up
 from .statistics import paired_ratio, percentiles
 
 __all__ = ["bench_pair", "in_turns"]
 
-ROUNDS = 40  # at least
+ROUNDS = 40  # at least, but of models so slow that they would take over PATIENCE times the seconds
+FEWEST = 16  # below which `paired_ratio` gives no interval
 BURST_S = 0.01  # of one model before the other has its turn
 WIDE = 0.1  # of the interval's width, beyond which it says little
 
@@ -128,8 +129,11 @@ def in_turns(calls: list[Call], seconds: float) -> tuple[list[np.ndarray[Any, An
     rounds = max(ROUNDS, round(seconds / BURST_S))
     samples: list[list[int]] = [[] for _ in calls]
     medians: list[list[float]] = [[] for _ in calls]
+    late = time.monotonic() + PATIENCE * len(calls) * seconds
     with no_collector():
         for number in track(range(rounds), "in turns"):
+            if number >= FEWEST and number % 2 == 0 and time.monotonic() > late:
+                break
             for which in (0, 1) if number % 2 else (1, 0):  # the second of two finds the caches warm
                 burst = stretch(calls[which], seconds / rounds, 1)
                 samples[which] += burst

@@ -6,9 +6,8 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +15,7 @@ import numpy as np
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, WEIGHTS, Bundle, refuse_inside_bundle
 from edgekit.errors import DataError, InputError, MissingExtra, OutputExists, UsageError
-from edgekit.files import atomic_write, printable
+from edgekit.files import atomic_write, check_new, given_path, printable
 from edgekit.progress import say, track
 from edgekit.runtime import Model
 
@@ -77,11 +76,12 @@ def explain(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     settings = _settings(opened, method, label, precision, samples, compare)
-    folder = Path(out)
+    folder = given_path(out, "out")
     kind = settings.modality
-    sources = collect([images] if isinstance(images, str | os.PathLike) else images, folder, kind)
+    sources = collect(images if isinstance(images, Iterable) and not isinstance(images, str) else [images], folder, kind)
     if folder.exists() and not folder.is_dir():
         raise OutputExists(folder)
+    check_new(folder / RECORD)
     refuse_inside_bundle(folder / RECORD)
     _check_pillow()
     pictures = Pictures(folder, method, [source.file for source in sources if source.file])
@@ -161,8 +161,8 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
         precision = "int8"
     if precision != "auto":
         bundle.file(FLOAT_GRAPH if precision == "float" else INT8_GRAPH)
-    if not 50 <= samples <= 20_000:
-        raise UsageError(f"{samples} samples are too few or too many", "choose --samples from 50 to 20000")
+    if type(samples) is not int or not 50 <= samples <= 20_000:
+        raise UsageError(f"samples: {samples!r} is no number from 50 to 20000", "choose another: --samples 1000")
     return Settings(kind, method, precision, None if label is None else labels.index(label), samples, compare)
 
 

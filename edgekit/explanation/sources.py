@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from edgekit.errors import DataError, OutputExists, UsageError
-from edgekit.files import atomic_write, printable
+from edgekit.files import atomic_write, given_path, printable
 
 from .modality import Modality
 
@@ -37,6 +37,8 @@ def collect(given: Sequence[str | os.PathLike[str]], out: Path, kind: type[Modal
     """
     found: list[Source] = []
     for one in given:
+        if not isinstance(one, str):  # which may be a text, "" too, of which a text model says that it holds no word
+            given_path(one, kind.noun)
         path = Path(one)
         if os.path.isdir(one):  # unlike Path's, it answers for names that are too long, and "" is not the current folder
             inside = _inside(path, out, kind.suffixes)
@@ -48,7 +50,8 @@ def collect(given: Sequence[str | os.PathLike[str]], out: Path, kind: type[Modal
         elif kind.noun == "text" and not (path.suffix.lower() in kind.suffixes and len(str(one).split()) == 1):
             text = os.fspath(one)
             short = " ".join(text[: 4 * SHOWN].split())
-            found.append(Source(printable(short if len(short) <= SHOWN else f"{short[: SHOWN - 1]}…"), "text", None, text))
+            short = short if len(short) <= SHOWN else f"{short[: SHOWN - 1]}…"
+            found.append(Source(printable(short) or repr(text[:SHOWN]), "text", None, text))
         else:
             raise DataError(f"there is no {kind.noun} {path}", "check the path")
     if not found:

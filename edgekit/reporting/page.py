@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from edgekit.bundle import REPORT, Bundle
 from edgekit.errors import DataError, MissingExtra, OutputExists, UsageError
-from edgekit.files import atomic_write
+from edgekit.files import atomic_write, check_new, given_path
 from edgekit.version import __version__
 
 from . import charts
@@ -59,21 +59,22 @@ def report(
     Raises `BundleError` for a missing bundle or a damaged model, `OutputExists` for a foreign file at ``out``, `DataError` for
     a folder without explanations or a study without a front.
     """
-    sources = [bundles] if isinstance(bundles, Bundle | str | os.PathLike) else list(bundles)
+    sources = list(bundles) if isinstance(bundles, Iterable) and not isinstance(bundles, str) else [bundles]
     if not sources:
         raise UsageError("no bundle was named", "edgekit report B... --out report.html")
+    out = given_path(out, "out")
     sources, fronts = _with_fronts(sources)
     opened = [Bundle.open(source.path if isinstance(source, Bundle) else source, verify=False) for source in sources]
-    home = _check_out(Path(out), opened)
+    home = _check_out(out, opened)
     names = _names(opened)
     known = {bundle.digest: name for bundle, name in zip(opened, names, strict=True)}
-    pictures = read_pictures(Path(explanations), known) if explanations is not None else []
+    pictures = read_pictures(given_path(explanations, "explanations"), known) if explanations is not None else []
     views = [collect(bundle, name) for bundle, name in zip(opened, names, strict=True)]
     data = render(views, pictures, fronts).encode()
     if home:
         home.extend({REPORT: data})
     else:
-        atomic_write(Path(out), data)
+        atomic_write(out, data)
     return {
         "bundle": str(opened[0].path),
         "report": str(out),
@@ -90,7 +91,7 @@ def _with_fronts(sources: Sequence[Source]) -> tuple[list[Source], list[Front]]:
     found: dict[str, Source] = {}
     fronts = []
     for source in sources:
-        path = Path(source.path if isinstance(source, Bundle) else source)
+        path = source.path if isinstance(source, Bundle) else given_path(source, "bundle")
         file = front_file(path)
         if file is not None:
             fronts.append(read_front(file))
@@ -105,6 +106,7 @@ def _check_out(out: Path, opened: Sequence[Bundle]) -> Bundle | None:
     """Refuse a foreign file; return the bundle whose own report this is, if it is one's."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder", f"name a file: --out {out / REPORT}")
+    check_new(out)
     if out.is_file() and out.stat().st_size:
         with out.open("rb") as file:
             if GENERATOR not in file.read(2048):

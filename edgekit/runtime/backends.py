@@ -69,7 +69,7 @@ def open_runner(bundle: Bundle, backend: str = "auto", graph: str | None = None,
 
     ``auto``: of those that could work here the first that does, which shows when it is entered.
     """
-    if backend != "auto" and backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise UsageError(f"there is no backend {backend!r}", f"choose one of: auto, {', '.join(BACKENDS)}")
     graph = graph or bundle.graph
     missing: list[str] = []

@@ -12,7 +12,7 @@ import pytest
 import edgekit
 from edgekit.benchmarking import history
 from edgekit.bundle import Bundle
-from edgekit.errors import DataError, UsageError
+from edgekit.errors import DataError, OutputExists, UsageError
 
 SHORT = 0.05
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_written_is_told_before_anything_is_measured(
 
     monkeypatch.setattr("edgekit.benchmarking.harness._measure", never)
     os.mkfifo(tmp_path / "history.svg")
-    with pytest.raises(UsageError, match=r"history\.svg is no file"):
+    with pytest.raises(OutputExists, match=r"history\.svg exists already"):
         edgekit.bench(tiny_bundle, history=tmp_path)
-    with pytest.raises(OSError, match=r"/proc/nowhere"):
+    with pytest.raises(UsageError, match=r"/proc/nowhere"):
         edgekit.bench(tiny_bundle, history="/proc/nowhere")

@@ -47,6 +47,12 @@ def test_a_slower_one_is_found_out(tiny_bundle: Bundle, monkeypatch: pytest.Monk
     assert missed.value.result["passed"] is False
 
 
+def test_slow_models_are_not_waited_for_forty_times(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that take longer than the seconds asked for: as many rounds as the interval needs."""
+    monkeypatch.setattr(pairs, "_call", lambda *_: lambda: time.sleep(0.01))
+    assert edgekit.bench_pair(tiny_bundle, tiny_bundle, seconds=0.02)["rounds"] == pairs.FEWEST
+
+
 @pytest.mark.parametrize(
     ("interval", "passed", "words"),
     [

@@ -108,6 +108,7 @@ def test_texts_come_from_files_and_folders(mails: Bundle, tmp_path: Path) -> Non
         explain(mails, "missing.txt", out=tmp_path / "none")
     with pytest.raises(DataError, match="none of 1 texts"):
         explain(mails, "", out=tmp_path / "none")
+    assert explain(mails, ["the prize", ""], out=tmp_path / "why")["skipped"] == ["''"]
     with pytest.raises(UsageError, match="gradcam is not for text-classification"):
         explain(mails, "the prize", out=tmp_path / "none", method="gradcam")
     assert not (tmp_path / "none").exists()
