@@ -52,7 +52,11 @@ __all__ = ["scan"]
     type=click.FloatRange(0),
     help="After this long on one frame no further attempt at a code is started; 0: plain reading only.",
 )
-@click.option("--check", is_flag=True, help="Only read the config file B.toml and name every mistake in it.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Only name every mistake in the config file B.toml, and what this machine lacks.",
+)
 @answers
 def scan(
     bundle: Path | None,
@@ -142,19 +146,26 @@ def _with_stdout(config: ScanConfig) -> ScanConfig:
 
 
 def _checked(path: Path | None, written: bool) -> Answer:
-    """Every mistake in a config file; exit code 2 where there is one."""
+    """Every mistake in a config file and on this machine; exit code 2 where there is one."""
     from edgekit.errors import UsageError
     from edgekit.progress import say
-    from edgekit.scanner.config import parse_config
+    from edgekit.scanner.checking import check_config
 
     if path is None or not written:
         raise UsageError("--check wants a config file", "edgekit scan --check scan.toml")
-    _, problems = parse_config(path)
-    for problem in problems:
-        say(f"error: {problem}")
-    rows = [{"where": each.where, "error": each.message, "hint": each.hint} for each in problems]
-    data = {"config": str(path), "ok": not problems, "problems": rows}
-    return Answer(data, f"{path}: {len(problems)} mistakes" if problems else f"{path} is in order", 2 if problems else 0)
+    problems, warnings = check_config(path)
+    for kind, found in (("error", problems), ("warning", warnings)):
+        for problem in found:
+            say(f"{kind}: {problem}")
+    rows, doubts = ([{"where": p.where, "error": p.message, "hint": p.hint} for p in found] for found in (problems, warnings))
+    data = {"config": str(path), "ok": not problems, "problems": rows, "warnings": doubts}
+    text = f"{path}: {_counted(len(problems), 'mistake')}" if problems else f"{path} is in order"
+    text += f", with {_counted(len(warnings), 'warning')}" if warnings else ""
+    return Answer(data, text, 2 if problems else 0)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def _answer(summary: Summary, source: str, interrupted: int) -> Answer:

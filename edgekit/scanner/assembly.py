@@ -101,9 +101,6 @@ def assemble(config: ScanConfig, stack: contextlib.ExitStack, stop: Stop, frames
 def _steps(config: ScanConfig, parts: Parts, model: FrameModel | None) -> list[Step]:
     """In their order: what looks at single frames stands before the trigger, which makes one event of several."""
     region = config.region.region() if config.region else None
-    for name in ("shadow", "drift", "selftest"):
-        if getattr(config, name) is not None and model is None:
-            raise UsageError(f"[{name}] wants a model", "add [model] with a bundle, or leave it out")
     shadowed = model if isinstance(model, ShadowedModel) else None
     steps: list[Step] = []
     if shadowed is not None:

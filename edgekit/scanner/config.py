@@ -1,4 +1,4 @@
-"""`ScanConfig`: one TOML file that says all of a scan. `read_config` reads it; `check_config` looks at everything it names."""
+"""`ScanConfig`: one TOML file that says all of a scan. `read_config` reads it; `checking` looks at everything it names."""
 
 from __future__ import annotations
 
@@ -164,6 +164,11 @@ class ScanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     outbox: OutboxFile = OutboxFile()
     server: ServerOptions | None = None
     log: LogOptions = LogOptions()
+
+    def __post_init__(self) -> None:
+        for name in ("shadow", "drift", "selftest"):
+            if getattr(self, name) is not None and self.model is None:
+                raise UsageError(f"[{name}] wants a model", "add [model] with a bundle, or leave it out")
 
 
 #: Keys that hold a path, which is relative to the config's file.

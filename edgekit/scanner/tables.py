@@ -60,7 +60,7 @@ class Tables:
         try:
             return kind(**values)
         except EdgekitError as error:
-            self.add(at, f"[{shown(at)}] {error.message}", error.hint)
+            self.add(at, f"[{shown(at)}] {error.message}" if at else error.message, error.hint)
         except ValueError as error:
             self.add(at, f"[{shown(at)}] {error}")
         return None

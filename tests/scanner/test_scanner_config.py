@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,45 @@ def test_an_application_takes_events_as_they_come(digits_bundle: Bundle, picture
         return None
 
     assert asyncio.run(first())["seq"] == 0
+
+
+def test_what_a_config_names_is_held_against_this_machine(
+    cli: Cli, digits_bundle: Bundle, pictures: Path, tmp_path: Path
+) -> None:
+    """Nothing is written, not even by a sink that would make its file."""
+    file = tmp_path / "scan.toml"
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        file.write_text(
+            f'[model]\nbundle = "{digits_bundle.path}"\n[[source]]\naddress = "pictures"\n'
+            f'[[sink]]\naddress = "jsonl:sub/events.jsonl"\n[[sink]]\naddress = "http://127.0.0.1:1/x"\n'
+            f'[outbox]\npath = "outbox.sqlite"\n[ring]\nfolder = "ring"\n[server]\naddress = "127.0.0.1:{port}"\n'
+        )
+        sound = cli("scan", "--check", file, "--json")
+    assert (sound.code, sound.json["problems"]) == (0, [])
+    lines = {warning["where"].rpartition(":")[2]: warning["error"] for warning in sound.json["warnings"]}
+    assert lines.keys() == {"8", "14"}
+    assert "does not answer" in lines["8"]
+    assert str(port) in lines["14"]
+    assert {path.name for path in tmp_path.iterdir()} == {digits_bundle.path.name, pictures.name, file.name}
+
+    file.write_text(
+        '[model]\nbundle = "none.edge"\n[codes]\nformats = ["QR Cod"]\n'
+        '[[source]]\nname = "a"\naddress = "pattern:8x8"\n[[source]]\naddress = "pictures"\n'
+        '[[sink]]\naddress = "jsonl:/proc/x/e.jsonl"\n[[sink]]\naddress = "jsonl:/proc/x/e.jsonl"\n'
+        '[[sink]]\naddress = "ftp://user:secret@x"\n[harvest]\nfolder = "/proc/x"\n'
+        '[trigger]\nmode = "external"\ninputs = ["udp://x"]\n'
+    )
+    wrong = cli("scan", "--check", file, "--json")
+    assert wrong.code == 2
+    found = [problem["where"].rpartition(":")[2] for problem in wrong.json["problems"]]
+    assert set(found) == {"2", "3", "7", "9", "11", "13", "15", "17", "20"}
+    assert "secret" not in wrong.out + wrong.err
+    assert not list(tmp_path.glob("*.sqlite"))
+
+
+def test_a_model_is_asked_for_by_what_watches_it(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "scan.toml"
+    file.write_text('[codes]\n[drift]\n[[source]]\naddress = "pattern:8x8@1"\n')
+    refused = cli("scan", "--check", file, "--json")
+    assert (refused.code, refused.json["problems"][0]["error"]) == (2, "[drift] wants a model")

@@ -36,7 +36,7 @@ from edgekit.scanner.outbox import Outbox
 from . import FLUSH_S, Sink
 from .local import LocalSink
 
-__all__ = ["JsonlOptions", "JsonlSink", "StdoutSink", "open_jsonl"]
+__all__ = ["JsonlOptions", "JsonlSink", "StdoutSink", "open_jsonl", "place_of"]
 
 INTERVAL_S = 1.0
 _OPTIONS = "options are ?rotate=10M&keep=5&fsync=always|interval|never"
@@ -53,6 +53,12 @@ class JsonlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def open_jsonl(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     """Raises `UsageError` for an unknown option."""
+    path, options = place_of(spec)
+    return StdoutSink() if path is None else JsonlSink(path, options)
+
+
+def place_of(spec: str) -> tuple[Path | None, JsonlOptions]:
+    """The file that an address names, None for stdout. Raises `UsageError` for an unknown option."""
     target = spec.partition(":")[2]
     path, mark, asked = target.rpartition("?")
     if not mark or "=" not in asked or not path:
@@ -61,8 +67,8 @@ def open_jsonl(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     if path == "-":
         if asked:
             raise UsageError("stdout takes no options", "write jsonl:-, or name a file")
-        return StdoutSink()
-    return JsonlSink(Path(path), options)
+        return None, options
+    return Path(path), options
 
 
 def _options(asked: str) -> JsonlOptions:
