@@ -1,14 +1,16 @@
-"""The systemd unit: accepted by systemd, and its command runs with its example settings."""
+"""The systemd unit: accepted by systemd, and its commands run with the settings beside it."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +19,7 @@ import pytest
 from edgekit.bundle import Bundle
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "scanner"
-PROGRAM = "/opt/edgekit/venv/bin/edgekit"
-
-
-def settings() -> dict[str, str]:
-    lines = (DEPLOY / "edgekit-scan.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-
-
-def exec_start(values: dict[str, str]) -> list[str]:
-    """``ExecStart`` as systemd expands it: ${X} one word, $X split at spaces (systemd.service(5), COMMAND LINES)."""
-    unit = (DEPLOY / "edgekit-scan.service").read_text()
-    found = re.search(r"^ExecStart=(.*)$", unit, re.M)
-    assert found
-    words: list[str] = []
-    for word in found[1].split():
-        if re.fullmatch(r"\$\w+", word):
-            words += shlex.split(values[word[1:]])
-        else:
-            words.append(re.sub(r"\$\{(\w+)\}", lambda m: values[m[1]], word))
-    return words
+PROGRAM, SETTINGS = "/opt/edgekit/venv/bin/edgekit", "/etc/edgekit/scan.toml"
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
@@ -48,29 +31,44 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("with_model", [True, False])
-def test_the_units_command_scans_until_sigterm(
-    kit: Any, digits_bundle: Bundle, pictures: Path, tmp_path: Path, with_model: bool
+def settings(folder: Path, bundle: Bundle, pictures: Path) -> Path:
+    """The settings of the unit, with this machine's paths and a free port."""
+    text = (DEPLOY / "scan.toml").read_text()
+    ours = {"/opt/edgekit/model.edge": bundle.path, "/srv/edgekit/inbox": pictures, "/var/lib/edgekit": folder, ":9110": ":0"}
+    for theirs, mine in ours.items():
+        assert theirs in text
+        text = text.replace(theirs, str(mine))
+    (file := folder / "scan.toml").write_text(text)
+    return file
+
+
+def test_the_units_commands_check_and_scan_until_sigterm(
+    kit: Any, cli: Callable[..., Any], digits_bundle: Bundle, pictures: Path, tmp_path: Path
 ) -> None:
-    values = settings()
-    assert set(values) == {"EDGEKIT_BUNDLE", "EDGEKIT_SOURCE", "EDGEKIT_SINKS", "EDGEKIT_OPTIONS"}
-    values["EDGEKIT_SOURCE"] = str(pictures)
-    values["EDGEKIT_BUNDLE"] = str(digits_bundle.path) if with_model else ""
-    values["EDGEKIT_OPTIONS"] = "" if with_model else "--codes --code-budget-ms 50"
-    program, command, *arguments = exec_start(values)
-    assert (program, command) == (PROGRAM, "scan")
-    state = tmp_path / "lib"
-    state.mkdir()
-    process = kit.start_scan(*arguments, cwd=state, env={**os.environ, "STATE_DIRECTORY": str(state)})
-    kit.wait_for(lambda: (state / "events.db").exists() and count(state / "events.db") == 4)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=10)
+    (state := tmp_path / "lib").mkdir()
+    file = settings(state, digits_bundle, pictures)
+    commands = re.findall(r"^Exec\w+=(.*)$", (DEPLOY / "edgekit-scan.service").read_text(), re.M)
+    assert commands == [f"{PROGRAM} scan --check {SETTINGS}", f"{PROGRAM} scan {SETTINGS}"]
+    checked = cli("scan", "--check", file)
+    assert (checked.code, checked.out) == (0, f"{file} is in order\n")
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(tmp_path / "notify"))
+        notify.settimeout(30)
+        systemd = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000", "STATE_DIRECTORY": str(state)}
+        process = kit.start_scan(file, cwd=state, env={**os.environ, **systemd})
+        assert notify.recv(4096).decode().startswith("READY=1")
+        kit.wait_for(lambda: count(state / "events.db") == 4)
+        while notify.recv(4096) != b"WATCHDOG=1":
+            pass
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=10)
     assert process.returncode == 0, stderr
 
 
 def count(path: Path) -> int:
-    import sqlite3
-
+    if not path.exists():
+        return 0
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)
     try:
         return int(connection.execute("SELECT count(*) FROM events").fetchone()[0])
