@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
-__all__ = ["Speaker", "bar", "first", "say", "spoken_by", "track"]
+__all__ = ["Speaker", "bar", "first", "say", "short", "spoken_by", "track"]
 
 T = TypeVar("T")
 
@@ -103,3 +103,9 @@ def spoken_by(speaker: Speaker) -> Iterator[None]:
         yield
     finally:
         _speaker = before
+
+
+def short(value: float, digits: int = 4) -> str:
+    """A figure for people, of so many significant digits: 0.1587, 12,450; powers of ten only where zeros would fill the line."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if 10**digits <= abs(rounded) < 1e12 else f"{value:.{digits}g}"

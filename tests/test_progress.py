@@ -26,3 +26,18 @@ def test_short_work_is_one_line_in_a_log(capfd: pytest.CaptureFixture[str]):
         for _ in range(3):
             advance(1, "")
     assert capfd.readouterr().err == "reading\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "words"),
+    [
+        (0.158712, 4, "0.1587"),
+        (8348.4, 4, "8348"),
+        (12449.7, 4, "12,450"),
+        (4460.2, 3, "4,460"),
+        (0.0, 4, "0"),
+        (1e15, 4, "1e+15"),
+    ],
+)
+def test_figures_have_no_powers_of_ten(value: float, digits: int, words: str) -> None:
+    assert progress.short(value, digits) == words

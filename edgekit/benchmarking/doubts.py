@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgekit.progress import short
+
 from .scenarios import KEY, MIN_ITERATIONS, Run, WarmUp
 from .statistics import coefficient_of_variation
 
@@ -65,6 +67,6 @@ def _queue(run: Run) -> list[str]:
     if not behind and not grown:
         return []
     return [
-        f"{run.extra['rate']:.4g} arrivals a second are more than it can serve: the queue grew, median wait "
-        f"{queue['first_fifth_ms']:.3g} ms in the first fifth, {queue['last_fifth_ms']:.3g} ms in the last"
+        f"{short(run.extra['rate'])} arrivals a second are more than it can serve: the queue grew, median wait "
+        f"{short(queue['first_fifth_ms'], 3)} ms in the first fifth, {short(queue['last_fifth_ms'], 3)} ms in the last"
     ]

@@ -26,7 +26,7 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, BudgetNotMet, UsageError
 from edgekit.files import atomic_write, given_path
 from edgekit.manifest import ImagePreprocessing
-from edgekit.progress import say
+from edgekit.progress import say, short
 from edgekit.runtime import Model
 from edgekit.runtime.backends import ENGINE_MODULES, Runner, open_runner
 from edgekit.runtime.cuda import open_cuda
@@ -159,7 +159,8 @@ def _passed(answer: dict[str, Any]) -> dict[str, Any]:
         return answer
     message = (
         f"it takes {comparison['ratio'] - 1:.1%} longer than the earlier run, allowed is {comparison['limit']:.1%} "
-        f"({verdict_words(comparison)}; p50 {comparison['old_p50_ms']:.4g} ms then, {comparison['new_p50_ms']:.4g} ms now)"
+        f"({verdict_words(comparison)}; "
+        f"p50 {short(comparison['old_p50_ms'])} ms then, {short(comparison['new_p50_ms'])} ms now)"
     )
     hint = "find the change that made it slower, or raise --fail-over"
     if not comparison["both_trustworthy"]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import UsageError
-from edgekit.progress import say, track
+from edgekit.progress import say, short, track
 
 from .statistics import coefficient_of_variation, percentiles
 from .yardstick import STRETCH_S, Between
@@ -206,7 +206,7 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
     service_s = float(np.mean(stretch(call, 0.2, 10))) / 1e9
     rate = rate or SERVER_LOAD / service_s
     if rate * seconds > MAX_ARRIVALS:
-        many = f"{rate:.4g} arrivals a second for {seconds:g} s are over {MAX_ARRIVALS:,}"
+        many = f"{short(rate)} arrivals a second for {seconds:g} s are over {MAX_ARRIVALS:,}"
         raise UsageError(many, "lower --seconds or --rate")
     count = max(MIN_ITERATIONS, int(rate * seconds))
     gaps = np.random.default_rng(0).exponential(1e9 / rate, count)
@@ -215,10 +215,10 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
     limit = int(seconds * PATIENCE * 1e9)
     if schedule[FEWEST_ARRIVALS - 1] > limit:
         raise UsageError(
-            f"{rate:.4g} arrivals a second are under {FEWEST_ARRIVALS} even in {PATIENCE} times the {seconds:g} s",
+            f"{short(rate)} arrivals a second are under {FEWEST_ARRIVALS} even in {PATIENCE} times the {seconds:g} s",
             "raise --rate or --seconds",
         )
-    say(f"server, {rate:.4g} arrivals a second, {seconds:g} s")
+    say(f"server, {short(rate)} arrivals a second, {seconds:g} s")
     with no_collector():
         begin = perf_counter_ns()
         for i, arrival in enumerate(schedule):

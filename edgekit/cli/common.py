@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
-from edgekit.progress import first
+from edgekit.progress import first, short
 
 __all__ = [
     "SEED",
@@ -236,7 +236,7 @@ def _plain(value: Any) -> Any:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{short(value)}" if isinstance(value, float) else str(value)
 
 
 def lines(data: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from edgekit.errors import BudgetNotMet
+from edgekit.progress import short
 
 from .common import Answer, answers, bundle_argument, table
 
@@ -232,11 +233,11 @@ def _bench_text(result: dict[str, Any]) -> str:
         f"{result['model']}  {result['graph']} on {result['backend']} {result['version']}, {result['threads']} thread(s)",
         f"{result['scenario']}, batch {result['batch']} (MLPerf compares {result['key']}), "
         f"{result['iterations']} runs in {result['seconds']:.1f} s on {device['cpu']}, {device['cores']} cores",
-        "latency ms   " + "  ".join(f"{key} {value:.4g}" for key, value in latency.items()),
-        f"throughput   {result['throughput']:.4g} inferences/s",
+        "latency ms   " + "  ".join(f"{key} {short(value)}" for key, value in latency.items()),
+        f"throughput   {short(result['throughput'])} inferences/s",
         f"jitter       {result['jitter_ms']:.2g} ms from one call to the next",
-        f"cold start   {result['cold_start_ms']:.4g} ms to open and answer"
-        + (f", {result['process_start_ms']:.4g} ms from the start of Python" if result["process_start_ms"] else ""),
+        f"cold start   {short(result['cold_start_ms'])} ms to open and answer"
+        + (f", {short(result['process_start_ms'])} ms from the start of Python" if result["process_start_ms"] else ""),
     ]
     lines += _sensed(result)
     if result.get("int8") == "float":
@@ -244,14 +245,14 @@ def _bench_text(result: dict[str, Any]) -> str:
     if "queue" in result:
         wait, queue = result["queue"]["wait_ms"], result["queue"]
         lines.append(
-            f"queue        {result['rate']:.4g} arrivals/s, busy {result['utilisation']:.0%}, "
-            f"wait p50 {wait['p50']:.4g} p99 {wait['p99']:.4g} ms, longest {queue['longest']}"
+            f"queue        {short(result['rate'])} arrivals/s, busy {result['utilisation']:.0%}, "
+            f"wait p50 {short(wait['p50'])} p99 {short(wait['p99'])} ms, longest {queue['longest']}"
         )
     if result["end_to_end"]:
         whole = result["end_to_end"]
         frame = "x".join(map(str, whole["frame"]))
         lines.append(
-            f"with frame   p50 {whole['latency_ms']['p50']:.4g}  p99 {whole['latency_ms']['p99']:.4g} ms, "
+            f"with frame   p50 {short(whole['latency_ms']['p50'])}  p99 {short(whole['latency_ms']['p99'])} ms, "
             f"{frame} uint8 to label"
         )
         lines += [f"             not to be trusted: {reason}" for reason in whole["reasons"]]
@@ -259,8 +260,8 @@ def _bench_text(result: dict[str, Any]) -> str:
         rows = [{**row, "us": f"{row['us']:.1f}", "share": f"{row['share']:.1%}"} for row in profile["layers"][:WORST_LAYERS]]
         lines += ["", table(rows, ["layer", "op", "us", "share", "output"])]
         lines.append(
-            f"{len(profile['layers'])} layers; a run takes {profile['run_us']:.4g} us while they are timed, "
-            f"{profile['between_us']:.3g} us of it between them"
+            f"{len(profile['layers'])} layers; a run takes {short(profile['run_us'])} us while they are timed, "
+            f"{short(profile['between_us'], 3)} us of it between them"
         )
         lines.append("")
     if result["against"]:
@@ -277,7 +278,8 @@ def _sensed(result: dict[str, Any]) -> list[str]:
     if energy := result["energy"]:
         rails = [energy["whole"]] if energy["whole"] else list(energy["watts"])
         each = (
-            f"{rail} {energy['watts'][rail]:.3g} W, {energy['mj_per_inference'][rail]:.3g} mJ an inference" for rail in rails
+            f"{rail} {short(energy['watts'][rail], 3)} W, {short(energy['mj_per_inference'][rail], 3)} mJ an inference"
+            for rail in rails
         )
         lines.append(f"energy       {'; '.join(each)}")
     if heat := result["temperatures"]["after"]:
@@ -291,7 +293,7 @@ def _against(gate: dict[str, Any]) -> list[str]:
     from edgekit.benchmarking.gate import verdict_words
 
     lines = [
-        f"against      p50 {gate['old_p50_ms']:.4g} -> {gate['new_p50_ms']:.4g} ms, {verdict_words(gate)}: {gate['verdict']}"
+        f"against      p50 {short(gate['old_p50_ms'])} -> {short(gate['new_p50_ms'])} ms, {verdict_words(gate)}: {gate['verdict']}"
     ]
     if not gate["earlier_trustworthy"]:
         lines.append("             the earlier run was not to be trusted")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edgekit.errors import UsageError
+from edgekit.progress import short
 
 from .common import SEED, Answer, answers, table, targets_option
 
@@ -114,7 +115,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "trial": row["trial"],
         "accuracy": f"{row['accuracy']:.2%}",
-        "ms": f"{row['latency_ms']:.3g}",
+        "ms": f"{short(row['latency_ms'], 3)}",
         "MACs": row["macs"],
         "parameters": row["parameters"],
         "kB": round(row["size_bytes"] / 1e3),
