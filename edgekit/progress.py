@@ -106,6 +106,6 @@ def spoken_by(speaker: Speaker) -> Iterator[None]:
 
 
 def short(value: float, digits: int = 4) -> str:
-    """A figure for people, of so many significant digits: 0.1587, 12,450; powers of ten only where zeros would fill the line."""
+    """A figure for people, of so many significant digits: 0.1587, 12,450; no powers of ten below 1e12."""
     rounded = float(f"{value:.{digits}g}")
     return f"{rounded:,.0f}" if 10**digits <= abs(rounded) < 1e12 else f"{value:.{digits}g}"

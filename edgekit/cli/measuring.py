@@ -293,7 +293,8 @@ def _against(gate: dict[str, Any]) -> list[str]:
     from edgekit.benchmarking.gate import verdict_words
 
     lines = [
-        f"against      p50 {short(gate['old_p50_ms'])} -> {short(gate['new_p50_ms'])} ms, {verdict_words(gate)}: {gate['verdict']}"
+        f"against      p50 {short(gate['old_p50_ms'])} -> {short(gate['new_p50_ms'])} ms, "
+        f"{verdict_words(gate)}: {gate['verdict']}"
     ]
     if not gate["earlier_trustworthy"]:
         lines.append("             the earlier run was not to be trusted")
