@@ -19,7 +19,7 @@ import numpy as np
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, TOKENIZER, WEIGHTS, Bundle
 from edgekit.data.tensors import Rows
-from edgekit.errors import BundleError, GoldenError, MissingExtra, UsageError, first_line
+from edgekit.errors import BundleError, GoldenError, GraphError, MissingExtra, UsageError, first_line
 from edgekit.manifest import History, Manifest, ModelConfig, ModelEdits, TensorSpec, Tolerance
 from edgekit.runtime import compare_arrays
 from edgekit.runtime.golden import save_golden
@@ -33,15 +33,18 @@ try:
     import torch
     from torch import Tensor, nn
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.utils import parametrize
     from torch.utils.flop_counter import FlopCounterMode
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch") from None
 
 __all__ = [
+    "COMPUTED",
     "FLOAT_TOLERANCE",
     "Skip",
     "adopt_shapes",
     "attribute",
+    "computes_weights",
     "create",
     "edit",
     "load",
@@ -53,6 +56,7 @@ __all__ = [
 #: How far ONNX Runtime may be from torch on the same weights: rounding of reordered sums, no more.
 FLOAT_TOLERANCE = Tolerance("relative", 1e-4)
 GOLDEN_SAMPLES = 8
+COMPUTED = "its weight is computed at each call (weight or spectral norm)"
 
 
 def create(config: ModelConfig) -> nn.Module:
@@ -167,9 +171,13 @@ def attribute(module: nn.Module, name: str) -> int:
 
 def adopt_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Resize layers in place to the shapes of ``state``: convolutions, linear layers, norms, embeddings, recurrences, and
-    parameters of any module; values come after."""
+    parameters of any module; values come after. Raises `GraphError` where a weight that is computed (spectral or weight
+    norm) would change."""
     for name, layer in module.named_modules():
         prefix = f"{name}." if name else ""
+        if computes_weights(layer):
+            _check_unchanged(layer, prefix, state)
+            continue
         _resize(layer, {key.removeprefix(prefix): tuple(value.shape) for key, value in state.items() if key.startswith(prefix)})
         for key, parameter in list(layer.named_parameters(recurse=False)):
             if parameter.shape != state[prefix + key].shape:
@@ -179,11 +187,24 @@ def adopt_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> None:
                 setattr(layer, key, torch.empty_like(state[prefix + key]))
 
 
+def computes_weights(layer: nn.Module) -> bool:
+    """Whether its weight is made of others at each call (`torch.nn.utils.parametrizations`, or the older `weight_norm`)."""
+    return parametrize.is_parametrized(layer) or hasattr(layer, "weight_g") or hasattr(layer, "weight_orig")
+
+
+def _check_unchanged(layer: nn.Module, prefix: str, state: Mapping[str, Tensor]) -> None:
+    for key, value in layer.state_dict().items():
+        if value.shape != state[prefix + key].shape:
+            raise GraphError(f"{prefix.rstrip('.')}: {COMPUTED}", "torch.nn.utils.parametrize.remove_parametrizations")
+
+
 def _resize(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Set the sizes that ``layer`` keeps beside its weights."""
     if isinstance(layer, nn.modules.conv._ConvNd):
         first, second = shapes["weight"][:2]
         if layer.transposed:
+            if layer.groups == layer.in_channels:  # depthwise
+                layer.groups = first
             layer.in_channels, layer.out_channels = first, second * layer.groups
         elif layer.groups > 1 and layer.groups == layer.in_channels:  # depthwise
             layer.groups = first * layer.groups // layer.out_channels
@@ -198,6 +219,8 @@ def _resize(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         layer.normalized_shape = shapes["weight"]
     elif isinstance(layer, nn.GroupNorm) and "weight" in shapes:
         layer.num_channels = shapes["weight"][0]
+    elif isinstance(layer, nn.PReLU):
+        (layer.num_parameters,) = shapes["weight"]
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = shapes["weight"]
     elif isinstance(layer, nn.RNNBase):

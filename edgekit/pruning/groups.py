@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.manifest import ModelEdits
+from edgekit.models.module import COMPUTED, computes_weights
 
 from .coupling import Coupling, couple, export
 from .network import Axis, Channel, Group, Network, inside, layer_of
@@ -41,6 +42,7 @@ def analyse(module: nn.Module, example: Tensor, edits: ModelEdits | None = None,
     present = torch.ones(len(columns.parent), dtype=torch.bool)
     network = Network(module, (), operations, kept, columns.axes, present, left, edits or ModelEdits())
     found: list[Group] = []
+    refused: dict[str, str] = {}
     with torch.no_grad():
         trial = Trial(network, example[:SAMPLES], module.eval()(example[:SAMPLES]), columns)
         for candidates in (groups, whole):
@@ -52,9 +54,30 @@ def analyse(module: nn.Module, example: Tensor, edits: ModelEdits | None = None,
                     found.append(result)
                 elif not group.heads:
                     kept[group.name] = result
+                    refused |= {layer_of(name): result for name, _ in group.makers}
+    _explain(module, columns, found, refused, kept)
     network = replace(network, groups=tuple(found), kept=kept)
     blocks = [b for b in _blocks(module, example[:SAMPLES]) if not _holds_frozen(module, b, frozen)]
     return replace(network, blocks=tuple(b for b in blocks if _passes_channels(network, b, example[:SAMPLES])))
+
+
+def _explain(
+    module: nn.Module, coupling: Coupling, groups: Sequence[Group], refused: Mapping[str, str], kept: dict[str, str]
+) -> None:
+    """Say why of every layer with weights that no group holds and nothing was said of yet."""
+    held = {layer_of(name) for group in groups for name, _ in group.rows[0][0].slices}
+    reasons = dict(refused)
+    for (name, _), numbers in coupling.axes.items():
+        for number in numbers.tolist():
+            if why := coupling.fixed.get(number):
+                reasons.setdefault(layer_of(name), why)
+                break
+    for name, layer in module.named_modules():
+        weighty = any(parameter.ndim > 1 for parameter in layer.parameters(recurse=False))
+        if name and computes_weights(layer):
+            kept.setdefault(name, COMPUTED)
+        elif name and weighty and name not in held and ".parametrizations." not in f".{name}":
+            kept.setdefault(name, reasons.get(name, "its channels cannot be followed through the model"))
 
 
 def _holds_frozen(module: nn.Module, block: str, frozen: Sequence[str]) -> bool:

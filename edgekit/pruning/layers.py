@@ -82,16 +82,17 @@ def _convolution(transposed: bool, space: int) -> Rule:
         groups = int(args[6]) if len(args) > 6 else int(kwargs.get("groups", 1))
         if not isinstance(weight, Parameter):
             return unknown(coupling, node, "convolution", module, args, kwargs)
-        if transposed and groups > 1:
-            return unknown(coupling, node, "conv_transpose with groups", module, args, kwargs)
         given = coupling.along(x, x.ndim - space - 1)
-        outputs = coupling.made(weight.name, 1 if transposed else 0)
+        depthwise = groups == len(given) and groups > 1
+        if transposed and groups > 1 and not (depthwise and coupling.state[weight.name].shape[1] == 1):
+            return unknown(coupling, node, "conv_transpose with groups", module, args, kwargs)
+        outputs = coupling.made(weight.name, 1 if transposed and not depthwise else 0)
         if isinstance(bias, Parameter):
             outputs = coupling.unite(outputs, coupling.made(bias.name))
         why = f"{module} reads what cannot shrink"
         if groups == 1:
             inputs = coupling.bind(given, coupling.axis(weight.name, 0 if transposed else 1), why)
-        elif groups == len(given):  # depthwise: each output follows its input
+        elif depthwise:  # each output follows its input
             outputs = coupling.bind(given.repeat_interleave(len(outputs) // groups), outputs, why)
             inputs = given
         else:  # the columns of a group's weights are its own inputs: the same place goes in every group
@@ -119,6 +120,16 @@ def _batch_norm(coupling: Coupling, node: torch.fx.Node, module: str, args: Any,
     for value in args[1:5]:
         if isinstance(value, Parameter):
             numbers = coupling.bind(numbers, coupling.axis(value.name, 0), f"{module} reads what cannot shrink")
+    return spread(numbers, shape_of(node), 1)
+
+
+def _prelu(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
+    x, weight = tensor_of(coupling, args[0]), args[1]
+    if not isinstance(weight, Parameter) or x.ndim < 2:
+        return unknown(coupling, node, "prelu", module, args, kwargs)
+    if coupling.state[weight.name].numel() == 1:
+        return x
+    numbers = coupling.bind(coupling.along(x, 1), coupling.axis(weight.name, 0), f"{module} reads what cannot shrink")
     return spread(numbers, shape_of(node), 1)
 
 
@@ -163,7 +174,7 @@ def _matmul(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwa
     static = (math.prod(shape[:-2]), *shape[-2:], a.shape[-1])
     inner, columns = (a.ndim - 1 in coupling.varying(a), b.ndim - 2 in coupling.varying(b)), b.ndim - 1 in coupling.varying(b)
     sides = lines_of(coupling, a) or lines_of(coupling, b)
-    if columns and coupling.varying(a):
+    if columns and coupling.varying(a) and not inner[1]:
         sides = (*sides, coupling.along(b, -1))
     coupling.operations.append(Operation("product", sides, static, module))
     if all(inner):
@@ -249,6 +260,7 @@ LAYERS: dict[str, Rule] = {
     "linear": _linear,
     "batch_norm": _batch_norm,
     "instance_norm": _batch_norm,
+    "prelu": _prelu,
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     "group_norm": _group_norm,
