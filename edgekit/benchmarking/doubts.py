@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from edgekit.progress import short
@@ -34,8 +36,9 @@ def _count(run: Run, key: str) -> list[str]:
     beyond = count * (100 - int(key[1:])) // 100
     if beyond >= TAIL:
         return []
-    seconds = run.seconds * TAIL * 100 / (100 - int(key[1:])) / count
-    return [f"{key}, which {_ordinary(beyond)} of {count} runs exceed, is not sure: --seconds {seconds:.0f} would do"]
+    seconds = 1.1 * run.seconds * TAIL * 100 / (100 - int(key[1:])) / count
+    enough = math.ceil(seconds) if seconds > 5 else math.ceil(10 * seconds) / 10
+    return [f"{key}, which {_ordinary(beyond)} of {count} runs exceed, is not sure: --seconds {enough:g} would do"]
 
 
 def _ordinary(count: int) -> str:

@@ -17,6 +17,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,7 +40,7 @@ from .device import Sensors, fingerprint, resident_mb
 from .doubts import doubts
 from .gate import check_comparable, judge, load_earlier, parse_share, verdict_words
 from .history import add, check_history
-from .inputs import Feeds, batchable, frame_for, golden_or_none, runner_feeds
+from .inputs import Feeds, batchable, frame_for, golden_or_none, least_batch, runner_feeds
 from .profile import check_profile, layer_times, tensorrt_layers, times_chart
 from .scenarios import KEY, Call, Run, multi_stream, offline, server, single_stream, warm_up
 from .sensors import PowerMeter
@@ -191,7 +192,7 @@ def _opened(
     before, start = resident_mb(), time.perf_counter()
     with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
         loaded = time.perf_counter()
-        feeds = runner_feeds(model.runner, golden_or_none(bundle), _least(model.runner))
+        feeds = runner_feeds(model.runner, golden_or_none(bundle), least_batch(model.runner))
         first = time.perf_counter()
         model.runner.run(feeds)
         cold_start = loaded - start + time.perf_counter() - first
@@ -221,7 +222,7 @@ def _free_on_gpu(runner: Runner) -> int | None:
 
 def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path | None) -> dict[str, Any]:
     say("timing every layer")
-    feeds = runner_feeds(model.runner, golden_or_none(model.bundle), _least(model.runner))
+    feeds = runner_feeds(model.runner, golden_or_none(model.bundle), least_batch(model.runner))
     if isinstance(model.runner, TensorRtRunner):
         found = tensorrt_layers(model.runner, feeds, seconds / 2)
     else:
@@ -234,7 +235,7 @@ def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path
 def _measure(model: Model, asked: Asked) -> dict[str, Any]:
     """Warm up, run the scenario, and judge the run."""
     runner, golden = model.runner, golden_or_none(model.bundle)
-    feeds = runner_feeds(runner, golden, _least(runner))
+    feeds = runner_feeds(runner, golden, least_batch(runner))
     run_model = runner.run
     say(f"warming up {model.bundle.manifest.name} on {runner.name}")
     warm = warm_up(lambda: run_model(feeds), limit_s=min(2.0, max(0.2, asked.seconds)))
@@ -249,7 +250,7 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
     reasons += [f"{threads} threads share {cores} cores"] if threads > cores else []
     reasons += [after.slow_governor] if after.slow_governor else []
     return {
-        "batch": _least(runner),
+        "batch": least_batch(runner),
         **runner.describe(),
         "latency_ms": percentiles(run.samples_ms),
         "throughput": run.throughput,
@@ -299,9 +300,9 @@ def _run(runner: Runner, feeds: Feeds, golden: Feeds | None, asked: Asked) -> tu
     def call() -> Any:
         return runner.run(feeds)
 
-    if asked.scenario == "server":
-        return server(call, asked.seconds, asked.rate), call
-    return single_stream(call, asked.seconds, yardstick=yardstick), call
+    served = asked.scenario == "server"
+    run = server(call, asked.seconds, asked.rate) if served else single_stream(call, asked.seconds, yardstick=yardstick)
+    return replace(run, throughput=run.throughput * least_batch(runner)), call
 
 
 def _query(runner: Runner, feeds: Feeds, golden: Feeds | None, streams: int) -> tuple[int, Call]:
@@ -310,11 +311,13 @@ def _query(runner: Runner, feeds: Feeds, golden: Feeds | None, streams: int) -> 
         _batches(runner, feeds, golden, streams)
         return streams, _batch_call(runner, golden, streams)
 
+    batch = least_batch(runner)
+
     def one_by_one() -> None:
-        for _ in range(streams):
+        for _ in range(-(-streams // batch)):
             runner.run(feeds)
 
-    return _least(runner), one_by_one
+    return batch, one_by_one
 
 
 def _energy(call: Call, run: Run, seconds: float) -> dict[str, Any] | None:
@@ -328,11 +331,6 @@ def _energy(call: Call, run: Run, seconds: float) -> dict[str, Any] | None:
     return meter.energy.record(len(again.samples_ms) * per_call) if meter.energy else None
 
 
-def _least(runner: Runner) -> int:
-    """The samples of one run: one, but of an engine that takes no fewer than some."""
-    return runner.batches[0] if runner.batches else 1
-
-
 def _batch_call(runner: Runner, golden: Feeds | None, batch: int) -> Call:
     feeds = runner_feeds(runner, golden, batch)
     return lambda: runner.run(feeds)
@@ -344,9 +342,10 @@ def _batches(runner: Runner, one: Feeds, golden: Feeds | None, asked: int | None
     Raises `UsageError` where the batch that was asked for is not among them.
     """
     if not batchable(runner.inputs):
-        if asked not in (None, 1):
-            raise UsageError(f"--batch {asked}: the graph's first axis is fixed", "import it again with --dynamic")
-        return [1]
+        fixed = least_batch(runner)
+        if asked not in (None, fixed):
+            raise UsageError(f"--batch {asked}: the graph's first axis is fixed at {fixed}", "import it again with --dynamic")
+        return [fixed]
     size = sum(array.nbytes for array in one.values())
     taken = []
     for batch in [asked] if asked else _BATCHES:
@@ -370,7 +369,7 @@ def _batches(runner: Runner, one: Feeds, golden: Feeds | None, asked: int | None
                 raise UsageError(f"--batch {asked} does not run: {error.message}", "leave --batch out") from None
             continue
         taken.append(batch)
-    return taken or [1]
+    return taken or [least_batch(runner)]
 
 
 def _end_to_end(model: Model, golden: Feeds | None, seconds: float) -> dict[str, Any] | None:

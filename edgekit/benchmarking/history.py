@@ -22,6 +22,7 @@ __all__ = ["PICTURE", "add", "baseline", "check_history"]
 PICTURE = "history.svg"
 SHOWN = 60  # runs of a series, the newest
 RECENT = 5  # runs, of whose paces a gate is held against the middle one
+_SHORTEST, _LONGEST = 1e-9, 1e12  # ms that can be drawn, and that a measurement can give
 _MARK = "<!-- edgekit bench history -->"
 
 
@@ -91,7 +92,8 @@ def _files(folder: Path) -> Iterator[tuple[Path, Stored]]:
 def _read(folder: Path) -> dict[str, list[Stored]]:
     series: dict[str, list[Stored]] = defaultdict(list)
     for _, entry in _files(folder):
-        if entry.latency_ms.get("p50", 0) > 0:
+        shown = [entry.latency_ms.get("p50", 0), entry.latency_ms.get("p90", 1)]
+        if all(_SHORTEST < value < _LONGEST for value in shown):
             series[entry.series].append(entry)
     return series
 

@@ -18,7 +18,7 @@ from edgekit.runtime.backends import Runner
 from edgekit.runtime.feeds import as_taken
 from edgekit.runtime.golden import load_golden
 
-__all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none", "read_folder", "runner_feeds"]
+__all__ = ["Feeds", "batchable", "feeds_for", "frame_for", "golden_or_none", "least_batch", "read_folder", "runner_feeds"]
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -75,6 +75,16 @@ def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
 def batchable(inputs: Sequence[TensorSpec]) -> bool:
     """Whether every input's first axis is dynamic."""
     return all(spec.shape and isinstance(spec.shape[0], str) for spec in inputs)
+
+
+def least_batch(runner: Runner) -> int:
+    """The samples of one run: one; of an engine the fewest that it takes; of a fixed graph the first axis that all its inputs
+    and outputs share."""
+    if runner.batches:
+        return runner.batches[0]
+    firsts = {spec.shape[0] if spec.shape else None for spec in (*runner.inputs, *runner.outputs)}
+    (first,) = firsts if len(firsts) == 1 else (1,)
+    return first if isinstance(first, int) and first > 0 else 1
 
 
 def feeds_for(inputs: Sequence[TensorSpec], golden: Feeds | None, batch: int) -> Feeds:

@@ -18,7 +18,7 @@ from edgekit.runtime.model import Precision
 from .asked import Asked, check_threads
 from .device import Sensors, fingerprint
 from .gate import parse_share
-from .inputs import batchable, golden_or_none, runner_feeds
+from .inputs import batchable, golden_or_none, least_batch, runner_feeds
 from .scenarios import PATIENCE, Call, no_collector, stretch, warm_up
 from .statistics import paired_ratio, percentiles
 
@@ -107,9 +107,10 @@ def _about(model: Model, taken: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 def _batch(models: list[Model]) -> int:
     """The least batch that all take: four samples beside one would say nothing."""
-    least = max(model.runner.batches[0] if model.runner.batches else 1 for model in models)
+    least = max(least_batch(model.runner) for model in models)
     for model in models:
-        most = model.runner.batches[1] if model.runner.batches else least if batchable(model.runner.inputs) else 1
+        own = least_batch(model.runner)
+        most = model.runner.batches[1] if model.runner.batches else least if batchable(model.runner.inputs) else own
         if least > most:
             raise UsageError(
                 f"{model.bundle.path.name} takes batches of {most} at most, the other one of {least} at least",

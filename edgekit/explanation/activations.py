@@ -5,6 +5,7 @@ Of a quantized bundle also how far the ranges leave those that calibration saw.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,13 +131,11 @@ class Probe:
         model = onnx.load(path)
         self._nodes = [n for n in model.graph.node if n.op_type not in _SILENT and n.output and n.output[0]]
         made = {name for node in model.graph.node for name in node.output}
-        # int8 graphs: a value at the end of the int8 range was clipped by its scale
-        self._quantized = {
-            n.input[0]: n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in made
-        }
-        self._clips = {n.output[0]: _clip_bounds(model, n) for n in self._nodes if n.op_type == "Clip"}
+        self._quantized = {n.input[0]: n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in made}
+        self._constants = _constants(model)
+        self._clips = {n.output[0]: _clip_bounds(self._constants, n) for n in self._nodes if n.op_type == "Clip"}
         wanted = [n.output[0] for n in self._nodes]
-        wanted += [q for t, q in self._quantized.items() if t in set(wanted)]
+        wanted += [node.output[0] for tensor, node in self._quantized.items() if tensor in set(wanted)]
         known = {value.name for value in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(wanted) if name not in known)
         self._session = session(model.SerializeToString())
@@ -167,12 +166,8 @@ class Probe:
         return maps.get("activation", maps.get("Conv"))
 
     def _limited(self, node: onnx.NodeProto, found: Float, values: dict[str, NDArray[Any]]) -> int | None:
-        quantized = values.get(self._quantized.get(node.output[0], ""))
-        if quantized is not None and quantized.dtype.kind in "iu":
-            limits = np.iinfo(quantized.dtype)
-            # -127 ends the symmetric grid; an unsigned 0 is a zero, not a clipped value
-            floor = -limits.max if limits.min else -1
-            return int((quantized >= limits.max).sum() + (quantized.astype(np.int64) <= floor).sum())
+        if (quantizer := self._quantized.get(node.output[0])) is not None:
+            return self._cut(quantizer, found, values[quantizer.output[0]].dtype)
         low, high = self._clips.get(node.output[0], _BOUNDS.get(node.op_type, (None, None)))
         if node.op_type == "Clip" and low == 0:
             low = None  # that end is a ReLU's, not saturation
@@ -181,6 +176,27 @@ class Probe:
         near = _CLOSE * abs((high or 0.0) - (low or 0.0))
         above = 0 if high is None else int((found >= high - near).sum())
         return above + (0 if low is None else int((found <= low + near).sum()))
+
+    def _cut(self, quantizer: onnx.NodeProto, found: Float, kind: np.dtype[Any]) -> int | None:
+        """How many values a scale cuts off: those beyond the grid, not those on its ends, where a shifted ReLU's zero lies.
+        None where the scale is computed, or the grid is no grid of integers."""
+        grid = [self._constants.get(name) for name in quantizer.input[1:3]]
+        if kind.kind not in "iu" or any(part is None for part in grid):
+            return None
+        axis = next((a.i for a in quantizer.attribute if a.name == "axis"), 1)
+        shape = [-1 if k == axis % found.ndim else 1 for k in range(found.ndim)]
+        scale, *zero = (part.astype(np.float64).reshape(shape if part.size > 1 else []) for part in grid if part is not None)
+        scaled = found / scale + (zero[0] if zero else 0)
+        limits = np.iinfo(kind)
+        return int(((scaled > limits.max + 0.5) | (scaled < limits.min - 0.5)).sum())
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            found[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+    return found
 
 
 def _maps_of(model: onnx.ModelProto, source: str) -> set[str]:
@@ -193,13 +209,7 @@ def _maps_of(model: onnx.ModelProto, source: str) -> set[str]:
     return found
 
 
-def _clip_bounds(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[float | None, float | None]:
+def _clip_bounds(constants: Mapping[str, NDArray[Any]], node: onnx.NodeProto) -> tuple[float | None, float | None]:
     """Clip's constant bounds; None for an absent or computed one."""
-    constants = {i.name: i for i in model.graph.initializer}
-    constants |= {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant" and n.attribute}
-
-    def bound(index: int) -> float | None:
-        tensor = constants.get(node.input[index]) if len(node.input) > index else None
-        return None if tensor is None else float(onnx.numpy_helper.to_array(tensor))
-
-    return bound(1), bound(2)
+    low, high = (constants.get(node.input[index]) if len(node.input) > index else None for index in (1, 2))
+    return None if low is None else float(low), None if high is None else float(high)

@@ -68,9 +68,9 @@ def explain(
     of a map. ``label``: the class in question (default: the predicted). ``precision``: which graph. ``samples``: how often
     LIME asks. ``compare``: the float graph's map beside the int8 graph's, for the class that the latter answers.
     Returns ``out``, ``method``, ``images`` (one entry a sample: ``source``, ``label``, ``score``, ``overlay``, and for maps
-    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text, ``time_steps``,
-    ``channels`` and ``channel_names`` of a series; ``compared``: ``spearman`` and the figures of ``float`` and ``int8``),
-    ``skipped`` and, for activations, ``layers``.
+    ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text; ``time_steps``,
+    ``channels`` and ``channel_names`` of a series, and its name (``series``) where a file holds several; ``compared``:
+    ``spearman`` and the figures of ``float`` and ``int8``), ``skipped`` and, for activations, ``layers``.
     Raises `UsageError` for a bundle or a method that cannot be served, `DataError` for a missing sample or where none can
     be read.
     """
@@ -121,7 +121,8 @@ def _rows(
                 continue
             for name, row, png in answers:
                 stem = f"{source.stem}-{name}" if name else source.stem
-                rows.append({"source": source.shown, **row, "overlay": pictures.write(stem, png)})
+                named = {"series": name} if name else {}
+                rows.append({"source": source.shown, **named, **row, "overlay": pictures.write(stem, png)})
         if not rows:
             kind = settings.modality
             reason, hint = (first.message, first.hint) if first else (f"it holds no {kind.noun}", "")

@@ -14,6 +14,8 @@ from .figures import decoded, number, words
 
 __all__ = ["MAX_PICTURE_BYTES", "Picture", "data_uri", "read_pictures"]
 
+_STEM = 24  # characters of a sample's name that its picture's is sure to begin with
+
 MAX_PICTURE_BYTES = 400_000
 MAX_RECORD_BYTES = 64 << 20
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -53,6 +55,12 @@ def read_pictures(folder: Path, known: Mapping[str, str]) -> list[Picture]:
     return list(_found(folder, data, images, known))
 
 
+def _source(said: str, picture: Path) -> str:
+    """A file's name without its folders, which its picture is called after; a text as it is, slashes and all."""
+    stem = Path(said).stem.replace("\\", "_")[:_STEM]
+    return Path(said).name if stem and picture.name.startswith(stem) else said
+
+
 def _found(
     folder: Path, data: Mapping[str, Any], images: list[Mapping[str, Any]], known: Mapping[str, str]
 ) -> Iterator[Picture]:
@@ -63,7 +71,7 @@ def _found(
     for image in images:
         path = folder / Path(words(image, "overlay") or "").name
         if uri := _read(path):
-            source = Path(words(image, "source") or path.name).name
+            source = " ".join(filter(None, (_source(words(image, "source") or path.name, path), words(image, "series"))))
             checks, doubts = _checked(image)
             yield Picture(uri, source, words(image, "label"), number(image, "score"), of, checks, (*strange, *doubts))
 

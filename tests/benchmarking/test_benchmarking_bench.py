@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 import edgekit
 from edgekit.benchmarking import cold
 from edgekit.bundle import Bundle
+from edgekit.errors import UsageError
 
 SHORT = 0.05  # seconds
 RESULT = "bench/onnxruntime-float-single-stream.json"
@@ -161,3 +163,31 @@ def test_text_for_people(cli: Callable[..., Any], digits_bundle: Bundle) -> None
     for word in ("latency ms", "p99", "throughput", "queue", "trustworthy", "written to"):
         assert word in done.out
     assert "with frame" in cli("bench", digits_bundle.path, "--seconds", SHORT).out
+
+
+@pytest.mark.parametrize(("scenario", "samples"), [("single-stream", 4), ("offline", 4), ("server", 4), ("multi-stream", 8)])
+def test_a_graph_of_a_fixed_batch_counts_all_its_samples(four_at_once: Bundle, scenario: str, samples: int) -> None:
+    """Two runs of four serve eight streams."""
+    found = edgekit.bench(four_at_once, scenario=scenario, seconds=SHORT, save=False)
+    assert found["batch"] == 4
+    assert found["throughput"] == pytest.approx(samples * found["iterations"] / found["seconds"], rel=0.01)
+
+
+def test_a_fixed_batch_is_not_timed_beside_one_sample(four_at_once: Bundle, tmp_path: Path) -> None:
+    one = fixed_batch(tmp_path / "one.edge", 1)
+    with pytest.raises(UsageError, match="takes batches of 1 at most, the other one of 4 at least"):
+        edgekit.bench_pair(one, four_at_once, seconds=SHORT)
+    with pytest.raises(UsageError, match="fixed at 4"):
+        edgekit.bench(four_at_once, scenario="offline", batch=1, seconds=SHORT, save=False)
+    assert edgekit.bench_pair(four_at_once, four_at_once, seconds=SHORT)["batch"] == 4
+
+
+@pytest.fixture
+def four_at_once(tmp_path: Path) -> Bundle:
+    return fixed_batch(tmp_path / "four.edge", 4)
+
+
+def fixed_batch(path: Path, batch: int) -> Bundle:
+    text = f'<ir_version: 8, opset_import: ["": 17]> g (float[{batch},6] x) => (float[{batch},6] y) {{ y = Tanh(x) }}'
+    (file := path.with_suffix(".onnx")).write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    return edgekit.import_onnx(file, out=path)

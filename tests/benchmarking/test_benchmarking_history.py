@@ -143,7 +143,10 @@ def test_streams_have_lines_of_their_own(tiny_bundle: Bundle, tmp_path: Path) ->
 def test_files_that_are_no_results_stay(tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "notes.json").write_text(json.dumps({"mine": 1}))
     (tmp_path / "broken.json").write_bytes(b"\xff{")
+    for number, odd in enumerate(({"p50": 5e-324}, {"p50": 1.0, "p90": -1.0}, {"p50": 1e300})):
+        (tmp_path / f"odd{number}.json").write_text(json.dumps({**RESULT, "latency_ms": odd}))
     edgekit.bench(tiny_bundle, seconds=SHORT, save=False, history=tmp_path)
+    assert (tmp_path / "history.svg").read_text().count("<polyline") == 1
     assert json.loads((tmp_path / "notes.json").read_text()) == {"mine": 1}
     (tmp_path / "history.svg").write_text("<svg>years of work</svg>")
     with pytest.raises(UsageError, match="not drawn by edgekit"):

@@ -85,6 +85,26 @@ def test_lime_says_how_well_its_linear_model_fits(tmp_path: Path, digits_bundle:
     assert np.array_equal(first.heat, again.heat)
 
 
+class Noise:
+    """A question whose answers depend on nothing."""
+
+    def parts(self) -> Any:
+        return np.arange(250)
+
+    def hide(self, masks: Any) -> list[Any]:
+        return [np.random.default_rng(1).normal(size=len(list(masks)))]
+
+    def log_odds(self, logits: Any) -> Any:
+        return logits
+
+
+@pytest.mark.parametrize("samples", [300, 1000])
+def test_a_fit_to_noise_is_no_fit(samples: int) -> None:
+    """In sample it explains a quarter of 1,000 runs, and most of 300."""
+    found: Any = lime(Noise(), samples=samples)  # type: ignore[arg-type]
+    assert found.figures["r2"] < 0.05
+
+
 def test_lime_is_a_weighted_ridge_regression(digits_bundle: Bundle) -> None:
     """As in the authors' `lime_image` and `lime_base`: kernel sqrt(exp(-d^2 / 0.25^2)), ridge 1, a free intercept."""
     with Model.open(digits_bundle.path) as model:

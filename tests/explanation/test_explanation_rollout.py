@@ -125,6 +125,15 @@ def test_it_writes_its_picture(trained_vit: Bundle, tmp_path: Path) -> None:
     assert 0 <= row["deletion_auc"] <= 1
 
 
+def test_gradcam_of_tokens_is_refused(trained_vit: Bundle, tmp_path: Path) -> None:
+    """The only maps of a ViT are its patches, before all that it makes of them."""
+    Image.fromarray(load("digits").test.read(0)).save(tmp_path / "d.png")
+    with pytest.raises(UsageError, match="works on tokens") as refused:
+        explain(trained_vit, tmp_path / "d.png", out=tmp_path / "why", method="gradcam")
+    assert "rollout" in refused.value.hint
+    assert not (tmp_path / "why").exists()
+
+
 @pytest.fixture(scope="module")
 def trained_vit(tmp_path_factory: pytest.TempPathFactory, few_digits: str) -> Bundle:
     from edgekit.training import train

@@ -97,6 +97,7 @@ def test_series_are_read_from_csv_and_npz(machine: Bundle, tmp_path: Path) -> No
     names = ["long-left", "long-right_2", "plain", "two-a", "two-b"]
     assert [row["overlay"] for row in result["images"]] == [f"{name}.occlusion.png" for name in names]
     assert {row["label"] for row in result["images"]} == {"burst"}
+    assert [row.get("series") for row in result["images"]] == ["left", "right/2", None, "a", "b"]
     assert [len(row["time_steps"]) for row in result["images"]] == [60, 60, 60, 60, 30]
 
 

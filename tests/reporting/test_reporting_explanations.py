@@ -60,6 +60,8 @@ def test_pictures_say_what_they_are_of_and_whether_to_believe_them(family: list[
     few = shown(family[0].digest, misplaced_auc=None, misplaced_insertion_auc=None, unchecked="too few")
     assert "deletion 0.20, insertion 0.80" in few
     assert "not checked: too few" in few
+    assert "10/20 free dollars" in shown(family[0].digest, source="You have won 10/20 free dollars")
+    assert "photos" not in shown(family[0].digest, source="photos/a.png")
 
 
 def test_many_pictures_do_not_swell_the_page(family: list[Bundle], tmp_path: Path, pages: Any) -> None:
