@@ -6,22 +6,33 @@ shows that of itself, so a gate needs several (Kalibera and Jones, Rigorous Benc
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from edgekit.bundle import Bundle
 from edgekit.runtime import Model
+from edgekit.runtime.backends import ENGINE_MODULES, Runner, open_runner
+from edgekit.runtime.cuda import open_cuda
+from edgekit.runtime.model import Precision
+from edgekit.runtime.tensorrt import TensorRtRunner
 
-from .inputs import Feeds
+from .asked import Asked
+from .device import resident_mb
+from .inputs import Feeds, golden_or_none, least_batch, runner_feeds
 
-__all__ = ["Starts", "processes"]
+__all__ = ["Starts", "on_cpu", "opened_and_timed", "processes", "started_anew"]
+
+STARTS = 4  # processes started, for their first answer and a short run
 
 PATIENCE_S = 120.0  # for the first answer of a process
 MEASURED_S = 0.4  # of a run beside the yardstick, once it has answered
@@ -94,3 +105,47 @@ def processes(model: Model, precision: str, threads: int, feeds: Feeds, runs: in
             if answered.strip() != b"answered":
                 return Starts(None, [])
     return Starts(1e3 * median(taken), relative)
+
+
+@contextlib.contextmanager
+def opened_and_timed(
+    bundle: Bundle, backend: str, precision: Precision, threads: int
+) -> Iterator[tuple[Model, Feeds, dict[str, Any]]]:
+    """The model, open, what it is fed, and what opening it cost: ``cold_start_ms`` (with hash check and first inference) and
+    ``memory``."""
+    runner = open_runner(bundle, backend)  # imports the backend: once a process, and not the model's cost
+    free = _free_on_gpu(runner)
+    before, start = resident_mb(), time.perf_counter()
+    with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
+        loaded = time.perf_counter()
+        feeds = runner_feeds(model.runner, golden_or_none(bundle), least_batch(model.runner))
+        first = time.perf_counter()
+        model.runner.run(feeds)
+        cold_start = loaded - start + time.perf_counter() - first
+        after = resident_mb()
+        grown = after - before if before is not None and after is not None else None
+        taken = None if free is None else (free - (_free_on_gpu(runner) or 0)) / 1e6
+        memory = {"rss_mb": after, "model_mb": grown, "gpu_mb": taken}
+        yield model, feeds, {"cold_start_ms": cold_start * 1e3, "memory": memory}
+
+
+def started_anew(model: Model, precision: Precision, threads: int, feeds: Feeds, asked: Asked) -> Starts:
+    """How long `STARTS` processes took to their first answer; and what they took beside the yardstick, single-stream and from
+    a second on."""
+    starts = STARTS if asked.seconds >= 1 else 1
+    measured = starts > 1 and asked.scenario == "single-stream" and on_cpu(model.runner)
+    return processes(model, precision, threads, feeds, starts, measured)
+
+
+def on_cpu(runner: Runner) -> bool:
+    """Whether the yardstick's pace is the runner's: a GPU's is not the CPU's."""
+    return runner.name not in ENGINE_MODULES
+
+
+def _free_on_gpu(runner: Runner) -> int | None:
+    """Bytes that the GPU has left, None where nothing runs on one."""
+    if not isinstance(runner, TensorRtRunner):
+        return None
+    cuda = open_cuda()
+    with cuda.current():
+        return cuda.free_bytes()

@@ -72,4 +72,5 @@ def _queue(run: Run) -> list[str]:
     return [
         f"{short(run.extra['rate'])} arrivals a second are more than it can serve: the queue grew, median wait "
         f"{short(queue['first_fifth_ms'], 3)} ms in the first fifth, {short(queue['last_fifth_ms'], 3)} ms in the last"
+        + (f"; {queue['unserved']:,} more had come and are in no figure" if queue["unserved"] else "")
     ]

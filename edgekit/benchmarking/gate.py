@@ -33,8 +33,9 @@ def load_earlier(path: str | os.PathLike[str], name: str, now: Mapping[str, Any]
     if (file / MANIFEST).is_file():
         bundle = Bundle.open(file, verify=False)
         if not bundle.has(name):
-            held = ", ".join(sorted(n for n in bundle.manifest.files if n.startswith("bench/"))) or "none"
-            raise DataError(f"{file} has no {name}", f"measure it as this run is: edgekit bench {file}; its results: {held}")
+            held = sorted(n for n in bundle.manifest.files if n.startswith("bench/"))
+            measure = f"measure it as this run is: edgekit bench {file}"
+            raise DataError(f"{file} has no {name}", f"name another: --against {file / held[0]}" if held else measure)
         file = bundle.file(name)
     elif file.is_dir():
         return baseline(file, now, force=force)
@@ -89,8 +90,8 @@ def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: b
 
     Returns ``method``; ``old_p50_ms``, ``new_p50_ms``; ``ratio``, its 99% interval ``low``..``high`` and ``verdict``
     (``slower``, ``faster`` or ``same``: the interval holds 1); ``differs`` (what else changed), ``earlier_trustworthy``,
-    ``both_trustworthy``, ``limit`` and ``passed`` (None without a limit). A gate is passed unless the ratio exceeds 1 +
-    ``limit`` *and* the interval lies above 1.
+    ``both_trustworthy``, ``limit``, ``passed`` (None without a limit) and ``caution`` (what a gate that was passed could not
+    see, or None). A gate is passed unless the ratio exceeds 1 + ``limit`` *and* the interval lies above 1.
 
     ``method``: ``processes``, where both were also measured in processes of their own, beside the same yardstick on one
     device: the ratio of the means of all of them, and the interval holds what they differ by. ``yardstick``, where they were
@@ -100,6 +101,8 @@ def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: b
     Raises `UsageError` for another scenario, and, unless ``force``, for another model, device, set-up or version.
     """
     differs = check_comparable(earlier, now, force=force)
+    if earlier.graph != now["graph"]:
+        differs = [f"graph: {earlier.graph}, now {now['graph']}", *differs]
     method, interval = _interval(earlier, now)
     exceeded = limit is not None and interval.ratio > 1 + limit and interval.verdict == "slower"
     return {
@@ -113,7 +116,18 @@ def judge(earlier: Stored, now: dict[str, Any], limit: float | None, *, force: b
         "both_trustworthy": earlier.trustworthy and now["trustworthy"],
         "limit": limit,
         "passed": None if limit is None else not exceeded,
+        "caution": None if limit is None or exceeded else _caution(interval, limit),
     }
+
+
+def _caution(interval: Interval, limit: float) -> str | None:
+    """What a gate that was passed could not have seen."""
+    if interval.high <= 1 + limit or interval.verdict == "faster":
+        return None
+    return (
+        f"it may be {interval.high - 1:.0%} slower all the same, the interval is wider than the limit of {limit:.0%}: "
+        "compare in turns where both can run (edgekit bench A B)"
+    )
 
 
 def _interval(earlier: Stored, now: dict[str, Any]) -> tuple[str, Interval]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,19 +23,18 @@ from typing import Any, get_args
 import msgspec
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
-from edgekit.errors import BackendError, BudgetNotMet, UsageError
+from edgekit.errors import BackendError, BudgetNotMet, DataError, UsageError
 from edgekit.files import atomic_write, given_path
 from edgekit.manifest import ImagePreprocessing
 from edgekit.progress import say, short
 from edgekit.runtime import Model
-from edgekit.runtime.backends import ENGINE_MODULES, Runner, open_runner
-from edgekit.runtime.cuda import open_cuda
+from edgekit.runtime.backends import Runner
 from edgekit.runtime.model import Precision
 from edgekit.runtime.tensorrt import TensorRtRunner
 
 from .asked import STREAMS, Asked, check_threads
-from .cold import processes
-from .device import Sensors, fingerprint, resident_mb
+from .cold import on_cpu, opened_and_timed, started_anew
+from .device import Sensors, fingerprint
 from .doubts import doubts
 from .gate import check_comparable, judge, load_earlier, parse_share, verdict_words
 from .history import add, check_history
@@ -45,12 +43,12 @@ from .profile import check_profile, layer_times, tensorrt_layers, times_chart
 from .scenarios import KEY, Call, Run, multi_stream, offline, server, single_stream, warm_up
 from .sensors import PowerMeter
 from .statistics import coefficient_of_variation, histogram, jitter, percentiles, thin
+from .stored import Stored
 
 __all__ = ["bench"]
 
 _BATCHES = (1, 4, 16, 64)
 _MAX_BATCH_BYTES, _MAX_ASKED_BYTES = 64 << 20, 1 << 30
-_STARTS = 4  # processes started, for their first answer and a short run
 _FILE = "bench/{}-{}-{}.json"
 
 
@@ -94,22 +92,23 @@ def bench(
     plot, folder, against = (None if path is None else given_path(path, name) for name, path in paths.items())
     limit = _checked_limit(precision, threads, folder, against, fail_over)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    with _opened(opened, backend, precision, threads, asked) as (model, costs, relative):
+    with opened_and_timed(opened, backend, precision, threads) as (model, feeds, costs):
         graph = _graph(opened, precision)
         if profiled := layers or plot is not None:
             check_profile(model.runner.name, plot)
         name = _FILE.format(model.runner.name, "int8" if graph == INT8_GRAPH else "float", scenario)
         subject = {**_subject(opened, graph), "scenario": scenario, "device": fingerprint()}
         known = {**subject, **model.runner.describe(), **asked.given()}
-        earlier = None if against is None else load_earlier(against, name, known, force=force)
+        earlier = None if against is None else _earlier(against, folder, name, known, force)
         if earlier:
             asked = asked.like(earlier)
             check_comparable(earlier, {**known, **asked.given()}, force=force)
-        result = {**subject, **_measure(model, asked), **costs}
+        started = started_anew(model, precision, threads, feeds, asked)
+        result = {**subject, **_measure(model, asked), **costs, "process_start_ms": started.ms}
         if result["yardstick"]:
-            result["yardstick"]["processes"] = relative
-        if profiled:
-            result["profile"] = _profiled(model, graph, threads, seconds, plot)
+            result["yardstick"]["processes"] = started.relative
+        profile = _profiled(model, graph, threads, seconds, plot) if profiled else _kept_profile(opened, name, result)
+        result |= {"profile": profile} if profile else {}
     comparison = judge(earlier, result, limit, force=force) if earlier else None
     result["passed"] = comparison["passed"] if comparison else None
     save = save and not (result["passed"] is False and _same(opened.path / name, against))
@@ -179,45 +178,28 @@ def _graph(bundle: Bundle, precision: str) -> str:
     return {"auto": bundle.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[precision]
 
 
-@contextlib.contextmanager
-def _opened(
-    bundle: Bundle, backend: str, precision: Precision, threads: int, asked: Asked
-) -> Iterator[tuple[Model, dict[str, Any], list[float]]]:
-    """The model, open, and what opening it cost: ``cold_start_ms`` (with hash check and first inference), ``process_start_ms``
-    (of `_STARTS` processes), ``memory``; and what these took beside the yardstick, single-stream and from a second on.
-    """
-    starts = _STARTS if asked.seconds >= 1 else 1
-    runner = open_runner(bundle, backend)  # imports the backend: once a process, and not the model's cost
-    free = _free_on_gpu(runner)
-    before, start = resident_mb(), time.perf_counter()
-    with Model.open(bundle.path, backend, precision=precision, threads=threads) as model:
-        loaded = time.perf_counter()
-        feeds = runner_feeds(model.runner, golden_or_none(bundle), least_batch(model.runner))
-        first = time.perf_counter()
-        model.runner.run(feeds)
-        cold_start = loaded - start + time.perf_counter() - first
-        after = resident_mb()
-        grown = after - before if before is not None and after is not None else None
-        taken = None if free is None else (free - (_free_on_gpu(runner) or 0)) / 1e6
-        measured = starts > 1 and asked.scenario == "single-stream" and _on_cpu(runner)
-        started = processes(model, precision, threads, feeds, starts, measured)
-        memory = {"rss_mb": after, "model_mb": grown, "gpu_mb": taken}
-        costs = {"cold_start_ms": cold_start * 1e3, "process_start_ms": started.ms, "memory": memory}
-        yield model, costs, started.relative
-
-
-def _on_cpu(runner: Runner) -> bool:
-    """Whether the yardstick's pace is the runner's: a GPU's is not the CPU's."""
-    return runner.name not in ENGINE_MODULES
-
-
-def _free_on_gpu(runner: Runner) -> int | None:
-    """Bytes that the GPU has left, None where nothing runs on one."""
-    if not isinstance(runner, TensorRtRunner):
+def _earlier(against: Path, history: Path | None, name: str, known: dict[str, Any], force: bool) -> Stored | None:
+    """What the run is held against; None where the history that it is added to holds nothing like it yet."""
+    founding = history is not None and history.resolve() == against.resolve()
+    try:
+        return load_earlier(against, name, known, force=force)
+    except DataError as error:
+        if not founding:
+            raise
+        say(f"{error.message}: this run is the first, and nothing is gated")
         return None
-    cuda = open_cuda()
-    with cuda.current():
-        return cuda.free_bytes()
+
+
+def _kept_profile(bundle: Bundle, name: str, result: dict[str, Any]) -> dict[str, Any] | None:
+    """The layers that an earlier run of the same graph timed here: a run without them takes its place."""
+    try:
+        old = msgspec.json.decode((bundle.path / name).read_bytes())
+    except (msgspec.DecodeError, OSError):
+        return None
+    same = all(old.get(key) == result[key] for key in ("digest", "graph", "threads", "batch"))
+    same = same and all(old["device"].get(key) == result["device"][key] for key in ("cpu", "gpu", "versions"))
+    kept: dict[str, Any] | None = old.get("profile") if same else None
+    return kept
 
 
 def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path | None) -> dict[str, Any]:
@@ -246,6 +228,7 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     threads = int(runner.describe().get("threads", 1))
     warm = run.warm_up or warm
+    taken = runner_feeds(runner, golden, run.extra.get("batch", least_batch(runner)))
     reasons = [*doubts(run, warm, asked.scenario), *load.reasons(cores, threads)]
     reasons += [f"{threads} threads share {cores} cores"] if threads > cores else []
     reasons += [after.slow_governor] if after.slow_governor else []
@@ -271,7 +254,7 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
         "load": {**load._asdict(), "average_1min": after.load_average},
         "yardstick": run.yardstick,
         "histogram": histogram(run.samples_ms),
-        "inputs": {name: [str(array.dtype), *array.shape] for name, array in feeds.items()},
+        "inputs": {name: [str(array.dtype), *array.shape] for name, array in taken.items()},
         "protocol": {
             "clock": "perf_counter_ns around the backend's run",
             "transfers": "inputs and outputs in host memory",
@@ -285,7 +268,7 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
 
 def _run(runner: Runner, feeds: Feeds, golden: Feeds | None, asked: Asked) -> tuple[Run, Call]:
     """The scenario's run, and the call that it made over and over."""
-    yardstick = _on_cpu(runner)
+    yardstick = on_cpu(runner)
     if asked.scenario == "offline":
         batches = _batches(runner, feeds, golden, asked.batch)
         run = offline(lambda n: _batch_call(runner, golden, n), batches, asked.seconds, yardstick)

@@ -48,6 +48,8 @@ def read_folder(folder: Path, inputs: Sequence[TensorSpec]) -> Feeds:
             shapes = sorted({str(array.shape) for array in arrays})
             raise DataError(f"{folder} has {spec.name} in several shapes: {', '.join(shapes)[:120]}", "give all one shape")
         joined[spec.name] = np.concatenate(arrays) if arrays[0].ndim else arrays[0]
+        if not joined[spec.name].size:
+            raise DataError(f"{folder} has no samples of {spec.name}", "each .npz holds one or more")
     return joined
 
 

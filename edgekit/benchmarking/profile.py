@@ -15,7 +15,6 @@ import numpy as np
 
 from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
-from edgekit.progress import short
 from edgekit.runtime.onnxruntime import session
 from edgekit.runtime.tensorrt import TensorRtRunner
 from edgekit.svg import checked_path, escape
@@ -155,7 +154,7 @@ def times_chart(found: Mapping[str, Any], title: str) -> str:
         rows.append({**others, "us": sum(row["us"] for row in rest), "share": sum(row["share"] for row in rest)})
     width, height = _NAME + _BAR + _VALUE + 40, _HEAD + _ROW * len(rows) + 24
     size = f'width="{width}" height="{height}"'
-    said = f"{short(found['run_us'] / 1e3, 3)} ms a run, median of {found['runs']}, {len(found['layers'])} layers"
+    said = f"{len(found['layers'])} layers of {found['runs']} runs; shares are of all layers, without what lies between them"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" role="img">',

@@ -198,7 +198,8 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
     """Poisson arrivals at ``rate`` a second (default: `SERVER_LOAD` of what the model serves), first come first served.
 
     Latency runs from arrival to answer. ``extra``: ``rate`` offered, ``utilisation``, ``service_ms`` and ``queue``
-    (``wait_ms`` percentiles, ``longest``: most that still waited when another came, ``first_fifth_ms`` and ``last_fifth_ms``:
+    (``wait_ms`` percentiles, ``longest``: most that still waited when another came, ``unserved``: how many had come when the
+    time was over and are in no figure, ``first_fifth_ms`` and ``last_fifth_ms``:
     median wait, ``behind_ms``: by how much the last answer came later than its arrival). The schedule is seeded: two runs at
     one rate see the same arrivals. ``windows_ms``: latencies of stretches, without what the queue of these arrivals explains.
     Raises `UsageError` where so few or so many come that there is nothing to measure.
@@ -236,15 +237,16 @@ def server(call: Call, seconds: float, rate: float | None = None) -> Run:
             if finished[i] > limit:  # overloaded: the queue only grows
                 count = i + 1
                 break
-    return _served(rate, np.array(schedule[:count]), started[:count], finished[:count])
+    return _served(rate, np.array(schedule), started[:count], finished[:count])
 
 
-def _served(rate: float, arrivals: Times, started: Times, finished: Times) -> Run:
-    """The run of a server from its three times of each inference, ns (N,)."""
-    count = len(arrivals)
+def _served(rate: float, schedule: Times, started: Times, finished: Times) -> Run:
+    """The run of a server: when all came, ns (M,), and when the first N of them were begun and answered."""
+    count = len(started)
+    arrivals = schedule[:count]
     latency, waits, service = (finished - arrivals) / 1e6, (started - arrivals) / 1e6, (finished - started) / 1e6
     spent = float(finished[-1]) / 1e9
-    waiting = np.arange(count) - np.searchsorted(started, arrivals, side="right")  # earlier ones, not begun
+    waiting = np.searchsorted(schedule, started, side="right") - np.arange(count) - 1  # before the last that came
     fifth = max(count // 5, 1)
     extra = {
         "rate": rate,
@@ -253,6 +255,7 @@ def _served(rate: float, arrivals: Times, started: Times, finished: Times) -> Ru
         "queue": {
             "wait_ms": percentiles(waits),
             "longest": int(max(waiting.max(), 0)),
+            "unserved": max(int(np.searchsorted(schedule, finished[-1], side="right")) - count, 0),
             "first_fifth_ms": float(np.median(waits[:fifth])),
             "last_fifth_ms": float(np.median(waits[-fifth:])),
             "behind_ms": float(latency[-1]),

@@ -52,7 +52,9 @@ def temperatures(root: Root = "/") -> dict[str, float]:
     for zone in _folders(tree, _ZONES):
         millidegrees = _number(tree, f"{zone}/temp")
         if millidegrees is not None and -60_000 < millidegrees < 200_000:
-            found[read_text(tree, f"{zone}/type") or zone.rpartition("/")[2]] = millidegrees / 1e3
+            number = zone.rpartition("/")[2]
+            kind = read_text(tree, f"{zone}/type") or number
+            found[kind if kind not in found else f"{kind} ({number})"] = millidegrees / 1e3  # x86 has several acpitz
     return found
 
 

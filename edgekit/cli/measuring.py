@@ -298,4 +298,6 @@ def _against(gate: dict[str, Any]) -> list[str]:
     ]
     if not gate["earlier_trustworthy"]:
         lines.append("             the earlier run was not to be trusted")
+    if gate["caution"]:
+        lines.append(f"             {gate['caution']}")
     return lines + [f"             differs: {difference}" for difference in gate["differs"]]

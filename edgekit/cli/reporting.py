@@ -153,6 +153,8 @@ def explain(
     data = run(bundle, images, out=out, method=method, label=label, precision=precision, samples=samples, compare=compare)
     columns = ["source", "label", "score", "overlay", "deletion_auc", "misplaced_auc"]
     columns += ["insertion_auc", "misplaced_insertion_auc"]
+    if any(image.get("explained", image.get("label")) != image.get("label") for image in data["images"]):
+        columns.insert(2, "explained")  # another class than the answer was asked about
     rows = [{k: image[k] for k in columns if k in image} for image in data["images"]]
     text = table(rows)
     if compare:
@@ -179,9 +181,13 @@ def _compared(image: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _word(word: str) -> str:
+    return word if word.isalnum() else repr(word)  # a comma is a word, too
+
+
 def _words(image: dict[str, Any], most: int = 8) -> str:
     """The words of one text that say most, for and against."""
     ranked = sorted(image["words"], key=lambda word: -abs(word["weight"]))[:most]
-    sides = [[f"{w['word']} {w['weight']:+.2f}" for w in ranked if (w["weight"] > 0) is side] for side in (True, False)]
+    sides = [[f"{_word(w['word'])} {w['weight']:+.2f}" for w in ranked if (w["weight"] > 0) is side] for side in (True, False)]
     told = [f"{name} {', '.join(side)}" for name, side in zip(("for:", "against:"), sides, strict=True) if side]
     return f"{image['explained']}  {'  '.join(told)}  ({image['source']})"

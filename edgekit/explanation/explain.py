@@ -150,8 +150,8 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
         raise UsageError(f"{method} is not for {bundle.manifest.task}", f"choose one of: {', '.join(kind.methods)}")
     if label is not None and label not in labels:
         raise UsageError(f"the model has no class {label!r}", f"choose one of: {', '.join(labels[:12]) or 'none'}")
-    if method == "rollout" and label is not None:
-        raise UsageError("rollout has one map for all classes", "leave --label out, or use --method occlusion")
+    if method in ("rollout", "activations") and label is not None:
+        raise UsageError(f"{method} is the same for all classes", "leave --label out, or use --method occlusion")
     if method in OF_WEIGHTS:
         if not bundle.has(WEIGHTS) or precision == "int8":
             what = "explains the float weights" if bundle.has(WEIGHTS) else f"needs PyTorch weights, which {bundle.path} lacks"

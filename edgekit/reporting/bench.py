@@ -187,6 +187,8 @@ def _constant(data: Mapping[str, Any]) -> bool:
 
 def _facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What else was measured. A sensor that was asked and is not there is said, one that nobody asked is not."""
+    if words(data, "int8") == "float":
+        yield "int8", "computed in float, by a CPU without VNNI"
     for name, what in (("jitter_ms", "jitter"), ("cold_start_ms", "cold start"), ("process_start_ms", "process start")):
         value = number(data, name)
         if value is not None:

@@ -24,8 +24,8 @@ CHECKS = (("deletion", "deletion_auc", "misplaced_auc", True), ("insertion", "in
 
 
 class Picture(NamedTuple):
-    """``uri``: a PNG. ``of``: bundle, graph and method. ``checks``: what the map reached, beside its control. ``cautions``: why
-    not to take it at its face."""
+    """``uri``: a PNG. ``label``: the answer. ``of``: bundle, graph, method, and the class that was asked about where that is
+    another. ``checks``: what the map reached, beside its control. ``cautions``: why not to take it at its face."""
 
     uri: str
     source: str
@@ -73,7 +73,9 @@ def _found(
         if uri := _read(path):
             source = " ".join(filter(None, (_source(words(image, "source") or path.name, path), words(image, "series"))))
             checks, doubts = _checked(image)
-            yield Picture(uri, source, words(image, "label"), number(image, "score"), of, checks, (*strange, *doubts))
+            answer, asked = words(image, "label"), words(image, "explained")
+            about = of if asked in (None, answer) else f"{of} · explains {asked}"
+            yield Picture(uri, source, answer, number(image, "score"), about, checks, (*strange, *doubts))
 
 
 def _checked(image: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -242,6 +242,8 @@ def _cards(rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[Group, list
     small = min((v for v in views if v.graph_bytes), key=lambda v: v.graph_bytes, default=None)
     fast = min(timed, key=lambda pair: pair[1].p50 or 0.0, default=None)
     swift = f"{fast[0].name}{' · unsteady' if fast[1].trustworthy is False else ''}" if fast else None
+    if fast and len(timed) < len(views):
+        swift = f"{swift} · of {len(timed)} measured"
     engines = sorted(((row["view"], e) for row in rows for e in row["view"].engines), key=lambda pair: not pair[1].built)
     title, value, note = "Engine", None, None
     if engines:

@@ -71,6 +71,7 @@ class Watched:
                     known = isinstance(error, EdgekitError | OSError)
                     reason = str(error) if known else f"it cannot be read: {type(error).__name__}"
                     skipped.append((path.name, WRITING if stamp is None else reason))
+            self._views = {path: self._views[path] for path, _ in stamps if path in self._views}
             views.sort(key=lambda view: (len(view.chain.split("→")), view.name))
             names = numbered([view.name for view in views])
             views = [dataclasses.replace(view, name=name) for view, name in zip(views, names, strict=True)]

@@ -71,7 +71,7 @@ def test_offline_runs_batches(tiny_bundle: Bundle) -> None:
     assert set(answer["tried"]) == {"1", "4", "16", "64"}
     assert answer["end_to_end"] is None
     fixed = edgekit.bench(tiny_bundle, scenario="offline", batch=3, seconds=SHORT)
-    assert (fixed["batch"], set(fixed["tried"])) == (3, {"3"})
+    assert (fixed["batch"], set(fixed["tried"]), fixed["inputs"]["x"][1]) == (3, {"3"}, 3)
     assert fixed["throughput"] == pytest.approx(3 * fixed["iterations"] / fixed["seconds"])
 
 

@@ -130,6 +130,7 @@ def test_what_processes_differ_by_decides_whether_a_slowdown_is_certain() -> Non
         assert found["method"] == method
         assert found["ratio"] == pytest.approx(1.06, abs=0.005)  # though p50 is the same
         assert (found["verdict"], found["passed"]) == (verdict, verdict == "same")
+        assert ("wider than the limit" in (found["caution"] or "")) is found["passed"]
 
 
 def test_a_run_is_measured_in_processes_of_its_own_too(cli: Callable[..., Any], tiny_bundle: Bundle) -> None:

@@ -56,6 +56,18 @@ def test_a_gate_takes_the_middle_of_the_last_five(tiny_bundle: Bundle, tmp_path:
     assert found["old_p50_ms"] == 3.0
 
 
+def test_the_first_run_of_a_history_is_its_beginning(cli: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """The line for CI works from the first day on; a folder that is only looked into must hold something."""
+    gate = ["--seconds", SHORT, "--against", tmp_path / "results", "--fail-over", "400%"]
+    missing = cli("bench", tiny_bundle.path, *gate)
+    assert (missing.code, "cannot be read" in missing.err) == (1, True)
+    first = cli("bench", tiny_bundle.path, *gate, "--history", tmp_path / "results", "--json")
+    assert (first.code, first.json["against"], first.json["passed"]) == (0, None, None)
+    assert "this run is the first" in first.err
+    second = cli("bench", tiny_bundle.path, *gate, "--history", tmp_path / "results", "--json")
+    assert second.json["against"]["limit"] == 4
+
+
 def test_a_slowdown_fails_again_and_again(cli: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
     """The failed run is kept, and drawn, but the next is not held against it."""
     fill(tmp_path, plain(tiny_bundle), {"p50": 1e-6})

@@ -31,6 +31,12 @@ def test_every_layer_that_runs_has_a_time(cli: Any, digits_bundle: Bundle, tmp_p
     assert rows[0]["layer"] in picture.read_text()
 
 
+def test_a_run_without_layers_keeps_those_of_the_same_graph(tiny_bundle: Bundle) -> None:
+    timed = edgekit.bench(tiny_bundle, seconds=0.05, layers=True)
+    assert edgekit.bench(tiny_bundle, seconds=0.05)["profile"] == timed["profile"]
+    assert "profile" not in edgekit.bench(tiny_bundle, seconds=0.05, threads=2)
+
+
 def test_the_largest_product_takes_longest(tmp_path: Path) -> None:
     """600 times the arithmetic of the others: no neighbour makes up for it."""
     shapes = [(8, 8), (8, 2048), (2048, 2048), (2048, 8), (8, 8)]

@@ -46,6 +46,14 @@ def test_an_overloaded_server_of_a_short_call_says_so() -> None:
     assert any("more than it can serve" in reason for reason in doubts(run, STEADY, "server"))
 
 
+def test_those_that_were_never_served_wait_too() -> None:
+    run = server(lambda: time.sleep(0.001), 0.1, rate=20_000)  # 2,000 come, under 500 are served in five times as long
+    queue = run.extra["queue"]
+    assert queue["unserved"] == 2000 - len(run.samples_ms) > 1400
+    assert queue["longest"] > 1400
+    assert any(f"{queue['unserved']:,} more had come" in reason for reason in doubts(run, STEADY, "server"))
+
+
 def served(service_us: Any) -> Run:
     """What a server's clock would show, had each of so many arrivals at 700 a second been served in that time."""
     arrivals = np.cumsum(np.random.default_rng(0).exponential(1e9 / 700, len(service_us))).astype(np.int64)

@@ -187,3 +187,12 @@ def test_hostile_files_do_not_break_it(tmp_path_factory: pytest.TempPathFactory,
         assert all(mhz > 0 for mhz in clocks_mhz(root).values())
         assert throttle_events(root) >= 0
         assert isinstance(throttling(root), list)
+
+
+def test_zones_of_one_type_are_told_apart(tmp_path: Path) -> None:
+    """x86 boards have two of acpitz, or more: the hot one must not be lost."""
+    for number, millidegrees in enumerate((95_000, 40_000)):
+        (zone := tmp_path / f"sys/class/thermal/thermal_zone{number}").mkdir(parents=True)
+        (zone / "type").write_text("acpitz\n")
+        (zone / "temp").write_text(f"{millidegrees}\n")
+    assert temperatures(tmp_path) == {"acpitz": 95.0, "acpitz (thermal_zone1)": 40.0}

@@ -113,7 +113,7 @@ def test_a_model_without_attention_is_refused_in_one_line(trained_bundle: Bundle
     with pytest.raises(UsageError, match="no attention blocks") as caught:
         explain(trained_bundle, tmp_path / "d.png", out=tmp_path / "why", method="rollout")
     assert caught.value.hint == "use --method occlusion or lime"
-    with pytest.raises(UsageError, match="one map for all classes"):
+    with pytest.raises(UsageError, match="the same for all classes"):
         explain(trained_bundle, tmp_path / "d.png", out=tmp_path / "why", method="rollout", label="3")
     assert not (tmp_path / "why").exists()
 

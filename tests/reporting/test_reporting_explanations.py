@@ -61,6 +61,8 @@ def test_pictures_say_what_they_are_of_and_whether_to_believe_them(family: list[
     assert "deletion 0.20, insertion 0.80" in few
     assert "not checked: too few" in few
     assert "10/20 free dollars" in shown(family[0].digest, source="You have won 10/20 free dollars")
+    assert "explains 9" in shown(family[0].digest, explained="9")
+    assert "explains" not in shown(family[0].digest, explained="4")
     assert "photos" not in shown(family[0].digest, source="photos/a.png")
 
 
