@@ -273,8 +273,14 @@ def _bench_text(result: dict[str, Any]) -> str:
 
 
 def _sensed(result: dict[str, Any]) -> list[str]:
-    """Energy and heat, where the machine tells them."""
-    lines = []
+    """Memory, energy and heat, or that there is no sensor of them."""
+    memory = result["memory"]
+    parts = [("in all", memory["rss_mb"]), ("by the model", memory["model_mb"]), ("on the GPU", memory["gpu_mb"])]
+    told = [f"{value:.1f} MB {what}" for what, value in parts if value is not None]
+    lines = [f"memory       {', '.join(told)}"] if told else []
+    seen = {"energy": result["energy"], "heat": result["temperatures"]["after"]}
+    if silent := [name for name, found in seen.items() if not found]:
+        lines.append(f"no sensor    of {' and '.join(silent)} that this user may read")
     if energy := result["energy"]:
         rails = [energy["whole"]] if energy["whole"] else list(energy["watts"])
         each = (

@@ -163,7 +163,7 @@ def explain(
         columns = ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated", "beyond"]
         text += "\n\n" + table(data["layers"], columns)
         text += "".join(f"\n{layer['name']}: {layer['note']}" for layer in data["layers"] if layer["note"])
-    text += "".join(f"\n\n{_words(image)}" for image in data["images"] if "words" in image)
+    text += "".join(f"\n\n{_words(image, method != 'rollout')}" for image in data["images"] if "words" in image)
     for image in data["images"]:
         if image.get("unread"):
             read = len(image["time_steps"])
@@ -185,9 +185,11 @@ def _word(word: str) -> str:
     return word if word.isalnum() else repr(word)  # a comma is a word, too
 
 
-def _words(image: dict[str, Any], most: int = 8) -> str:
+def _words(image: dict[str, Any], signed: bool, most: int = 8) -> str:
     """The words of one text that say most, for and against."""
     ranked = sorted(image["words"], key=lambda word: -abs(word["weight"]))[:most]
     sides = [[f"{_word(w['word'])} {w['weight']:+.2f}" for w in ranked if (w["weight"] > 0) is side] for side in (True, False)]
+    if not signed:  # attention has no class
+        return f"attended to: {', '.join(sides[0])}  ({image['source']})"
     told = [f"{name} {', '.join(side)}" for name, side in zip(("for:", "against:"), sides, strict=True) if side]
     return f"{image['explained']}  {'  '.join(told)}  ({image['source']})"
