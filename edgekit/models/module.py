@@ -144,7 +144,7 @@ def load(bundle: Bundle) -> nn.Module:
 class Skip(nn.Module):
     """Stands where a block was: its first input goes on."""
 
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         return x
 
 
@@ -224,7 +224,8 @@ def _resize(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = shapes["weight"]
     elif isinstance(layer, nn.RNNBase):
-        layer.hidden_size, layer.input_size = shapes["weight_hh_l0"][1], shapes["weight_ih_l0"][1]
+        gates = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1)  # with projections weight_hh has the width of those
+        layer.hidden_size, layer.input_size = shapes["weight_hh_l0"][0] // gates, shapes["weight_ih_l0"][1]
 
 
 def parameters(module: nn.Module) -> int:

@@ -46,10 +46,10 @@ def analyse(module: nn.Module, example: Tensor, edits: ModelEdits | None = None,
     with torch.no_grad():
         trial = Trial(network, example[:SAMPLES], module.eval()(example[:SAMPLES]), columns)
         for candidates in (groups, whole):
-            allowed = [group for group in candidates if not _forbidden(group, frozen)]
+            allowed = [group for group in candidates if not _forbidden(group, frozen, columns.state)]
             tried = {id(group): result for group, result in trial(allowed)}
             for group in candidates:
-                result = tried.get(id(group)) or _forbidden(group, frozen)
+                result = tried.get(id(group)) or _forbidden(group, frozen, columns.state)
                 if isinstance(result, Group):
                     found.append(result)
                 elif not group.heads:
@@ -81,14 +81,25 @@ def _explain(
 
 
 def _holds_frozen(module: nn.Module, block: str, frozen: Sequence[str]) -> bool:
-    layers = {block, *(layer_of(name) for name, _ in module.named_parameters() if inside(name, block))}
+    layers = {*_upwards(block), *(layer_of(name) for name, _ in module.named_parameters() if inside(name, block))}
     return any(fnmatch.fnmatchcase(layer, pattern) for layer in layers for pattern in frozen)
+
+
+def _upwards(layer: str) -> set[str]:
+    """``blocks.3.norm`` and all that hold it."""
+    parts = layer.split(".")
+    return {".".join(parts[: depth + 1]) for depth in range(len(parts))}
 
 
 def _passes_channels(network: Network, block: str, example: Tensor) -> bool:
     """Whether a residual goes around ``block``, so that what leaves it has the channels of what enters it: what lies on both
     sides must still fit together after a cut. Of the same shape is not enough."""
     bare = network.skipping(block)
+    with torch.no_grad():
+        try:
+            bare.module(example)
+        except CODE_ERRORS:  # what holds the block asks it for more than an answer
+            return False
     touched = [group for group in bare.groups if not any(group is one for one in network.groups)]
     with torch.no_grad():
         for group in touched:
@@ -120,11 +131,12 @@ def _blocks(module: nn.Module, example: Tensor) -> list[str]:
     return [name for name, found in calls.items() if found == [True]]
 
 
-def _forbidden(group: Group, frozen: Sequence[str]) -> str:
-    for pattern in frozen:
-        if any(fnmatch.fnmatchcase(layer_of(name), pattern) for name, _ in group.makers):
-            return f"{pattern} is frozen"
-    return ""
+def _forbidden(group: Group, frozen: Sequence[str], state: Mapping[str, Tensor]) -> str:
+    """The frozen layer whose width the group is: one that makes its channels, a norm of them, or what holds such a layer."""
+    wide = {layer_of(name) for name, _ in group.makers}
+    wide |= {layer_of(name) for name, _ in group.rows[0][0].slices if state[name].ndim == 1}
+    names = {name for layer in wide for name in _upwards(layer)}
+    return next((f"{pattern} is frozen" for pattern in frozen if fnmatch.filter(names, pattern)), "")
 
 
 def _channels(coupling: Coupling) -> dict[int, Channel]:

@@ -115,15 +115,40 @@ def _note_rows(coupling: Coupling, result: Tensor, varying: list[int], module: s
 def _pointwise(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Tensor:
     shape = shape_of(node)
     found = torch.zeros((), dtype=torch.long).expand(shape)
-    for value in [*args, *kwargs.values()]:
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, Parameter) or (isinstance(one, Tensor) and one.dtype == torch.long):
-                numbers = tensor_of(coupling, one)
-                found = coupling.find(numbers).expand(shape) if not bool(found.any()) else coupling.unite(found, numbers)
+    for numbers in _without_gates(coupling, _operands(coupling, [*args, *kwargs.values()]), len(shape)):
+        found = coupling.find(numbers).expand(shape) if not bool(found.any()) else coupling.unite(found, numbers)
     if len(shape) in (2, 3):  # behind a convolution it costs nothing: runtimes fuse it
         kind = "transcendental" if any(part in str(node.target) for part in _TRANSCENDENTAL) else "pointwise"
         coupling.operations.append(Operation(kind, lines_of(coupling, found), (math.prod(shape),), module))
     return found
+
+
+def _operands(coupling: Coupling, values: list[Any]) -> list[Tensor]:
+    each = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return [
+        tensor_of(coupling, one)
+        for one in each
+        if isinstance(one, Parameter) or (isinstance(one, Tensor) and one.dtype == torch.long)
+    ]
+
+
+def _without_gates(coupling: Coupling, operands: list[Tensor], rank: int) -> list[Tensor]:
+    """Operands whose channels go with those of the result. What is 1 wide where others hold channels, a scalar or a map that
+    all channels are multiplied by, has one channel of its own, and binds nothing."""
+    spread = [{rank - numbers.ndim + k for k in coupling.varying(numbers)} for numbers in operands]
+    wide = set().union(*spread)
+
+    def gates(numbers: Tensor) -> bool:
+        axes = [k - rank + numbers.ndim for k in wide]
+        return any(k < 0 or numbers.shape[k] == 1 for k in axes)
+
+    channels = [numbers for numbers in operands if not gates(numbers)]
+    if not channels:  # each is wide where the other is not
+        return operands
+    for numbers, axes in zip(operands, spread, strict=True):
+        if axes and gates(numbers):
+            coupling.fix(coupling.find(numbers), "other channels are multiplied by it")
+    return channels
 
 
 def _spatial(coupling: Coupling, node: torch.fx.Node, args: Any) -> Any:

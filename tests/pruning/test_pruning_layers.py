@@ -26,6 +26,18 @@ class Net(nn.Module):
         return self.head(made.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Gate(nn.Module):
+    """CBAM's map (arXiv:1807.06521): one for all channels, from their sum; and a gain that is one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.gain = nn.Conv2d(1, 1, 3, padding=1), nn.Parameter(torch.tensor([1.5]))
+        self.register_buffer("offset", torch.ones(1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.map(x.sum(1, keepdim=True)).sigmoid() * self.gain + 0 * self.offset
+
+
 class Product(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -42,9 +54,10 @@ class Product(nn.Module):
         lambda: nn.PReLU(),
         lambda: nn.ConvTranspose2d(12, 12, 2, 2, groups=12),
         lambda: nn.ConvTranspose2d(12, 12, 2, 2, groups=12, bias=False),
+        Gate,
         Product,
     ],
-    ids=["prelu", "one prelu", "depthwise transposed", "without bias", "product"],
+    ids=["prelu", "one prelu", "depthwise transposed", "without bias", "gate", "product"],
 )
 def test_channels_go_through(middle: Callable[[], nn.Module]) -> None:
     """As if they were silent, and a fresh module takes the narrower weights."""
@@ -88,3 +101,69 @@ def test_computed_weights_are_loaded_as_they_are() -> None:
     net = Net(nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 3)))
     adopt_shapes(net, net.state_dict())
     assert net(torch.randn(IMAGE)).shape == (2, 4)
+
+
+class Roll(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(4, 1)
+
+
+class Tail(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :-4].tanh(), x[:, -4:]], 1)
+
+
+class Blend(nn.Module):
+    """The channels as a line that a convolution runs along (ECA, arXiv:1910.03151)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.along = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.along(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]
+
+
+@pytest.mark.parametrize(
+    ("middle", "why"), [(Roll, "its code does not follow"), (Tail, "its code does not follow"), (Blend, "mixed")]
+)
+def test_what_depends_on_the_place_of_a_channel_stays(middle: type[nn.Module], why: str) -> None:
+    """Without its first channel such a module answers as with that silent; not without others."""
+    network = analyse(Net(middle()), torch.randn(IMAGE))
+    assert network.groups == ()
+    assert why in network.kept["stem"]
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.body, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_block_whose_owner_looks_into_it_stays() -> None:
+    """`nn.TransformerEncoder` asks its first layer for its attention."""
+    example = torch.randn(2, 5, 8)
+    network = analyse(Encoder(), example)
+    assert "body.layers.0" not in network.blocks
+    for block in network.blocks:
+        network.skipping(block).module(example)
+
+
+def test_a_frozen_norm_or_holder_keeps_the_width() -> None:
+    net = nn.Sequential()
+    net.add_module("stem", nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)))
+    net.add_module("end", nn.Sequential(nn.Conv2d(12, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 4)))
+    for pattern in ("stem", "stem.1", "st*"):
+        network = analyse(net, torch.randn(IMAGE), frozen=[pattern])
+        assert [group.name for group in network.groups] == ["end.0"]
+        assert network.kept["stem.0"] == f"{pattern} is frozen"
+
+
+def test_a_projected_recurrence_keeps_its_sizes() -> None:
+    layer = nn.LSTM(6, 8, proj_size=4, batch_first=True)
+    adopt_shapes(layer, layer.state_dict())
+    assert (layer.hidden_size, layer.proj_size) == (8, 4)
