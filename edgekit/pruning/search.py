@@ -253,14 +253,19 @@ def _masked(network: Network, steps: Sequence[Step], weights: Mapping[str, Tenso
 
 
 def _same(step: Step, network: Network, weights: Mapping[str, Tensor]) -> _Move | None:
-    """The cut of ``step`` on another network; None where what it cut went with a block."""
+    """The cut of ``step`` on another network, to a width as even as its own; None where what it cut went with a block, or
+    where nothing is left to cut."""
     if step.kind == "block":
         return _block(step.name)
     heads = step.kind == "heads"
     group = next((g for g in network.groups if (g.name, g.heads) == (step.name, heads) and network.width(g)), None)
     if group is None:
         return None
-    return _narrower(network, group, max(network.width(group) - step.before + step.after, group.least), weights)
+    width = network.width(group)
+    after = max(width - step.before + step.after, group.least)
+    if not heads:  # without an earlier cut of 50 to 48, one of 48 to 32 leaves 48, not 34
+        after = -(-after // (even := math.gcd(step.before, step.after))) * even
+    return _narrower(network, group, after, weights) if after < width else None
 
 
 def _moves(network: Network, weights: Mapping[str, Tensor], unit: int) -> Iterator[_Move]:

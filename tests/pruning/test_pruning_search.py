@@ -111,6 +111,19 @@ def test_cuts_that_later_ones_made_needless_are_taken_back():
     assert kept[0].before == network.width(next(g for g in network.groups if g.name == kept[0].name))
 
 
+def test_without_the_cut_that_made_a_width_even_the_others_do() -> None:
+    """50 channels are cut to 48, 32, 16: without the first cut the second leaves 48, not 34."""
+    module = nn.Sequential(nn.Conv2d(1, 50, 3), nn.ReLU(), nn.Conv2d(50, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    samples = torch.randn(8, 1, 12, 12)
+    network, judge = analyse(module, samples), judge_of(module, samples)
+    steps = list(cut_path(network, judge, macs_price, 0.4 * macs_price(network)))
+    assert [step.after for step in steps] == [48, 32, 16]
+    for share in (0.98, 0.7, 0.5):
+        kept, _ = spared(network, steps, judge, macs_price, share * macs_price(network))
+        assert kept[-1].price <= share * macs_price(network)
+        assert kept[-1].network.module[0].out_channels in (16, 32, 48)
+
+
 def test_heads_go_one_at_a_time_and_again_where_a_path_is_made_anew():
     samples = torch.randn(4, 1, 28, 28)
     network = replace(analyse(Vit(7, dim=64, depth=1, heads=8).eval(), samples), blocks=())
