@@ -29,7 +29,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "explain images": lambda good, bad: edgekit.explain(good, bad, out="out"),
     "report": lambda good, bad: edgekit.report([bad], out="report.html"),
     "report out": lambda good, bad: edgekit.report([good], out=bad),
-    "report explanations": lambda good, bad: edgekit.report([good], out="report.html", explanations=bad or []),
+    "report explanations": lambda good, bad: edgekit.report([good], out="report.html", explanations=bad or object()),
 }
 
 

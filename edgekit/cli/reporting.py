@@ -39,9 +39,10 @@ class _Serving(click.Command):
 )
 @click.option(
     "--explanations",
+    multiple=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Show the pictures that `edgekit explain --out DIR` wrote.",
+    help="Show the pictures that `edgekit explain --out DIR` wrote; repeatable.",
 )
 @click.option(
     "--serve",
@@ -51,7 +52,7 @@ class _Serving(click.Command):
     help="Write nothing; show bundles, or all in a folder, live on 127.0.0.1 until Ctrl-C.  [default: a free port]",
 )
 @answers
-def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None, port: int | None) -> Answer:
+def report(bundles: tuple[Path, ...], out: Path, explanations: tuple[Path, ...], port: int | None) -> Answer:
     """One self-contained HTML page about one or several bundles.
 
     Accuracy against latency and size, training curves, confusion, latency histograms, quantization, engines and
@@ -78,9 +79,9 @@ def report(bundles: tuple[Path, ...], out: Path, explanations: Path | None, port
     return Answer(data, f"{data['report']}: {count} {'bundle' if count == 1 else 'bundles'}, {data['size_bytes'] / 1e3:.0f} kB")
 
 
-def _refuse_with_serve(explanations: Path | None) -> None:
+def _refuse_with_serve(explanations: tuple[Path, ...]) -> None:
     """What only a written page has; explanations that lie in a bundle are served with it."""
-    if explanations is not None or click.get_current_context().get_parameter_source("out") != ParameterSource.DEFAULT:
+    if explanations or click.get_current_context().get_parameter_source("out") != ParameterSource.DEFAULT:
         raise UsageError("--serve writes no file and shows bundles only", "leave --out and --explanations away")
 
 

@@ -30,6 +30,7 @@ RUNS, WARM = 220, 20
 #: Gauges beside each layer; the known one counts as so many microseconds, whatever the machine.
 _EMPTY, _KNOWN, _KNOWN_US = "gauge_empty", "gauge_known", 20.0
 SAVED_EVERY = 50
+_LONGEST = 1e9  # microseconds that a layer may take
 
 
 def device_name() -> str:
@@ -84,7 +85,8 @@ def _cache() -> Path:
 
 def _read(path: Path) -> dict[str, float]:
     try:
-        return {k: float(v) for k, v in json.loads(path.read_bytes()).items()}
+        found = {k: float(v) for k, v in json.loads(path.read_bytes()).items()}
+        return {key: value for key, value in found.items() if 0 < value < _LONGEST}  # a NaN would make every price one
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 

@@ -47,14 +47,14 @@ def report(
     bundles: Source | Sequence[Source],
     *,
     out: str | os.PathLike[str] = REPORT,
-    explanations: str | os.PathLike[str] | None = None,
+    explanations: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
 ) -> dict[str, Any]:
     """Write one self-contained HTML page about one or several bundles.
 
     A study of `edgekit.pareto` (or its ``STUDY.front.json``) among them stands for the bundles on its front, and is drawn.
     ``out`` is replaced atomically where it is an earlier report, and refused where it is any other file.
-    ``explanations`` is a folder that `edgekit.explain` wrote. Returns ``bundle`` (the first), ``report`` (path), ``bundles``,
-    ``size_bytes``.
+    ``explanations``: a folder that `edgekit.explain` wrote, or several. Returns ``bundle`` (the first), ``report`` (path),
+    ``bundles``, ``size_bytes``.
     A damaged derived file counts as absent and is named on the page.
     Raises `BundleError` for a missing bundle or a damaged model, `OutputExists` for a foreign file at ``out``, `DataError` for
     a folder without explanations or a study without a front.
@@ -68,7 +68,9 @@ def report(
     home = _check_out(out, opened)
     names = _names(opened)
     known = {bundle.digest: name for bundle, name in zip(opened, names, strict=True)}
-    pictures = read_pictures(given_path(explanations, "explanations"), known) if explanations is not None else []
+    folders = [] if explanations is None else explanations
+    folders = list(folders) if isinstance(folders, Iterable) and not isinstance(folders, str) else [folders]
+    pictures = [p for folder in folders for p in read_pictures(given_path(folder, "explanations"), known)]
     views = [collect(bundle, name) for bundle, name in zip(opened, names, strict=True)]
     data = render(views, pictures, fronts).encode()
     if home:

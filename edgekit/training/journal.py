@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import EdgekitError, MissingExtra, UsageError
+from edgekit.progress import say
 
 from .plan import Plan
 
@@ -44,6 +46,18 @@ def _is_journal(path: Path) -> bool:
         return False
 
 
+def _mend(path: Path) -> None:
+    """Leave out a last line that a power cut or a full disk cut short: the next one would be written behind it, and nobody
+    could read either. Another process may be in the middle of one, so it has a moment."""
+    for patience_s in (0.5, 0.0):
+        if not path.exists() or not (content := path.read_bytes()) or content.endswith(b"\n"):
+            return
+        time.sleep(patience_s)
+    with path.open("r+b") as file:
+        file.truncate(content.rfind(b"\n") + 1)
+    say(f"{path}: its last line was cut short, and is left out")
+
+
 def described(plan: Plan) -> dict[str, Any]:
     """What the trials of a study have in common beside the options: scores of other data or models say nothing here."""
     return {
@@ -73,6 +87,7 @@ class Journal:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.path, self.about, self.optuna = path, dict(about), optuna
         path.parent.mkdir(parents=True, exist_ok=True)
+        _mend(path)
         try:
             self.study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(str(path))),

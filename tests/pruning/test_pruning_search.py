@@ -228,6 +228,18 @@ def test_a_damaged_table_is_measured_again(tmp_path: Path, damage: bytes):
     assert table.measured == 6
 
 
+def test_times_that_cannot_be_are_measured_again(tmp_path: Path):
+    operation = Operation("transcendental", (torch.arange(64),), (4096,))
+    table = LatencyTable(tmp_path)
+    table.microseconds(operation, (64,), 2)
+    table.save()
+    kept = json.loads(table.path.read_bytes())
+    table.path.write_text(json.dumps(dict.fromkeys(kept, float("nan"))))
+    again = LatencyTable(tmp_path)
+    assert again.microseconds(operation, (64,), 2) > 0
+    assert again.measured == 1
+
+
 def test_a_table_that_cannot_be_kept_costs_time_only(tmp_path: Path):
     (tmp_path / "file").write_text("")
     LatencyTable(tmp_path / "file").save()

@@ -32,6 +32,8 @@ def test_explanations_are_embedded_by_file_name_only(family: list[Bundle], tmp_p
     assert [tag for tag, _ in page.tags].count("img") == 1
     assert "3 50.00 % lime" in page.text["explanations"]
     assert "of an unnamed bundle, which is none of this page" in page.text["explanations"]
+    report(family, out=tmp_path / "r.html", explanations=[folder, folder])
+    assert [tag for tag, _ in pages(tmp_path / "r.html").tags].count("img") == 2
     with pytest.raises(DataError, match="holds no explanations"):
         report(family, out=tmp_path / "r.html", explanations=tmp_path)
 

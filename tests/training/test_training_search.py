@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def test_a_damaged_study_is_refused(options: dict[str, Any], scripted: list[Any]
     path.write_bytes(path.read_bytes()[:-20] + b'\n{"op_code":0}\n')
     with pytest.raises(UsageError, match="is damaged"):
         search(**options, trials=2)
+
+
+def test_a_last_line_that_was_cut_short_is_left_out(options: dict[str, Any], scripted: list[Any]):
+    scripted += [0.5, 0.6]
+    search(**options, trials=1)
+    path = Path("few.study")
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.splitlines()[-1][:-9])
+    assert search(**options, trials=2)["trials"] == 2
+    assert path.read_bytes().startswith(whole)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
 def test_wrong_calls(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, trained_bundle: Bundle):
