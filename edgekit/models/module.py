@@ -144,8 +144,8 @@ def load(bundle: Bundle) -> nn.Module:
 class Skip(nn.Module):
     """Stands where a block was: its first input goes on."""
 
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        return x
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        return given[0] if given else next(iter(named.values()))
 
 
 def edit(module: nn.Module, edits: ModelEdits) -> None:

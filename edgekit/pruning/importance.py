@@ -55,33 +55,42 @@ def norm_scale(module: nn.Module, samples: Tensor, targets: Tensor) -> dict[str,
 
 def activation(module: nn.Module, samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Squares of weight times its input's root mean square (Wanda, Sun et al., arXiv:2306.11695): a channel matters by what
-    the layers that read it make of it."""
+    the layers that read it make of it. What the upper layers of a recurrence read is not seen, and counts as 1."""
     found = ByReaders({name: value * _TIE for name, value in magnitude(module, samples, targets).items()})
     hooks = []
 
     def watch(name: str, layer: nn.Module) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-            if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                if layer.groups > 1:
-                    return
-                power = args[0].detach().square().transpose(0, 1).flatten(1).mean(1)
-                shape = (1, -1, *[1] * (layer.weight.ndim - 2))
-            else:
-                power, shape = args[0].detach().square().flatten(0, -2).mean(0), (1, -1)
-            key = "weight_ih_l0" if isinstance(layer, nn.RNNBase) else "weight"
-            weight: Tensor = getattr(layer, key)
-            found[f"{name}.{key}" if name else key] = weight.detach().square() * power.reshape(shape)
+            scaled = {"weight": args[0]} if not isinstance(layer, nn.RNNBase) else _read_by(layer, args[0])
+            for key, read in scaled.items():
+                weight: Tensor = getattr(layer, key).detach().square()
+                if isinstance(layer, nn.modules.conv._ConvNd) and read is not None:
+                    if layer.groups > 1:
+                        return
+                    power = read.detach().square().transpose(0, 1).flatten(1).mean(1)
+                    shape = [1] * weight.ndim
+                    shape[0 if layer.transposed else 1] = -1
+                    weight = weight * power.reshape(shape)
+                elif read is not None:
+                    weight = weight * read.detach().square().flatten(0, -2).mean(0)
+                found[f"{name}.{key}" if name else key] = weight
 
         return hook
 
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | nn.RNNBase):
+        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.RNNBase):
             hooks.append(layer.register_forward_hook(watch(name, layer)))
     with torch.no_grad():
         module(samples)
     for handle in hooks:
         handle.remove()
     return found
+
+
+def _read_by(layer: nn.RNNBase, x: Tensor) -> dict[str, Tensor | None]:
+    """Weights that read a recurrence's input, with it; those of its upper layers with None."""
+    names = [name for name, _ in layer.named_parameters() if name.startswith("weight_ih")]
+    return {name: x if name.startswith("weight_ih_l0") else None for name in names}
 
 
 CRITERIA: dict[str, Importance] = {

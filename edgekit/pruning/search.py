@@ -28,6 +28,7 @@ from edgekit.training.devices import Devices
 from .groups import Group, Network
 from .importance import Importance
 from .price import Price, macs_price, size_price
+from .trial import CODE_ERRORS
 
 __all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity", "spared"]
 
@@ -167,6 +168,8 @@ def cut_path(network: Network, judge: Judge, price: Price, limit: float = 0.0, u
         for key in _shortlist(useful, partial(_loss, network, kl, judge, moves), losses, saved, shrunk):
             cut = moves[key].make(network)
             healed[key] = cut, judge.heal(cut.module)
+        if not healed:
+            return
         best = min(healed, key=lambda key: _rank(healed[key][1] - kl + shrunk[key], saved[key]))
         move, (network, kl) = moves[best], healed[best]
         cost = price(network)
@@ -183,8 +186,14 @@ def _capacity(network: Network) -> float:
 
 
 def _loss(network: Network, kl: float, judge: Judge, moves: Mapping[tuple[str, str], _Move], key: tuple[str, str]) -> float:
-    """How much further a cut takes the answers, before healing."""
-    return max(judge.kl(moves[key].make(network).module) - kl, 0.0)
+    """How much further a cut takes the answers, before healing. Infinite for a block that a former cut has made narrower than
+    what it stands in: nothing can take its place any more."""
+    try:
+        return max(judge.kl(moves[key].make(network).module) - kl, 0.0)
+    except CODE_ERRORS:
+        if key[0] != "block":
+            raise
+        return math.inf
 
 
 def _rank(loss: float, saved: float) -> float:
@@ -218,7 +227,7 @@ def _shortlist(
                 break
             for key in stale:
                 del losses[key]
-        found += best
+        found += [key for key in best if losses[key] < math.inf]
     return found
 
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from edgekit.models.module import COMPUTED, adopt_shapes
 from edgekit.pruning.groups import analyse
+from edgekit.pruning.importance import activation, magnitude
+from edgekit.pruning.price import macs_price
+from edgekit.pruning.search import Judge, cut_path
 
 IMAGE = (2, 3, 8, 8)
 
@@ -167,3 +170,48 @@ def test_a_projected_recurrence_keeps_its_sizes() -> None:
     layer = nn.LSTM(6, 8, proj_size=4, batch_first=True)
     adopt_shapes(layer, layer.state_dict())
     assert (layer.hidden_size, layer.proj_size) == (8, 4)
+
+
+class Readers(nn.Module):
+    """A line that a transposed convolution reads, and both directions of a recurrence do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = nn.Conv1d(6, 12, 1), nn.ConvTranspose1d(12, 4, 1)
+        self.both = nn.GRU(12, 4, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.cat([self.up(x).mean(2), self.both(x.transpose(1, 2))[0].mean(1)], 1)
+
+
+@pytest.mark.parametrize("reader", ["up.weight", "both.weight_ih_l0_reverse"])
+def test_activation_sees_every_reader(reader: str) -> None:
+    """Channel 3 matters to one reader alone, and much."""
+    torch.manual_seed(0)
+    net, example = Readers().eval(), torch.randn(4, 6, 5)
+    state = net.state_dict()
+    with torch.no_grad():
+        for name in ("up.weight", "both.weight_ih_l0", "both.weight_ih_l0_reverse"):
+            part = state[name][3] if name == "up.weight" else state[name][:, 3]
+            part.mul_(50) if name == reader else part.zero_()
+    network = analyse(net, example)
+    group = next(group for group in network.groups if group.name == "stem")
+    order = network.weakest(group, activation(net, example, torch.zeros(4, dtype=torch.long)), 12)
+    assert order[-1] is group.rows[0][3]
+
+
+def test_a_block_that_no_longer_fits_is_not_skipped() -> None:
+    """No residual goes around it: once it is narrower inside than before it, its input cannot take its place."""
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.add_module("stem", nn.Conv2d(3, 32, 3, padding=1))
+    net.add_module("block", nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()))
+    net.add_module("head", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)))
+    samples = torch.randn(8, 3, 8, 8)
+    network = analyse(net, samples, frozen=["stem"])
+    assert network.blocks == ("block",)
+    (group,) = network.groups
+    narrow = network.without(group.rows[0][:16])
+    judge = Judge.of(net, samples, torch.zeros(8, dtype=torch.long), magnitude)
+    assert all(step.kind == "channels" for step in cut_path(narrow, judge, macs_price))
