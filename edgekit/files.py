@@ -46,6 +46,8 @@ def check_new(path: Path) -> None:
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     try:  # permissions do not tell all
         os.rmdir(tempfile.mkdtemp(dir=folder, prefix=f".{path.name}."))
+    except NotADirectoryError:
+        raise UsageError(f"a file is in the way ({folder})", "name a path below folders only") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be written in {folder}: {error.strerror}", "name another path") from None
 

@@ -274,5 +274,5 @@ def test_spread_takes_every_class_that_comes_in_turns(classes: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
 def test_a_chart_that_cannot_be_written_is_refused_before_the_work() -> None:
-    with pytest.raises(UsageError, match="cannot be drawn"):
+    with pytest.raises(UsageError, match="cannot be written"):
         check_picture(Path("/proc/layers.svg"))
