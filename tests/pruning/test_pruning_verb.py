@@ -49,6 +49,46 @@ def last(bundle: Bundle) -> dict[str, Any]:
 
 
 def test_a_speedup_is_measured_and_the_macs_stand_beside_it(trained_bundle: Bundle, tmp_path: Path):
+    pruned = prune(trained_bundle, out=tmp_path / "p.edge", speedup=1.2, epochs=1, max_drop=100)
+    figures = last(pruned)
+    assert figures["speedup"] == pytest.approx(figures["latency_before_ms"] / figures["latency_ms"])
+    assert figures["macs_share"] < 1
+    assert figures["latency_predicted_ms"] > 0
+    assert figures["device"]
+    rows = figures["layers"]
+    assert {row["layer"] for row in rows} >= {"stem.0", "classifier"}
+    assert sum(row["macs"] for row in rows) == figures["macs"]
+    assert sum(row["us"] for row in rows) < sum(row["us_before"] for row in rows)
+    assert figures["kept"] == {"classifier": "it is the model's output"}
+    assert not list(tmp_path.glob("*.checkpoint*"))
+
+
+def test_blocks_that_are_left_out_stay_out(cli, trained_bundle: Bundle, tmp_path: Path):
+    pruned = prune(trained_bundle, out=tmp_path / "p.edge", keep=0.06, epochs=1)
+    model = pruned.manifest.model
+    assert model is not None
+    assert model.edits.skipped
+    check_golden(pruned)
+    with Model.open(pruned.path) as model:
+        assert model(np.zeros((28, 28), np.uint8)).label in set("0123456789")
+    again = prune(pruned, out=tmp_path / "q.edge", keep=0.9, epochs=1)
+    assert [entry.stage for entry in again.manifest.history] == ["train", "prune", "prune"]
+    assert last(again)["macs"] < last(pruned)["macs"]
+    assert again.manifest.model.edits.skipped[: len(pruned.manifest.model.edits.skipped)] == pruned.manifest.model.edits.skipped
+    quantized = edgekit.quantize(pruned, out=tmp_path / "i.edge", samples=16)
+    assert [entry.stage for entry in quantized.manifest.history] == ["train", "prune", "quantize"]
+    assert quantized.manifest.history[1].parent == trained_bundle.digest
+    assert cli("build", quantized.path, "--target", "rtx-ada", "--json").code == 0
+
+
+def shallow(preset: str, patch: pytest.MonkeyPatch) -> None:
+    """One block of a transformer: an export takes time by the layer."""
+    patch.setitem(PRESETS, preset, PRESETS[preset]._replace(args={"depth": 1}))
+
+
+def test_heads_are_cut_and_the_bundle_says_so(few_digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shallow("vit", monkeypatch)
+    trained = train(data=few_digits, out=tmp_path / "v.edge", model="vit", width=0.34, epochs=1, batch=64)
     frozen = "blocks.*.norm*"  # no block goes, and not the stream that the norms read
     pruned = prune(trained, out=tmp_path / "p.edge", keep=0.45, max_drop=100, freeze=frozen)
     assert len(last(pruned)["curve"]) == 1  # as many epochs as it was trained for
