@@ -33,7 +33,7 @@ from edgekit.runtime.model import Precision
 from edgekit.runtime.tensorrt import TensorRtRunner
 
 from .asked import STREAMS, Asked, check_threads
-from .cold import on_cpu, opened_and_timed, started_anew
+from .cold import Starts, on_cpu, opened_and_timed, started_anew
 from .device import Sensors, fingerprint
 from .doubts import doubts
 from .gate import check_comparable, judge, load_earlier, parse_share, verdict_words
@@ -88,8 +88,7 @@ def bench(
     Raises `UsageError` for an unknown name or value, `BackendError` where nothing can run it.
     """
     (asked := Asked(scenario, seconds, batch, streams, rate)).check()
-    paths = {"plot": plot, "history": history, "against": against}
-    plot, folder, against = (None if path is None else given_path(path, name) for name, path in paths.items())
+    plot, folder, against = _paths(plot=plot, history=history, against=against)
     limit = _checked_limit(precision, threads, folder, against, fail_over)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     with opened_and_timed(opened, backend, precision, threads) as (model, feeds, costs):
@@ -101,21 +100,22 @@ def bench(
         known = {**subject, **model.runner.describe(), **asked.given()}
         earlier = None if against is None else _earlier(against, folder, name, known, force)
         if earlier:
-            asked = asked.like(earlier)
-            check_comparable(earlier, {**known, **asked.given()}, force=force)
+            asked = _like(asked, earlier, known, force)
         started = started_anew(model, precision, threads, feeds, asked)
-        result = {**subject, **_measure(model, asked), **costs, "process_start_ms": started.ms}
-        if result["yardstick"]:
-            result["yardstick"]["processes"] = started.relative
-        profile = _profiled(model, graph, threads, seconds, plot) if profiled else _kept_profile(opened, name, result)
-        result |= {"profile": profile} if profile else {}
+        result = {**subject, **_measure(model, asked, started), **costs}
+        if found := _profiled(model, graph, threads, seconds, plot) if profiled else _kept_profile(opened, name, result):
+            result["profile"] = found
     comparison = judge(earlier, result, limit, force=force) if earlier else None
     result["passed"] = comparison["passed"] if comparison else None
-    save = save and not (result["passed"] is False and _same(opened.path / name, against))
     config = {"backend": backend, "precision": precision, "threads": threads, **asked._asdict()}
-    file = _save(opened, name, result, config) if save else None
-    kept = str(add(folder, result)) if folder else None
-    return _passed({"bundle": str(opened.path), "file": file, "history": kept, **result, "against": comparison})
+    keeps = result["passed"] is False and _same(opened.path / name, against)
+    file = _save(opened, name, result, config) if save and not keeps else None
+    written = {"bundle": str(opened.path), "file": file, "history": str(add(folder, result)) if folder else None}
+    return _passed({**written, **result, "against": comparison})
+
+
+def _paths(**given: str | os.PathLike[str] | None) -> list[Path | None]:
+    return [None if path is None else given_path(path, name) for name, path in given.items()]
 
 
 def _checked_limit(
@@ -190,6 +190,13 @@ def _earlier(against: Path, history: Path | None, name: str, known: dict[str, An
         return None
 
 
+def _like(asked: Asked, earlier: Stored, known: dict[str, Any], force: bool) -> Asked:
+    """What was asked for, and of the earlier run what was not. Raises `UsageError` where the two cannot be compared."""
+    asked = asked.like(earlier)
+    check_comparable(earlier, {**known, **asked.given()}, force=force)
+    return asked
+
+
 def _kept_profile(bundle: Bundle, name: str, result: dict[str, Any]) -> dict[str, Any] | None:
     """The layers that an earlier run of the same graph timed here: a run without them takes its place."""
     try:
@@ -214,8 +221,8 @@ def _profiled(model: Model, graph: str, threads: int, seconds: float, plot: Path
     return found
 
 
-def _measure(model: Model, asked: Asked) -> dict[str, Any]:
-    """Warm up, run the scenario, and judge the run."""
+def _measure(model: Model, asked: Asked, started: Starts) -> dict[str, Any]:
+    """Warm up, run the scenario, and judge the run; ``started``: what processes of their own took."""
     runner, golden = model.runner, golden_or_none(model.bundle)
     feeds = runner_feeds(runner, golden, least_batch(runner))
     run_model = runner.run
@@ -252,7 +259,8 @@ def _measure(model: Model, asked: Asked) -> dict[str, Any]:
         "clocks_mhz": {"before": before.clocks_mhz, "after": after.clocks_mhz},
         "warm_up": warm._asdict(),
         "load": {**load._asdict(), "average_1min": after.load_average},
-        "yardstick": run.yardstick,
+        "process_start_ms": started.ms,
+        "yardstick": run.yardstick and {**run.yardstick, "processes": started.relative},
         "histogram": histogram(run.samples_ms),
         "inputs": {name: [str(array.dtype), *array.shape] for name, array in taken.items()},
         "protocol": {

@@ -115,7 +115,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "trial": row["trial"],
         "accuracy": f"{row['accuracy']:.2%}",
-        "ms": f"{short(row['latency_ms'], 3)}",
+        "ms": short(row["latency_ms"], 3),
         "MACs": row["macs"],
         "parameters": row["parameters"],
         "kB": round(row["size_bytes"] / 1e3),

@@ -46,10 +46,11 @@ def analyse(module: nn.Module, example: Tensor, edits: ModelEdits | None = None,
     with torch.no_grad():
         trial = Trial(network, example[:SAMPLES], module.eval()(example[:SAMPLES]), columns)
         for candidates in (groups, whole):
-            allowed = [group for group in candidates if not _forbidden(group, frozen, columns.state)]
+            barred = [_forbidden(group, frozen, columns.state) for group in candidates]
+            allowed = [group for group, why in zip(candidates, barred, strict=True) if not why]
             tried = {id(group): result for group, result in trial(allowed)}
-            for group in candidates:
-                result = tried.get(id(group)) or _forbidden(group, frozen, columns.state)
+            for group, why in zip(candidates, barred, strict=True):
+                result = tried.get(id(group)) or why
                 if isinstance(result, Group):
                     found.append(result)
                 elif not group.heads:
