@@ -64,7 +64,7 @@ class Case:
 
     @functools.cached_property
     def _recovery(self) -> Recovery:
-        return Recovery.of(self.bundle, self.data, 1, None, 0)
+        return Recovery.of(self.bundle, self.data, 1, 0)
 
     def recovery(self, seed: int, fresh: bool) -> Recovery:
         """edgekit's own loss, teacher, rate and augmentation; for a net with ``fresh`` weights the preset's rate, and as much

@@ -104,14 +104,22 @@ def _convolution(transposed: bool, space: int) -> Rule:
             coupling.rows.append(Rows(coupling.find(outputs).reshape(groups, -1)))
         shape, kernel = shape_of(node), tuple(coupling.state[weight.name].shape[2:])
         before = given_shape(node)[-space:]
-        stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
         static = (groups if groups != len(given) else -(len(outputs) // groups), space, *before, *shape[-space:], *kernel)
+        stride, dilation = (
+            _for_each(args[at] if len(args) > at else kwargs.get(name, 1), space)
+            for at, name in ((3, "stride"), (7 if transposed else 5, "dilation"))
+        )
         kind = "deconvolution" if transposed else "convolution"
-        strides = tuple(stride) if isinstance(stride, list | tuple) else (stride,) * space
-        coupling.operations.append(Operation(kind, (inputs, outputs), (*static, *strides), module))
+        coupling.operations.append(Operation(kind, (inputs, outputs), (*static, *stride, *dilation), module))
         return spread(outputs, shape, len(shape) - space - 1)
 
     return rule
+
+
+def _for_each(value: Any, space: int) -> tuple[int, ...]:
+    """A stride or dilation for each of ``space`` axes."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values if len(values) == space else values[:1] * space
 
 
 def _batch_norm(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:

@@ -51,6 +51,7 @@ class Options(NamedTuple):
     freeze: tuple[str, ...]
     unit: int
     seed: int
+    minutes: float | None
 
     def record(self) -> dict[str, Any]:
         """For the history; what it has of its own, the target and the seed, is left out."""
@@ -85,7 +86,7 @@ def prune(
     least is cut first: KL divergence on training samples over the cost that goes. ``importance`` ranks the channels of a
     group (`CRITERIA`), ``freeze`` names layers (patterns) that keep their width, ``unit`` is what widths are multiples of: 16
     suits a CPU and fp16 tensor cores, 32 those of int8. Then ``epochs`` of fine-tuning (default: as many
-    as the bundle was trained for), fewer if they would take longer than ``minutes``, on ``data`` (default: what it was trained
+    as the bundle was trained for), fewer if these would take longer than ``minutes``, on ``data`` (default: what it was trained
     on), with the unpruned model as the teacher of a classifier. A stopped run goes on from ``OUT.checkpoint``.
     ``max_drop``: points of top-1 (of the character error rate, of readers) on the held-out split that may be lost.
     Raises `BudgetNotMet` (exit 3) where ``speedup``, ``latency_ms`` (by more than 2%, which two measurements of one graph
@@ -98,15 +99,17 @@ def prune(
     wanted = target_of(keep, size, speedup, latency_ms, whole=sparsity is not None)
     importance_named(importance)
     patterns = (freeze,) if isinstance(freeze, str) else tuple(freeze)
-    options = Options(wanted, on, max_drop, sparsity is not None, importance, patterns, unit, seed)
+    options = Options(wanted, on, max_drop, sparsity is not None, importance, patterns, unit, seed, minutes)
     roofline = None if on == "onnxruntime" else RooflinePrice(target_named(on), "fp16")
     module = load_module(source)
     _check(source, module, options)
-    recovery = Recovery.of(source, data, epochs, minutes, seed)
+    recovery = Recovery.of(source, data, epochs, seed)
+    if minutes is not None and (seconds := recovery.epoch_seconds(module)) > 60 * minutes:
+        raise UsageError(f"an epoch takes {seconds:.1f} s, longer than --minutes {minutes:g}", "give more")
     target.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     # Epochs that fit into minutes are timed, and would be others in a run that goes on.
-    about = f"{source.digest} {options} {epochs} {minutes} {replace(recovery.config, epochs=1)} {recovery.dataset.digest}"
+    about = f"{source.digest} {options} {epochs} {replace(recovery.config, epochs=1)} {recovery.dataset.digest}"
     run = _Run(source, module, recovery, options, Resume(target, about), roofline)
     cut = run.fitted(run.cut())
     graph = run.meter.exported(cut.module)
@@ -209,9 +212,17 @@ class _Run:
             groups = [g for g in analyse(module, self.example).groups if len(g.rows) == 1 and not g.heads]
             channels = [[{a: i.tolist() for a, i in c.slices.items()} for c in g.rows[0]] for g in groups]
             permute_channels(module, channels, self.example, seed=self.options.seed)
+        if (minutes := self.options.minutes) is not None:
+            self._shorten(module, minutes)
         found = Cut(module, edits, steps, predicted, self.recovery.config.epochs, [])
         self.resume.save(found)
         return found
+
+    def _shorten(self, module: nn.Module, minutes: float) -> None:
+        fitting = max(int(60 * minutes / self.recovery.epoch_seconds(module)), 1)
+        if fitting < self.recovery.config.epochs:
+            say(f"{fitting} epochs fit into {minutes:g} minutes")
+            self.recovery.config = replace(self.recovery.config, epochs=fitting)
 
     def fitted(self, cut: Cut) -> Cut:
         """The same after fine-tuning."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from edgekit.bundle import TOKENIZER, Bundle
 from edgekit.data import Dataset, load
 from edgekit.data.augment import Augmentation, make_augmentation, policy_named
-from edgekit.errors import DataError, UsageError
+from edgekit.errors import DataError
 from edgekit.evaluation import judge
 from edgekit.manifest import Preprocessing
 from edgekit.models import preset_named
 from edgekit.preprocess import make_preprocessor
-from edgekit.progress import say
 from edgekit.training import FitConfig, fit
-from edgekit.training.devices import Devices
-from edgekit.training.fit import ANSWERED, outputs_of
+from edgekit.training.fit import ANSWERED, epoch_seconds, outputs_of
 from edgekit.training.objective import Classification, Distillation, Objective, objective_for
 from edgekit.training.plan import Splits, class_weights, read_splits
 from edgekit.training.teacher import load_teacher
@@ -33,7 +31,6 @@ __all__ = ["Recovery"]
 
 SAMPLES, TAUGHT = 256, 1024  # training samples that judge a cut, and others that heal it
 EPOCHS = 30  # of a bundle that does not say for how many it was trained
-TIMED = 3  # steps, to see how many epochs fit a time
 
 
 @dataclass
@@ -53,7 +50,7 @@ class Recovery:
     tokenizer: bytes | None
 
     @classmethod
-    def of(cls, bundle: Bundle, data: str | None, epochs: int | None, minutes: float | None, seed: int) -> Recovery:
+    def of(cls, bundle: Bundle, data: str | None, epochs: int | None, seed: int) -> Recovery:
         """Raises `DataError` for data that is missing or other than what ``bundle`` was trained on."""
         dataset = _dataset(bundle, data)
         preprocessing, model = bundle.manifest.preprocessing, bundle.manifest.model
@@ -79,30 +76,13 @@ class Recovery:
         if isinstance(learnt, Classification):
             objective = Distillation(learnt, *load_teacher(bundle, dataset.labels, preprocessing, tokenizer), share=0.5)
         samples, others = (torch.from_numpy(np.ascontiguousarray(part.x[:])) for part in (judged, taught))
-        found = cls(dataset, splits, preprocessing, augmentation, config, objective, samples,
-                    torch.from_numpy(judged.y), others, dataset.task, tokenizer)  # fmt: skip
-        if minutes is not None:
-            found._fit_into(minutes, bundle)
-        return found
+        return cls(dataset, splits, preprocessing, augmentation, config, objective, samples,
+                   torch.from_numpy(judged.y), others, dataset.task, tokenizer)  # fmt: skip
 
-    def _fit_into(self, minutes: float, bundle: Bundle) -> None:
-        """Fewer epochs, if all would take longer than ``minutes``."""
-        from edgekit.models.module import load as load_module
-
-        device, batch = Devices().device, self.config.batch
-        module = load_module(bundle).to(device).train()
-        x, y = self.samples[:batch].to(device), self.targets[:batch].to(device)
-        self.objective.loss(module, x, y)  # the first one takes longer
-        started = time.perf_counter()
-        for _ in range(TIMED):
-            self.objective.loss(module, x, y).backward()  # type: ignore[no-untyped-call]
-        step = (time.perf_counter() - started) / TIMED * batch / len(x)
-        fitting = int(minutes * 60 / max(step * -(-len(self.splits.train.y) // batch), 1e-6))
-        if fitting < 1:
-            raise UsageError(f"an epoch takes longer than --minutes {minutes:g}", "give more")
-        if fitting < self.config.epochs:
-            say(f"{fitting} epochs fit into {minutes:g} minutes")
-            self.config = replace(self.config, epochs=fitting)
+    def epoch_seconds(self, module: nn.Module) -> float:
+        """What an epoch of fine-tuning ``module`` takes, by a few of its steps."""
+        train, held_out = self.splits.train, self.splits.held_out
+        return epoch_seconds(copy.deepcopy(module), train, held_out, self.config, self.objective, self.augmentation)
 
     def fit(self, module: nn.Module, checkpoint: Path, mask: Callable[[], None] | None = None) -> list[dict[str, float]]:
         """Fine-tune ``module`` in place; ``mask`` keeps pruned weights at zero. Returns the curve."""

@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .coupling import Operation
 __all__ = ["LatencyTable", "device_name"]
 
 RUNS, WARM = 220, 20
+VERSION = 2  # of what is measured under a key: an older table's entries are of other graphs
 #: Gauges beside each layer; the known one counts as so many microseconds, whatever the machine.
 _EMPTY, _KNOWN, _KNOWN_US = "gauge_empty", "gauge_known", 20.0
 SAVED_EVERY = 50
@@ -44,14 +46,14 @@ def device_name() -> str:
 
 
 class LatencyTable:
-    """Time of one sample, by layer and shape; kept in the user's cache under device and version.
+    """Time of one sample, by layer and shape; kept in the user's cache under device, ONNX Runtime's version and `VERSION`.
 
     In units of a known kernel, near microseconds: `LatencyPrice.anchored` makes them milliseconds of a whole network.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.device = f"{device_name()}, onnxruntime {onnxruntime.__version__}, 1 thread"
-        name = "".join(c if c.isalnum() else "-" for c in self.device)
+        name = "".join(c if c.isalnum() else "-" for c in f"{self.device} v{VERSION}")
         self.path = (folder or _cache()) / f"{name}.json"
         self.measured = 0
         self._entries = _read(self.path)
@@ -165,20 +167,23 @@ def _model(nodes: list[Any], inputs: dict[str, tuple[int, ...]], weights: dict[s
 
 
 def _convolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
-    """``static``: groups, or minus the outputs a channel if depthwise; dimensions; sizes before, after, kernel, stride."""
+    """``static``: groups, or minus the outputs a channel if depthwise; dimensions; for each of these the sizes before, after
+    and of the kernel, stride and dilation."""
     inputs, outputs = sizes
-    grouping, space = static[:2]
-    before, after, kernel, stride = (static[2 + k * space : 2 + (k + 1) * space] for k in range(4))
+    grouping = static[0]
+    before, after, kernel, stride, dilation = _by_axis(static)
     groups = inputs if grouping < 0 else grouping
     if grouping < 0:
         outputs = -grouping * inputs
-    pads = [max((a - 1) * s + k - b, 0) for a, s, k, b in zip(after, stride, kernel, before, strict=True)]
+    spans = ((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
+    pads = [max((a - 1) * s + k - b, 0) for a, s, k, b in zip(after, stride, spans, before, strict=True)]
     nodes = [
         helper.make_node(
             "Conv",
             ["x", "w", "b"],
             ["c"],
             strides=stride,
+            dilations=dilation,
             group=groups,
             pads=[p // 2 for p in pads] + [p - p // 2 for p in pads],
         ),
@@ -189,11 +194,19 @@ def _convolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelP
 
 
 def _deconvolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
+    """``static``: as of `_convolution`."""
     inputs, outputs = sizes
+    before, _, kernel, stride, dilation = _by_axis(static)
+    groups = inputs if static[0] < 0 else 1
+    columns = -static[0] if static[0] < 0 else outputs
+    nodes = [helper.make_node("ConvTranspose", ["x", "w", "b"], ["y"], strides=stride, dilations=dilation, group=groups)]
+    return _model(nodes, {"x": (1, inputs, *before)}, {"w": (inputs, columns, *kernel), "b": (groups * columns,)})
+
+
+def _by_axis(static: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Sizes before, after and of the kernel, stride and dilation, each for all axes."""
     space = static[1]
-    before, _, kernel, stride = (static[2 + k * space : 2 + (k + 1) * space] for k in range(4))
-    nodes = [helper.make_node("ConvTranspose", ["x", "w", "b"], ["y"], strides=stride)]
-    return _model(nodes, {"x": (1, inputs, *before)}, {"w": (inputs, outputs, *kernel), "b": (outputs,)})
+    return (static[2 + k * space : 2 + (k + 1) * space] for k in range(5))
 
 
 def _linear(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:

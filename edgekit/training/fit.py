@@ -7,8 +7,9 @@ last whole epoch and ends as if it had never been stopped.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ except ImportError:
 
 from .objective import Classification, Objective
 
-__all__ = ["FitConfig", "Watched", "answers", "fit", "outputs_of"]
+__all__ = ["FitConfig", "Watched", "answers", "epoch_seconds", "fit", "outputs_of"]
 
 #: Steps until which averaged batch norms remember how they began.
 SHORT_RUN = 2000
@@ -43,6 +44,7 @@ WARMUP_EPOCHS = 8  # at most
 FEW_STEPS = 10
 #: Of SGD; AdamW's first beta. From the upper to the lower while the rate rises, and back.
 MOMENTA = (0.85, 0.95)
+TIMED = 3  # steps that say what an epoch takes
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,36 @@ def fit(
     return curve
 
 
+def epoch_seconds(
+    module: nn.Module,
+    data: Tensors,
+    watched: Tensors,
+    config: FitConfig,
+    objective: Objective,
+    augmentation: Augmentation | None = None,
+) -> float:
+    """What an epoch of `fit` takes here: some of its steps, with reading and augmentation, and one scoring of ``watched``.
+
+    ``module`` is used up: hand over a copy. The generator of random numbers ends as it was.
+    """
+    with torch.random.fork_rng():
+        run = _Run(
+            module, data, replace(config, epochs=max(config.epochs, TIMED + 1)), objective, augmentation, None, Devices()
+        )
+        run.objective.blend(True)
+        run.parallel.train()
+        taken = []
+        for step in range(TIMED + 1):  # the first takes longer
+            rows = (np.arange(run.batch) + step * run.batch) % len(data.x)
+            started = time.perf_counter()
+            run.advance(rows, next(batches(data.x, [rows])))
+            _average(run.average, module, run.decay)
+            taken.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        run.score(watched, 0)
+        return run.steps * sum(taken[1:]) / TIMED + time.perf_counter() - started
+
+
 def outputs_of(module: nn.Module, x: Rows, batch: int = ANSWERED) -> NDArray[np.float32]:
     """What ``module`` answers to (N, ...), in eval mode, on the device where its weights are."""
     module.eval()
@@ -251,8 +283,7 @@ class _Run:
         chosen = [order[i * self.batch : (i + 1) * self.batch][devices.rank :: devices.world] for i in range(self.steps)]
         total = 0.0
         for step, (rows, samples) in enumerate(zip(chosen, batches(self.x, chosen), strict=True)):
-            x, y = torch.from_numpy(samples).to(devices.device), self.y[rows].to(devices.device)
-            loss = self._step(self.augmentation(x) if self.augmentation else x, y)
+            loss = self.advance(rows, samples)
             if loss is None:
                 raise EdgekitError(
                     f"the loss or its gradient is no longer finite in epoch {epoch + 1}, step {step + 1}",
@@ -263,6 +294,11 @@ class _Run:
             _average(self.average, self.module, min(self.decay, (1 + done) / (10 + done)))
             advance(1, f"loss {total / (step + 1):.3f}{note}")
         return total / self.steps
+
+    def advance(self, rows: NDArray[np.int64], samples: NDArray[Any]) -> float | None:
+        """One update by ``samples``, which are ``rows`` of the data; see `_step`."""
+        x, y = torch.from_numpy(samples).to(self.devices.device), self.y[rows].to(self.devices.device)
+        return self._step(self.augmentation(x) if self.augmentation else x, y)
 
     def _step(self, x: Tensor, y: Tensor) -> float | None:
         """One update; the loss before it. None, and no update, where the loss or the gradient is not finite."""

@@ -228,6 +228,23 @@ def test_a_damaged_table_is_measured_again(tmp_path: Path, damage: bytes):
     assert table.measured == 6
 
 
+def test_convolutions_are_timed_as_the_ones_they_are(tmp_path: Path):
+    table = LatencyTable(tmp_path)
+
+    def microseconds(layer: nn.Module) -> float:
+        network = analyse(nn.Sequential(nn.Conv2d(3, 128, 1), layer), torch.randn(2, 3, 12, 12))
+        (operation,) = (o for o in network.operations if o.module == "1")
+        return table.microseconds(operation, network.sizes(operation), 2)
+
+    dense = microseconds(nn.ConvTranspose2d(128, 128, 5))
+    depthwise = microseconds(nn.ConvTranspose2d(128, 128, 5, groups=128))
+    assert depthwise < dense / 3  # by arithmetic a 128th
+    microseconds(nn.Conv2d(128, 16, 3, padding=4, dilation=4))
+    microseconds(nn.Conv2d(128, 16, 3, padding=1))
+    microseconds(nn.ConvTranspose2d(128, 128, 5, dilation=2))
+    assert table.measured == 5
+
+
 def test_times_that_cannot_be_are_measured_again(tmp_path: Path):
     operation = Operation("transcendental", (torch.arange(64),), (4096,))
     table = LatencyTable(tmp_path)

@@ -63,6 +63,17 @@ def test_a_speedup_is_measured_and_the_macs_stand_beside_it(trained_bundle: Bund
     assert not list(tmp_path.glob("*.checkpoint*"))
 
 
+def test_as_many_epochs_as_fit_into_the_minutes(cli, trained_bundle: Bundle, tmp_path: Path):
+    pruned = prune(trained_bundle, out=tmp_path / "p.edge", keep=0.9, epochs=10_000, minutes=0.05)
+    done = pruned.manifest.history[-1].config["epochs"]
+    assert 1 <= done < 10_000
+    assert len(last(pruned)["curve"]) == done
+    refused = cli("prune", str(trained_bundle.path), "--keep", "0.9", "--minutes", "1e-6", "--out", str(tmp_path / "q.edge"))
+    assert refused.code == 2
+    assert "longer than --minutes 1e-06" in refused.err
+    assert not list(tmp_path.glob("q.edge*"))
+
+
 def test_blocks_that_are_left_out_stay_out(cli, trained_bundle: Bundle, tmp_path: Path):
     pruned = prune(trained_bundle, out=tmp_path / "p.edge", keep=0.06, epochs=1)
     model = pruned.manifest.model
