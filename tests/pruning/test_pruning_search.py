@@ -187,7 +187,8 @@ def test_what_bears_nothing_is_not_cut_first(monkeypatch: pytest.MonkeyPatch):
     assert min(kl for _, kl in curves["features.6"][1:]) > 1e-5
 
 
-def test_the_table_times_a_shape_once_and_keeps_it(tmp_path: Path):
+def test_the_table_times_a_shape_once_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("edgekit.pruning.table.DISTURBED", 1e9)  # whatever else this machine does
     network = analyse(Textbook(10).eval(), torch.randn(2, 1, 28, 28))
     table = LatencyTable(tmp_path)
     price = LatencyPrice(table)
@@ -220,7 +221,7 @@ def test_what_is_narrower_is_timed_as_such(tmp_path: Path, kind: str):
     assert min(wide, narrow) > 0
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"a": null}'])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"a": null}', b'{"a": 1.0}', b'{"a": [1]}'])
 def test_a_damaged_table_is_measured_again(tmp_path: Path, damage: bytes):
     LatencyTable(tmp_path).path.write_bytes(damage)
     table = LatencyTable(tmp_path)
@@ -251,9 +252,26 @@ def test_times_that_cannot_be_are_measured_again(tmp_path: Path):
     table.microseconds(operation, (64,), 2)
     table.save()
     kept = json.loads(table.path.read_bytes())
-    table.path.write_text(json.dumps(dict.fromkeys(kept, float("nan"))))
+    table.path.write_text(json.dumps({key: [float("nan"), 1.0] for key in kept}))
     again = LatencyTable(tmp_path)
     assert again.microseconds(operation, (64,), 2) > 0
+    assert again.measured == 1
+
+
+def test_what_was_timed_on_a_busy_machine_is_timed_again(tmp_path: Path):
+    table = LatencyTable(tmp_path)
+    operations = [Operation("transcendental", (torch.arange(64),), (size,)) for size in (4096, 8192)]
+    quiet, busy = (table.microseconds(operation, (64,), 2) for operation in operations)
+    table.save()
+    first, second = json.loads(table.path.read_bytes())
+    table.path.write_text(json.dumps({first: [quiet, 20.0], second: [busy, 20.0]}))
+    again = LatencyTable(tmp_path)
+    assert [again.microseconds(operation, (64,), 2) for operation in operations] == [quiet, busy]
+    assert again.measured == 0
+    table.path.write_text(json.dumps({first: [quiet, 20.0], second: [1e6, 30.0]}))
+    again = LatencyTable(tmp_path)
+    assert again.microseconds(operations[0], (64,), 2) == quiet
+    assert again.microseconds(operations[1], (64,), 2) < 1e5
     assert again.measured == 1
 
 
