@@ -250,6 +250,11 @@ def macs(module: nn.Module, example: Tensor) -> int:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        # The counter's tracker of modules asks what wants a gradient for how it was made, which is not kept here.
+        stack.callback(
+            lambda wanting: [p.requires_grad_() for p in wanting], [p for p in module.parameters() if p.requires_grad]
+        )
+        module.requires_grad_(False)
         counter = stack.enter_context(FlopCounterMode(display=False))
         module.eval()(example[:1])
     return int(counter.get_total_flops()) // 2

@@ -58,7 +58,8 @@ class Coupling:
     fixed: dict[int, str] = field(default_factory=dict)  # number -> why it must stay
     makers: dict[tuple[str, int], None] = field(default_factory=dict)  # axes of weights that make channels, in order
     grouped: set[tuple[str, int]] = field(default_factory=set)  # inputs of convolutions in groups; with one it is depthwise
-    normalised: list[Tensor] = field(default_factory=list)  # what a zero is not the same as an absence for
+    normalised: list[Tensor] = field(default_factory=list)  # what a norm's layer counts: zero is not the same as absent
+    reduced: list[Tensor] = field(default_factory=list)  # the same, by a mean, maximum or softmax over channels
     scaled: list[Tensor] = field(default_factory=list)  # what products sum over, and may scale by the number of
 
     def fresh(self, *shape: int) -> Tensor:

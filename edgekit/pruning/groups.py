@@ -176,7 +176,7 @@ def _groups(coupling: Coupling, channels: Mapping[int, Channel]) -> tuple[list[G
             apart.update(other[1])
         merged.append((bound, apart))
     order = {name: i for i, name in enumerate(coupling.state)}
-    normalised = {number for numbers in coupling.normalised for number in coupling.find(numbers).flatten().tolist()}
+    counted = {n for numbers in (*coupling.normalised, *coupling.reduced) for n in coupling.find(numbers).flatten().tolist()}
     found = []
     for _, apart in merged:
         axes = {axis: None for numbers in apart.values() for axis in channels[numbers[0]].slices}
@@ -188,7 +188,7 @@ def _groups(coupling: Coupling, channels: Mapping[int, Channel]) -> tuple[list[G
                 recurrent=any("weight_hh" in name for name, _ in axes),
                 makers=makers,
                 least=2 if any(axis in coupling.grouped for axis in axes) else 1,
-                normalised=any(number in normalised for numbers in apart.values() for number in numbers),
+                normalised=any(number in counted for numbers in apart.values() for number in numbers),
             )
         )
     found.sort(key=lambda g: min(order[name] for row in g.rows for name, _ in row[0].slices))

@@ -104,13 +104,14 @@ def _convolution(transposed: bool, space: int) -> Rule:
             coupling.rows.append(Rows(coupling.find(outputs).reshape(groups, -1)))
         shape, kernel = shape_of(node), tuple(coupling.state[weight.name].shape[2:])
         before = given_shape(node)[-space:]
+        batch = shape[0] if len(shape) > space + 1 else 1  # more than the samples where these are cut into patches
         static = (groups if groups != len(given) else -(len(outputs) // groups), space, *before, *shape[-space:], *kernel)
         stride, dilation = (
             _for_each(args[at] if len(args) > at else kwargs.get(name, 1), space)
             for at, name in ((3, "stride"), (7 if transposed else 5, "dilation"))
         )
         kind = "deconvolution" if transposed else "convolution"
-        coupling.operations.append(Operation(kind, (inputs, outputs), (*static, *stride, *dilation), module))
+        coupling.operations.append(Operation(kind, (inputs, outputs), (*static, *stride, *dilation, batch), module))
         return spread(outputs, shape, len(shape) - space - 1)
 
     return rule
@@ -149,10 +150,16 @@ def _layer_norm(coupling: Coupling, node: torch.fx.Node, module: str, args: Any,
     for value in args[2:4]:
         if isinstance(value, Parameter):
             numbers = coupling.bind(numbers, coupling.axis(value.name, 0), f"{module} reads what cannot shrink")
-    coupling.normalised.append(numbers)
+    _counted(coupling, numbers, args)
     shape = shape_of(node)
     coupling.operations.append(Operation("normalisation", (numbers,), (math.prod(shape[:-1]),), module))
     return spread(numbers, shape, -1)
+
+
+def _counted(coupling: Coupling, numbers: Tensor, args: Any) -> None:
+    """A norm counts its channels; by its weight a trial knows which norm it is."""
+    known = len(args) > 2 and isinstance(args[2], Parameter)
+    (coupling.normalised if known else coupling.reduced).append(numbers)
 
 
 def _group_norm(coupling: Coupling, node: torch.fx.Node, module: str, args: Any, kwargs: Any) -> Any:
@@ -162,7 +169,7 @@ def _group_norm(coupling: Coupling, node: torch.fx.Node, module: str, args: Any,
             numbers = coupling.bind(numbers, coupling.axis(value.name, 0), f"{module} reads what cannot shrink")
     if args[1] > 1:
         coupling.rows.append(Rows(coupling.find(numbers).reshape(args[1], -1)))
-    coupling.normalised.append(numbers)
+    _counted(coupling, numbers, args)
     return spread(numbers, shape_of(node), 1)
 
 
@@ -230,7 +237,7 @@ def _recurrence(gates: int) -> Rule:
             return unknown(coupling, node, "a recurrence with projections", module, args, kwargs)
         per, given, hidden = 4 if biased else 2, coupling.along(x, -1), []
         sizes = given_shape(node)
-        steps = sizes[1] if batch_first else sizes[0]
+        batch, steps = (1, *sizes)[-3:-1] if batch_first or len(sizes) < 3 else sizes[1::-1]
         for layer in range(layers):
             made = []
             for way in range(2 if both else 1):
@@ -241,7 +248,7 @@ def _recurrence(gates: int) -> Rule:
                 for gate in (names[0], *names[1:]):
                     coupling.unite(unit.repeat(gates), coupling.made(gate))
                 unit = coupling.find(unit)
-                coupling.operations.append(Operation("recurrence", (inputs, unit), (gates, int(steps)), module))
+                coupling.operations.append(Operation("recurrence", (inputs, unit), (gates, int(steps), int(batch)), module))
                 made.append(unit)
             hidden += made
             given = torch.cat(made)

@@ -44,7 +44,8 @@ class Group:
 
     ``makers`` are the axes of weights that make the channels. ``heads``: a channel is a whole attention head, and
     ``attributes``, ``MODULE.NAME``, count them. ``normalised``: without a channel the others are not what they are with it
-    silent. ``least``: channels that a row must keep.
+    silent. ``aligned``: each row loses the channels at the same places (a shuffle deals them out by place). ``least``: channels
+    that a row must keep.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Group:
     attributes: tuple[str, ...] = ()
     makers: tuple[Axis, ...] = ()
     normalised: bool = False
+    aligned: bool = False
     least: int = 1
 
 
@@ -87,11 +89,11 @@ class Network:
     def weakest(self, group: Group, importance: Mapping[str, Tensor], count: int) -> list[Channel]:
         """The ``count`` least important channels of each row; ``importance`` has the shapes of the module's state."""
         skipped = group.makers if isinstance(importance, ByReaders) else ()
-        return [
-            row[i]
-            for row in self.rows(group)
-            for i in torch.argsort(self._scores(row, importance, skipped), stable=True)[:count]
-        ]
+        rows = self.rows(group)
+        scores = [self._scores(row, importance, skipped) for row in rows]
+        if group.aligned:
+            scores = [torch.stack(scores).sum(0)] * len(rows)
+        return [row[i] for row, own in zip(rows, scores, strict=True) for i in torch.argsort(own, stable=True)[:count].tolist()]
 
     def _scores(self, row: Sequence[Channel], importance: Mapping[str, Tensor], skipped: Sequence[Axis]) -> Tensor:
         sums = {axis: importance[axis[0]].transpose(0, axis[1]).flatten(1).sum(1) if importance[axis[0]].ndim > 1

@@ -52,7 +52,7 @@ def apply(coupling: Coupling, node: torch.fx.Node, values: dict[str, Any]) -> An
     elif name.startswith(("softmax", "log_softmax", "_softmax", "_log_softmax")):
         result = tensor_of(coupling, args[0])
         if args[1] % result.ndim in coupling.varying(result):
-            coupling.normalised.append(result)
+            coupling.reduced.append(result)
     elif any(part in name for part in _SPATIAL):
         result = _spatial(coupling, node, args)
     elif name in _REDUCTIONS:
@@ -179,6 +179,6 @@ def _reduce(coupling: Coupling, node: torch.fx.Node, args: Any, kwargs: Any) -> 
         dims = [d % x.ndim for d in ([given] if isinstance(given, int) else given)]
     high, low = x.amax(dims), x.amin(dims)
     if set(dims) & set(coupling.varying(x)):
-        coupling.normalised.append(x)
+        coupling.reduced.append(x)
     numbers = torch.where(high == low, high, 0).reshape(shape)
     return [numbers, torch.zeros(shape, dtype=torch.long)] if isinstance(value, list | tuple) else numbers

@@ -14,7 +14,7 @@ from .coupling import Operation
 from .groups import SAMPLES, Network
 from .table import LatencyTable
 
-__all__ = ["LatencyPrice", "Price", "RooflinePrice", "layer_rows", "macs_of", "macs_price", "size_price"]
+__all__ = ["LatencyPrice", "MacsPrice", "Price", "RooflinePrice", "layer_rows", "macs_of", "macs_price", "size_price"]
 
 #: Of the table's units: between two layers, and a call; fitted to pruned digits nets, whose kernels are of a few.
 BETWEEN_US, CALL_US = 1.3, 1.5
@@ -29,12 +29,13 @@ def macs_of(operation: Operation, sizes: tuple[int, ...], whole: tuple[int, ...]
         grouping, space = static[:2]
         before, after, kernel = (static[2 + k * space : 2 + (k + 1) * space] for k in range(3))
         columns = 1.0 if grouping < 0 else sizes[0] / grouping
-        return round(sizes[1] * columns * math.prod(kernel) * math.prod(after if kind == "convolution" else before))
+        places = math.prod(after if kind == "convolution" else before) * static[-1] / SAMPLES
+        return round(sizes[1] * columns * math.prod(kernel) * places)
     if kind == "linear":
         return static[0] * sizes[0] * sizes[1] // SAMPLES
     if kind == "recurrence":
-        gates, steps = static
-        return gates * steps * sizes[1] * (sizes[0] + sizes[1])
+        gates, steps, series = static
+        return gates * steps * series * sizes[1] * (sizes[0] + sizes[1]) // SAMPLES
     if kind == "attention":
         return sum(sizes) * static[-2] * static[-1] * static[0] // SAMPLES
     if kind == "product":
@@ -44,8 +45,23 @@ def macs_of(operation: Operation, sizes: tuple[int, ...], whole: tuple[int, ...]
 
 
 def macs_price(network: Network) -> float:
-    """Multiply-accumulates of one sample."""
+    """Multiply-accumulates of one sample, in the operators that pruning follows."""
     return float(sum(macs_of(o, network.sizes(o), tuple(map(len, o.dims))) for o in network.operations))
+
+
+@dataclass(frozen=True)
+class MacsPrice:
+    """Multiply-accumulates of one sample; ``rest`` are those of operators that pruning cannot follow, which stay."""
+
+    rest: float = 0.0
+
+    @classmethod
+    def of(cls, network: Network, macs: int) -> MacsPrice:
+        """``macs``: of the whole network, counted."""
+        return cls(max(macs - macs_price(network), 0.0))
+
+    def __call__(self, network: Network) -> float:
+        return macs_price(network) + self.rest
 
 
 def size_price(network: Network) -> float:
@@ -105,11 +121,12 @@ def _moved(operation: Operation, sizes: tuple[int, ...], whole: tuple[int, ...])
         grouping, space = static[:2]
         before, after, kernel = (math.prod(static[2 + k * space : 2 + (k + 1) * space]) for k in range(3))
         columns = 1.0 if grouping < 0 else sizes[0] / grouping
-        return sizes[0] * before + sizes[1] * after + sizes[1] * columns * kernel
+        return (sizes[0] * before + sizes[1] * after) * static[-1] / SAMPLES + sizes[1] * columns * kernel
     if kind == "linear":
         return static[0] / SAMPLES * sum(sizes) + sizes[0] * sizes[1]
     if kind == "recurrence":  # the weights come anew with every step
-        return static[1] * (sum(sizes) + static[0] * sizes[1] * sum(sizes))
+        gates, steps, series = static
+        return steps * (series / SAMPLES * sum(sizes) + gates * sizes[1] * sum(sizes))
     if kind == "attention":
         return sum(sizes) * (static[-2] + static[-1]) + 2 * math.prod(static[1:])
     share = sizes[0] / whole[0] if sizes else 1.0

@@ -26,7 +26,7 @@ from edgekit.targets import target_named
 from .groups import Network, analyse
 from .importance import importance_named
 from .network import layer_of
-from .price import LatencyPrice, Price, RooflinePrice, layer_rows, macs_price, size_price
+from .price import LatencyPrice, MacsPrice, Price, RooflinePrice, layer_rows, size_price
 from .reach import Meter, reach
 from .recover import Recovery
 from .resume import Cut, Resume
@@ -178,9 +178,9 @@ class _Run:
         self.judge = Judge.of(module, recovery.samples, recovery.targets, ranked, recovery.taught)
         self.table, self.roofline = LatencyTable(), roofline
         self.wanted = options.target  # a latency becomes a share of the original's, which is measured beside it
+        self.macs, self.parameters = macs(module, self.example), parameters(module)
         self.price = self._price()
         self.whole = self.price(self.network)
-        self.macs, self.parameters = macs(module, self.example), parameters(module)
         self.before = recovery.judge(module)
 
     def _price(self) -> Price:
@@ -193,7 +193,7 @@ class _Run:
             if kind == "latency" and self.wanted:
                 self.wanted = Target("speedup", min(self.wanted.value / self.meter.compared(self.meter.graph)[0], 1.0))
             return price.anchored(self.network, 1.0)
-        return size_price if kind == "size" else macs_price
+        return size_price if kind == "size" else MacsPrice.of(self.network, self.macs)
 
     def cut(self) -> Cut:
         """The network within the target, before fine-tuning; that of a stopped run, if there is one."""

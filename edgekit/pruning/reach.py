@@ -16,7 +16,7 @@ from edgekit.progress import say
 
 from .groups import Network
 from .latency import paired_latency
-from .price import LatencyPrice, Price, RooflinePrice, macs_price, size_price
+from .price import LatencyPrice, MacsPrice, Price, RooflinePrice, size_price
 from .search import Judge, Step, cut_path, narrowest, spared
 from .target import Target
 
@@ -128,7 +128,7 @@ def _named(step: Step) -> str:
 
 
 def _shown(value: float, price: Callable[[Network], float]) -> str:
-    if price is macs_price:
+    if isinstance(price, MacsPrice):
         return f"{value / 1e6:.2f} million MACs"
     if price is size_price:
         return f"{value / 1e3:,.0f} kB"

@@ -128,7 +128,8 @@ def _static(operation: Operation, sizes: tuple[int, ...], samples: int) -> tuple
     from their width, are fewer.
     """
     if operation.kind in ("convolution", "deconvolution", "recurrence"):
-        return operation.shape
+        *static, batch = operation.shape
+        return (*static, -(-batch // samples))
     first, *others = operation.shape
     whole = tuple(len(numbers) for numbers in operation.dims)
     if operation.kind == "attention" and len(sizes) == 2:
@@ -196,7 +197,7 @@ def _model(nodes: list[Any], inputs: dict[str, tuple[int, ...]], weights: dict[s
 
 def _convolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
     """``static``: groups, or minus the outputs a channel if depthwise; dimensions; for each of these the sizes before, after
-    and of the kernel, stride and dilation."""
+    and of the kernel, stride and dilation; pictures a sample."""
     inputs, outputs = sizes
     grouping = static[0]
     before, after, kernel, stride, dilation = _by_axis(static)
@@ -218,7 +219,7 @@ def _convolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelP
         helper.make_node("Relu", ["c"], ["y"]),
     ]
     weights = {"w": (outputs, max(inputs // groups, 1), *kernel), "b": (outputs,)}
-    return _model(nodes, {"x": (1, inputs, *before)}, weights)
+    return _model(nodes, {"x": (static[-1], inputs, *before)}, weights)
 
 
 def _deconvolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
@@ -228,7 +229,7 @@ def _deconvolution(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.Mode
     groups = inputs if static[0] < 0 else 1
     columns = -static[0] if static[0] < 0 else outputs
     nodes = [helper.make_node("ConvTranspose", ["x", "w", "b"], ["y"], strides=stride, dilations=dilation, group=groups)]
-    return _model(nodes, {"x": (1, inputs, *before)}, {"w": (inputs, columns, *kernel), "b": (groups * columns,)})
+    return _model(nodes, {"x": (static[-1], inputs, *before)}, {"w": (inputs, columns, *kernel), "b": (groups * columns,)})
 
 
 def _by_axis(static: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -248,12 +249,12 @@ def _linear(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
 
 
 def _recurrence(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
-    """``static``: gates, steps."""
-    (inputs, units), (gates, steps) = sizes, static
+    """``static``: gates, steps, series a sample."""
+    (inputs, units), (gates, steps, series) = sizes, static
     more: dict[str, Any] = {"linear_before_reset": 1} if gates == 3 else {}
     node = helper.make_node({4: "LSTM", 3: "GRU", 1: "RNN"}[gates], ["x", "w", "r", "b"], ["y"], hidden_size=units, **more)
     weights = {"w": (1, gates * units, inputs), "r": (1, gates * units, units), "b": (1, 2 * gates * units)}
-    return _model([node], {"x": (steps, 1, inputs)}, weights)
+    return _model([node], {"x": (steps, series, inputs)}, weights)
 
 
 def _product(sizes: tuple[int, ...], static: tuple[int, ...]) -> onnx.ModelProto:
