@@ -277,7 +277,8 @@ class Bench:
         except (Unreached, EdgekitError) as error:
             run["error"] = str(error)
         about = machine()
-        run |= {"edgekit": edgekit.__version__, "date": about["date"], "load": about["load_1min"]}
+        stamp = {"edgekit": edgekit.__version__, "date": about["date"], "load": about["load_1min"]}
+        run |= {"judged": stamp} if judge_only else stamp  # who made the cut is not who times it again
         self.results.add(name, run)
         said = run.get("error") or f"{base.key} {run[base.key]:.2%}, {run['drop']:+.2f} points lost, {run['speedup']:.2f}x"
         print(f"{name}, {tool}, seed {seed}: {said}", flush=True)

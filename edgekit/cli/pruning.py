@@ -31,7 +31,7 @@ class _Bytes(click.ParamType[float]):
 @click.option("--macs", type=float, metavar="SHARE", help="The same as --keep.")
 @click.option("--speedup", type=float, metavar="X", help="Cut until it measures X times faster.")
 @click.option("--latency-ms", type=float, metavar="MS", help="Cut until it measures MS milliseconds a sample.")
-@click.option("--size", type=_Bytes(), metavar="BYTES", help="Cut to float32 weights of so many bytes; 100k, 1.5M.")
+@click.option("--size", type=_Bytes(), metavar="BYTES", help="Cut to float32 weights and buffers of so many bytes; 100k, 1.5M.")
 @click.option(
     "--on",
     default="onnxruntime",
@@ -43,7 +43,11 @@ class _Bytes(click.ParamType[float]):
 @click.option("--sparsity", type=click.Choice(["2:4"]), help="Zero two of every four weights (Ampere and later).")
 @click.option("--data", metavar="SPEC", help="Fine-tune on this.  [default: what B was trained on]")
 @click.option("--epochs", type=click.IntRange(1), help="Epochs of fine-tuning.  [default: as many as B was trained for]")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Fewer epochs, if they would take longer than this.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="In all: fine-tuning has fewer epochs if the search leaves too few.",
+)
 @click.option(
     "--importance",
     default="magnitude",

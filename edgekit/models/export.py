@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch") from None
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "trace"]
 
 OPSET = 18  # what the exporter writes
 OLDEST_OPSET = 17
@@ -55,6 +55,7 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
             )
         assert program is not None
     except Exception as error:  # noqa: BLE001  the exporter raises many types of its own
+        trace(module, example)  # where it stops at tracing, which says at which module
         reason = first_line(error)
         raise GraphError(
             f"torch cannot export this model to ONNX: {reason}", "avoid data-dependent shapes and branches"
@@ -68,6 +69,34 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
     _lower_opset(model)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def trace(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The operators that ``module`` runs on ``example``, in eval mode. Raises `GraphError` with where tracing stopped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(module.eval(), (example,), strict=False)
+        except Exception as error:  # noqa: BLE001  tracing runs the user's code
+            lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+            reason = lines[0].removeprefix("Caught ").strip()
+            raise GraphError(
+                f"the model cannot be traced{_place(error, module)}: {reason}",
+                "avoid branches and shapes that depend on data in forward()",
+            ) from None
+
+
+def _place(error: BaseException, module: nn.Module) -> str:
+    """`` in NAME`` of the innermost module whose forward raised ``error``."""
+    names = {id(layer): name or type(layer).__name__ for name, layer in module.named_modules()}
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if id(owner) in names and trace.tb_frame.f_code.co_name == "forward":
+            found = f" in {names[id(owner)]} ({type(owner).__name__}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return found
 
 
 def _lower_opset(model: onnx.ModelProto) -> None:

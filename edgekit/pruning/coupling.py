@@ -9,12 +9,11 @@ reshapes, heads, concatenations and weights that are used twice need no rules of
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from edgekit.errors import GraphError, MissingExtra
+from edgekit.errors import MissingExtra
 
 try:
     import torch
@@ -22,7 +21,7 @@ try:
 except ImportError as error:
     raise MissingExtra("train", error.name or "torch") from None
 
-__all__ = ["Coupling", "Operation", "Parameter", "Rows", "blank", "compact", "couple", "export", "flat"]
+__all__ = ["Coupling", "Operation", "Parameter", "Rows", "blank", "compact", "couple", "flat"]
 
 
 class Rows(NamedTuple):
@@ -189,36 +188,8 @@ class Parameter(NamedTuple):
     name: str
 
 
-def export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """The operators that ``module`` runs on ``example``, in eval mode. Raises `GraphError` with where tracing stopped."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return torch.export.export(module.eval(), (example,), strict=False)
-        except Exception as error:  # noqa: BLE001  tracing runs the user's code
-            lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-            reason = lines[0].removeprefix("Caught ").strip()
-            raise GraphError(
-                f"the model cannot be traced{_place(error, module)}: {reason}",
-                "avoid branches and shapes that depend on data in forward()",
-            ) from None
-
-
-def _place(error: BaseException, module: nn.Module) -> str:
-    """`` in NAME`` of the innermost module whose forward raised ``error``."""
-    names = {id(layer): name or type(layer).__name__ for name, layer in module.named_modules()}
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if id(owner) in names and trace.tb_frame.f_code.co_name == "forward":
-            found = f" in {names[id(owner)]} ({type(owner).__name__}, line {trace.tb_lineno})"
-        trace = trace.tb_next
-    return found
-
-
 def couple(module: nn.Module, program: torch.export.ExportedProgram, heads: bool = False) -> Coupling:
-    """Follow the channels of ``module`` through ``program``, its `export`.
+    """Follow the channels of ``module`` through ``program``, its `trace`.
 
     Where a reshape spreads channels over several axes, (N, T, heads d) -> (N, T, heads, d), the channels are the d of each
     head, and every head loses as many; with ``heads`` a whole head is one channel. Operators without a rule keep the

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.manifest import ModelEdits
+from edgekit.models.export import trace
 from edgekit.models.module import COMPUTED, computes_weights
 
-from .coupling import Coupling, couple, export
+from .coupling import Coupling, couple
 from .network import Axis, Channel, Group, Network, inside, layer_of
 from .trial import CODE_ERRORS, Trial
 
@@ -28,7 +29,7 @@ def analyse(module: nn.Module, example: Tensor, edits: ModelEdits | None = None,
     ``example`` (N >= 2, ...) is what the module takes; ``frozen`` are names or patterns of layers whose width must stay.
     Raises `GraphError` where the module cannot be traced.
     """
-    program = export(module, example[:SAMPLES])
+    program = trace(module, example[:SAMPLES])
     columns = couple(module, program)
     channels = _channels(columns)
     groups, kept = _groups(columns, channels)
@@ -224,6 +225,9 @@ def _heads(coupling: Coupling, module: nn.Module, columns: Coupling) -> list[Gro
                 if type(value) is int and value == count and "head" in key
             ]
         numbered = tuple(tuple(_numbered(channel, columns) for channel in row) for row in group.rows)
+        held = torch.cat([channel.numbers for row in numbered for channel in row])
+        if len(held.unique()) < len(held):  # type: ignore[no-untyped-call]
+            continue  # one head's channels are those of others, too (a rotary table): without it they are still there
         found.append(replace(group, rows=numbered, heads=True, attributes=tuple(counters)))
     return found
 

@@ -180,5 +180,9 @@ def _reduce(coupling: Coupling, node: torch.fx.Node, args: Any, kwargs: Any) -> 
     high, low = x.amax(dims), x.amin(dims)
     if set(dims) & set(coupling.varying(x)):
         coupling.reduced.append(x)
+    name = str(getattr(node.target, "overloadpacket", node.target))
+    placed = isinstance(value, list | tuple) and any(user.args[1:] == (1,) for user in node.users)
+    if (placed or ".arg" in name) and set(dims) & set(coupling.varying(x)):
+        coupling.fix(x, "its place among the channels is an answer")
     numbers = torch.where(high == low, high, 0).reshape(shape)
     return [numbers, torch.zeros(shape, dtype=torch.long)] if isinstance(value, list | tuple) else numbers

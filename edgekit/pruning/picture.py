@@ -133,7 +133,7 @@ def _curves(run: Pruning, top: float) -> Iterator[str]:
     yield f'<text x="{(right + _PLOT_LEFT) / 2:.0f}" y="{bottom + 38:.1f}" text-anchor="middle">channels left</text>'
     middle = bottom - _PLOT / 2
     words = "KL divergence, nats (axis of roots)"
-    yield f'<text transform="translate(18 {middle:.0f}) rotate(-90)" text-anchor="middle">{words}</text>'
+    yield f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{words}</text>'
     ends = []
     for i, (name, curve) in reversed([*enumerate(run.sensitivity)]):
         places = [at(*point) for point in curve]

@@ -65,7 +65,7 @@ class MacsPrice:
 
 
 def size_price(network: Network) -> float:
-    """Bytes of float32 weights, of a network that may be masked."""
+    """Bytes of float32 weights and buffers, of a network that may be masked."""
     return 4.0 * sum(network.elements().values())
 
 

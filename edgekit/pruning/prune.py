@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from .price import LatencyPrice, MacsPrice, Price, RooflinePrice, layer_rows, si
 from .reach import Meter, reach
 from .recover import Recovery
 from .resume import Cut, Resume
-from .search import Judge, Step, sensitivity
+from .search import Judge, Step, sensitivity, too_narrow
 from .sparsity import Mask24, check_exported, maskable, permute_channels
 from .table import LatencyTable
 from .target import Target, target_of
@@ -80,14 +81,15 @@ def prune(
 ) -> Bundle:
     """Remove channels, recurrent units, attention heads and blocks until a target is reached; fine-tune; measure.
 
-    The target is one of ``keep`` (share of the MACs), ``size`` (bytes of float32 weights), ``speedup`` and ``latency_ms``
-    (of one sample); none: ``keep=0.5``, or no cut with ``sparsity="2:4"``. Latency is measured on ONNX Runtime, one thread, or
-    ``on`` a target's name predicted by the roofline model, with float16; both are recorded. What is lost
+    The target is one of ``keep`` (share of the MACs), ``size`` (bytes of float32 weights and buffers), ``speedup`` and
+    ``latency_ms`` (of one sample); none: ``keep=0.5``, or no cut with ``sparsity="2:4"``. Latency is measured on ONNX Runtime,
+    one thread, or ``on`` a target's name predicted by the roofline model, with float16; both are recorded. What is lost
     least is cut first: KL divergence on training samples over the cost that goes. ``importance`` ranks the channels of a
     group (`CRITERIA`), ``freeze`` names layers (patterns) that keep their width, ``unit`` is what widths are multiples of: 16
-    suits a CPU and fp16 tensor cores, 32 those of int8. Then ``epochs`` of fine-tuning (default: as many
-    as the bundle was trained for), fewer if these would take longer than ``minutes``, on ``data`` (default: what it was trained
-    on), with the unpruned model as the teacher of a classifier. A stopped run goes on from ``OUT.checkpoint``.
+    suits a CPU and fp16 tensor cores, 32 those of int8. Then ``epochs`` of fine-tuning (default: as many as the bundle was
+    trained for), fewer if these would take longer than what the search for cuts leaves of ``minutes`` (one is done in any
+    case), on ``data`` (default: what it was trained on), with the unpruned model as the teacher of a classifier. A stopped
+    run goes on from ``OUT.checkpoint``.
     ``max_drop``: points of top-1 (of the character error rate, of readers) on the held-out split that may be lost.
     Raises `BudgetNotMet` (exit 3) where ``speedup``, ``latency_ms`` (by more than 2%, which two measurements of one graph
     differ by) or ``max_drop`` is missed; the best found is written all the same. `UsageError` for a target that cannot be
@@ -95,11 +97,10 @@ def prune(
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     target = new_path(out)
-    _check_numbers(sparsity, max_drop)
-    wanted = target_of(keep, size, speedup, latency_ms, whole=sparsity is not None)
+    _check_numbers(sparsity, max_drop, minutes, unit, epochs, seed)
     importance_named(importance)
-    patterns = (freeze,) if isinstance(freeze, str) else tuple(freeze)
-    options = Options(wanted, on, max_drop, sparsity is not None, importance, patterns, unit, seed, minutes)
+    wanted = target_of(keep, size, speedup, latency_ms, whole=sparsity is not None)
+    options = Options(wanted, on, max_drop, sparsity is not None, importance, _patterns(freeze), unit, seed, minutes)
     roofline = None if on == "onnxruntime" else RooflinePrice(target_named(on), "fp16")
     module = load_module(source)
     _check(source, module, options)
@@ -107,25 +108,50 @@ def prune(
     if minutes is not None and (seconds := recovery.epoch_seconds(module)) > 60 * minutes:
         raise UsageError(f"an epoch takes {seconds:.1f} s, longer than --minutes {minutes:g}", "give more")
     target.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    # Epochs that fit into minutes are timed, and would be others in a run that goes on.
-    about = f"{source.digest} {options} {epochs} {replace(recovery.config, epochs=1)} {recovery.dataset.digest}"
-    run = _Run(source, module, recovery, options, Resume(target, about), roofline)
+    run = _Run(source, module, recovery, options, Resume(target, _about(source, options, epochs, recovery)), roofline)
     cut = run.fitted(run.cut())
     graph = run.meter.exported(cut.module)
-    figures = {**run.figures(cut, graph), "seconds": round(time.perf_counter() - started, 1)}
+    figures = {**run.figures(cut, graph), "seconds": round(time.perf_counter() - run.started, 1)}
     stated = {"keep": keep, "speedup": speedup, "latency_ms": latency_ms, "size": size, "sparsity": sparsity}
     pruned = _write(target, source, cut, recovery, {**stated, **options.record()}, figures, graph)
     run.resume.forget()
-    _gate(pruned, figures, None if roofline else wanted, max_drop)
+    _gate(pruned, figures, None if roofline else options.target, max_drop)
     return pruned
 
 
-def _check_numbers(sparsity: str | None, max_drop: float | None) -> None:
+def _about(source: Bundle, options: Options, epochs: int | None, recovery: Recovery) -> str:
+    """What a stopped run must have in common with one that goes on from it: not the epochs that fit into minutes, which are
+    timed."""
+    return f"{source.digest} {options} {epochs} {replace(recovery.config, epochs=1)} {recovery.dataset.digest}"
+
+
+def _check_numbers(
+    sparsity: str | None, max_drop: float | None, minutes: float | None, unit: int, epochs: int | None, seed: int
+) -> None:
     if sparsity not in (None, "2:4"):
         raise UsageError(f"there is no sparsity {sparsity!r}", "the one pattern that tensor cores know is 2:4")
-    if max_drop is not None and not 0 <= max_drop <= 100:
-        raise UsageError(f"--max-drop {max_drop:g} is no number of points", "give points of top-1, for example 0.5")
+    if max_drop is not None and not (_is_number(max_drop) and 0 <= max_drop <= 100):
+        raise UsageError(f"--max-drop {max_drop!r} is no number of points", "give points of top-1, for example 0.5")
+    if minutes is not None and not (_is_number(minutes) and 0 < minutes < math.inf):
+        raise UsageError(f"--minutes {minutes!r} is no time", "give minutes, for example 10")
+    for name, value, least, most in (("unit", unit, 1, 128), ("epochs", epochs, 1, None), ("seed", seed, 0, 2**32 - 1)):
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+            said = f"from {least} to {most}" if most is not None else f"of {least} or more"
+            raise UsageError(f"--{name} {value!r} is out of range", f"give a whole number {said}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _patterns(freeze: object) -> tuple[str, ...]:
+    patterns = (freeze,) if isinstance(freeze, str) else tuple(freeze) if isinstance(freeze, Sequence) else (freeze,)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise UsageError(f"--freeze {pattern!r} names no layer", "give names of layers, or patterns")
+    return patterns
 
 
 def _write(
@@ -164,7 +190,7 @@ class _Run:
         resume: Resume,
         roofline: RooflinePrice | None,
     ) -> None:
-        self.recovery, self.options, self.module = recovery, options, module
+        self.recovery, self.options, self.module, self.started = recovery, options, module, time.perf_counter()
         sample = recovery.splits.held_out.x[:1]
         self.example = recovery.samples[:2]
         if len(self.example) < 2:
@@ -191,21 +217,21 @@ class _Run:
             say("timing layers on ONNX Runtime")
             price = LatencyPrice(self.table)
             if kind == "latency" and self.wanted:
-                self.wanted = Target("speedup", min(self.wanted.value / self.meter.compared(self.meter.graph)[0], 1.0))
+                self.wanted = self.wanted.share(self.meter.compared(self.meter.graph)[0])
             return price.anchored(self.network, 1.0)
         return size_price if kind == "size" else MacsPrice.of(self.network, self.macs)
 
     def cut(self) -> Cut:
         """The network within the target, before fine-tuning; that of a stopped run, if there is one."""
-        if (kept := self.resume.load(self.module)) is not None:
+        kept = self.resume.load(self.module)
+        if kept is not None and kept.found:
             self.recovery.config = replace(self.recovery.config, epochs=kept.epochs)
             return kept
         module, edits, steps, predicted = copy.deepcopy(self.module), self.network.edits, list[dict[str, Any]](), None
         if self.wanted is not None:
-            reached = reach(self.network, self.judge, self.wanted, self.price, self.meter, self.whole, self.options.unit)
-            predicted, steps = reached.predicted, [_row(step) for step in reached.steps]
+            network, predicted, steps = self._reached(self.wanted, kept)
             if steps:
-                module, edits = reached.network.module, reached.network.edits
+                module, edits = network.module, network.edits
             else:
                 say(f"nothing is cut: it meets {self.options.target} as it is")
         if self.options.sparse:
@@ -218,15 +244,29 @@ class _Run:
         self.resume.save(found)
         return found
 
+    def _reached(self, wanted: Target, kept: Cut | None) -> tuple[Network, float | None, list[dict[str, Any]]]:
+        """The network that meets ``wanted``, from the cuts of a stopped search on, what it was predicted, and all cuts."""
+        network, done = self.network, list[dict[str, Any]]()
+        if kept is not None:
+            network, done = analyse(kept.module, self.example, kept.edits, self.options.freeze), kept.steps
+
+        def keep(steps: Sequence[Step]) -> None:
+            last, rows = steps[-1].network, [*done, *map(_row, steps)]
+            self.resume.save(Cut(last.module, last.edits, rows, None, self.recovery.config.epochs, [], found=False))
+
+        reached = reach(network, self.judge, wanted, self.price, self.meter, self.whole, self.options.unit, keep)
+        return reached.network, reached.predicted, [*done, *map(_row, reached.steps)]
+
     def _shorten(self, module: nn.Module, minutes: float) -> None:
-        fitting = max(int(60 * minutes / self.recovery.epoch_seconds(module)), 1)
+        left = 60 * minutes - (time.perf_counter() - self.started)
+        fitting = max(int(left / self.recovery.epoch_seconds(module)), 1)
         if fitting < self.recovery.config.epochs:
-            say(f"{fitting} epochs fit into {minutes:g} minutes")
+            say(f"{max(left, 0):.0f} s of {minutes:g} minutes are left for fine-tuning: epochs {fitting}")
             self.recovery.config = replace(self.recovery.config, epochs=fitting)
 
     def fitted(self, cut: Cut) -> Cut:
         """The same after fine-tuning."""
-        mask = Mask24(cut.module) if self.options.sparse else None
+        mask = Mask24(cut.module, self.example) if self.options.sparse else None
         curve = self.recovery.fit(cut.module, self.resume.fitting, mask)
         return cut._replace(curve=curve, mask=mask)
 
@@ -253,7 +293,7 @@ class _Run:
             "parameters_before": self.parameters,
             "cuts": cut.steps,
             "layers": layer_rows(self.network, after, self.table),
-            "kept": dict(self.network.kept),
+            "kept": {**too_narrow(self.network, self.options.unit), **self.network.kept},
             "sensitivity": sensitivity(self.network, self.judge, self.options.unit),
             "sparse_share": float(sparse["share"]),
             "sparse_layers": int(sparse.get("layers", 0)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,11 @@ from .target import Target
 __all__ = ["Meter", "Reached", "reach"]
 
 CORRECTIONS = 8
+HOPELESS = 2.0  # so many times the target's time, all that can be cut still takes: the table is never that wrong
 ERROR = 1.005  # of a measurement: what meets the target within it is not cut further, as a cut may cost a point
+
+
+Keep = Callable[[Sequence[Step]], None]
 
 
 class Meter:
@@ -53,39 +57,51 @@ class Reached(NamedTuple):
     predicted: float | None
 
 
-def reach(network: Network, judge: Judge, target: Target, price: Price, meter: Meter, whole: float, unit: int) -> Reached:
+def reach(
+    network: Network,
+    judge: Judge,
+    target: Target,
+    price: Price,
+    meter: Meter,
+    whole: float,
+    unit: int,
+    keep: Keep = lambda _: None,
+) -> Reached:
     """Cut ``network`` until it meets ``target``; ``whole`` is what the original costs by ``price``, 1 by a `LatencyPrice`.
+    ``keep`` hears of all cuts after each one. A network that an earlier search left may be cut on.
 
     Raises `UsageError` where what can be cut does not suffice, with how far it goes. A latency is only predicted by then: it is
-    refused where layers are frozen, and else tried.
+    refused where layers are frozen or where it is out of all reach (`HOPELESS`), and else tried.
     """
     least = price(narrowest(network, unit))
     if not isinstance(price, LatencyPrice):
         limit = target.limit(whole)
         if least > limit * (1 + 1e-9):
             _refuse(target, least / whole, network)
-        steps = _walk(network, judge, price, limit, unit)
+        steps = _walk(network, judge, price, limit, unit, keep)
         found = steps[-1].network if steps else network
         if price(found) > limit * (1 + 1e-9):
             _refuse(target, price(found) / whole, network)
         return Reached(found, steps, None)
-    if not network.groups and not network.blocks:
+    if target.value < 1 and not network.groups and not network.blocks:
         _refuse(target, 1.0, network)
     if least / whole > target.value:
-        if _forced(network):
+        if _forced(network) or least / whole > HOPELESS * target.value:
             _refuse(target, least / whole, network)
         say(f"{target} is out of reach: all that can be cut gives {whole / least:.1f}x; the best found will be written")
-    return _reach_latency(network, judge, target, price, meter, unit)
+    return _reach_latency(network, judge, target, price, meter, unit, keep)
 
 
-def _reach_latency(network: Network, judge: Judge, target: Target, price: LatencyPrice, meter: Meter, unit: int) -> Reached:
+def _reach_latency(
+    network: Network, judge: Judge, target: Target, price: LatencyPrice, meter: Meter, unit: int, keep: Keep
+) -> Reached:
     """Everything in shares of the original's time, measured beside it: the machine's pace changes from minute to minute."""
     start, steps, limit = network, list[Step](), target.value * ERROR
-    share, first = 1.0, price
+    share, first = _measured(meter, network) if price(network) < 1 - 1e-9 else 1.0, price  # below: cut by an earlier search
     for _ in range(CORRECTIONS):
         if share <= limit:
             break
-        walked = _walk(network, judge, price, limit, unit)
+        walked = _walk(network, judge, price, limit, unit, _after(steps, keep))
         if not walked:  # the best found
             break
         steps += walked
@@ -101,16 +117,22 @@ def _reach_latency(network: Network, judge: Judge, target: Target, price: Latenc
     return Reached(network, steps, first(network))
 
 
+def _after(steps: Sequence[Step], keep: Keep) -> Keep:
+    before = list(steps)
+    return lambda more: keep([*before, *more])
+
+
 def _measured(meter: Meter, network: Network) -> float:
     """Share of the original's time."""
     old, new = meter(network.module)
     return new / old
 
 
-def _walk(network: Network, judge: Judge, price: Price, limit: float, unit: int) -> list[Step]:
-    steps = []
+def _walk(network: Network, judge: Judge, price: Price, limit: float, unit: int, keep: Keep) -> list[Step]:
+    steps = list[Step]()
     for step in cut_path(network, judge, price, limit, unit):
         steps.append(step)
+        keep(steps)
         say(f"cut {_named(step)}, KL {step.kl:.3f}, {_shown(step.price, price)}")
     return _spared(network, steps, judge, price, limit) if steps and steps[-1].price <= limit else steps
 

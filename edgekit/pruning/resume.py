@@ -22,7 +22,8 @@ __all__ = ["Cut", "Resume"]
 
 class Cut(NamedTuple):
     """A module after ``steps``, its cuts. ``predicted``: its share of the original's time by the table, before it was measured;
-    ``epochs``: for how many it is fine-tuned; ``curve``: a row for each of these that is done; ``mask``: of its 2:4 weights."""
+    ``epochs``: for how many it is fine-tuned; ``curve``: a row for each of these that is done; ``mask``: of its 2:4 weights;
+    ``found``: whether these are all cuts, or the search was stopped among them."""
 
     module: nn.Module
     edits: ModelEdits
@@ -31,6 +32,7 @@ class Cut(NamedTuple):
     epochs: int
     curve: list[dict[str, float]]
     mask: Mask24 | None = None
+    found: bool = True
 
 
 class Resume:
@@ -51,6 +53,7 @@ class Resume:
                 "steps": cut.steps,
                 "predicted": cut.predicted,
                 "epochs": cut.epochs,
+                "found": cut.found,
                 "curve": [],  # what tells a checkpoint from other files
             },
         )
@@ -68,8 +71,9 @@ class Resume:
         edit(cut, ModelEdits(edits.attributes, fresh))
         adopt_shapes(cut, found["state"])
         cut.load_state_dict(found["state"])
-        say(f"going on from the cut in {self._path.name}")
-        return Cut(cut, edits, found["steps"], found["predicted"], found["epochs"], [])
+        done = "the cut" if found["found"] else f"the first {len(found['steps'])} cuts"
+        say(f"going on from {done} in {self._path.name}")
+        return Cut(cut, edits, found["steps"], found["predicted"], found["epochs"], [], found=found["found"])
 
     def forget(self) -> None:
         for path in (self.fitting, self._path):

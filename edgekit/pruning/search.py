@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgekit.errors import first_line
+from edgekit.progress import say
 from edgekit.training.devices import Devices
 
 from .groups import Group, Network
@@ -30,7 +32,7 @@ from .importance import Importance
 from .price import Price, macs_price, size_price
 from .trial import CODE_ERRORS
 
-__all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity", "spared"]
+__all__ = ["Judge", "Step", "cut_path", "narrowest", "sensitivity", "spared", "too_narrow"]
 
 HEALING, HEALED, HEALING_RATE = 24, 32, 1e-3  # steps after each cut, of so many samples
 LARGE = 4  # a step takes a part of this of a wide group, at least
@@ -186,13 +188,13 @@ def _capacity(network: Network) -> float:
 
 
 def _loss(network: Network, kl: float, judge: Judge, moves: Mapping[tuple[str, str], _Move], key: tuple[str, str]) -> float:
-    """How much further a cut takes the answers, before healing. Infinite for a block that a former cut has made narrower than
-    what it stands in: nothing can take its place any more."""
+    """How much further a cut takes the answers, before healing. Infinite where the module's code does not follow it: a block
+    that a former cut has made narrower than what it stands in can have nothing in its place."""
     try:
         return max(judge.kl(moves[key].make(network).module) - kl, 0.0)
-    except CODE_ERRORS:
+    except CODE_ERRORS as error:
         if key[0] != "block":
-            raise
+            say(f"{key[1]} stays at {moves[key].before}: its module cannot run narrower ({first_line(error)})")
         return math.inf
 
 
@@ -313,6 +315,16 @@ def _next(width: int, unit: int) -> int:
         unit = max(unit // 2, 1)
     step = max(unit, width // LARGE // unit * unit)
     return max((width - 1) // unit * unit - (step - unit), 0)
+
+
+def too_narrow(network: Network, unit: int) -> dict[str, str]:
+    """Groups that could be cut but for their width, and what to do about it."""
+    found = {}
+    for group in network.groups:
+        width, own = network.width(group), _unit(group, network, unit)
+        if not group.heads and width and _next(width, own) < group.least:
+            found[group.name] = f"its width, {width}, has no smaller one that is worth having: lower --unit ({unit})"
+    return found
 
 
 def narrowest(network: Network, unit: int = 16) -> Network:

@@ -42,10 +42,11 @@ def is_24(weight: Tensor) -> bool:
     return is_24_array((weight.detach() != 0).cpu().numpy())  # numpy knows no bfloat16
 
 
-def maskable(module: nn.Module) -> dict[str, Tensor]:
+def maskable(module: nn.Module, example: Tensor | None = None) -> dict[str, Tensor]:
     """Names in the state dict, and weights, of every layer that TensorRT can run 2:4; weights that layers share once.
 
     These are Conv1d, Conv2d of one group and Linear whose input channels divide by four: not a first layer of 1 or 3.
+    ``example`` (N, ...): without those that do not run on it, which no graph will hold.
     """
     found: dict[str, Tensor] = {}
     for name, layer in module.named_modules():
@@ -55,7 +56,20 @@ def maskable(module: nn.Module) -> dict[str, Tensor]:
         shared = any(weight is other for other in found.values())
         if getattr(layer, "groups", 1) == 1 and weight.ndim > 1 and weight.shape[1] % 4 == 0 and not shared:
             found[f"{name}.weight" if name else "weight"] = weight
-    return found
+    return found if example is None else _running(found, module, example)
+
+
+def _running(weights: dict[str, Tensor], module: nn.Module, example: Tensor) -> dict[str, Tensor]:
+    """Those that the answer depends on."""
+    wanting = [weight.requires_grad for weight in weights.values()]
+    for weight in weights.values():
+        weight.requires_grad_()
+    with torch.enable_grad():
+        answer = module.eval()(example).sum()
+        gradients = torch.autograd.grad(answer, list(weights.values()), allow_unused=True)
+    for weight, wanted in zip(weights.values(), wanting, strict=True):
+        weight.requires_grad_(wanted)
+    return {name: weights[name] for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
 
 
 class Mask24:
@@ -64,9 +78,9 @@ class Mask24:
     ``layers``: name, weight, mask of its shape. ``weights``: the weights' names in the state dict.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, example: Tensor | None = None) -> None:
         self.layers: list[tuple[str, Tensor, Tensor]] = []
-        self.weights = maskable(module)
+        self.weights = maskable(module, example)
         for name, weight in self.weights.items():
             self.layers.append((name.rpartition(".")[0], weight, _mask(weight.detach())))
 

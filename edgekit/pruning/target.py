@@ -12,22 +12,31 @@ _HALF = 0.5
 
 
 class Target(NamedTuple):
-    """``kind`` macs or speedup: a share of the original's to reach (speedup 2: 0.5); size: bytes; latency: milliseconds."""
+    """``kind`` macs or speedup: a share of the original's to reach (speedup 2: 0.5); size: bytes; latency: milliseconds.
+    ``asked``: the option where it is not the kind's."""
 
     kind: Literal["macs", "size", "speedup", "latency"]
     value: float
+    asked: str = ""
+
+    def share(self, original_ms: float) -> Target:
+        """A latency as a share of what the original takes."""
+        return Target("speedup", min(self.value / original_ms, 1.0), str(self))
 
     def limit(self, whole: float) -> float:
         """What the pruned model may cost, where the original costs ``whole``."""
         return self.value * whole if self.kind in ("macs", "speedup") else self.value
 
     def __str__(self) -> str:
-        return {
-            "macs": f"--keep {self.value:g}",
-            "size": f"--size {self.value:g}",
-            "speedup": f"--speedup {1 / self.value:g}",
-            "latency": f"--latency-ms {self.value:g}",
-        }[self.kind]
+        return (
+            self.asked
+            or {
+                "macs": f"--keep {self.value:g}",
+                "size": f"--size {self.value:g}",
+                "speedup": f"--speedup {1 / self.value:g}",
+                "latency": f"--latency-ms {self.value:g}",
+            }[self.kind]
+        )
 
 
 def target_of(

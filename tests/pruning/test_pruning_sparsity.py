@@ -88,6 +88,28 @@ def test_layers_that_tensorrt_runs_sparse_are_masked() -> None:
     assert torch.equal(module["conv"].weight == 0, once == 0)
 
 
+class Leftover(nn.Module):
+    """Holds a layer that its forward never calls, as an auxiliary head of training is."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.spare = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_never_runs_is_not_masked() -> None:
+    module, x = Leftover(10).eval(), torch.randn(2, 1, 8, 8)
+    module.head.weight.requires_grad_(False)
+    mask = Mask24(module, x)
+    assert [*mask.weights] == ["head.weight"]
+    assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["head.weight"]
+    mask()
+    assert check_exported(export_onnx(module, x), mask)["layers"] == 1
+
+
 weights = st.tuples(
     st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from(["normal", "heavy", "few", "zeros"])
 )

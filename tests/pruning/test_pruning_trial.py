@@ -100,6 +100,49 @@ def test_a_norm_counts_what_is_left(norm: nn.Module):
     assert not group.aligned
 
 
+class Scaled(nn.Module):
+    """Attention whose heads all have their queries and keys scaled by one table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.k, self.v, self.head = nn.Linear(12, 32), nn.Linear(12, 32), nn.Linear(12, 32), nn.Linear(32, 5)
+        self.table = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        answer = F.scaled_dot_product_attention(q * self.table, k * self.table, v)
+        return self.head(answer.transpose(1, 2).flatten(2).mean(1))  # type: ignore[no-any-return]
+
+
+def test_heads_that_share_channels_stay():
+    module, x = Scaled().eval(), torch.randn(2, 6, 12)
+    network = analyse(module, x)
+    assert not any(group.heads for group in network.groups)
+    group = next(g for g in network.groups if g.name == "q")
+    cut = network.without(network.weakest(group, magnitude(module, x, x), 3))
+    assert cut.width(group) == 5
+    assert macs_price(cut) == macs(cut.module, x)
+
+
+class Routed(nn.Module):
+    """The strongest of the gate's channels chooses a row of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.table, self.head = nn.Linear(12, 32), nn.Embedding(32, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.gate(x).argmax(-1) if self.training else self.gate(x).max(-1)[1]
+        return self.head(self.table(chosen))  # type: ignore[no-any-return]
+
+
+def test_channels_whose_place_is_an_answer_stay():
+    network = analyse(Routed().eval(), torch.randn(2, 12))
+    assert "its place among the channels is an answer" in network.kept["gate"]
+    assert "gate" not in {group.name for group in network.groups}
+
+
 class Patches(nn.Module):
     """Four patches of a picture, each a sample of the same convolution; each row of what comes a series."""
 

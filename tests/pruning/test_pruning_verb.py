@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import edgekit
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.errors import BudgetNotMet
+from edgekit.errors import BudgetNotMet, UsageError
 from edgekit.models import PRESETS
+from edgekit.models.export import export_onnx
 from edgekit.models.module import load as load_module
 from edgekit.pruning import prune, reach
 from edgekit.pruning.prune import _gate
+from edgekit.pruning.search import Judge
 from edgekit.pruning.target import Target
 from edgekit.runtime import Model, check_golden
 from edgekit.training import train
@@ -72,6 +74,31 @@ def test_as_many_epochs_as_fit_into_the_minutes(cli, trained_bundle: Bundle, tmp
     assert refused.code == 2
     assert "longer than --minutes 1e-06" in refused.err
     assert not list(tmp_path.glob("q.edge*"))
+
+
+def test_a_search_that_was_stopped_goes_on_from_its_cuts(
+    trained_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out, asked = tmp_path / "p.edge", {"keep": 0.5, "epochs": 1}
+    before, healed = Judge.heal, list[nn.Module]()
+
+    def stopped(self: Judge, module: nn.Module) -> float:
+        healed.append(module)
+        if len(healed) > 7:
+            raise KeyboardInterrupt
+        return before(self, module)
+
+    monkeypatch.setattr(Judge, "heal", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prune(trained_bundle, out=out, **asked)
+    monkeypatch.setattr(Judge, "heal", before)
+    assert not out.exists()
+    capsys.readouterr()
+    figures = last(prune(trained_bundle, out=out, **asked))
+    assert "going on from the first 2 cuts" in capsys.readouterr().err
+    assert figures["macs_share"] <= 0.5
+    assert len(figures["cuts"]) > 2
+    assert not list(tmp_path.glob("*.checkpoint*"))
 
 
 def test_blocks_that_are_left_out_stay_out(cli, trained_bundle: Bundle, tmp_path: Path):
@@ -186,6 +213,25 @@ def test_one_target_has_two_names_and_is_given_once(cli, trained_bundle: Bundle,
     assert cli("prune", trained_bundle.path, "--out", tmp_path / "p.edge", "--macs", "0.001").code == 2  # reaches the verb
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"max_drop": "a"}, {"minutes": "1"}, {"freeze": 5}, {"freeze": [3]}, {"unit": 0}, {"unit": 16.5}, {"epochs": "3"},
+     {"epochs": 0}, {"seed": -1}, {"keep": True}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_kinds_of_arguments_are_named(trained_bundle: Bundle, tmp_path: Path, arguments: dict[str, Any]):
+    with pytest.raises(UsageError, match=f"--{next(iter(arguments)).replace('_', '-')} "):
+        prune(trained_bundle, out=tmp_path / "p.edge", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_time_that_is_kept_already_needs_no_cut(cli, trained_bundle: Bundle, tmp_path: Path):
+    wanted = ("--latency-ms", "1000", "--freeze", "*", "--epochs", "1")
+    done = cli("prune", trained_bundle.path, "--out", tmp_path / "p.edge", *wanted)
+    assert done.code == 0
+    assert "nothing is cut: it meets --latency-ms 1000 as it is" in done.err
+
+
 def test_gates(trained_bundle: Bundle):
     figures = {"top1": 0.9, "drop": 0.6, "speedup": 1.9, "latency_ms": 5.2, "macs": 1, "parameters": 1}
     _gate(trained_bundle, figures, Target("speedup", 1 / 1.9), 0.6)
@@ -202,8 +248,9 @@ def test_a_model_that_cannot_be_traced_says_where(tmp_path: Path):
     from edgekit.errors import GraphError
     from edgekit.pruning.groups import analyse
 
-    with pytest.raises(GraphError, match=r"branch \(Branching"):
-        analyse(Undecided(3), torch.randn(2, 1, 8, 8))
+    for follow in (analyse, export_onnx):
+        with pytest.raises(GraphError, match=r"branch \(Branching"):
+            follow(Undecided(3), torch.randn(2, 1, 8, 8))
 
 
 def test_24_goes_with_a_cut_that_spares_frozen_layers(trained_bundle: Bundle, tmp_path: Path):
@@ -227,6 +274,10 @@ def test_24_goes_with_a_cut_that_spares_frozen_layers(trained_bundle: Bundle, tm
         (["--speedup", "2", "--on", "jetson-orin-nan"], "choose one of: jetson-orin-nano"),
         (["--speedup", "2", "--on", "x86-cpu"], "no fp16 peak"),
         (["--max-drop", "-1"], "points of top-1"),
+        (["--minutes", "nan"], "--minutes nan is no time"),
+        (["--minutes", "inf"], "--minutes inf is no time"),
+        (["--speedup", "60"], "--speedup 60 cannot be reached: all that can be cut leaves"),
+        (["--latency-ms", "1e-9"], "--latency-ms 1e-09 cannot be reached"),
     ],
 )
 def test_wrong_options(cli, trained_bundle: Bundle, tmp_path: Path, arguments: list[str], words: str):
