@@ -73,7 +73,7 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
 
 def trace(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """The operators that ``module`` runs on ``example``, in eval mode. Raises `GraphError` with where tracing stopped."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it prints the graphs it gives up on
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(module.eval(), (example,), strict=False)

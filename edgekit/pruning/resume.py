@@ -71,7 +71,7 @@ class Resume:
         edit(cut, ModelEdits(edits.attributes, fresh))
         adopt_shapes(cut, found["state"])
         cut.load_state_dict(found["state"])
-        done = "the cut" if found["found"] else f"the first {len(found['steps'])} cuts"
+        done = "the cut" if found["found"] else f"cut {len(found['steps'])}"
         say(f"going on from {done} in {self._path.name}")
         return Cut(cut, edits, found["steps"], found["predicted"], found["epochs"], [], found=found["found"])
 

@@ -95,7 +95,9 @@ class Trial:
                 continue
             if cut.shape != self.wanted.shape or not bool(torch.isfinite(cut).all()):
                 continue
-            if compare and not all(self._same(groups, pick, attributes) for pick in self._picks(groups, attributes)):
+            if compare and not self._same(groups, _first, attributes, cut):
+                continue
+            if compare and not all(self._same(groups, pick, attributes) for pick in self._more(groups, attributes)):
                 continue
             apart = [group for group in groups if compare and not group.heads and len(group.rows) > 1]
             if not apart or self._same(apart, _apart, attributes):
@@ -104,24 +106,25 @@ class Trial:
             return [replace(g, attributes=g.attributes if attributes else (), aligned=id(g) in aligned) for g in groups]
         return reason
 
-    def _picks(self, groups: Sequence[Group], attributes: Sequence[str]) -> Sequence[Pick]:
+    def _more(self, groups: Sequence[Group], attributes: Sequence[str]) -> Sequence[Pick]:
         if attributes:  # a count of heads goes down by one
-            return _first, _last
+            return (_last,)
         enough = all(len(row) - len(_every_other(0, len(row))) >= group.least for group in groups for row in group.rows)
-        return (_first, _last, _every_other) if enough else (_first, _last)
+        return (_last, _every_other) if enough else (_last,)
 
     def _without(self, groups: Sequence[Group], pick: Pick, attributes: Sequence[str]) -> Tensor:
         """What the module answers without the picked channels."""
         answer: Tensor = self.network.without(_picked(groups, pick), attributes).module(self.example)
         return answer
 
-    def _same(self, groups: Sequence[Group], pick: Pick, attributes: Sequence[str]) -> bool:
-        """Whether the module answers so with the channels silent, or also with the rest scaled as attention does by width.
+    def _same(self, groups: Sequence[Group], pick: Pick, attributes: Sequence[str], cut: Tensor | None = None) -> bool:
+        """Whether the module answers ``cut``, what it does without the picked channels, with these silent, or also with the
+        rest scaled as attention does by width.
 
         Norms count what is left, as they do in the narrow module. A mean or softmax over channels has no such stand-in: there
         it must run, no more."""
         try:
-            cut = self._without(groups, pick, attributes)
+            cut = self._without(groups, pick, attributes) if cut is None else cut
         except CODE_ERRORS:
             return False
         if self._is_reduced(groups[0]):

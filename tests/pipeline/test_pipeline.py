@@ -378,7 +378,7 @@ def test_an_out_that_is_a_file(cli, tmp_path: Path):
 def test_a_missed_budget_is_told_again(cli, copy: tuple[Path, Path]):
     recipe, out = copy
     stage = '[[stage]]\nrun = "quantize"'
-    missed = '[[stage]]\nrun = "prune"\nbundle = "small"\nout = "less"\nspeedup = 90.0\nepochs = 1\n'
+    missed = '[[stage]]\nrun = "prune"\nbundle = "small"\nout = "less"\nkeep = 0.1\nmax_drop = 0.0\nepochs = 1\n'
     recipe.write_text(recipe.read_text().replace(stage, missed + stage))
     first, again = (cli("pipeline", recipe, "--out", out, "--json") for _ in range(2))
     assert first.code == again.code == 3

@@ -88,10 +88,11 @@ def test_mask_keeps_the_two_largest_of_four():
 
 
 def test_a_missed_budget_exits_3_and_keeps_the_best(cli, trained_bundle: Bundle, tmp_path: Path):
-    outcome = cli("prune", trained_bundle.path, "--out", tmp_path / "p.edge", "--speedup", "90", "--epochs", "1", "--json")
+    asked = ("--keep", "0.1", "--max-drop", "0", "--epochs", "1", "--json")
+    outcome = cli("prune", trained_bundle.path, "--out", tmp_path / "p.edge", *asked)
     assert outcome.code == 3
-    assert outcome.json["speedup"] < 90
-    assert "asked 90x" in outcome.json["error"]
+    assert outcome.json["drop"] > 0
+    assert "allowed 0" in outcome.json["error"]
     assert Bundle.open(tmp_path / "p.edge")
 
 

@@ -173,7 +173,7 @@ def test_a_model_of_ones_own_trains(nets: Path, few_digits: str, factory: str):
         ("my_nets:frozen", "no parameters to train"),
         ("pretrained", "hf:FOLDER"),
         ("hf:", "hf:FOLDER"),
-        ("my_nets:Branching", "cannot export"),
+        ("my_nets:Branching", "cannot be traced in Branching (Branching, line "),
         ("broken_nets:good", "no_such_module_anywhere"),
         ("no_nets:good", "No module named 'no_nets'"),
     ],
