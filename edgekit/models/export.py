@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgekit.errors import GraphError, MissingExtra, first_line
@@ -34,14 +34,8 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
     Raises `GraphError` where torch cannot export the module.
     """
     module = module.eval()
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        # It prints the graphs it gives up on.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), _WholeRecurrences():
-            warnings.simplefilter("ignore")
+        with _quiet(), _WholeRecurrences():
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -60,9 +54,6 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
         raise GraphError(
             f"torch cannot export this model to ONNX: {reason}", "avoid data-dependent shapes and branches"
         ) from None
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
     model: onnx.ModelProto = program.model_proto
     _forget_origins(model)
     tidy(model)
@@ -71,10 +62,26 @@ def export_onnx(module: nn.Module, example: Tensor) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch prints the graphs that it gives up on, and says of each step what it thinks; errors come as exceptions."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("onnx", "export", "fx.experimental.symbolic_shapes")]
+    loggers += [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def trace(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """The operators that ``module`` runs on ``example``, in eval mode. Raises `GraphError` with where tracing stopped."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it prints the graphs it gives up on
-        warnings.simplefilter("ignore")
+    with _quiet():
         try:
             return torch.export.export(module.eval(), (example,), strict=False)
         except Exception as error:  # noqa: BLE001  tracing runs the user's code
@@ -90,12 +97,13 @@ def _place(error: BaseException, module: nn.Module) -> str:
     """`` in NAME`` of the innermost module whose forward raised ``error``."""
     names = {id(layer): name or type(layer).__name__ for name, layer in module.named_modules()}
     found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if id(owner) in names and trace.tb_frame.f_code.co_name == "forward":
-            found = f" in {names[id(owner)]} ({type(owner).__name__}, line {trace.tb_lineno})"
-        trace = trace.tb_next
+    at = error.__traceback__
+    while at is not None:
+        code = at.tb_frame.f_code
+        owner = at.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None  # self, by whatever name
+        if id(owner) in names and code.co_name == "forward":
+            found = f" in {names[id(owner)]} ({type(owner).__name__}, line {at.tb_lineno})"
+        at = at.tb_next
     return found
 
 

@@ -251,9 +251,8 @@ def macs(module: nn.Module, example: Tensor) -> int:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         # The counter's tracker of modules asks what wants a gradient for how it was made, which is not kept here.
-        stack.callback(
-            lambda wanting: [p.requires_grad_() for p in wanting], [p for p in module.parameters() if p.requires_grad]
-        )
+        wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        stack.callback(lambda: [parameter.requires_grad_() for parameter in wanting])
         module.requires_grad_(False)
         counter = stack.enter_context(FlopCounterMode(display=False))
         module.eval()(example[:1])

@@ -9,7 +9,7 @@ reshapes, heads, concatenations and weights that are used twice need no rules of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,6 +103,10 @@ class Coupling:
         """Say of channels that they must stay."""
         for number in _narrowed(numbers).unique().tolist():  # type: ignore[no-untyped-call]
             self.fixed.setdefault(number, why)
+
+    def members(self, several: Iterable[Tensor]) -> set[int]:
+        """The numbers that stand for those in ``several``."""
+        return {number for numbers in several for number in self.find(numbers).flatten().tolist()}
 
     def axis(self, name: str, index: int) -> Tensor:
         """Channels along an axis of a parameter or buffer."""

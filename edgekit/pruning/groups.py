@@ -177,7 +177,7 @@ def _groups(coupling: Coupling, channels: Mapping[int, Channel]) -> tuple[list[G
             apart.update(other[1])
         merged.append((bound, apart))
     order = {name: i for i, name in enumerate(coupling.state)}
-    counted = {n for numbers in (*coupling.normalised, *coupling.reduced) for n in coupling.find(numbers).flatten().tolist()}
+    counted = coupling.members([*coupling.normalised, *coupling.reduced])
     found = []
     for _, apart in merged:
         axes = {axis: None for numbers in apart.values() for axis in channels[numbers[0]].slices}

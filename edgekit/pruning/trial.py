@@ -50,8 +50,7 @@ class Trial:
 
     def __init__(self, network: Network, example: Tensor, wanted: Tensor, coupling: Coupling) -> None:
         self.network, self.example, self.wanted = network, example, wanted
-        self.scaled = _numbers(coupling, coupling.scaled)
-        self.reduced = _numbers(coupling, coupling.reduced)
+        self.scaled, self.reduced = coupling.members(coupling.scaled), coupling.members(coupling.reduced)
 
     def __call__(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Group | str]]:
         """Each group with what it is found to be, or why it cannot be cut."""
@@ -180,10 +179,6 @@ class _NormsOfTheRest(TorchFunctionMode):
         answer = torch.zeros_like(x)
         answer.transpose(axis, -1)[..., left] = func(**call).transpose(axis, -1)
         return answer
-
-
-def _numbers(coupling: Coupling, several: Sequence[Tensor]) -> set[int]:
-    return {number for numbers in several for number in coupling.find(numbers).flatten().tolist()}
 
 
 def _picked(groups: Sequence[Group], pick: Pick) -> list[Channel]:

@@ -34,7 +34,7 @@ except ImportError:
 
 from .objective import Classification, Objective
 
-__all__ = ["FitConfig", "Watched", "answers", "epoch_seconds", "fit", "outputs_of"]
+__all__ = ["FitConfig", "Watched", "epoch_seconds", "fit", "outputs_of"]
 
 #: Steps until which averaged batch norms remember how they began.
 SHORT_RUN = 2000
@@ -193,12 +193,6 @@ def outputs_of(module: nn.Module, x: Rows, batch: int = ANSWERED) -> NDArray[np.
     with torch.no_grad():
         parts = [module(torch.from_numpy(rows).to(device)).float().cpu().numpy() for rows in batches(x, orders)]
     return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
-
-
-def answers(module: nn.Module, x: Rows, batch: int = 500) -> NDArray[np.int64]:
-    """Class indices int64 (N,) of (N, ...), in eval mode."""
-    found: NDArray[np.int64] = outputs_of(module, x, batch).argmax(1)
-    return found
 
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -21,6 +20,8 @@ from edgekit.pruning.groups import Channel, Group, Network, analyse
 from edgekit.pruning.importance import CRITERIA
 from edgekit.pruning.price import macs_price
 from edgekit.runtime.onnxruntime import session
+
+from .silent import silenced
 
 IMAGE = (2, 3, 8, 8)
 SEQUENCE = (2, 5, 6)  # N, T, features
@@ -252,15 +253,6 @@ def analysed(layout: str) -> tuple[Network, Tensor]:
 
 def some(network: Network, group: Group, count: int = 1) -> list[Channel]:
     return [channel for row in network.rows(group) for channel in row[len(row) - count :]]
-
-
-def silenced(network: Network, channels: list[Channel]) -> nn.Module:
-    module = copy.deepcopy(network.module)
-    state = module.state_dict()
-    for channel in channels:
-        for (name, axis), index in channel.slices.items():
-            state[name].index_fill_(axis, index, 0)
-    return module
 
 
 def reloaded(make: Callable[[], nn.Module], network: Network) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,21 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekit.models.module import macs
-from edgekit.pruning.groups import Channel, Network, analyse
+from edgekit.pruning.groups import analyse
 from edgekit.pruning.importance import magnitude
 from edgekit.pruning.price import MacsPrice, macs_price
 from edgekit.pruning.search import Judge, cut_path
 
+from .silent import silenced
+
 IMAGE = (2, 3, 8, 8)
-
-
-def silenced(network: Network, channels: list[Channel]) -> nn.Module:
-    module = copy.deepcopy(network.module)
-    state = module.state_dict()
-    for channel in channels:
-        for (name, axis), index in channel.slices.items():
-            state[name].index_fill_(axis, index, 0)
-    return module
 
 
 class Shuffled(nn.Module):
