@@ -18,7 +18,7 @@ _SHOWN = 48  # layers
 _NAMED = 6  # curves that can be told apart
 _WIDTH, _LEFT, _TOP = 900, 220, 134  # pixels
 _BAR, _ROW = 230, 20
-_PLOT, _PLOT_LEFT, _PLOT_RIGHT = 260, 64, 250
+_PLOT, _PLOT_LEFT, _PLOT_RIGHT = 260, 80, 250
 _NAME, _GAIN = 30, 122  # characters that fit
 _STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #56616f }
