@@ -23,8 +23,9 @@ imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
 # A process a core, a file at a time: most of the time is Python's, so torch's threads would only get in each other's way.
+# tests/conftest.py says which files come first.
 pytest: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 25
 
 # One environment for all: the tested versions of constraints.txt. torch comes first and pinned: a range would let
 # another package pull its newest build. Where the index offers a build for the CPU only, point pip at it (PIP_INDEX_URL).

@@ -25,6 +25,12 @@ from edgekit.runtime.golden import save_golden
 from edgekit.runtime.onnxruntime import session
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: whoever got the last of them would work alone at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 class Outcome(NamedTuple):
     """What one command did."""
 

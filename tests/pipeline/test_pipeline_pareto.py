@@ -422,12 +422,12 @@ def test_optuna_agrees(options: dict[str, Any], scripted: list[Any]):
 def test_two_processes_share_a_study(few_digits: str):
     """Neither tries what the other does; each may do one trial more than wanted."""
     command = [sys.executable, "-m", "edgekit", "search", "--data", few_digits, "--objective", "accuracy,latency"]
-    command += ["--epochs", "1", "--study", "few.study", "--trials", "3"]
+    command += ["--epochs", "1", "--study", "few.study", "--trials", "2"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
-    answer = pareto(data=few_digits, study="few.study", epochs=1, trials=3)
-    assert 3 <= answer["trials"] <= 4
+    answer = pareto(data=few_digits, study="few.study", epochs=1, trials=2)
+    assert 2 <= answer["trials"] <= 3
     settings = {tuple(row[name] for name in Setting._fields) for row in answer["all"]}
     assert len(settings) == answer["trials"]
     assert {path.name for path in Path("few.study.trials").iterdir()} == {
