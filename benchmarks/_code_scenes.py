@@ -16,7 +16,20 @@ import zxingcpp
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-__all__ = ["CONDITIONS", "FORMATS", "PLAIN", "Scene", "blurred", "degraded", "motion_kernel", "scene", "without_code"]
+__all__ = [
+    "CONDITIONS",
+    "FORMATS",
+    "PLAIN",
+    "UNREAD",
+    "Scene",
+    "blurred",
+    "degraded",
+    "motion_kernel",
+    "photograph",
+    "scene",
+    "unread",
+    "without_code",
+]
 
 Grey = NDArray[np.uint8]
 Rng = np.random.Generator
@@ -28,6 +41,7 @@ class Scene(NamedTuple):
     picture: Grey  # uint8 (H, W)
     texts: frozenset[str]  # what a reader may say
     kind: str
+    corners: NDArray[np.float64] | None = None  # (4, 2) of its paper: x, y
 
 
 def _text(rng: Rng, alphabet: str, low: int, high: int | None = None) -> str:
@@ -123,40 +137,69 @@ def _perspective(source: NDArray[np.float64], target: NDArray[np.float64]) -> li
 
 
 def scene(seed: int, kind: str) -> Scene:
+    """A code that fills a picture of about 0.3 megapixels."""
     rng = np.random.default_rng([seed, list(FORMATS).index(kind)])
     modules, texts = _code(rng, kind)
     matrix = FORMATS[kind][3]
     module = rng.uniform(3.0, 6.0) if matrix and kind != "PDF417" else rng.uniform(1.9, 4.2)  # pixels of the final picture
     width, height = [(640, 480), (800, 600), (480, 640), (600, 600)][int(rng.integers(4))]
     module = min(module, 0.86 * width / (modules.shape[1] + 12), 0.86 * height / (modules.shape[0] + 12))
+    print_ = _printed(rng, modules, 2 * module, bool(matrix))
+    canvas = _background(rng, 2 * width, 2 * height)  # twice as large, halved at the end: soft edges
+    _lay(rng, canvas, *print_)
+    return Scene(_taken(rng, canvas.reduce(2)), texts, kind)
+
+
+def photograph(seed: int, kind: str) -> Scene:
+    """A code that takes 5 to 60% of the width of a picture of 0.5 to 4 megapixels, no finer than can be read when sharp."""
+    rng = np.random.default_rng([seed, list(FORMATS).index(kind), 17])
+    modules, texts = _code(rng, kind)
+    matrix = bool(FORMATS[kind][3])
+    area = 0.5e6 * 8 ** rng.uniform(0, 1)
+    ratio = [4 / 3, 16 / 9, 3 / 4, 1.0][int(rng.integers(4))]
+    width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    least = 3.0 if matrix and kind != "PDF417" else 1.9
+    module = max(least, width * 0.05 * 12 ** rng.uniform(0, 1) / modules.shape[1])
+    module = min(module, 0.86 * width / (modules.shape[1] + 12), 0.86 * height / (modules.shape[0] + 12))
+    print_ = _printed(rng, modules, module, matrix)
+    canvas = _background(rng, width, height)
+    corners = _lay(rng, canvas, *print_)
+    return Scene(_taken(rng, canvas), texts, kind, corners)
+
+
+def _printed(rng: Rng, modules: Grey, module: float, matrix: bool) -> tuple[Image.Image, float, float]:
+    """Ink on paper with a quiet zone, and its width and height where a module has ``module`` pixels."""
     dark, light = rng.uniform(15, 60), rng.uniform(190, 245)
     quiet = int(rng.integers(6, 12)) if not matrix else int(rng.integers(2, 5))
-    scale = max(2, math.ceil(2 * module))
+    scale = max(2, math.ceil(module))
     printed = np.kron(np.pad(modules, quiet, constant_values=255), np.ones((scale, scale), np.uint8))
     ink = np.where(printed > 127, light, dark) + rng.normal(0, rng.uniform(2, 9), printed.shape)
     paper = Image.fromarray(np.clip(ink, 0, 255).astype(np.uint8))
-    canvas = _background(rng, 2 * width, 2 * height)  # twice as large, halved at the end: soft edges
-    w, h = 2 * module * (modules.shape[1] + 2 * quiet), 2 * module * (modules.shape[0] + 2 * quiet)
+    return paper, module * (modules.shape[1] + 2 * quiet), module * (modules.shape[0] + 2 * quiet)
+
+
+def _lay(rng: Rng, canvas: Image.Image, paper: Image.Image, w: float, h: float) -> NDArray[np.float64]:
+    """Somewhere on the canvas, ``w`` by ``h`` pixels, in slight perspective. Its corners, (4, 2)."""
+    width, height = canvas.size
     corners = np.array([[0, 0], [w, 0], [w, h], [0, h]]) - [w / 2, h / 2]
     turn = math.radians(rng.uniform(-4, 4) + 90 * int(rng.integers(0, 4) == 0))
     corners = corners @ np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-    if np.ptp(corners[:, 0]) > 2 * width or np.ptp(corners[:, 1]) > 2 * height:
+    if np.ptp(corners[:, 0]) > width or np.ptp(corners[:, 1]) > height:
         corners = corners @ np.array([[0.0, 1.0], [-1.0, 0.0]])
     corners += rng.uniform(-0.02, 0.02, (4, 2)) * min(w, h)
-    slack = np.maximum(0, [width - np.ptp(corners[:, 0]) / 2, height - np.ptp(corners[:, 1]) / 2])
-    corners += np.array([width, height]) + rng.uniform(-0.9, 0.9, 2) * slack
+    slack = np.maximum(0, [width - np.ptp(corners[:, 0]), height - np.ptp(corners[:, 1])])
+    corners += np.array([width, height]) / 2 + rng.uniform(-0.45, 0.45, 2) * slack
     box = np.array([[0, 0], [paper.width, 0], [paper.width, paper.height], [0, paper.height]], float)
     coefficients = _perspective(box, corners)
-    size = canvas.size
-    laid = paper.transform(size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC)
-    mask = Image.new("L", paper.size, 255).transform(size, Image.Transform.PERSPECTIVE, coefficients)
+    laid = paper.transform(canvas.size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC)
+    mask = Image.new("L", paper.size, 255).transform(canvas.size, Image.Transform.PERSPECTIVE, coefficients)
     canvas.paste(laid, mask=mask)
-    return Scene(_taken(rng, canvas), texts, kind)
+    return corners
 
 
 def _taken(rng: Rng, canvas: Image.Image) -> Grey:
-    """Uneven light, the camera's optics, noise and compression; half the canvas' size."""
-    a = np.asarray(canvas.reduce(2)).astype(np.float32)
+    """Uneven light, the camera's optics, noise and compression."""
+    a = np.asarray(canvas).astype(np.float32)
     y, x = np.mgrid[-1 : 1 : a.shape[0] * 1j, -1 : 1 : a.shape[1] * 1j].astype(np.float32)  # type: ignore[misc]
     slope = rng.uniform(-0.22, 0.22, 2)
     a *= 0.85 + slope[0] * x + slope[1] * y + 0.04 * _clouds(rng, a.shape[1], a.shape[0], 2)
@@ -170,7 +213,7 @@ def without_code(seed: int) -> Scene:
     width, height = 640, 480
     kind = seed % 5
     if kind < 2:
-        picture = _taken(rng, _background(rng, 2 * width, 2 * height))
+        picture = _taken(rng, _background(rng, 2 * width, 2 * height).reduce(2))
     else:
         y, x = np.mgrid[:height, :width]
         turn = rng.uniform(0, math.pi)
@@ -186,6 +229,62 @@ def without_code(seed: int) -> Scene:
             a = 120 + 60 * np.sin(2 * math.pi * u / rng.uniform(3, 20)) + rng.normal(0, rng.uniform(1, 25), u.shape)
         picture = _clipped(blurred(a.astype(np.float32), rng.uniform(0.4, 2.2)) + rng.normal(0, 2, a.shape))
     return Scene(picture, frozenset(), "none")
+
+
+#: Why a picture of `unread` cannot be read; "damaged" stands for what no cause is named for.
+UNREAD = ("bad check digit", "too dark", "low contrast", "glare", "nothing there", "cut off", "too small", "blur", "damaged")
+
+
+def unread(seed: int, why: str) -> Grey:
+    """A picture, 640 x 480, that is bad in one way. Now and then one can be read all the same."""
+    rng = np.random.default_rng([seed, UNREAD.index(why), 31])
+    width, height = 640, 480
+    kind = ("Code128", "EAN13", "QR", "DataMatrix", "ITF14")[seed % 5] if why != "bad check digit" else "EAN13"
+    matrix = bool(FORMATS[kind][3])
+    modules, _ = _code(rng, kind) if why != "bad check digit" else (_wrong_ean13(rng), frozenset())
+    module = rng.uniform(4.0, 7.0) if matrix else rng.uniform(2.2, 3.5)
+    if why == "too small":
+        module = rng.uniform(0.7, 1.3) if matrix else rng.uniform(0.4, 0.8)
+    canvas = _background(rng, width, height)
+    if why == "nothing there":
+        return _taken(rng, canvas)
+    corners = _lay(rng, canvas, *_printed(rng, modules, module, matrix))
+    a = np.asarray(canvas)
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    across = low + (high - low) * rng.uniform(0.35, 0.65)
+    if why == "cut off":
+        a = a[:, int(across[0]) :] if rng.integers(2) else a[:, : int(across[0])]
+        a = a if min(a.shape) >= 120 else np.asarray(canvas)[int(across[1]) :]
+    elif why == "damaged":
+        draw, wide = ImageDraw.Draw(canvas), max(3, round(3 * module))
+        for _ in range(4):  # scratches across it
+            x, y = rng.uniform(low, high, (2, 2)).T
+            draw.line((x[0], low[1], x[1], high[1]), fill=int(rng.integers(30, 220)), width=wide)
+            draw.line((low[0], y[0], high[0], y[1]), fill=int(rng.integers(30, 220)), width=wide)
+        a = np.asarray(canvas)
+    elif why == "blur":
+        a = _clipped(blurred(a, module * rng.uniform(0.9, 1.6)))
+    elif why == "glare":
+        y, x = np.mgrid[:height, :width]
+        reach = (high - low) * rng.uniform(0.2, 0.4)
+        a = _clipped(a + 600 * np.exp(-(((x - across[0]) / reach[0]) ** 2) - ((y - across[1]) / reach[1]) ** 2))
+    elif why == "low contrast":
+        a = _clipped(120 + (a - a.mean()) * rng.uniform(5, 12) / np.ptp(a))
+    elif why == "too dark":
+        a = _clipped(a * rng.uniform(0.01, 0.06))
+    picture = blurred(a, rng.uniform(0.4, 0.7)) + rng.normal(0, rng.uniform(0.5, 2), a.shape)
+    return _clipped(picture) if why in ("low contrast", "too dark") else jpeg(_clipped(picture), int(rng.integers(85, 96)))
+
+
+def _wrong_ean13(rng: Rng) -> Grey:
+    """The modules of an EAN-13 whose last digit is another: the right half of one code behind the left half of another."""
+    while True:
+        left, right = (_text(rng, DIGITS, 12) for _ in range(2))
+        codes = [zxingcpp.create_barcode(text, zxingcpp.BarcodeFormat.EAN13) for text in (left, left[:7] + right[7:])]
+        if codes[0].text[-1] != codes[1].text[-1]:
+            halves = [np.asarray(code.to_image(scale=1, add_quiet_zones=False)) for code in codes]
+            row = np.concatenate([halves[1][10, :-10], halves[0][10, -10:]])  # a digit of 7 modules and the guard of 3
+            return np.repeat(row[None], int(rng.integers(30, 60)), axis=0)
 
 
 # What makes a picture bad.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .estimates import Motion, bars, blur_sigma, motion, noise_sigma, orientation
 from .regions import Box, regions
-from .restore import Bars, Blurred, Grey, enlarged, sharpened, turned
+from .restore import Affine, Bars, Blurred, Grey, enlarged, enlarged_size, scaling, sharpened, turned, upright_map
 
 __all__ = ["Attempt", "attempts"]
 
@@ -34,7 +34,7 @@ class Attempt(NamedTuple):
     """``make`` gives the picture, uint8 (H, W), of about ``pixels``; ``kind``: any, linear or matrix codes.
 
     ``upright``: bars and cells lie along the axes and bars stand, so that no other direction needs a search. ``guess``: its
-    parameters are one of many tried, so that a read of it alone proves little.
+    parameters are one of many tried, so that a read of it alone proves little. ``place`` leads back to the frame.
     """
 
     stage: str
@@ -43,6 +43,7 @@ class Attempt(NamedTuple):
     kind: str = "any"
     upright: bool = False
     guess: bool = False
+    place: Affine = Affine()
 
 
 def attempts(grey: Grey) -> Iterator[Attempt]:
@@ -71,8 +72,11 @@ class Region:
     def __init__(self, grey: Grey, box: Box) -> None:
         part = box.of(grey)
         self.share = part.size / grey.size
+        self.place = Affine(c=box.left, f=box.top)
         if part.size > _LARGEST_REGION:
-            part = enlarged(part, math.sqrt(_LARGEST_REGION / part.size))  # smaller, here
+            large = part
+            part = enlarged(large, math.sqrt(_LARGEST_REGION / large.size))  # smaller, here
+            self.place = scaling(large.shape, part.shape[::-1]).then(self.place)
         self.grey = np.ascontiguousarray(part)
         self.fits = min(part.shape) >= MIN_SIDE
 
@@ -83,7 +87,7 @@ class Region:
 
     @cached_property
     def bars(self) -> BarsSeen | None:
-        return bars_seen(self.grey)
+        return bars_seen(self.grey, self.place)
 
     @cached_property
     def blurred(self) -> Blurred:
@@ -114,6 +118,16 @@ class Region:
         scale, _ = self._size
         return turned(grey, self.angle, scale) if self.angle else enlarged(grey, scale)
 
+    @cached_property
+    def _upright_place(self) -> Affine:
+        scale, _ = self._size
+        shape = self.grey.shape
+        back = upright_map(shape, self.angle, scale)[1] if self.angle else scaling(shape, enlarged_size(shape, scale))
+        return back.then(self.place)
+
+    def _try(self, stage: str, make: Callable[[], Grey], guess: bool = False) -> Attempt:
+        return Attempt(stage, self._pixels, make, guess=guess, place=self._upright_place)
+
     def first(self) -> Iterator[Attempt]:
         """What is cheap or pays most: bars with the estimated blur, the part upright and enlarged."""
         if not self.fits:
@@ -121,12 +135,12 @@ class Region:
         if self.bars is not None and self.bars.coherence > 0.25:
             yield from self.bars.attempts(self.bars.likely, 1e-3)
         base = cached(lambda: self._upright(self.grey))
-        yield Attempt("turned" if self.angle else "enlarged", self._pixels, base)
+        yield self._try("turned" if self.angle else "enlarged", base)
         if self.bars is not None and self.bars.coherence > 0.25:
             yield from self.bars.attempts(SMEARS, 1e-2)
         elif self.sigma >= 1.0:
             yield self._gauss(1.0)
-        yield Attempt("sharpened", self._pixels, lambda: sharpened(base()))
+        yield self._try("sharpened", lambda: sharpened(base()))
 
     def second(self) -> Iterator[Attempt]:
         """The best guesses of blur and motion."""
@@ -142,7 +156,7 @@ class Region:
             yield from self.bars.attempts(SMEARS, 1e-3)
             yield from self.bars.attempts(self.bars.likely, 1e-4)
             yield from self.bars.attempts(self.bars.unlikely, 1e-3)
-        yield Attempt("turned inverted", self._pixels, lambda: 255 - self._upright(self.grey))
+        yield self._try("turned inverted", lambda: 255 - self._upright(self.grey))
 
     def third(self) -> Iterator[Attempt]:
         """Neighbours of the guesses; what takes long."""
@@ -176,15 +190,16 @@ class Region:
         return self._restored("smear", lambda: self.blurred.wiener(self.blurred.line(length, smear.degrees), ratio))
 
     def _restored(self, name: str, restore: Callable[[], Grey]) -> Attempt:
-        return Attempt(name, self._pixels, lambda: self._upright(restore()), guess=True)
+        return self._try(name, lambda: self._upright(restore()), guess=True)
 
 
 class BarsSeen:
     """Bars found in a region: their profile, how blurred they look, and guesses from it."""
 
-    def __init__(self, part: Grey, coherence: float) -> None:
+    def __init__(self, part: Grey, coherence: float, place: Affine) -> None:
         self.coherence = coherence
         self._profile = Bars(part)
+        self._place = self._profile.place.then(place)
         self._pixels = self._profile.rows * 3 * part.shape[1] * 4
         seen = blur_sigma(part)
         order = sorted(_SIGMAS, key=lambda sigma: abs(sigma - seen))
@@ -201,13 +216,19 @@ class BarsSeen:
                     return 255 - picture if inverted else picture
 
                 name = "smear across" if length else "gauss across"
-                yield Attempt(name, self._pixels, make, "linear", upright=True, guess=True)
+                yield Attempt(name, self._pixels, make, "linear", upright=True, guess=True, place=self._place)
 
 
-def bars_seen(grey: Grey) -> BarsSeen | None:
+def bars_seen(grey: Grey, place: Affine) -> BarsSeen | None:
+    """``place``: from ``grey`` to the frame."""
     direction, coherence = bars(grey)
-    part = _barred(turned(grey, direction, 1.0, int(np.median(grey[::4, ::4]))))
-    return None if min(part.shape) < 3 or part.shape[1] < 40 else BarsSeen(part, coherence)
+    upright = turned(grey, direction, 1.0, int(np.median(grey[::4, ::4])))
+    box = _barred(upright)
+    part = box.of(upright)
+    if min(part.shape) < 3 or part.shape[1] < 40:
+        return None
+    _, back = upright_map(grey.shape, direction, 1.0)
+    return BarsSeen(part, coherence, Affine(c=box.left, f=box.top).then(back).then(place))
 
 
 def cached(make: Callable[[], Grey]) -> Callable[[], Grey]:
@@ -221,14 +242,14 @@ def cached(make: Callable[[], Grey]) -> Callable[[], Grey]:
     return once
 
 
-def _barred(upright: Grey) -> Grey:
+def _barred(upright: Grey) -> Box:
     """The part with the bars: the rows, then the columns, where slopes across are dense; with a quiet zone."""
     slope = np.abs(np.diff(upright.astype(np.float32), axis=1))
     rows = _smooth(slope.mean(axis=1), 5)
     top, bottom = _run(rows, 0.5)
     columns = np.flatnonzero((smooth := _smooth(slope[top:bottom].mean(axis=0), 9)) > 0.15 * smooth.max())
     margin = 14
-    return upright[top:bottom, max(0, int(columns[0]) - margin) : int(columns[-1]) + 1 + margin]
+    return Box(max(0, int(columns[0]) - margin), top, min(upright.shape[1], int(columns[-1]) + 1 + margin), bottom)
 
 
 def _smooth(a: NDArray[np.float32], n: int) -> NDArray[np.float32]:

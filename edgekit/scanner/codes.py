@@ -15,6 +15,7 @@ from edgekit.preprocess import Frame, canonical_frame
 
 from .cascade import Attempt, attempts
 from .gs1 import parse_gs1
+from .restore import Affine
 
 __all__ = ["Code", "CodeReader"]
 
@@ -31,16 +32,34 @@ WEAK = frozenset({"EAN-8", "UPC-E", "Codabar", "Micro QR Code", "rMQR Code"})
 STRONG = frozenset({"QR Code", "Data Matrix", "Aztec", "PDF417", "MaxiCode"})
 
 
+Corners = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
 class Code(NamedTuple):
-    """One code. ``text`` is the plain content (GS1 fields end with 0x1D); ``gs1`` as `parse_gs1`, None where not GS1."""
+    """One code. ``text`` is the plain content (GS1 fields end with 0x1D); ``gs1`` as `parse_gs1`, None where not GS1.
+
+    ``position``: its corners (x, y) in pixels of the frame, clockwise on the frame, first the code's own top left: of a code
+    that stands on its head that is below and on the right. None where it is not known.
+    """
 
     text: str
     format: str
     gs1: dict[str, Any] | None
+    position: Corners | None = None
+
+    def moved(self, x: int, y: int) -> Code:
+        """The code as seen from a frame on which the picture it was read on begins at (x, y)."""
+        if self.position is None:
+            return self
+        a, b, c, d = ((left + x, top + y) for left, top in self.position)
+        return self._replace(position=(a, b, c, d))
 
     def figures(self) -> dict[str, Any]:
         data: dict[str, Any] = {"text": self.text, "format": self.format}
         return data if self.gs1 is None else {**data, "gs1": self.gs1}
+
+
+_HERE = Affine()
 
 
 class CodeReader:
@@ -67,6 +86,7 @@ class CodeReader:
         self.stage = ""
         self._zxing = zxingcpp
         self._all = zxingcpp.BarcodeFormats([])  # any
+        self._linear = frozenset(zxingcpp.barcode_formats_list(zxingcpp.barcode_formats_from_str("AllLinear")))
         wanted = None
         if formats is not None:
             self._all = wanted = _formats(zxingcpp, formats)
@@ -109,6 +129,7 @@ class CodeReader:
         for code in self._read(
             attempt.make(),
             formats,
+            attempt.place,
             try_rotate=not attempt.upright,
             try_downscale=False,
             try_invert=attempt.kind != "linear",
@@ -120,14 +141,25 @@ class CodeReader:
                 believed.append(code)
         return believed
 
-    def _read(self, grey: NDArray[np.uint8], formats: Any, **options: bool) -> list[Code]:
+    def _read(self, grey: NDArray[np.uint8], formats: Any, place: Affine = _HERE, **options: bool) -> list[Code]:
         zxing = self._zxing
         found = zxing.read_barcodes(grey, formats=formats, text_mode=zxing.TextMode.Plain, **options)
-        return [self._code(code) for code in found if code.valid]
+        return [self._code(code, place) for code in found if code.valid]
 
-    def _code(self, code: Any) -> Code:
+    def _code(self, code: Any, place: Affine) -> Code:
         is_gs1 = code.content_type == self._zxing.ContentType.GS1
-        return Code(code.text, str(code.format), parse_gs1(code.text) if is_gs1 else None)
+        corners = _corners(code.position, place, code.format in self._linear)
+        return Code(code.text, str(code.format), parse_gs1(code.text) if is_gs1 else None, corners)
+
+
+def _corners(seen: Any, place: Affine, linear: bool) -> Corners:
+    """A position as zxing-cpp gives it on a made picture -> corners on the frame, clockwise."""
+    a, b, c, d = (place(each.x, each.y) for each in (seen.top_left, seen.top_right, seen.bottom_right, seen.bottom_left))
+    if (c[0] - a[0]) * (d[1] - b[1]) < (c[1] - a[1]) * (d[0] - b[0]):
+        # Bars that were read from right to left have top and bottom exchanged; a matrix code was seen in a mirror.
+        a, b, c, d = (d, c, b, a) if linear else (a, d, c, b)
+    (ax, ay), (bx, by), (cx, cy), (dx, dy) = ((round(x), round(y)) for x, y in (a, b, c, d))
+    return (ax, ay), (bx, by), (cx, cy), (dx, dy)
 
 
 def _formats(zxing: Any, names: Sequence[str]) -> Any:

@@ -13,15 +13,18 @@ from msgspec import UNSET, Meta, UnsetType
 
 __all__ = ["EventFields", "event_schema"]
 
+_POSITION = "corners [x, y] in pixels of the frame, clockwise, first the code's own top left"
+_Point = Annotated[list[int], Meta(min_length=2, max_length=2)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class CodeFields(msgspec.Struct):
-    """One code: its text, its symbology, and the GS1 data in it where it carries some."""
+    """One code: its text, its symbology, the GS1 data in it where it carries some, and where it is on the frame."""
 
     text: str
     format: str
     gs1: dict[str, Any] | UnsetType | None = UNSET
+    position: Annotated[list[_Point], Meta(min_length=4, max_length=4, description=_POSITION)] | UnsetType = UNSET
 
 
 class EventFields(msgspec.Struct, rename={"kind": "event"}):

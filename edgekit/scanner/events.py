@@ -8,7 +8,7 @@
 | ``time`` | when the frame was captured: RFC 3339, UTC, milliseconds |
 | ``label``, ``score`` | the model's answer and its probability in 0..1; absent without a model |
 | ``text`` | what a text reader read; absent for classifiers |
-| ``codes`` | ``[{"text", "format", "gs1"}]``; an empty list says that none was found, absence that none was sought |
+| ``codes`` | ``[{"text", "format", "gs1", "position"}]``, where the position is four corners [x, y] on the frame; an empty list says that none was found, absence that none was sought |
 | ``latency_ms`` | from the decoded frame to the finished event |
 | ``event``, ``reason`` | only on a frame without an answer: ``damaged`` (not decodable), ``unfit`` (the model does not take such a frame), ``failed`` (the model broke down), and why |
 """  # noqa: E501  a table row is one line

@@ -42,7 +42,7 @@ class Shot(NamedTuple):
 
 
 class Preview:
-    """``region``: where codes were sought; their positions count from its corner. Raises `MissingExtra` without Pillow."""
+    """``region``: where codes were sought. Raises `MissingExtra` without Pillow."""
 
     def __init__(self, region: Region | None = None) -> None:
         try:
@@ -112,14 +112,13 @@ def _drawn(shot: Shot, region: Region | None) -> bytes:
     line = max(2, round(min(image.size) / 200))
     size = max(12, round(image.height / 28))
     font = ImageFont.load_default(size)
-    left = top = 0
     if region is not None:
-        left, top = int(region.left * width), int(region.top * height)
+        left, top = region.corner(shot.frame)
         corner = (region.right * width * scale - 1, region.bottom * height * scale - 1)
         draw.rectangle((left * scale, top * scale, *corner), outline=_REGION)
     fields = shot.answer.fields if shot.answer else {}
     for code in shot.answer.codes if shot.answer else ():
-        corners = [((x + left) * scale, (y + top) * scale) for x, y in getattr(code, "position", None) or ()]
+        corners = [(x * scale, y * scale) for x, y in getattr(code, "position", None) or ()]
         if corners:
             draw.line([*corners, corners[0]], fill=_CODE, width=line, joint="curve")
             _tag(draw, font, f"{code.text}  {code.format}", min(corners, key=lambda at: (at[1], at[0])), image.size)

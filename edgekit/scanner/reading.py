@@ -12,7 +12,7 @@ from edgekit.manifest import ImagePreprocessing, TextPreprocessing
 from edgekit.preprocess import Frame
 from edgekit.runtime import Prediction
 
-from .codes import CodeReader
+from .codes import Code, CodeReader
 
 __all__ = ["Answer", "Reading", "Region"]
 
@@ -39,9 +39,14 @@ class Region(NamedTuple):
     def of(self, frame: Frame) -> Frame:
         """The part of (H, W[, 3]), at least one pixel; a view."""
         height, width = frame.shape[:2]
-        left, top = min(int(self.left * width), width - 1), min(int(self.top * height), height - 1)
+        left, top = self.corner(frame)
         part: Frame = frame[top : max(top + 1, round(self.bottom * height)), left : max(left + 1, round(self.right * width))]
         return part
+
+    def corner(self, frame: Frame) -> tuple[int, int]:
+        """x, y of the part's first pixel on the frame."""
+        height, width = frame.shape[:2]
+        return min(int(self.left * width), width - 1), min(int(self.top * height), height - 1)
 
 
 class Answer(NamedTuple):
@@ -91,7 +96,7 @@ class Reading:
             part = frame if self.region is None else self.region.of(frame)
             if self.model is not None:
                 fields.update(_predicted(self.model(part)))
-            codes = self._beside(part, fields)
+            codes = self._beside(frame, part, fields)
         except InputError as error:
             reason, why = "unfit", error.message
         except BackendError as error:
@@ -109,22 +114,31 @@ class Reading:
         parts = [frame if self.region is None else self.region.of(frame) for frame in frames]
         try:
             fields = [_predicted(each) for each in self.model.predict_batch(parts)]
-            codes = [self._beside(part, own) for own, part in zip(fields, parts, strict=True)]
+            codes = [self._beside(*each) for each in zip(frames, parts, fields, strict=True)]
         except EdgekitError:
             return [self.answer(frame) for frame in frames]
         took = (perf_counter_ns() - start) / 1e6
         return [Answer(own, took, codes=each) for own, each in zip(fields, codes, strict=True)]
 
-    def _beside(self, frame: Frame, fields: dict[str, Any]) -> Sequence[Any]:
-        """Text and codes into ``fields``; the codes as the reader gave them."""
+    def _beside(self, frame: Frame, part: Frame, fields: dict[str, Any]) -> Sequence[Any]:
+        """Text and codes into ``fields``; the codes as the reader gave them, but where they are on the whole frame."""
         if self.text is not None:
-            line = self.text(frame)
+            line = self.text(part)
             fields["text"], fields["text_score"] = line.text, round(line.score, 6)
         if self.codes is None:
             return ()
-        codes = self.codes(frame)
-        fields["codes"] = [code.figures() for code in codes]
+        codes = self.codes(part)
+        if self.region is not None:
+            corner = self.region.corner(frame)
+            codes = [code.moved(*corner) if isinstance(code, Code) else code for code in codes]
+        fields["codes"] = [_code_fields(code) for code in codes]
         return codes
+
+
+def _code_fields(code: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = code.figures()
+    position = getattr(code, "position", None)
+    return fields if position is None else {**fields, "position": [list(corner) for corner in position]}
 
 
 def _predicted(prediction: Prediction) -> dict[str, Any]:

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bars", "Blurred", "enlarged", "sharpened", "turned"]
+__all__ = ["Affine", "Bars", "Blurred", "enlarged", "enlarged_size", "scaling", "sharpened", "turned", "upright_map"]
 
 Grey = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 MAX_PIXELS = 4_000_000  # of an enhanced picture
+
+
+class Affine(NamedTuple):
+    """Where a made picture's point lies on the picture it was made of: x' = a x + b y + c, y' = d x + e y + f."""
+
+    a: float = 1.0
+    b: float = 0.0
+    c: float = 0.0
+    d: float = 0.0
+    e: float = 1.0
+    f: float = 0.0
+
+    def __call__(self, x: float, y: float) -> tuple[float, float]:
+        return self.a * x + self.b * y + self.c, self.d * x + self.e * y + self.f
+
+    def then(self, other: Affine) -> Affine:
+        """This map, then ``other``."""
+        (c, f), (a, d), (b, e) = other(self.c, self.f), other(self.a, self.d), other(self.b, self.e)
+        return Affine(a - other.c, b - other.c, c, d - other.f, e - other.f, f)
 
 
 def _smooth_size(n: int) -> int:
@@ -86,20 +105,26 @@ class Blurred:
 class Bars:
     """Bars turned upright, averaged along their length in bands: noise shrinks, and one guess costs a tenth of a picture's."""
 
-    BANDS, PAD, UP = 10, 32, 4
+    BANDS, PAD, UP, LINES = 10, 32, 4, 3
 
     def __init__(self, grey: Grey) -> None:
         """uint8 (H, W), bars along H."""
         height, width = grey.shape
         count = max(1, min(self.BANDS, height // 3))
         rows = height // count
-        a = grey[(height - rows * count) // 2 :][: rows * count].astype(np.float32)
+        self._rows, self._top = rows, (height - rows * count) // 2
+        a = grey[self._top :][: rows * count].astype(np.float32)
         bands = a.reshape(count, rows, width).mean(axis=1)  # (bands, W)
         self.rows, self.width, self.pad = count, width, min(self.PAD, width - 1)
         self._size = _smooth_size(width + 2 * self.pad)
         extra = ((0, 0), (self.pad, self._size - width - self.pad))
         self._spectrum = np.fft.rfft(np.pad(bands, extra, mode="symmetric"))
         self._f = np.fft.rfftfreq(self._size).astype(np.float32)
+
+    @property
+    def place(self) -> Affine:
+        """From a restored picture to the one that the bars are of."""
+        return Affine(a=1 / self.UP, e=self._rows / self.LINES, f=self._top)
 
     def restored(self, sigma: float, length: float, noise_to_signal: float) -> Grey:
         """Wiener deconvolution of a Gaussian and a smear across the bars -> uint8 (3 a band, 4 W)."""
@@ -110,7 +135,7 @@ class Bars:
         fine = fine[:, self.pad * self.UP : (self.pad + self.width) * self.UP]
         low, high = np.percentile(fine[:, ::3], [2, 98], axis=1, keepdims=True)
         scaled = (fine - low) * (220 / np.maximum(high - low, 4)) + 18
-        return np.repeat(np.clip(scaled, 0, 255).astype(np.uint8), 3, axis=0)
+        return np.repeat(np.clip(scaled, 0, 255).astype(np.uint8), self.LINES, axis=0)
 
 
 def image(grey: Grey) -> Any:
@@ -119,11 +144,9 @@ def image(grey: Grey) -> Any:
     return Image.fromarray(np.ascontiguousarray(grey))
 
 
-def turned(grey: Grey, angle: float, largest: float = 2.0, fill: int = 255) -> Grey:
-    """Turned upright and enlarged in one warp; the corners that come in are white, as around most codes."""
-    from PIL import Image
-
-    height, width = grey.shape
+def upright_map(shape: tuple[int, ...], angle: float, largest: float = 2.0) -> tuple[tuple[int, int], Affine]:
+    """Width and height of what `turned` makes of a picture of ``shape``, (H, W), and where its points come from."""
+    height, width = shape
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     box = (abs(width * cosine) + abs(height * sine), abs(width * sine) + abs(height * cosine))
     scale = min(largest, math.sqrt(MAX_PIXELS / (box[0] * box[1])))
@@ -132,18 +155,33 @@ def turned(grey: Grey, angle: float, largest: float = 2.0, fill: int = 255) -> G
     d, e = sine / scale, cosine / scale
     c = width / 2 - a * out_width / 2 - b * out_height / 2
     f = height / 2 - d * out_width / 2 - e * out_height / 2
-    warped = image(grey).transform(
-        (out_width, out_height), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC, fillcolor=fill
-    )
+    return (out_width, out_height), Affine(a, b, c, d, e, f)
+
+
+def turned(grey: Grey, angle: float, largest: float = 2.0, fill: int = 255) -> Grey:
+    """Turned upright and enlarged in one warp; the corners that come in are white, as around most codes."""
+    from PIL import Image
+
+    size, place = upright_map(grey.shape, angle, largest)
+    warped = image(grey).transform(size, Image.Transform.AFFINE, place, Image.Resampling.BICUBIC, fillcolor=fill)
     return np.asarray(warped)
+
+
+def enlarged_size(shape: tuple[int, ...], largest: float = 2.0) -> tuple[int, int]:
+    """Width and height of what `enlarged` makes of a picture of ``shape``, (H, W)."""
+    scale = min(largest, math.sqrt(MAX_PIXELS / (shape[0] * shape[1])))
+    return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
 
 
 def enlarged(grey: Grey, largest: float = 2.0) -> Grey:
     from PIL import Image
 
-    scale = min(largest, math.sqrt(MAX_PIXELS / grey.size))
-    size = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
-    return np.asarray(image(grey).resize(size, Image.Resampling.BICUBIC))
+    return np.asarray(image(grey).resize(enlarged_size(grey.shape, largest), Image.Resampling.BICUBIC))
+
+
+def scaling(shape: tuple[int, ...], size: tuple[int, int]) -> Affine:
+    """From a picture of ``size``, (width, height), to the one of ``shape``, (H, W), that it was resized from."""
+    return Affine(a=shape[1] / size[0], e=shape[0] / size[1])
 
 
 def sharpened(grey: Grey) -> Grey:

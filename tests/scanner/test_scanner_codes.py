@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import zxingcpp
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageFilter
 
 from edgekit.errors import InputError, UsageError
-from edgekit.scanner import CodeReader
+from edgekit.scanner import Code, CodeReader
+from edgekit.scanner.event_schema import EventFields
 from edgekit.scanner.gs1 import parse_gs1
+from edgekit.scanner.reading import Reading, Region
 
 ELEMENTS = "(01)09501101530003(17)301231(10)AB-123"
 
@@ -122,3 +128,75 @@ def test_no_budget_reads_the_plain_picture_only(kit: Any) -> None:
     assert reader(np.zeros((50, 60), np.uint8)) == []
     assert calls == [(50, 60)]
     assert [code.text for code in reader(kit.code_picture("ABC", "QRCode"))] == ["ABC"]
+
+
+def placed(kind: str, degrees: float, scale: float, inverted: bool = False) -> tuple[Any, list[tuple[float, float]]]:
+    """A code turned about (480, 330) of a (700, 900) frame, and its true corners, clockwise from its own top left."""
+    code = zxingcpp.create_barcode("ABC1234567", getattr(zxingcpp.BarcodeFormat, kind))
+    modules = np.asarray(code.to_image(scale=1, add_quiet_zones=False))
+    printed = np.kron(np.pad(modules, 8, constant_values=255), np.ones((8, 8), np.uint8))
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y, (height, width), by = 480, 330, printed.shape, 8 / scale
+    back = (c * by, s * by, width / 2 - by * (c * x + s * y), -s * by, c * by, height / 2 + by * (s * x - c * y))
+    warp = {"size": (900, 700), "method": Image.Transform.AFFINE, "data": back, "resample": Image.Resampling.BICUBIC}
+    frame = Image.new("L", (900, 700), 130)
+    frame.paste(Image.fromarray(printed).transform(**warp), mask=Image.new("L", (width, height), 255).transform(**warp))
+    half_h, half_w = np.array(modules.shape) * scale / 2
+    corners = [(-half_w, -half_h), (half_w, -half_h), (half_w, half_h), (-half_w, half_h)]
+    picture = np.asarray(frame)
+    return 255 - picture if inverted else picture, [(x + u * c - v * s, y + u * s + v * c) for u, v in corners]
+
+
+def away(code: Code, corners: list[tuple[float, float]]) -> float:
+    assert code.position is not None
+    return float(np.abs(np.array(code.position) - np.array(corners)).max())
+
+
+@pytest.mark.parametrize("kind", ["QRCode", "DataMatrix", "Code128"])
+@pytest.mark.parametrize(("degrees", "scale"), [(0, 3.0), (31, 3.0), (180, 2.0), (-90, 2.0)])
+def test_a_code_says_where_it_is(kind: str, degrees: float, scale: float) -> None:
+    frame, corners = placed(kind, degrees, scale)
+    (code,) = CodeReader(1e9)(frame)
+    assert away(code, corners) < 5
+
+
+def test_a_position_leads_back_from_what_was_made_of_the_frame() -> None:
+    """Cut out, turned, enlarged, deblurred: the corners are those on the frame."""
+    stages = set()
+    for kind, degrees, scale, sigma in [
+        ("Code128", 31, 3, 0),
+        ("Code128", 31, 3, 1.8),
+        ("QRCode", 31, 3, 1.8),
+    ]:
+        frame, corners = placed(kind, degrees, scale)
+        reader = CodeReader(1e9)
+        (code,) = reader(np.asarray(Image.fromarray(frame).filter(ImageFilter.GaussianBlur(sigma))))
+        stages.add(reader.stage)
+        assert away(code, corners) < 10, (kind, reader.stage)
+    assert len(stages) >= 2
+    assert not stages & {"plain", ""}
+
+
+@pytest.mark.parametrize("kind", ["Aztec", "QRCode"])
+def test_corners_run_clockwise_in_a_mirror(kind: str) -> None:
+    frame, corners = placed(kind, 0, 3.0)
+    frame = np.ascontiguousarray(frame[:, ::-1])
+    (code,) = CodeReader()(frame)
+    ring = np.array(code.position)
+    (ax, ay), (bx, by) = ring[1] - ring[0], ring[2] - ring[1]
+    assert ax * by > ay * bx  # y points down
+    for x, y in corners:
+        assert np.abs(ring - (899 - x, y)).max(axis=1).min() < 4
+
+
+def test_a_position_counts_from_the_frame_where_a_region_is_read() -> None:
+    frame, corners = placed("QRCode", 0, 3.0)
+    answer = Reading(codes=CodeReader(), region=Region(0.31, 0.27, 0.9, 0.8)).answer(frame)
+    assert away(answer.codes[0], corners) < 4
+    (found,) = answer.fields["codes"]
+    assert found == {"text": "ABC1234567", "format": "QR Code", "position": [list(at) for at in answer.codes[0].position]}
+    both = Reading(codes=CodeReader(), region=Region(0.31, 0.27, 0.9, 0.8)).answers([frame, frame])
+    assert [each.fields["codes"] for each in both] == [[found], [found]]
+    assert answer.codes[0].figures() == {"text": "ABC1234567", "format": "QR Code"}
+    event = {"schema": 1, "id": "a", "time": "2026-01-31T12:00:00.000Z", "codes": [found]}
+    assert msgspec.convert(event, EventFields).codes[0].position == found["position"]  # type: ignore[union-attr,index]

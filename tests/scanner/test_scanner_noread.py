@@ -91,8 +91,21 @@ def test_the_cause_is_found_on_most_pictures(why: str) -> None:
             found[cause(picture).cause] += 1
     print(why, dict(found))  # noqa: T201  the confusion, with -s
     assert sum(found.values()) >= 6  # the rest can still be read
-    # Half of the small and of the blurred, nearly all of the others: a blur spreads a code to the edge, or wipes it out.
-    assert found[why] >= (0.5 if why in ("too small", "blur") else 0.8) * sum(found.values())
+    # What is too small may leave too little to say so; a cause that is not the right one is worse.
+    assert found[why] >= (0.6 if why == "too small" else 0.9) * sum(found.values())
+    assert found[why] + found["unclear"] >= 0.9 * sum(found.values())
+
+
+def test_a_whole_sharp_code_with_scratches_is_given_no_cause() -> None:
+    for seed, kind in enumerate(("ITF", "EAN13", "QRCode", "DataMatrix")):
+        random = np.random.default_rng(seed)
+        picture, y, x = labelled(modules(kind, random), KINDS[kind], random)
+        for shift in (-24, -8, 8, 24):
+            picture[int(y) + shift - 3 : int(y) + shift + 3, int(x) - 70 : int(x) + 70] = 120
+            picture[int(y) - 60 : int(y) + 60, int(x) + shift - 3 : int(x) + shift + 3] = 120
+        sharp = np.clip(np.rint(blurred(picture, 0.5) + random.normal(0, 1.5, picture.shape)), 0, 255).astype(np.uint8)
+        assert not zxingcpp.read_barcodes(sharp)
+        assert cause(sharp).cause == "unclear", kind
 
 
 def test_a_bad_check_digit_of_what_was_read_is_named() -> None:

@@ -1,7 +1,8 @@
 """Why nothing was read on a frame: what is measured on the picture, and what zxing-cpp says of codes that it gave up.
 
 The busiest part of the picture is taken for the code: cells whose grey levels vary more than noise does. The causes are
-asked in the order of `CAUSES`, the first that holds is the answer: a dark frame has no sharp edges either.
+asked in turn, the first that holds is the answer: a dark frame has no sharp edges either. Where none holds, the answer is
+``unclear``: a wrong cause sends somebody to turn the wrong screw.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ _CELL = 16  # pixels a side
 _MOST_CELLS = 128  # a side of the picture: cells are larger on larger frames
 _CROP = 512  # pixels a side that edges and modules are measured on
 _SATURATED = 250
+_MOST_PARTS = 4  # that are looked at
 _OUTLINE = 0.35  # of its box is busy: the outline of an empty label
+_DENSE = 0.9  # of its box is busy: no outline
+_FEW = 5.0  # edges; bars and cells have more unless they are blurred, cut off or tiny
+_WIDE = 5.0  # pixels: bars so wide would be read
+_SPECK = 48  # pixels a side: a code of this size has hardly two pixels a module
+_WIDEST_BLUR = 8.0  # pixels
 _ALL_OVER = 0.9  # of an edge is busy: the grain of cardboard
 _BLUR_MODULES = 0.1  # of a module as it is measured: a blur that joins bars makes modules look wide
 _RUN = 1.8  # modules a bar or space is wide in the mean: 1.6 in EAN, 1.8 in Code 128, 2 in QR codes
@@ -50,7 +57,7 @@ class NoReadOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dark_level: float = 40.0
     contrast_level: float = 24.0
-    glare_share: float = 0.04
+    glare_share: float = 0.025
     cut_share: float = 0.15
     least_edges: float = 4.0
     module_px: float = 2.6
@@ -84,64 +91,86 @@ def cause(frame: Frame, event: Mapping[str, Any] | None = None, options: NoReadO
     brightest = float(np.percentile(grey[::2, ::2], 99.5))
     if brightest < options.dark_level:
         return _because("too dark", "brightest_level", brightest, options.dark_level, 1)
-    found = _Busiest(grey)
-    if not found.cells or found.fill < _OUTLINE:
+    found = _busiest(grey)
+    if found is None:
         return Cause("nothing there", {})
     if found.contrast < options.contrast_level:
         return _because("low contrast", "contrast_level", found.contrast, options.contrast_level, 1)
-    if (glare := found.saturated_share()) > options.glare_share:
+    if (glare := found.saturated_share) > options.glare_share:
         return _because("glare", "saturated_share", glare, options.glare_share, 3)
-    edge = found.edge_share()
-    if edge > _ALL_OVER or found.edges < options.least_edges:
-        return _because("nothing there", "edges", found.edges, options.least_edges, 1)
+    return _of_edges(found, options)
+
+
+def _of_edges(found: _Part, options: NoReadOptions) -> Cause:
+    """A blur first: it spreads a code to the picture's edge and leaves of its bars a few wide ones. No camera's is as wide as
+    the waves of an empty wall."""
     sigma = blur_sigma(found.crop)
-    if edge > options.cut_share and sigma <= 2 * options.blur_px:  # a strong blur spreads a whole code over the edge
-        return _because("cut off", "edge_share", edge, options.cut_share, 3)
-    if found.module_px < options.module_px:
-        return _because("too small", "module_px", found.module_px, options.module_px, 2)
-    if sigma > options.blur_px and sigma > _BLUR_MODULES * found.module_px:
+    if options.blur_px < sigma < _WIDEST_BLUR and (found.edges < _FEW or sigma > _BLUR_MODULES * found.module_px):
         return _because("blur", "blur_px", sigma, options.blur_px, 2)
+    small = max(found.crop.shape) <= _SPECK and found.fill >= _DENSE
+    if found.edges < options.least_edges or (found.edges < _FEW and (found.fill < _OUTLINE or found.module_px > _WIDE)):
+        what = "unclear" if small else "nothing there"  # a tiny code may have lost its inside
+        return _because(what, "edges", found.edges, options.least_edges, 1)
+    if found.edge_share > _ALL_OVER:
+        return _because("nothing there", "edge_share", found.edge_share, _ALL_OVER, 3)
+    if found.edge_share > options.cut_share:
+        return _because("cut off", "edge_share", found.edge_share, options.cut_share, 3)
+    if found.module_px < options.module_px or (small and found.module_px < 2 * options.module_px):
+        return _because("too small", "module_px", found.module_px, options.module_px, 2)
     return Cause("unclear", {})
 
 
-class _Busiest:
-    """The connected cells with the most in them; their ``crop`` of at most `_CROP` pixels a side."""
+class _Part(NamedTuple):
+    """Connected cells with much in them; their ``crop`` of at most `_CROP` pixels a side.
 
-    def __init__(self, grey: Grey) -> None:
-        self._noise = noise_sigma(grey[:1024, :1024]) if min(grey.shape) > 2 else 0.0
-        size = max(_CELL, -(-max(grey.shape) // _MOST_CELLS))
-        rows, columns = grey.shape[0] // size, grey.shape[1] // size
-        self.cells = 0
-        if not rows or not columns:
-            return
-        grid = grey[: rows * size, : columns * size].reshape(rows, size, columns, size)
-        values = grid.astype(np.float32)
-        energy = values.var(axis=(1, 3)) - np.float32(self._noise**2)  # (rows, columns)
-        busy = energy > max(1.5, 0.5 * self._noise**2, 0.15 * float(energy.max()))
-        self._white = (grid >= _SATURATED).mean(axis=(1, 3)) > 0.95
-        self._busy, self._own = busy, _connected(busy, np.where(busy, energy, 0))
-        self.cells = int(self._own.sum())
-        if self.cells < 2:
-            self.cells = 0
-            return
-        top, bottom, left, right = _box(self._own)
-        self.fill = self.cells / ((bottom - top) * (right - left))
-        whole = grey[top * size : bottom * size, left * size : right * size]
-        y, x = max(0, (whole.shape[0] - _CROP) // 2), max(0, (whole.shape[1] - _CROP) // 2)
-        self.crop = whole[y : y + _CROP, x : x + _CROP]
-        low, high = np.percentile(self.crop, [5, 95])
-        self.contrast = max(0.0, float(high - low) - 3 * self._noise)
-        self.edges, self.module_px = _edges(self.crop, float(low), float(high))
+    ``fill``: of their box is theirs. ``edge_share``: of an edge of the picture. ``saturated_share``: of the cells around all
+    that is busy, white all over; the paper between bars is not: bars are in its cells.
+    """
 
-    def saturated_share(self) -> float:
-        """Of the cells around all that is busy: white all over. The paper between the bars is not: bars are in its cells."""
-        top, bottom, left, right = _box(self._busy)
-        return float(self._white[top:bottom, left:right].mean())
+    crop: Grey
+    fill: float
+    contrast: float
+    edges: float
+    module_px: float
+    edge_share: float
+    saturated_share: float
 
-    def edge_share(self) -> float:
-        """Of the edge of the picture on which most of the busy cells lie."""
-        own = self._own
-        return float(max(own[0].mean(), own[-1].mean(), own[:, 0].mean(), own[:, -1].mean()))
+
+def _busiest(grey: Grey) -> _Part | None:
+    """The part with the most in it that bars or cells can be in, else that with the most; None where all is plain."""
+    noise = noise_sigma(grey[:1024, :1024]) if min(grey.shape) > 2 else 0.0
+    size = max(_CELL, -(-max(grey.shape) // _MOST_CELLS))
+    rows, columns = grey.shape[0] // size, grey.shape[1] // size
+    if not rows or not columns:
+        return None
+    grid = grey[: rows * size, : columns * size].reshape(rows, size, columns, size)
+    energy = grid.astype(np.float32).var(axis=(1, 3)) - np.float32(noise**2)  # (rows, columns)
+    busy = energy > max(1.5, 0.5 * noise**2, 0.15 * float(energy.max()))
+    if not busy.any():
+        return None
+    top, bottom, left, right = _box(busy)
+    white = float(((grid >= _SATURATED).mean(axis=(1, 3)) > 0.95)[top:bottom, left:right].mean())
+    first: _Part | None = None
+    for _ in range(_MOST_PARTS):
+        own = _connected(busy, np.where(busy, energy, 0))
+        if own.sum() < 2:
+            break
+        part = _part(grey, own, size, noise, white)
+        if part.edges >= _FEW:
+            return part
+        first, busy = first or part, busy & ~own
+    return first
+
+
+def _part(grey: Grey, own: NDArray[np.bool_], size: int, noise: float, white: float) -> _Part:
+    top, bottom, left, right = _box(own)
+    whole = grey[top * size : bottom * size, left * size : right * size]
+    y, x = max(0, (whole.shape[0] - _CROP) // 2), max(0, (whole.shape[1] - _CROP) // 2)
+    crop = whole[y : y + _CROP, x : x + _CROP]
+    low, high = (float(level) for level in np.percentile(crop, [5, 95]))
+    fill = float(own.sum()) / ((bottom - top) * (right - left))
+    at_edge = float(max(own[0].mean(), own[-1].mean(), own[:, 0].mean(), own[:, -1].mean()))
+    return _Part(crop, fill, max(0.0, high - low - 3 * noise), *_edges(crop, low, high), at_edge, white)
 
 
 def _connected(mask: NDArray[np.bool_], energy: NDArray[np.float32]) -> NDArray[np.bool_]:
