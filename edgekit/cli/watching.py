@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import Answer, answers, out_option
 
+if TYPE_CHECKING:
+    from edgekit.scanner.replay import Difference
+
 __all__ = ["harvest", "replay"]
+
+SHOWN = 10
+SHOWN_FIELDS = 4
 
 
 @click.command("replay")
@@ -20,7 +27,8 @@ __all__ = ["harvest", "replay"]
 def replay(file: Path, bundle: Path | None, backend: str | None) -> Answer:
     """Run a recorded incident again and hold every event against the one that was sent.
 
-    Exit code 3 where one differs; the first such is shown.
+    With the bundle that ran then the events come out byte for byte; with another one the differences are what it would have
+    said. Exit code 3 where an event differs; the first ten such are shown.
 
     \b
     Examples:
@@ -31,15 +39,27 @@ def replay(file: Path, bundle: Path | None, backend: str | None) -> Answer:
 
     found = run(file, bundle=bundle, backend=backend)
     text = f"{found.frames} frames, {found.events} events"
-    if found.given:
-        text += f" ({found.given} taken as recorded)"
-    if found.difference is None:
-        return Answer(found.figures(), f"{text}: all as recorded")
-    lines = [f"{text}: event {found.difference['number']} differs"]
-    lines += [f"  {which}: {json.dumps(found.difference[which])}" for which in ("recorded", "replayed")]
-    if found.fresh or found.absent:
+    given = [f"{found.given} events"] * bool(found.given) + [f"the codes of {found.given_codes} frames"] * bool(
+        found.given_codes
+    )
+    if given:
+        text += f" ({' and '.join(given)} taken as recorded)"
+    lines = [f"{text}: " + (f"{found.differing} differ" if found.differing else "all as recorded"), *found.changed]
+    lines += [_shown(each) for each in found.differences[:SHOWN]]
+    if found.differing > SHOWN:
+        lines.append(f"  and {found.differing - SHOWN} more (--json lists 50)")
+    if found.differing and (found.fresh or found.absent):
         lines.append(f"steps without the state they had: {', '.join([*found.fresh, *found.absent])}")
-    return Answer(found.figures(), "\n".join(lines), exit_code=3)
+    return Answer(found.figures(), "\n".join(lines), exit_code=3 if found.differing else 0)
+
+
+def _shown(difference: Difference) -> str:
+    event = difference.recorded or difference.replayed
+    name = f"{event.get('source', '')} {event.get('seq', '')}".strip() if isinstance(event, dict) else ""
+    changes = difference.changed()
+    more = f"; {', '.join([*changes][SHOWN_FIELDS:])} too" if len(changes) > SHOWN_FIELDS else ""
+    fields = (f"{field} {json.dumps(a)} -> {json.dumps(b)}" for field, (a, b) in [*changes.items()][:SHOWN_FIELDS])
+    return f"  event {difference.number}, {name}: {', '.join(fields)}{more}"
 
 
 @click.command("harvest")
