@@ -32,8 +32,8 @@ _BACKLOG = 64  # frames that wait to be packed; beyond, they stay as they are
 
 class IncidentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``folder``: where files go. ``seconds`` before an event that is one of ``on`` (its ``event``; of a cross-check
-    ``conflict`` and ``doubtful``); frames beyond ``most_megabytes``, in memory or in a file, are left out, the oldest first. No second file within ``cooldown_s``; of more
-    than ``most_files`` the oldest is removed."""
+    ``conflict`` and ``doubtful``); frames beyond ``most_megabytes``, in memory or in a file, are left out, the oldest first.
+    No second file within ``cooldown_s``; of more than ``most_files`` the oldest is removed."""
 
     folder: str
     seconds: float = 10.0

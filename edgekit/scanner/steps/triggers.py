@@ -156,7 +156,7 @@ class Trigger:
         return fits
 
     def listen(self, heard: Callable[[str | None, str, float], None]) -> None:
-        """``heard`` learns of each trigger when the scanning thread takes it: camera or None, reference, from when it counts."""
+        """``heard`` learns of each trigger as the scanning thread takes it: camera or None, reference, from when it counts."""
         self._heard = heard
 
     def again(self, source: str | None, reference: str, at: float) -> None:
