@@ -39,10 +39,8 @@ def replay(file: Path, bundle: Path | None, backend: str | None) -> Answer:
 
     found = run(file, bundle=bundle, backend=backend)
     text = f"{found.frames} frames, {found.events} events"
-    given = [f"{found.given} events"] * bool(found.given) + [f"the codes of {found.given_codes} frames"] * bool(
-        found.given_codes
-    )
-    if given:
+    taken = {"events": found.given, "frames' codes": found.given_codes}
+    if given := [f"{count} {what}" for what, count in taken.items() if count]:
         text += f" ({' and '.join(given)} taken as recorded)"
     lines = [f"{text}: " + (f"{found.differing} differ" if found.differing else "all as recorded"), *found.changed]
     lines += [_shown(each) for each in found.differences[:SHOWN]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from edgekit.manifest import Tolerance
 from edgekit.runtime import Model
 from edgekit.runtime.golden import load_golden, save_golden
 from edgekit.runtime.onnxruntime import OnnxRuntimeRunner
-from edgekit.scanner import Captured, Pipeline, Step
+from edgekit.scanner import Captured, Pipeline, Scanner, Step
 from edgekit.scanner.png import decode_png, encode_png
 from edgekit.scanner.reading import Reading
 from edgekit.scanner.steps.drift import Drift, DriftOptions
@@ -82,14 +84,14 @@ def ended(events: list[dict[str, Any]]) -> bool:
     return any(event["state"] in ("promoted", "refused") for event in events)
 
 
-def renamed(bundle: Bundle, path: Path, labels: tuple[str, ...] | None = None) -> Path:
-    """The same model, another digest."""
+def renamed(bundle: Bundle, path: Path, labels: tuple[str, ...] | None = None, wrong: bool = False, **manifest: Any) -> Path:
+    """The same model, another digest. ``wrong``: its golden outputs are others."""
     with Bundle.create(path) as draft:
         for name in bundle.manifest.files:
             draft.write(name, bundle.read(name))
         inputs, outputs = load_golden(bundle)
-        draft.write(GOLDEN, save_golden({"x": inputs["x"][:4]}, {"y": outputs["y"][:4]}))
-        draft.manifest = msgspec.structs.replace(bundle.manifest, labels=labels or bundle.manifest.labels)
+        draft.write(GOLDEN, save_golden({"x": inputs["x"][:4]}, {"y": outputs["y"][:4] + wrong}))
+        draft.manifest = msgspec.structs.replace(bundle.manifest, labels=labels or bundle.manifest.labels, **manifest)
     return path
 
 
@@ -123,24 +125,104 @@ def test_a_like_bundle_is_promoted_and_every_model_closed(
     assert counts["open"] == counts["closed"] == 4
 
 
-@pytest.mark.parametrize("fault", ["otherwise", "corrupt", "missing"])
-def test_a_bad_bundle_changes_nothing(digits_bundle: Bundle, digits: list[Any], tmp_path: Path, fault: str) -> None:
-    path = renamed(digits_bundle, tmp_path / "new.edge", tuple("abcdefghij") if fault == "otherwise" else None)
+FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "otherwise": ({"labels": tuple("9876543210")}, {}, "answers otherwise"),
+    "labels": ({"labels": tuple("0123456789a")}, {}, "other labels than the model that runs: only one of them has a"),
+    "task": ({"task": "tensor"}, {}, "is for tensor"),
+    "input": ({"preprocessing": None}, {}, "takes raw tensors"),
+    "golden": ({"wrong": True}, {}, "misses the golden outputs"),
+    "untested": ({"golden": {}}, {}, "states no tolerance"),
+    "slow": ({}, {"p99_share": 0.001}, "its p99 is"),
+    "corrupt": ({}, {}, "damaged"),
+    "missing": ({}, {}, "no bundle"),
+    "crash": ({}, {}, "crashed (SIGSEGV)"),
+    "hang": ({}, {"open_s": 0.3}, "was not open within 0.3 s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_bundle_changes_nothing(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, how, words = FAULTS[fault]
+    path = renamed(digits_bundle, tmp_path / "new.edge", **changes)
     if fault == "corrupt":
         graph = path / "model.onnx"
         graph.write_bytes(graph.read_bytes()[:-1] + b"!")
+    elif fault in ("crash", "hang"):
+        what = "os.kill(os.getpid(), 11)" if fault == "crash" else "time.sleep(60)"
+        monkeypatch.setattr("edgekit.scanner.probe._CHILD", f"import os, time; {what}")
+    elif fault in ("otherwise", "slow"):  # it passes that
+        monkeypatch.setattr("edgekit.scanner.steps.shadow.probe", lambda *about: None)
     report = tmp_path / "report.json"
-    options = ShadowOptions(frames=20, busy_share=1.0, report=str(report))
+    options = ShadowOptions(**{"frames": 20, "busy_share": 1.0, "report": str(report), **how})
     model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), options)
     step = Shadow(model)
     model.offer(tmp_path / "none.edge" if fault == "missing" else path)
     events = wait_for(ended, model, step, digits)
     assert events[-1]["state"] == "refused"
-    assert {"otherwise": "otherwise", "corrupt": "damaged", "missing": "no bundle"}[fault] in events[-1]["reason"]
+    assert words in events[-1]["reason"]
     assert model.bundle.digest == digits_bundle.digest
     assert model(digits[0]).label is not None
     assert ('"seq"' in report.read_text()) == (fault == "otherwise")
     model.close()
+
+
+def test_a_bundle_that_hangs_on_a_frame_is_given_up(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = threading.Event()
+    monkeypatch.setattr("edgekit.scanner.steps.shadow.probe", lambda *about: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("edgekit.scanner.trial.Trial.run", lambda self, shown: stuck.wait(20))
+        options = ShadowOptions(frames=5, busy_share=1.0, open_s=0.2, p99_share=50)
+        model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), options)
+        step = Shadow(model)
+        model.offer(renamed(digits_bundle, tmp_path / "new.edge"))
+        events = wait_for(ended, model, step, digits)
+    assert "no answer to a frame for 0.2 s" in events[-1]["reason"]
+    stuck.set()
+    model.offer(tmp_path / "new.edge")  # the next one is tried as if nothing had been
+    assert wait_for(ended, model, step, digits)[-1]["state"] == "promoted"
+    assert model.take_events() == []
+    model.close()
+
+
+def test_a_candidate_that_appears_takes_over_without_a_frame_lost_and_stays(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    candidate, current = tmp_path / "releases", tmp_path / "current"
+    candidate.mkdir()
+    new = renamed(digits_bundle, candidate / "new.edge")
+    options = {"candidate": str(current), "frames": 20, "p99_share": 50, "busy_share": 1.0, "poll_s": 0.02}
+    tables = {"model": {"bundle": str(digits_bundle.path)}, "shadow": options}
+    seen: list[dict[str, Any]] = []
+
+    def passing() -> Iterator[Any]:
+        end, more = time.monotonic() + 60, 10
+        for number in itertools.count():
+            if number == 5:
+                current.symlink_to(new)
+            if any(event.get("state") in ("promoted", "refused") for event in seen):
+                more -= 1
+            if not more or time.monotonic() > end:
+                return
+            yield digits[number % len(digits)]
+
+    scanner = Scanner(tables, frames=passing(), on_event=seen.append)
+    summary = scanner.run()
+    assert [event["state"] for event in seen if event.get("event") == "model"] == ["offered", "promoted"]
+    assert [event["seq"] for event in seen if "label" in event] == list(range(summary.captured))
+    digest = Bundle.open(new).digest
+    assert summary.model["digest"] == digest
+
+    current.unlink()
+    again = Scanner(tables, frames=digits[:2]).run()
+    assert again.model["digest"] == digest
+    (new / "model.onnx").write_bytes(b"torn")
+    third = Scanner(tables, frames=digits[:2]).run()
+    assert (third.model["digest"], third.inferred) == (digits_bundle.digest, 2)
+    assert "the bundle that was promoted cannot run" in capsys.readouterr().err
 
 
 # Drift

@@ -22,6 +22,7 @@ from edgekit.scanner.png import encode_png
 from edgekit.scanner.reading import Region
 from edgekit.scanner.sources import Captured
 
+from .answers import require, which
 from .shadow import ShadowedModel
 
 __all__ = ["Facts", "Harvest", "HarvestOptions", "near_hash"]
@@ -47,12 +48,12 @@ class HarvestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     near_bits: int = 4
 
     def __post_init__(self) -> None:
-        if not self.folder:
-            raise ValueError("folder is empty")
-        if self.most_frames < 1 or self.most_megabytes <= 0 or not 0 <= self.near_bits <= 32:
-            raise ValueError("most_frames is at least 1, most_megabytes more than 0, near_bits 0 to 32")
-        if not (0 <= self.score <= 1 and 0 <= self.random_share <= 1):
-            raise ValueError("score and random_share are shares of 1")
+        require(bool(self.folder), "folder: where frames are kept, for example /var/lib/edgekit/harvest")
+        require(1 <= self.most_frames <= 1_000_000, f"most_frames: 1 to 1000000, not {self.most_frames}")
+        require(0 < self.most_megabytes <= 1e7, f"most_megabytes: above 0 and up to 10000000, not {self.most_megabytes:g}")
+        require(0 <= self.near_bits <= 32, f"near_bits: 0 to 32 of 64, not {self.near_bits}")
+        require(0 <= self.score <= 1, f"score: 0 to 1, not {self.score:g}")
+        require(0 <= self.random_share <= 1, f"random_share: 0 to 1, not {self.random_share:g}")
 
 
 class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -126,12 +127,14 @@ class Harvest:
     def send(self, event: Event) -> None:
         """An event of ``on`` that a step made is about the frame it names, or the latest."""
         self._sent += 1
-        if event.get("event") not in self.options.on or event.get("event") in ("failed", "unfit") or not self._recent:
+        why = which(event, self.options.on)
+        if not why or why in ("failed", "unfit") or not self._recent:  # those it saw as a step
             return
         named = [each for each in self._recent if (each[0].source, each[0].seq) == (event.get("source"), event.get("seq"))]
-        captured, answered = (named or list(self._recent))[-1]
+        same = [each for each in self._recent if each[0].source == event.get("source")]
+        captured, answered = (named or same or list(self._recent))[-1]
         assert captured.frame is not None
-        self._take(captured.frame, answered, str(event["event"]), 2.0)
+        self._take(captured.frame, answered, why, 2.0)
 
     def flush(self, patience_s: float = 2.0) -> None:
         """Wait until what was taken is on disk."""

@@ -22,7 +22,7 @@ from edgekit.scanner.recording import SUFFIX, Recording, write_recording
 from edgekit.scanner.sources import Captured
 from edgekit.version import __version__
 
-from .answers import which
+from .answers import require, which
 
 __all__ = ["IncidentOptions", "Incidents"]
 
@@ -43,10 +43,12 @@ class IncidentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     most_files: int = 50
 
     def __post_init__(self) -> None:
-        if not self.folder or not self.on:
-            raise ValueError("folder and on are not empty")
-        if not (self.seconds > 0 and self.most_megabytes > 0 and self.cooldown_s >= 0 and self.most_files >= 1):
-            raise ValueError("seconds, most_megabytes and most_files are more than 0, cooldown_s is at least 0")
+        require(bool(self.folder), "folder: where files go, for example /var/lib/edgekit/incidents")
+        require(bool(self.on), "on: the events that make a file, for example no_read")
+        require(0 < self.seconds <= 3600, f"seconds: above 0 and up to 3600, not {self.seconds:g}")
+        require(0 < self.most_megabytes <= 1e6, f"most_megabytes: above 0 and up to 1000000, not {self.most_megabytes:g}")
+        require(0 <= self.cooldown_s <= 1e9, f"cooldown_s: 0 or seconds, not {self.cooldown_s:g}")
+        require(1 <= self.most_files <= 1_000_000, f"most_files: 1 to 1000000, not {self.most_files}")
 
 
 class Incidents:
