@@ -87,7 +87,7 @@ class Scanner:
         """Trigger a camera, or all, as [trigger] says; from any thread. ``reference`` comes back in the event. False where the
         scan does not run, has no [trigger] that waits for one, or too many wait already."""
         fires = [step.fire for step in self._steps if isinstance(step, Trigger)]
-        return bool(fires) and all([fire(source, reference) for fire in fires])
+        return bool(fires) and min(fire(source, reference) for fire in fires)
 
     def status(self) -> dict[str, Any]:
         """The figures of now, and ``recent`` events; {} before the scan runs. From any thread."""
