@@ -67,18 +67,18 @@ def _shown(difference: Difference) -> str:
 def harvest(folder: Path, out: Path) -> Answer:
     """Make a data set of the frames that a scan kept for retraining.
 
-    Labels are the model's, so look through review.csv, which lists the most telling frames first, and sort what lies in
-    unlabelled/ before training on folder:DATASET.
+    Labels are the model's, so look through review.csv, which lists the most telling frames first, before training on
+    folder:DATASET. Frames without a label go to DATASET.unlabelled beside it, for you to sort.
 
     \b
     Examples:
       edgekit harvest /var/lib/edgekit/harvest --out parcels2
       edgekit train --data folder:parcels2 --out parcels2.edge
     """
-    from edgekit.scanner.gathered import SHEET, UNLABELLED, gather
+    from edgekit.scanner.gathered import SHEET, gather, unlabelled_of
 
     made = gather(folder, out)
     text = f"{made['frames']} frames in {len(made['labels'])} folders; look through {out / SHEET}"
-    if count := made["labels"].get(UNLABELLED):
-        text += f", and sort {count} in {out / UNLABELLED}"
+    if count := made["unlabelled"]:
+        text += f", and sort {count} in {unlabelled_of(out)}"
     return Answer(made, text + (f"; {made['damaged']} damaged ones left out" if made["damaged"] else ""))

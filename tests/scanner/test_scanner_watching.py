@@ -363,3 +363,55 @@ def test_harvest_becomes_a_data_set(digits_bundle: Bundle, digits: list[Any], tm
     scores = [float(row["score"]) for row in rows]
     assert scores == sorted(scores)
     assert cli("harvest", tmp_path / "kept", "--out", tmp_path / "set").code == 2
+
+
+def test_a_harvest_is_trained_on_once_what_has_no_label_lies_beside(digits: list[Any], tmp_path: Path, cli: Any) -> None:
+    harvest = Harvest(
+        HarvestOptions(folder=str(tmp_path / "kept"), score=0.5, random_share=0, near_bits=0, on=("no_read", "conflict"))
+    )
+    for captured in frames(digits, 24):
+        about = {"source": "cam", "seq": captured.seq, "time": "t"}
+        read = {"label": "=box" if captured.seq % 2 else "bag", "score": 0.4} if captured.seq < 20 else {"codes": []}
+        harvest.frame(captured, {**about, **read})
+        harvest.send({**about, **read, **({"event": "no_read"} if captured.seq == 21 else {})})
+        harvest.send({**about, **read, **({"conflict": [{}]} if captured.seq == 22 else {})})
+        harvest.flush()
+    harvest.close()
+    made = cli("harvest", tmp_path / "kept", "--out", tmp_path / "set", "--json").json
+    kept = made["frames"]
+    assert (made["unlabelled"], sorted(made["labels"]), made["damaged"]) == (2, ["=box", "bag"], 0)
+    dataset = load(f"folder:{tmp_path / 'set'}")
+    assert dataset.labels == ("=box", "bag")
+    assert len(dataset.all) == kept - 2 == sum(made["labels"].values())
+    rows = list(csv.DictReader((tmp_path / "set/review.csv").read_text().splitlines()))
+    assert all((tmp_path / "set" / row["file"]).is_file() for row in rows)
+    assert {row["label"] for row in rows} == {"'=box", "bag", ""}
+    assert [row["why"] for row in rows if not row["label"]] == ["no_read", "conflict"]
+    again = cli("harvest", tmp_path / "kept", "--out", tmp_path / "set")
+    assert (again.code, "exists" in again.err) == (2, True)
+
+
+def test_a_harvest_without_a_place_says_so_once_and_goes_on(digits: list[Any], tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "kept"
+    folder.write_text("in the way")
+    options = HarvestOptions(folder=str(folder), score=1.0, near_bits=0, most_megabytes=0.003)
+    harvest = Harvest(options)
+
+    def take(count: int, begin: int) -> None:
+        for captured in frames(digits, count, begin):
+            harvest.frame(captured, {"source": "cam", "seq": captured.seq, "time": "t", "score": 0.1, "label": "3"})
+            harvest.flush()
+
+    take(3, 0)
+    assert (harvest.status()["failed"], harvest.status()["kept"]) == (3, 0)
+    assert capsys.readouterr().err.count("no frame can be kept") == 1
+    folder.unlink()
+    take(30, 3)
+    harvest.close()
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert 1000 < sum(sizes) <= 3000
+    assert len(sizes) == 2 * harvest.status()["kept"]
+    other = Harvest(options)  # a restart knows what is there
+    other.frame(next(frames(digits, 1, 40)), {"source": "cam", "seq": 40, "time": "t", "score": 0.0, "label": "3"})
+    other.close()
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 3000
