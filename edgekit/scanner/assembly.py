@@ -15,7 +15,7 @@ from edgekit.errors import EdgekitError, UsageError
 from edgekit.progress import say
 from edgekit.runtime import Model
 
-from .batching import fastest_batch
+from .batching import fastest_batch, refuse_fixed_batch
 from .codes import CodeReader
 from .config import ModelOptions, ScanConfig
 from .outbox import Outbox, default_outbox
@@ -137,6 +137,7 @@ def _model(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> Mod
     if options is None:
         return None
     model = _promoted(config, options, stack) or stack.enter_context(_of(options, options.bundle))
+    refuse_fixed_batch(model)
     parts.model = _about(model)
     return model
 
@@ -183,7 +184,7 @@ def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel 
     text: Model | None = None
     if found := config.text:
         text = Model.open(found.bundle, found.backend, precision=found.precision, threads=found.threads, beam=found.beam)
-        stack.enter_context(text)
+        refuse_fixed_batch(stack.enter_context(text))
     return Reading(model, codes, text, config.region.region() if config.region else None)
 
 

@@ -17,6 +17,7 @@ from edgekit.errors import DataError, EdgekitError, MissingExtra
 from edgekit.files import check_new
 from edgekit.runtime import Model
 
+from .batching import refuse_fixed_batch
 from .codes import CodeReader
 from .config import ModelOptions, ScanConfig, parse_config
 from .consistency import idle
@@ -184,7 +185,9 @@ class _Check:
 
 def _opened(options: ModelOptions, stack: contextlib.ExitStack) -> Model:
     model = Model.open(options.bundle, options.backend, precision=options.precision, threads=options.threads)
-    return stack.enter_context(model)
+    stack.enter_context(model)
+    refuse_fixed_batch(model)
+    return model
 
 
 def _file_sink(kind: str, address: str) -> None:

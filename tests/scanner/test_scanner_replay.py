@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from edgekit.bundle import Bundle
+from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.data import load
 from edgekit.errors import DataError, EdgekitError
 from edgekit.runtime import Model
 from edgekit.scanner import Captured, CodeReader, Notice, Pipeline
-from edgekit.scanner.reading import Reading
+from edgekit.scanner.reading import Reading, Region
 from edgekit.scanner.recording import open_recording
 from edgekit.scanner.replay import replay
 from edgekit.scanner.steps.crosscheck import CrossCheck
@@ -58,7 +59,8 @@ def CODES(text: str, kind: str) -> np.ndarray[Any, Any]:  # noqa: N802
 class Passing:
     """A source of two cameras whose frames come in turns, with gaps and triggers between; the scan's clock is theirs."""
 
-    def __init__(self, shown: Frames, seed: int, trigger: Trigger, count: int = 40) -> None:
+    def __init__(self, shown: Frames, seed: int, trigger: Trigger, jump_s: float = 0.0, count: int = 40) -> None:
+        self._jump_s = jump_s
         self._random, self._shown, self._trigger = np.random.default_rng(seed), shown, trigger
         self.now, self._count, self._made = 50.0, count, itertools.count()
         trigger._clock = lambda: self.now
@@ -71,9 +73,10 @@ class Passing:
             elif chance < 0.25:
                 yield None
             elif chance < 0.3:
-                yield Captured(None, "gate", seq, 1e9 + self.now, "torn", self._later())
+                at = self._later()
+                yield Captured(None, "gate", seq, self.wall(), "torn", at)
             yield self._frame(seq)
-        yield Notice("gap", "dock", 1e9, self.now, {"missing": 3})
+        yield Notice("gap", "dock", self.wall(), self.now, {"missing": 3})
         yield None
 
     def more(self, count: int) -> list[Captured]:
@@ -82,25 +85,38 @@ class Passing:
     def _frame(self, seq: int) -> Captured:
         at = self._later()
         frame = self._shown[self._random.integers(len(self._shown)) if self._random.random() < 0.4 else (seq // 5) % 5]
-        return Captured(frame.copy(), "dock" if seq % 2 else "gate", seq, 1e9 + at, "", at)
+        return Captured(frame.copy(), "dock" if seq % 2 else "gate", seq, self.wall(), "", at)
+
+    def wall(self) -> float:
+        """Each second the wall clock jumps there and back."""
+        return 1e9 + self.now + self._jump_s * (int(self.now) % 2)
 
     def _later(self) -> float:
         self.now += float(self._random.integers(20, 120)) / 1e3
         return self.now
 
 
-def record(bundle: Path, shown: Frames, folder: Path, mode: Any = "continuous", seed: int = 0, **options: Any) -> Path:
+def record(
+    bundle: Path,
+    shown: Frames,
+    folder: Path,
+    mode: Any = "continuous",
+    seed: int = 0,
+    jump_s: float = 0.0,
+    budget_ms: float = 20,
+    **options: Any,
+) -> Path:
     """The recording of a scan's last seconds; a fifth of it at most."""
     trigger = Trigger(TriggerOptions(mode=mode, time_ms=400, inputs=("mqtt://me:pw@host/t",) if mode == "single" else ()))
     duplicates = Duplicates(DuplicateOptions(window_ms=900, per_format={"Code 128": ONCE}))
     ring = Ring(RingOptions(str(folder / "ring"), "both"), trigger.picture)
     steps: list[Any] = [Votes(VoteOptions(window_ms=600)), trigger, CrossCheck(), duplicates, ring]
     incidents = Incidents(IncidentOptions(folder=str(folder), on=("gap",), **{"seconds": 0.6, **options}))
-    source = Passing(shown, seed, trigger)
+    source = Passing(shown, seed, trigger, jump_s)
     with Model.open(bundle) as model, pytest.MonkeyPatch.context() as patch:
-        reading = Reading(model, CodeReader(20, ["EAN-13", "ITF", "Code 128"]))
+        reading = Reading(model, CodeReader(budget_ms, ["EAN-13", "ITF", "Code 128"]))
         incidents.watch(reading, steps, {"sink": "mqtt://me:pw@host/x", "password": "pw"})
-        clock = SimpleNamespace(monotonic=lambda: source.now, time=lambda: 1e9 + source.now)
+        clock = SimpleNamespace(monotonic=lambda: source.now, time=source.wall)
         patch.setattr("edgekit.scanner.pipeline.time", clock)
         Pipeline(source=source, reading=reading, steps=[incidents, *steps], sinks=[incidents], batch=2).run()
         incidents.close()
@@ -124,9 +140,70 @@ def test_all_that_has_state_is_replayed_byte_for_byte(
     assert about.formats == ("EAN-13", "ITF", "Code 128")
     assert b"pw" not in zipfile.ZipFile(path).read("incident.json")
     if mode != "continuous":  # with states taken away it is another scan
-        bare = [msgspec.structs.replace(step, known=False) for step in about.steps]
-        rewritten(path, "incident.json", msgspec.json.encode(msgspec.structs.replace(about, steps=tuple(bare))))
+        bare = [replace(step, known=False) for step in about.steps]
+        rewritten(path, "incident.json", msgspec.json.encode(replace(about, steps=tuple(bare))))
         assert set(replay(path).fresh) == {"votes", "trigger", "crosscheck", "duplicates"}
+
+
+@pytest.mark.parametrize("mode", ["continuous", "single", "presentation"])
+def test_a_wall_clock_that_jumps_a_day_changes_the_time_only(
+    digits_bundle: Bundle, shown: Frames, tmp_path: Path, mode: str
+) -> None:
+    told: list[Any] = []
+    for number, jump_s in enumerate((0.0, 86_400.0, -86_400.0)):
+        path = record(digits_bundle.path, shown, tmp_path / str(number), mode, 3, jump_s, 0, seconds=60.0)
+        assert replay(path).differences == []
+        events = [msgspec.json.decode(line) for line in zipfile.ZipFile(path).read("events.jsonl").splitlines()]
+        told.append([{**event, "time": "", "id": "", "latency_ms": 0} for event in events])
+    assert told[0] == told[1] == told[2]
+    assert len(told[0]) >= 4
+
+
+def test_the_oldest_file_goes_though_the_clock_went_back(tmp_path: Path) -> None:
+    incidents = Incidents(IncidentOptions(folder=str(tmp_path), on=("gap",), cooldown_s=0, most_files=2))
+    wall = 1e9
+    for number in range(4):
+        incidents.frame(Captured(None, "c", -1, wall, "gap", float(number)), {"event": "gap", "source": "c"})
+        incidents.due(float(number), wall)
+        incidents.send({"id": f"run-{number}", "event": "gap", "source": "c"})
+        incidents.flush()
+        wall -= 86_400
+    incidents.close()
+    assert sorted(path.stem.rpartition("-")[2] for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_frames_of_several_cameras_in_one_batch_are_answered_as_alone(digits_bundle: Bundle, shown: Frames) -> None:
+    """Of unequal sizes, one of a kind that the model does not take among them."""
+    odd = [shown[1], shown[2][:, :200], np.stack([shown[3]] * 3, 2), shown[4][:40, 300:]]
+    with Model.open(digits_bundle.path) as model:
+        reading = Reading(model, CodeReader(0), region=Region(0.1, 0.0, 1.0, 0.9))
+        alone = [reading.answer(frame) for frame in odd]
+        assert [answer.fields for answer in reading.answers(odd)] == [answer.fields for answer in alone]
+        unfit = [*odd, np.zeros((4, 4, 7), np.uint8)]
+        answers = reading.answers(unfit)
+        assert [answer.fields for answer in answers] == [*(answer.fields for answer in alone), {}]
+        assert answers[-1].reason == "unfit"
+
+
+def test_a_model_that_takes_four_frames_at_a_time_is_refused(digits_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
+    import onnx
+
+    graph = onnx.load_from_string(digits_bundle.read(FLOAT_GRAPH))
+    for value in (graph.graph.input[0], graph.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    manifest = digits_bundle.manifest
+    specs = {
+        kind: tuple(replace(s, shape=(4, *s.shape[1:])) for s in getattr(manifest, kind)) for kind in ("inputs", "outputs")
+    }
+    with Bundle.create(tmp_path / "four.edge") as draft:
+        for name in manifest.files:
+            draft.write(name, digits_bundle.read(name) if name != FLOAT_GRAPH else graph.SerializeToString())
+        draft.manifest = replace(manifest, inputs=inputs, outputs=outputs)
+    file = tmp_path / "scan.toml"
+    file.write_text('[model]\nbundle = "four.edge"\n[[source]]\naddress = "pattern:8x8@0,2"\n')
+    for arguments in (["--check", file], [file]):
+        done = cli("scan", *arguments)
+        assert (done.code, "takes 4 frames at a time, a scan gives it one" in done.err) == (2, True)
 
 
 def rewritten(path: Path, name: str, data: bytes) -> None:
@@ -142,7 +219,7 @@ def relabelled(bundle: Bundle, path: Path) -> Bundle:
     with Bundle.create(path) as draft:
         for name in bundle.manifest.files:
             draft.write(name, bundle.read(name))
-        draft.manifest = msgspec.structs.replace(bundle.manifest, labels=tuple("9876543210"))
+        draft.manifest = replace(bundle.manifest, labels=tuple("9876543210"))
     return Bundle.open(path)
 
 

@@ -70,6 +70,7 @@ class Incidents:
         self._run_id = ""
         self._chunks: deque[Chunk] = deque()
         self._turn = Turn()
+        self._written: deque[Path] | None = None
         self._number = 0  # of events sent
         self._why: Event | None = None
         self._on = ""
@@ -264,11 +265,17 @@ class Incidents:
             events = [each for turn, made in zip(turns, rounds, strict=True) for each in turn.events[: made.sent]]
             size = write_recording(path, about, rounds, events, (kept.pack() for kept in frames))
             self._counts["files"] += 1
-            old = sorted(Path(self.options.folder).glob(f"*{SUFFIX}"))[: -self.options.most_files]
-            for each in old:
-                each.unlink(missing_ok=True)
+            self._remove_oldest(path)
             event |= {"file": str(path), "frames": about.frames, "seconds": about.seconds, "bytes": size}
         except OSError as error:
             self._counts["failed"] += 1
             event["reason"] = f"{self.options.folder}: {error.strerror}"
         self._done.put(event)
+
+    def _remove_oldest(self, latest: Path) -> None:
+        """By the order in which they were written: names begin with the wall clock's time, and that may go back."""
+        if self._written is None:
+            self._written = deque(each for each in sorted(latest.parent.glob(f"*{SUFFIX}")) if each != latest)
+        self._written.append(latest)
+        while len(self._written) > self.options.most_files:
+            self._written.popleft().unlink(missing_ok=True)
