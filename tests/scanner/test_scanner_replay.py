@@ -160,16 +160,16 @@ def test_a_wall_clock_that_jumps_a_day_changes_the_time_only(
 
 
 def test_the_oldest_file_goes_though_the_clock_went_back(tmp_path: Path) -> None:
-    incidents = Incidents(IncidentOptions(folder=str(tmp_path), on=("gap",), cooldown_s=0, most_files=2))
+    incidents = Incidents(IncidentOptions(folder=str(tmp_path), on=("conflict",), cooldown_s=0, most_files=2))
     wall = 1e9
     for number in range(4):
         incidents.frame(Captured(None, "c", -1, wall, "gap", float(number)), {"event": "gap", "source": "c"})
         incidents.due(float(number), wall)
-        incidents.send({"id": f"run-{number}", "event": "gap", "source": "c"})
+        incidents.send({"id": f"run-{number}", "source": "c", "conflict": [{"ai": "10"}]})
         incidents.flush()
         wall -= 86_400
     incidents.close()
-    assert sorted(path.stem.rpartition("-")[2] for path in tmp_path.iterdir()) == ["2", "3"]
+    assert sorted(path.stem.partition("-")[2] for path in tmp_path.iterdir()) == ["conflict-run-2", "conflict-run-3"]
 
 
 def test_frames_of_several_cameras_in_one_batch_are_answered_as_alone(digits_bundle: Bundle, shown: Frames) -> None:
@@ -192,9 +192,7 @@ def test_a_model_that_takes_four_frames_at_a_time_is_refused(digits_bundle: Bund
     for value in (graph.graph.input[0], graph.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_value = 4
     manifest = digits_bundle.manifest
-    specs = {
-        kind: tuple(replace(s, shape=(4, *s.shape[1:])) for s in getattr(manifest, kind)) for kind in ("inputs", "outputs")
-    }
+    inputs, outputs = (tuple(replace(s, shape=(4, *s.shape[1:])) for s in each) for each in (manifest.inputs, manifest.outputs))
     with Bundle.create(tmp_path / "four.edge") as draft:
         for name in manifest.files:
             draft.write(name, digits_bundle.read(name) if name != FLOAT_GRAPH else graph.SerializeToString())

@@ -225,6 +225,35 @@ def test_a_candidate_that_appears_takes_over_without_a_frame_lost_and_stays(
     assert "the bundle that was promoted cannot run" in capsys.readouterr().err
 
 
+def test_several_cameras_in_batches_miss_nothing_at_the_switch(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.scanner.steps.shadow.probe", lambda *about: None)
+    model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), ShadowOptions(frames=20, p99_share=50, busy_share=1.0))
+    new = renamed(digits_bundle, tmp_path / "new.edge")
+    model.offer(new)
+
+    class Cameras:
+        seq, left = 0, 10
+
+        def __iter__(self) -> Iterator[Captured]:
+            end = time.monotonic() + 30
+            while self.left and time.monotonic() < end:
+                self.left -= bool(model.promoted or model.refused)
+                yield self.more(1)[0]
+
+        def more(self, count: int) -> list[Captured]:
+            self.seq += count
+            return [Captured(digits[i % 1000], f"cam {i % 3}", i, 1e9, "", 0.0) for i in range(self.seq - count, self.seq)]
+
+    source, events = Cameras(), []  # type: ignore[var-annotated]
+    summary = Pipeline(source=source, model=model, steps=[Shadow(model)], batch=4, on_event=events.append).run()
+    assert [event["seq"] for event in events if "label" in event] == list(range(source.seq))
+    assert summary.captured == summary.inferred == source.seq
+    assert (model.promoted, model.bundle.digest) == (1, Bundle.open(new).digest)
+    model.close()
+
+
 # Drift
 
 
