@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import Answer, answers, out_option
 
+if TYPE_CHECKING:
+    from edgekit.scanner.replay import Difference
+
 __all__ = ["harvest", "replay"]
+
+SHOWN = 10
+SHOWN_FIELDS = 4
 
 
 @click.command("replay")
@@ -20,7 +27,8 @@ __all__ = ["harvest", "replay"]
 def replay(file: Path, bundle: Path | None, backend: str | None) -> Answer:
     """Run a recorded incident again and hold every event against the one that was sent.
 
-    Exit code 3 where one differs; the first such is shown.
+    With the bundle that ran then the events come out byte for byte; with another one the differences are what it would have
+    said. Exit code 3 where an event differs; the first ten such are shown.
 
     \b
     Examples:
@@ -31,15 +39,25 @@ def replay(file: Path, bundle: Path | None, backend: str | None) -> Answer:
 
     found = run(file, bundle=bundle, backend=backend)
     text = f"{found.frames} frames, {found.events} events"
-    if found.given:
-        text += f" ({found.given} taken as recorded)"
-    if found.difference is None:
-        return Answer(found.figures(), f"{text}: all as recorded")
-    lines = [f"{text}: event {found.difference['number']} differs"]
-    lines += [f"  {which}: {json.dumps(found.difference[which])}" for which in ("recorded", "replayed")]
-    if found.fresh or found.absent:
+    taken = {"events": found.given, "frames' codes": found.given_codes}
+    if given := [f"{count} {what}" for what, count in taken.items() if count]:
+        text += f" ({' and '.join(given)} taken as recorded)"
+    lines = [f"{text}: " + (f"{found.differing} differ" if found.differing else "all as recorded"), *found.changed]
+    lines += [_shown(each) for each in found.differences[:SHOWN]]
+    if found.differing > SHOWN:
+        lines.append(f"  and {found.differing - SHOWN} more (--json lists 50)")
+    if found.differing and (found.fresh or found.absent):
         lines.append(f"steps without the state they had: {', '.join([*found.fresh, *found.absent])}")
-    return Answer(found.figures(), "\n".join(lines), exit_code=3)
+    return Answer(found.figures(), "\n".join(lines), exit_code=3 if found.differing else 0)
+
+
+def _shown(difference: Difference) -> str:
+    event = difference.recorded or difference.replayed
+    name = f"{event.get('source', '')} {event.get('seq', '')}".strip() if isinstance(event, dict) else ""
+    changes = difference.changed()
+    more = f"; {', '.join([*changes][SHOWN_FIELDS:])} too" if len(changes) > SHOWN_FIELDS else ""
+    fields = (f"{field} {json.dumps(a)} -> {json.dumps(b)}" for field, (a, b) in [*changes.items()][:SHOWN_FIELDS])
+    return f"  event {difference.number}, {name}: {', '.join(fields)}{more}"
 
 
 @click.command("harvest")
@@ -49,18 +67,18 @@ def replay(file: Path, bundle: Path | None, backend: str | None) -> Answer:
 def harvest(folder: Path, out: Path) -> Answer:
     """Make a data set of the frames that a scan kept for retraining.
 
-    Labels are the model's, so look through review.csv, which lists the most telling frames first, and sort what lies in
-    unlabelled/ before training on folder:DATASET.
+    Labels are the model's, so look through review.csv, which lists the most telling frames first, before training on
+    folder:DATASET. Frames without a label go to DATASET.unlabelled beside it, for you to sort.
 
     \b
     Examples:
       edgekit harvest /var/lib/edgekit/harvest --out parcels2
       edgekit train --data folder:parcels2 --out parcels2.edge
     """
-    from edgekit.scanner.gathered import SHEET, UNLABELLED, gather
+    from edgekit.scanner.gathered import SHEET, gather, unlabelled_of
 
     made = gather(folder, out)
     text = f"{made['frames']} frames in {len(made['labels'])} folders; look through {out / SHEET}"
-    if count := made["labels"].get(UNLABELLED):
-        text += f", and sort {count} in {out / UNLABELLED}"
+    if count := made["unlabelled"]:
+        text += f", and sort {count} in {unlabelled_of(out)}"
     return Answer(made, text + (f"; {made['damaged']} damaged ones left out" if made["damaged"] else ""))

@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekit.errors import UsageError
+from edgekit.bundle import Bundle
+from edgekit.errors import EdgekitError, UsageError
+from edgekit.progress import say
 from edgekit.runtime import Model
 
-from .batching import fastest_batch
+from .batching import fastest_batch, refuse_fixed_batch
 from .codes import CodeReader
-from .config import ScanConfig
+from .config import ModelOptions, ScanConfig
 from .outbox import Outbox, default_outbox
+from .promotion import keep_promoted, promoted_file, read_promoted
 from .reading import FrameModel, Reading
 from .sinks import Sink, open_sink
 from .sources import open_source, open_sources
+from .sources.address import kind_of, shown
 from .sources.frames import frames_of
 from .steps import Step
 from .steps.crosscheck import CrossCheck
@@ -29,7 +33,7 @@ from .steps.harvest import Harvest
 from .steps.incident import Incidents
 from .steps.ring import Ring
 from .steps.selftest import SelfTest
-from .steps.shadow import Shadow, ShadowedModel
+from .steps.shadow import Shadow, ShadowedModel, ShadowOptions
 from .steps.triggers import Trigger
 from .steps.votes import Votes
 from .stop import Stop
@@ -73,20 +77,21 @@ def assemble(config: ScanConfig, stack: contextlib.ExitStack, stop: Stop, frames
     """
     parts = Parts()
     opened = _model(config, stack, parts)
-    cameras = 0 if frames is not None else len(config.source)
+    sources = () if frames is not None else config.source
+    cameras = [source.name or shown(source.address) for source in sources if kind_of(source.address)]
     if opened is not None:
-        parts.batch, measured = fastest_batch(opened, cameras)
+        parts.batch, measured = fastest_batch(opened, len(cameras))
         parts.model |= {"batch": parts.batch} | ({"ms_a_frame": measured} if measured else {})
     model: FrameModel | None = opened
     if opened is not None and config.shadow is not None and config.model is not None:
-        model = ShadowedModel(opened, config.shadow, backend=config.model.backend, threads=config.model.threads)
+        model = _shadowed(config, config.model, config.shadow, opened, parts)
         stack.callback(model.close)
     parts.reading = _reading(config, stack, model)
     parts.source = frames_of(frames) if frames is not None else _source(config, stop)
     if close := getattr(parts.source, "close", None):
         stack.callback(close)
     parts.sinks = _sinks(config, stack, parts)
-    parts.steps = _steps(config, parts, model)
+    parts.steps = _steps(config, parts, model, cameras)
     if config.incidents is not None:  # first to see what comes, last to see what is sent
         incidents = Incidents(config.incidents)
         incidents.watch(parts.reading, parts.steps, config)
@@ -98,7 +103,7 @@ def assemble(config: ScanConfig, stack: contextlib.ExitStack, stop: Stop, frames
     return parts
 
 
-def _steps(config: ScanConfig, parts: Parts, model: FrameModel | None) -> list[Step]:
+def _steps(config: ScanConfig, parts: Parts, model: FrameModel | None, cameras: list[str]) -> list[Step]:
     """In their order: what looks at single frames stands before the trigger, which makes one event of several."""
     region = config.region.region() if config.region else None
     shadowed = model if isinstance(model, ShadowedModel) else None
@@ -115,7 +120,7 @@ def _steps(config: ScanConfig, parts: Parts, model: FrameModel | None) -> list[S
         parts.sinks.append(harvest)
     if config.votes is not None:
         steps.append(Votes(config.votes))
-    trigger = Trigger(config.trigger, cameras=[s.name for s in config.source if s.name]) if config.trigger else None
+    trigger = Trigger(config.trigger, cameras=cameras) if config.trigger else None
     if trigger is not None:
         steps.append(trigger)
     if config.crosscheck is not None:
@@ -131,10 +136,47 @@ def _model(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> Mod
     options = config.model
     if options is None:
         return None
-    opened = Model.open(options.bundle, options.backend, precision=options.precision, threads=options.threads)
-    model = stack.enter_context(opened)
-    parts.model = {"bundle": os.fspath(model.bundle.path), "digest": model.bundle.digest, "backend": model.runner.name}
+    model = _promoted(config, options, stack) or stack.enter_context(_of(options, options.bundle))
+    refuse_fixed_batch(model)
+    parts.model = _about(model)
     return model
+
+
+def _of(options: ModelOptions, bundle: Bundle | str) -> Model:
+    return Model.open(bundle, options.backend, precision=options.precision, threads=options.threads)
+
+
+def _about(model: Model) -> dict[str, Any]:
+    return {"bundle": os.fspath(model.bundle.path), "digest": model.bundle.digest, "backend": model.runner.name}
+
+
+def _promoted(config: ScanConfig, options: ModelOptions, stack: contextlib.ExitStack) -> Model | None:
+    """The model that an earlier scan ended with; None, said where it is gone, for the configured one."""
+    if config.shadow is None:
+        return None
+    kept = promoted_file(config.shadow.kept, config.shadow.candidate, options.bundle)
+    bundle, why = read_promoted(kept, Bundle.open(options.bundle, verify=False))
+    if bundle is not None:
+        try:
+            return stack.enter_context(_of(options, bundle))
+        except EdgekitError as error:
+            why = error.message
+    if why:
+        say(f"the bundle that was promoted cannot run ({why}); the scan begins with {options.bundle}", level="warning")
+    return None
+
+
+def _shadowed(config: ScanConfig, options: ModelOptions, shadow: ShadowOptions, model: Model, parts: Parts) -> ShadowedModel:
+    configured = Bundle.open(options.bundle, verify=False).digest
+    kept = promoted_file(shadow.kept, shadow.candidate, options.bundle)
+
+    def adopted(fresh: Model) -> None:
+        parts.model |= _about(fresh)
+        if why := keep_promoted(kept, fresh.bundle, configured):
+            say(f"a restarted scan will not know what was promoted ({why})", level="warning")
+
+    how: Any = {"backend": options.backend, "precision": options.precision, "threads": options.threads}
+    return ShadowedModel(model, shadow, adopted=adopted, **how)
 
 
 def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel | None) -> Reading:
@@ -142,7 +184,7 @@ def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel 
     text: Model | None = None
     if found := config.text:
         text = Model.open(found.bundle, found.backend, precision=found.precision, threads=found.threads, beam=found.beam)
-        stack.enter_context(text)
+        refuse_fixed_batch(stack.enter_context(text))
     return Reading(model, codes, text, config.region.region() if config.region else None)
 
 
@@ -164,10 +206,10 @@ def _sinks(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> lis
 
 
 def _source(config: ScanConfig, stop: Stop) -> Iterable[Any]:
-    if len(config.source) == 1 and not config.source[0].name:
-        (only,) = config.source
+    only = config.source[0]
+    if len(config.source) == 1 and (not only.name or not kind_of(only.address)):  # files have names of their own
         return open_source(only.address, watch=only.watch, stop=stop, options=only.camera())
-    names = [source.name or source.address for source in config.source]
+    names = [source.name or shown(source.address) for source in config.source]
     addresses = dict(zip(names, (source.address for source in config.source), strict=True))
     return open_sources(addresses, {name: source.camera() for name, source in zip(names, config.source, strict=True)}, stop)
 

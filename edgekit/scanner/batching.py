@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, UsageError
+from edgekit.manifest import ImagePreprocessing
 
-__all__ = ["fastest_batch"]
+__all__ = ["fastest_batch", "refuse_fixed_batch"]
 
 SHAPE = (480, 640, 3)
 ROUNDS = 7
@@ -17,6 +18,19 @@ ROUNDS = 7
 BUDGET_S = 2.0
 #: A batch makes its first frame wait: it must be that much faster a frame.
 WORTH = 0.95
+
+
+def refuse_fixed_batch(model: Any) -> None:
+    """Raise `UsageError` for an open `Model` that answers several frames at once only: a scan gives it one."""
+    if not isinstance(model.bundle.manifest.preprocessing, ImagePreprocessing):
+        return  # `Reading` refuses it
+    size, batches = model.inputs[0].shape[0], model.runner.batches
+    least = batches[0] if batches is not None else size if isinstance(size, int) else 1
+    if least > 1:
+        raise UsageError(
+            f"{model.bundle.path} takes {least} frames at a time, a scan gives it one",
+            "export it with a first axis of 1 or an open one, and import it again",
+        )
 
 
 def fastest_batch(model: Any, cameras: int) -> tuple[int, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -11,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from edgekit.errors import DataError, EdgekitError
+from edgekit.bundle import refuse_inside_bundle
+from edgekit.errors import DataError, EdgekitError, MissingExtra
 from edgekit.files import check_new
 from edgekit.runtime import Model
 
+from .batching import refuse_fixed_batch
 from .codes import CodeReader
 from .config import ModelOptions, ScanConfig, parse_config
+from .consistency import idle
 from .outbox import default_outbox
 from .reading import Reading
 from .sinks import open_sink
@@ -71,6 +75,8 @@ class _Check:
         self._sinks()
         self._folders()
         self._ports()
+        for finding in idle(self.config):
+            self.doubtful.add(*finding)
         return Checked(self.wrong.problems, self.doubtful.problems)
 
     def _try(self, at: Key, look: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -137,6 +143,10 @@ class _Check:
         for table in ("ring", "incidents", "harvest"):
             if options := getattr(self.config, table):
                 self._try((table, "folder"), check_new, Path(options.folder) / "frame")
+                self._try((table, "folder"), refuse_inside_bundle, Path(options.folder) / "frame")
+        for table, what in (("ring", self.config.ring), ("server", self.config.server and self.config.server.preview)):
+            if what and importlib.util.find_spec("PIL") is None:
+                self._try((table,), _missing_pillow)
         for table, key in (("drift", "baseline"), ("shadow", "report")):
             path = getattr(getattr(self.config, table), key, "")
             if path:
@@ -175,7 +185,9 @@ class _Check:
 
 def _opened(options: ModelOptions, stack: contextlib.ExitStack) -> Model:
     model = Model.open(options.bundle, options.backend, precision=options.precision, threads=options.threads)
-    return stack.enter_context(model)
+    stack.enter_context(model)
+    refuse_fixed_batch(model)
+    return model
 
 
 def _file_sink(kind: str, address: str) -> None:
@@ -188,6 +200,10 @@ def _file_sink(kind: str, address: str) -> None:
         SqliteSink(path).close()
     elif not os.access(path, os.W_OK):
         raise PermissionError(13, os.strerror(13), str(path))
+
+
+def _missing_pillow() -> NoReturn:
+    raise MissingExtra("scan", "PIL")
 
 
 def _no_outbox() -> NoReturn:

@@ -82,7 +82,7 @@ class CodeReader:
             import biip  # noqa: F401
         except ImportError:
             raise MissingExtra("scan", "biip") from None
-        self.budget_ms = budget_ms
+        self.budget_ms, self.formats = budget_ms, tuple(formats or ())
         self.stage = ""
         self._zxing = zxingcpp
         self._all = zxingcpp.BarcodeFormats([])  # any

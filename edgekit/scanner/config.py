@@ -13,6 +13,7 @@ import msgspec
 from edgekit.errors import UsageError
 
 from .codes import BUDGET_MS
+from .consistency import mistakes
 from .logs import LogOptions
 from .outbox_options import OutboxOptions
 from .reading import Region
@@ -27,7 +28,7 @@ from .steps.selftest import SelfTestOptions
 from .steps.shadow import ShadowOptions
 from .steps.triggers import TriggerOptions
 from .steps.votes import VoteOptions
-from .tables import Problem, Tables
+from .tables import Problem, Tables, worded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -241,10 +242,14 @@ def _parsed(
         tables.add((), "there is no [[source]]", 'write [[source]] and address = "camera:0", a folder or another source')
     if not {"model", "text", "codes"} & set(data):
         tables.add((), "there is nothing to read with", "add [model] with a bundle, [text] or [codes]")
-    names = [source.get("name") for source in data.get("source", ()) if isinstance(source, Mapping)]
+    sources = data.get("source")
+    listed = sources if isinstance(sources, list | tuple) else ()
+    names = [source.get("name") if isinstance(source, Mapping) else "" for source in listed]
     for number, name in enumerate(names):
         if name and name in names[:number]:
-            tables.add(("source", number, "name"), f"two sources are named {name!r}", "give each its own name")
+            tables.add(("source", number, "name"), f"two sources are named {worded(name)}", "give each its own name")
+    for finding in mistakes(config) if config is not None else ():
+        tables.add(*finding)
     if tables.problems or config is None:
         return None, tables.problems
     return _absolute(config, base), []

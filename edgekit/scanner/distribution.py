@@ -82,12 +82,16 @@ class Window:
         columns = np.array(self._values)
         if columns.shape[1] == 2:
             return Moved(psi(before, now), ks, chance, _figures(("mean", "rms"), columns.mean(0)))
-        return Moved(psi(before, now), ks, chance, scalar_values(columns[:, 0]))
+        # A bin that few frames missed by chance is not empty: half a frame is in it.
+        return Moved(psi(before, now, max(_FLOOR, 0.5 / len(found))), ks, chance, scalar_values(columns[:, 0]))
 
 
-def psi(before: Shares, now: Shares) -> float:
-    """The population stability index of two sets of shares: sum of (now - before) ln(now / before); 0 where they are equal."""
-    a, b = np.maximum(before, _FLOOR), np.maximum(now, _FLOOR)
+def psi(before: Shares, now: Shares, floor: float = _FLOOR) -> float:
+    """The population stability index of two sets of shares: sum of (now - before) ln(now / before); 0 where they are equal.
+
+    No share counts as less than ``floor``.
+    """
+    a, b = np.maximum(before, floor), np.maximum(now, floor)
     a, b = a / a.sum(), b / b.sum()
     return float(((b - a) * np.log(b / a)).sum())
 

@@ -17,48 +17,65 @@ from edgekit.errors import DataError, OutputExists
 
 from .steps.harvest import Facts
 
-__all__ = ["SHEET", "UNLABELLED", "gather"]
+__all__ = ["SHEET", "UNLABELLED", "gather", "unlabelled_of"]
 
-UNLABELLED = "unlabelled"
+UNLABELLED = "unlabelled"  # in the name of the folder beside the data set: in it they would be a class
 SHEET = "review.csv"
 _MAX_FACTS = 1 << 16
-_COLUMNS = ("file", "label", "score", "why", "other", "source", "seq", "time")
+_COLUMNS = ("file", "label", "text", "score", "why", "other", "source", "seq", "time")
 
 
 def gather(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Copy the frames of ``folder`` to ``out``, one folder a predicted label, `UNLABELLED` for the others; `SHEET` lists them,
-    the most telling first.
+    """Copy the frames of ``folder`` to ``out``, one folder a predicted label; those without one to ``OUT.unlabelled`` beside.
+    `SHEET` in ``out`` lists all, the most telling first.
 
-    Returns ``frames``, ``labels`` (count by folder), ``damaged``. Raises `DataError` where there is nothing to gather,
-    `OutputExists`.
+    Returns ``frames``, ``labels`` (count by folder), ``unlabelled`` (how many), ``damaged``. Raises `DataError` where there is
+    nothing to gather, `OutputExists`, `OSError`; then nothing is left behind.
     """
     source, target = Path(folder), Path(out)
-    if os.path.lexists(target):
-        raise OutputExists(target)
+    beside = unlabelled_of(target)
+    for each in (target, beside):
+        if os.path.lexists(each):
+            raise OutputExists(each)
     refuse_inside_bundle(target)
     found, damaged = _found(source)
     if not found:
         raise DataError(f"{source} holds no harvested frames", "harvest some: edgekit scan with a harvest in its config")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    work, others = (Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")) for _ in range(2))
     try:
         labels: dict[str, int] = {}
+        unlabelled = 0
         with (work / SHEET).open("w", newline="", encoding="utf-8") as file:
             sheet = csv.writer(file)
             sheet.writerow(_COLUMNS)
             for path, facts in sorted(found, key=lambda each: (-each[1].value, each[0].name)):
-                place = _folder_name(facts.label)
-                (work / place).mkdir(exist_ok=True)
-                shutil.copyfile(path, work / place / path.name)
-                labels[place] = labels.get(place, 0) + 1
-                row = (facts.label, facts.score, facts.why, facts.other, facts.source, facts.seq, facts.time)
-                sheet.writerow([f"{place}/{path.name}", *map(_cell, row)])
-        os.chmod(work, 0o755)  # noqa: S103  as mkdir would have made it
-        os.rename(work, target)
+                if place := _folder_name(facts.label):
+                    (work / place).mkdir(exist_ok=True)
+                    shutil.copyfile(path, work / place / path.name)
+                    labels[place] = labels.get(place, 0) + 1
+                else:
+                    shutil.copyfile(path, others / path.name)
+                    unlabelled += 1
+                where = f"{place}/{path.name}" if place else f"../{beside.name}/{path.name}"
+                row = (facts.label, facts.text, facts.score, facts.why, facts.other, facts.source, facts.seq, facts.time)
+                sheet.writerow([where, *map(_cell, row)])
+        for made, final in ((others, beside), (work, target)):
+            os.chmod(made, 0o755)  # noqa: S103  as mkdir would have made it
+            if made is work or unlabelled:
+                os.rename(made, final)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        for made in (work, beside if not others.exists() else others):
+            shutil.rmtree(made, ignore_errors=True)
         raise
-    return {"out": str(target), "frames": len(found), "labels": dict(sorted(labels.items())), "damaged": damaged}
+    if not unlabelled:
+        others.rmdir()
+    figures = {"out": str(target), "frames": len(found), "labels": dict(sorted(labels.items()))}
+    return {**figures, "unlabelled": unlabelled, "damaged": damaged}
+
+
+def unlabelled_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.{UNLABELLED}")
 
 
 def _found(folder: Path) -> tuple[list[tuple[Path, Facts]], int]:
@@ -76,10 +93,8 @@ def _found(folder: Path) -> tuple[list[tuple[Path, Facts]], int]:
 
 
 def _folder_name(label: str | None) -> str:
-    """A label as the name of a folder below the data set, whatever it holds."""
+    """A label as the name of a folder below the data set, whatever it holds; "" for none."""
     name = quote(label, safe=" ()+,=@") if label else ""
-    if not name:
-        return UNLABELLED
     return f"%2E{name[1:]}" if name.startswith(".") else name[:200]
 
 

@@ -27,6 +27,7 @@ from edgekit.errors import DataError
 from .png import decode_png
 
 __all__ = [
+    "FRAME",
     "SUFFIX",
     "Came",
     "Model",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 SUFFIX = ".edgekit-incident"
+FRAME = "$frame"
 MAX_TEXT = 64 << 20  # of a JSON member
 MAX_FRAME = 256 << 20
 MAX_ROUNDS = 1_000_000
@@ -61,12 +63,14 @@ class Came(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Round(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the scan's loop did at one go. ``sent``: how many events left in it."""
+    """What the scan's loop did at one go. ``sent``: how many events left in it. ``fires``: triggers from outside, each as
+    (how many frames had come when it was taken, or -1: after all that, camera or None, reference, from when it counts)."""
 
     came: tuple[Came, ...] = ()
     monotonic: float = 0.0
     wall: float = 0.0
     sent: int = 0
+    fires: tuple[tuple[int, str | None, str, float], ...] = ()
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -74,10 +78,14 @@ class Model(msgspec.Struct, frozen=True):
     digest: str
     backend: str
     graph: str
+    beam: int = 1
 
 
 class StepState(msgspec.Struct, frozen=True):
-    """A step: its options, and its ``state`` at the first round, where it can tell (``known``)."""
+    """A step: its options, and its ``state`` at the first round, where it can tell (``known``).
+
+    A frame in it is ``{FRAME: number}``.
+    """
 
     name: str
     options: Any = None
@@ -86,7 +94,8 @@ class StepState(msgspec.Struct, frozen=True):
 
 
 class Recording(msgspec.Struct, frozen=True):
-    """``first``: the number of the first event. ``codes``: the reader's budget in ms, -1 for a function of the user's own."""
+    """``first``: the number of the first event. ``codes``: the reader's budget in ms, -1 for a function of the user's own;
+    ``formats``: what it reads, none for all."""
 
     format: Literal[1]
     edgekit: str
@@ -96,6 +105,7 @@ class Recording(msgspec.Struct, frozen=True):
     model: Model | None = None
     text: Model | None = None
     codes: float | None = None
+    formats: tuple[str, ...] = ()
     region: tuple[float, float, float, float] | None = None
     steps: tuple[StepState, ...] = ()
     config: Any = None

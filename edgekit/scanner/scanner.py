@@ -19,6 +19,8 @@ from .logs import LogOptions, logging
 from .pipeline import Pipeline, Summary
 from .preview import Preview
 from .server import StatusServer
+from .steps import Step
+from .steps.triggers import Trigger
 from .stop import Stop
 from .systemd import Systemd
 
@@ -64,6 +66,7 @@ class Scanner:
         self.summary: Summary | None = None
         self.url = ""  #: of the server, once it runs
         self._board = Board()
+        self._steps: list[Step] = []
         self._on_event, self._frames, self._stop = on_event, frames, stop or Stop()
         self._recent: deque[Event] = deque(maxlen=RECENT)
         self._systemd = Systemd()
@@ -80,6 +83,12 @@ class Scanner:
         """End after the frame in hand; from any thread or signal handler."""
         self._stop.set()
 
+    def fire(self, source: str | None = None, reference: str = "") -> bool:
+        """Trigger a camera, or all, as [trigger] says; from any thread. ``reference`` comes back in the event. False where the
+        scan does not run, has no [trigger] that waits for one, or too many wait already."""
+        fires = [step.fire for step in self._steps if isinstance(step, Trigger)]
+        return bool(fires) and min(fire(source, reference) for fire in fires)
+
     def status(self) -> dict[str, Any]:
         """The figures of now, and ``recent`` events; {} before the scan runs. From any thread."""
         return self._board.figures()
@@ -91,6 +100,7 @@ class Scanner:
             parts = Parts()
             preview = self._serve(stack, lambda figures: parts.reasons(figures))
             parts = assemble(self.config, stack, self._stop, self._frames)
+            self._steps = parts.steps
             pipeline = Pipeline(
                 source=parts.source,
                 reading=parts.reading,

@@ -12,10 +12,14 @@ import msgspec
 
 from edgekit.errors import EdgekitError
 
-__all__ = ["Key", "Problem", "Tables", "line_of"]
+from .sources.address import shown as without_password
+
+__all__ = ["Key", "Problem", "Tables", "line_of", "shown", "worded"]
 
 #: A key's place: names, and numbers in arrays of tables.
 Key = tuple[str | int, ...]
+_BARE = re.compile(r"^[A-Za-z0-9_\-]{1,40}\Z")
+_LONGEST = 100  # of a value in a message
 _HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
 
 
@@ -38,19 +42,20 @@ class Tables:
         self.problems: list[Problem] = []
 
     def add(self, at: Key, message: str, hint: str = "") -> None:
+        message, hint = (" ".join(words.split()) for words in (message, hint))  # words of an error may quote several lines
         self.problems.append(Problem(self._where(at), message, hint))
 
     def struct(self, kind: type[Any], data: Any, at: Key = ()) -> Any:
         """A ``kind`` made of ``data``; None where that did not work, and then `problems` say why."""
         if not isinstance(data, Mapping):
-            self.add(at, f"`{shown(at)}` is {data!r}", "a table was expected: [" + shown(at) + "]")
+            self.add(at, f"`{shown(at)}` is {worded(data)}", "a table was expected: [" + shown(at) + "]")
             return None
         before = len(self.problems)
         hints = get_type_hints(kind, include_extras=True)
         names = kind.__struct_fields__
         for key in data:
             if key not in names:
-                self._unknown(at, key, names)
+                self._unknown(at, str(key), names)
         values = {name: self._value(hints[name], data[name], (*at, name)) for name in names if name in data}
         for field in msgspec.structs.fields(kind):
             if field.required and field.name not in data:
@@ -83,10 +88,11 @@ class Tables:
     def _wrong(self, hint: Any, value: Any, at: Key, message: str) -> None:
         choices = _choices(hint)
         if choices and isinstance(value, str):
-            self.add(at, f"`{shown(at)}` is {value!r}", _near(value, choices) or f"choose one of: {', '.join(choices)}")
+            self.add(at, f"`{shown(at)}` is {worded(value)}", _near(value, choices) or f"choose one of: {', '.join(choices)}")
         else:
             what, _, where = message.partition(" - at `$")
-            self.add(at, f"`{shown(at)}{where.rstrip('`')}` is {value!r}", what[0].lower() + what[1:].replace("`", ""))
+            place = where.rstrip("`") if "[...]" not in where else ""  # msgspec's word for a key of a table
+            self.add(at, f"`{shown(at)}{place}` is {worded(value)}", what[0].lower() + what[1:].replace("`", ""))
 
     def _unknown(self, at: Key, key: str, names: Iterable[str]) -> None:
         hint = _near(key, names) or f"there is: {', '.join(sorted(names))}"
@@ -101,8 +107,16 @@ def shown(at: Key) -> str:
     """``source[1].address``: entries of an array counted from 0, as in the error messages of other tools."""
     text = ""
     for part in at:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        name = part if isinstance(part, int) or _BARE.match(part) else worded(part)
+        text += f"[{name}]" if isinstance(part, int) else f".{name}" if text else str(name)
     return text
+
+
+def worded(value: Any) -> str:
+    """A value in a line of its own, short, an address without its password."""
+    text = repr(value) if not isinstance(value, str) else repr(without_password(value))
+    text = without_password(text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def line_of(text: str, at: Key) -> int:
@@ -125,6 +139,8 @@ def line_of(text: str, at: Key) -> int:
         key = re.match(r"""^\s*["']?([\w\-]+)["']?\s*[=.]""", line)
         if inside and key and len(names) > len(header) and key[1] == names[len(header)]:
             return number
+    if not best and index:  # entries of an array in one line, or in lines of its own
+        return line_of(text, tuple(names[:1]))
     return best
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+import threading
 from typing import Any
 
 import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
+from edgekit.bundle import Bundle
 from edgekit.errors import DataError, UsageError
+from edgekit.scanner import Scanner
 from edgekit.scanner.trigger_inputs import MOST_BYTES, open_trigger_input
 
 
@@ -65,3 +68,39 @@ def test_other_addresses_are_refused_without_their_password(spec: str) -> None:
     with pytest.raises(UsageError) as error:
         open_trigger_input(spec, lambda source, reference: True)
     assert "geheim" not in str(error.value)
+
+
+def test_one_trigger_is_one_event_of_each_camera(kit: Any, digits_bundle: Bundle) -> None:
+    """By a line and by the application; the cameras have no names, and the first trigger comes before their first frame."""
+    port, cameras = kit.free_port(), ["pattern:64x48@20", "pattern:80x48@20"]
+    trigger = {"mode": "external", "time_ms": 200, "inputs": [f"tcp://:{port}"]}
+    tables = {"model": {"bundle": str(digits_bundle.path)}, "trigger": trigger}
+    events: list[dict[str, Any]] = []
+    scanner = Scanner({**tables, "source": [{"address": each} for each in cameras]}, on_event=events.append)
+    assert scanner.fire() is False  # nothing runs yet
+    thread = threading.Thread(target=scanner.run)
+    thread.start()
+    try:
+        kit.wait_for(lambda: _sent(port, b"box 1\n"))
+        kit.wait_for(lambda: len(_triggers(events)) == 2)
+        assert scanner.fire(cameras[1], "box 2")
+        kit.wait_for(lambda: len(_triggers(events)) == 3)
+    finally:
+        scanner.stop()
+        thread.join()
+    found = _triggers(events)
+    assert sorted(found[:2]) == [(cameras[0], "box 1"), (cameras[1], "box 1")]
+    assert found[2:] == [(cameras[1], "box 2")]
+
+
+def _triggers(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(event["source"], event["trigger"]["reference"]) for event in list(events) if "trigger" in event]
+
+
+def _sent(port: int, line: bytes) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(line)
+    except OSError:
+        return False
+    return True

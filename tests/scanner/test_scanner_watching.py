@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from edgekit.manifest import Tolerance
 from edgekit.runtime import Model
 from edgekit.runtime.golden import load_golden, save_golden
 from edgekit.runtime.onnxruntime import OnnxRuntimeRunner
-from edgekit.scanner import Captured, Pipeline, Step
+from edgekit.scanner import Captured, Pipeline, Scanner, Step
 from edgekit.scanner.png import decode_png, encode_png
 from edgekit.scanner.reading import Reading
 from edgekit.scanner.steps.drift import Drift, DriftOptions
@@ -82,14 +84,14 @@ def ended(events: list[dict[str, Any]]) -> bool:
     return any(event["state"] in ("promoted", "refused") for event in events)
 
 
-def renamed(bundle: Bundle, path: Path, labels: tuple[str, ...] | None = None) -> Path:
-    """The same model, another digest."""
+def renamed(bundle: Bundle, path: Path, labels: tuple[str, ...] | None = None, wrong: bool = False, **manifest: Any) -> Path:
+    """The same model, another digest. ``wrong``: its golden outputs are others."""
     with Bundle.create(path) as draft:
         for name in bundle.manifest.files:
             draft.write(name, bundle.read(name))
         inputs, outputs = load_golden(bundle)
-        draft.write(GOLDEN, save_golden({"x": inputs["x"][:4]}, {"y": outputs["y"][:4]}))
-        draft.manifest = msgspec.structs.replace(bundle.manifest, labels=labels or bundle.manifest.labels)
+        draft.write(GOLDEN, save_golden({"x": inputs["x"][:4]}, {"y": outputs["y"][:4] + wrong}))
+        draft.manifest = msgspec.structs.replace(bundle.manifest, labels=labels or bundle.manifest.labels, **manifest)
     return path
 
 
@@ -123,23 +125,132 @@ def test_a_like_bundle_is_promoted_and_every_model_closed(
     assert counts["open"] == counts["closed"] == 4
 
 
-@pytest.mark.parametrize("fault", ["otherwise", "corrupt", "missing"])
-def test_a_bad_bundle_changes_nothing(digits_bundle: Bundle, digits: list[Any], tmp_path: Path, fault: str) -> None:
-    path = renamed(digits_bundle, tmp_path / "new.edge", tuple("abcdefghij") if fault == "otherwise" else None)
+FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "otherwise": ({"labels": tuple("9876543210")}, {}, "answers otherwise"),
+    "labels": ({"labels": tuple("0123456789a")}, {}, "other labels than the model that runs: only one of them has a"),
+    "task": ({"task": "tensor"}, {}, "is for tensor"),
+    "input": ({"preprocessing": None}, {}, "takes raw tensors"),
+    "golden": ({"wrong": True}, {}, "misses the golden outputs"),
+    "untested": ({"golden": {}}, {}, "states no tolerance"),
+    "slow": ({}, {"p99_share": 0.001}, "its p99 is"),
+    "corrupt": ({}, {}, "damaged"),
+    "missing": ({}, {}, "no bundle"),
+    "crash": ({}, {}, "crashed (SIGSEGV)"),
+    "hang": ({}, {"open_s": 0.3}, "was not open within 0.3 s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_bundle_changes_nothing(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, how, words = FAULTS[fault]
+    path = renamed(digits_bundle, tmp_path / "new.edge", **changes)
     if fault == "corrupt":
         graph = path / "model.onnx"
         graph.write_bytes(graph.read_bytes()[:-1] + b"!")
+    elif fault in ("crash", "hang"):
+        what = "os.kill(os.getpid(), 11)" if fault == "crash" else "time.sleep(60)"
+        monkeypatch.setattr("edgekit.scanner.probe._CHILD", f"import os, time; {what}")
+    elif fault in ("otherwise", "slow"):  # it passes that
+        monkeypatch.setattr("edgekit.scanner.steps.shadow.probe", lambda *about: None)
     report = tmp_path / "report.json"
-    options = ShadowOptions(frames=20, busy_share=1.0, report=str(report))
+    options = ShadowOptions(**{"frames": 20, "busy_share": 1.0, "report": str(report), **how})
     model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), options)
     step = Shadow(model)
     model.offer(tmp_path / "none.edge" if fault == "missing" else path)
     events = wait_for(ended, model, step, digits)
     assert events[-1]["state"] == "refused"
-    assert {"otherwise": "otherwise", "corrupt": "damaged", "missing": "no bundle"}[fault] in events[-1]["reason"]
+    assert words in events[-1]["reason"]
     assert model.bundle.digest == digits_bundle.digest
     assert model(digits[0]).label is not None
     assert ('"seq"' in report.read_text()) == (fault == "otherwise")
+    model.close()
+
+
+def test_a_bundle_that_hangs_on_a_frame_is_given_up(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = threading.Event()
+    monkeypatch.setattr("edgekit.scanner.steps.shadow.probe", lambda *about: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("edgekit.scanner.trial.Trial.run", lambda self, shown: stuck.wait(20))
+        options = ShadowOptions(frames=5, busy_share=1.0, open_s=0.2, p99_share=50)
+        model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), options)
+        step = Shadow(model)
+        model.offer(renamed(digits_bundle, tmp_path / "new.edge"))
+        events = wait_for(ended, model, step, digits)
+    assert "no answer to a frame for 0.2 s" in events[-1]["reason"]
+    stuck.set()
+    model.offer(tmp_path / "new.edge")  # the next one is tried as if nothing had been
+    assert wait_for(ended, model, step, digits)[-1]["state"] == "promoted"
+    assert model.take_events() == []
+    model.close()
+
+
+def test_a_candidate_that_appears_takes_over_without_a_frame_lost_and_stays(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    candidate, current = tmp_path / "releases", tmp_path / "current"
+    candidate.mkdir()
+    new = renamed(digits_bundle, candidate / "new.edge")
+    options = {"candidate": str(current), "frames": 20, "p99_share": 50, "busy_share": 1.0, "poll_s": 0.02}
+    tables = {"model": {"bundle": str(digits_bundle.path)}, "shadow": options}
+    seen: list[dict[str, Any]] = []
+
+    def passing() -> Iterator[Any]:
+        end, more = time.monotonic() + 60, 10
+        for number in itertools.count():
+            if number == 5:
+                current.symlink_to(new)
+            if any(event.get("state") in ("promoted", "refused") for event in seen):
+                more -= 1
+            if not more or time.monotonic() > end:
+                return
+            yield digits[number % len(digits)]
+
+    scanner = Scanner(tables, frames=passing(), on_event=seen.append)
+    summary = scanner.run()
+    assert [event["state"] for event in seen if event.get("event") == "model"] == ["offered", "promoted"]
+    assert [event["seq"] for event in seen if "label" in event] == list(range(summary.captured))
+    digest = Bundle.open(new).digest
+    assert summary.model["digest"] == digest
+
+    current.unlink()
+    again = Scanner(tables, frames=digits[:2]).run()
+    assert again.model["digest"] == digest
+    (new / "model.onnx").write_bytes(b"torn")
+    third = Scanner(tables, frames=digits[:2]).run()
+    assert (third.model["digest"], third.inferred) == (digits_bundle.digest, 2)
+    assert "the bundle that was promoted cannot run" in capsys.readouterr().err
+
+
+def test_several_cameras_in_batches_miss_nothing_at_the_switch(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.scanner.steps.shadow.probe", lambda *about: None)
+    model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), ShadowOptions(frames=20, p99_share=50, busy_share=1.0))
+    new = renamed(digits_bundle, tmp_path / "new.edge")
+    model.offer(new)
+
+    class Cameras:
+        seq, left = 0, 10
+
+        def __iter__(self) -> Iterator[Captured]:
+            end = time.monotonic() + 30
+            while self.left and time.monotonic() < end:
+                self.left -= bool(model.promoted or model.refused)
+                yield self.more(1)[0]
+
+        def more(self, count: int) -> list[Captured]:
+            self.seq += count
+            return [Captured(digits[i % 1000], f"cam {i % 3}", i, 1e9, "", 0.0) for i in range(self.seq - count, self.seq)]
+
+    source, events = Cameras(), []  # type: ignore[var-annotated]
+    summary = Pipeline(source=source, model=model, steps=[Shadow(model)], batch=4, on_event=events.append).run()
+    assert [event["seq"] for event in events if "label" in event] == list(range(source.seq))
+    assert summary.captured == summary.inferred == source.seq
+    assert (model.promoted, model.bundle.digest) == (1, Bundle.open(new).digest)
     model.close()
 
 
@@ -281,3 +392,55 @@ def test_harvest_becomes_a_data_set(digits_bundle: Bundle, digits: list[Any], tm
     scores = [float(row["score"]) for row in rows]
     assert scores == sorted(scores)
     assert cli("harvest", tmp_path / "kept", "--out", tmp_path / "set").code == 2
+
+
+def test_a_harvest_is_trained_on_once_what_has_no_label_lies_beside(digits: list[Any], tmp_path: Path, cli: Any) -> None:
+    harvest = Harvest(
+        HarvestOptions(folder=str(tmp_path / "kept"), score=0.5, random_share=0, near_bits=0, on=("no_read", "conflict"))
+    )
+    for captured in frames(digits, 24):
+        about = {"source": "cam", "seq": captured.seq, "time": "t"}
+        read = {"label": "=box" if captured.seq % 2 else "bag", "score": 0.4} if captured.seq < 20 else {"codes": []}
+        harvest.frame(captured, {**about, **read})
+        harvest.send({**about, **read, **({"event": "no_read"} if captured.seq == 21 else {})})
+        harvest.send({**about, **read, **({"conflict": [{}]} if captured.seq == 22 else {})})
+        harvest.flush()
+    harvest.close()
+    made = cli("harvest", tmp_path / "kept", "--out", tmp_path / "set", "--json").json
+    kept = made["frames"]
+    assert (made["unlabelled"], sorted(made["labels"]), made["damaged"]) == (2, ["=box", "bag"], 0)
+    dataset = load(f"folder:{tmp_path / 'set'}")
+    assert dataset.labels == ("=box", "bag")
+    assert len(dataset.all) == kept - 2 == sum(made["labels"].values())
+    rows = list(csv.DictReader((tmp_path / "set/review.csv").read_text().splitlines()))
+    assert all((tmp_path / "set" / row["file"]).is_file() for row in rows)
+    assert {row["label"] for row in rows} == {"'=box", "bag", ""}
+    assert [row["why"] for row in rows if not row["label"]] == ["no_read", "conflict"]
+    again = cli("harvest", tmp_path / "kept", "--out", tmp_path / "set")
+    assert (again.code, "exists" in again.err) == (2, True)
+
+
+def test_a_harvest_without_a_place_says_so_once_and_goes_on(digits: list[Any], tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "kept"
+    folder.write_text("in the way")
+    options = HarvestOptions(folder=str(folder), score=1.0, near_bits=0, most_megabytes=0.003)
+    harvest = Harvest(options)
+
+    def take(count: int, begin: int) -> None:
+        for captured in frames(digits, count, begin):
+            harvest.frame(captured, {"source": "cam", "seq": captured.seq, "time": "t", "score": 0.1, "label": "3"})
+            harvest.flush()
+
+    take(3, 0)
+    assert (harvest.status()["failed"], harvest.status()["kept"]) == (3, 0)
+    assert capsys.readouterr().err.count("no frame can be kept") == 1
+    folder.unlink()
+    take(30, 3)
+    harvest.close()
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert 1000 < sum(sizes) <= 3000
+    assert len(sizes) == 2 * harvest.status()["kept"]
+    other = Harvest(options)  # a restart knows what is there
+    other.frame(next(frames(digits, 1, 40)), {"source": "cam", "seq": 40, "time": "t", "score": 0.0, "label": "3"})
+    other.close()
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 3000

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from edgekit.scanner.events import Event
 from edgekit.scanner.sources import Captured
 
-__all__ = ["Step"]
+__all__ = ["Resuming", "Step"]
 
 
 class Step(Protocol):
@@ -39,4 +39,16 @@ class Step(Protocol):
 
     def close(self) -> None:
         """The scan ends; `due` is asked a last time before, with an infinite ``monotonic``."""
+        ...
+
+
+class Resuming(Protocol):
+    """What a step has, beside, that a recorded incident is replayed with exactly (`Incidents`)."""
+
+    def state(self) -> Any:
+        """What it knows between two rounds, in JSON types, bytes and uint8 frames. Quick: called every few seconds."""
+        ...
+
+    def resume(self, state: Any) -> None:
+        """Go on from there: JSON types, frames as arrays. May raise anything where it is no such state."""
         ...

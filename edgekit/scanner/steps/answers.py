@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekit.preprocess import IMAGE_SUFFIXES
 
-__all__ = ["camera_of", "good", "require", "symbology", "valid"]
+__all__ = ["CHECKED", "camera_of", "good", "require", "symbology", "valid", "which"]
+
+#: What a cross-check adds to an event where text and codes do not agree.
+CHECKED = ("conflict", "doubtful")
 
 
 def camera_of(source: str) -> str:
@@ -32,6 +35,12 @@ def good(event: Mapping[str, Any], score: float = 0.0) -> bool:
     if "label" in event:
         return bool(event.get("score", 0.0) >= score)
     return bool(event.get("text")) and bool(event.get("text_score", event.get("score", 0.0)) >= score)
+
+
+def which(event: Mapping[str, Any], on: Sequence[str]) -> str:
+    """The one of ``on`` that an event is: its ``event``, or what a cross-check found (``conflict``, ``doubtful``); else ""."""
+    kind = event.get("event")
+    return str(kind) if kind in on else next((name for name in CHECKED if name in on and name in event), "")
 
 
 def require(fine: bool, words: str) -> None:

@@ -91,6 +91,12 @@ class CrossCheck:
     def close(self) -> None:
         pass
 
+    def state(self) -> None:
+        """Each event is checked by itself."""
+
+    def resume(self, state: Any) -> None:
+        pass
+
 
 def _coded(codes: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Application identifier -> its values in all codes. The number of a retail code is a GTIN."""

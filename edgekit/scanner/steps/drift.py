@@ -32,6 +32,8 @@ from edgekit.scanner.events import Event, rfc3339
 from edgekit.scanner.reading import FrameModel, Region
 from edgekit.scanner.sources import Captured
 
+from .answers import require
+
 __all__ = ["Drift", "DriftOptions", "measured"]
 
 INPUT = "input"
@@ -59,10 +61,12 @@ class DriftOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     by_source: bool = False
 
     def __post_init__(self) -> None:
-        if self.every_frames < 1 or not 20 <= self.window_frames <= 100_000 or not 20 <= self.learn_frames <= 100_000:
-            raise ValueError("every_frames is at least 1, window_frames and learn_frames are 20 to 100,000")
-        if not 0 < self.back_psi <= self.level_psi:
-            raise ValueError(f"back_psi {self.back_psi:g} lies above level_psi {self.level_psi:g}, or is not above 0")
+        require(self.every_frames >= 1, f"every_frames: 1 or more, not {self.every_frames}")
+        require(20 <= self.window_frames <= 100_000, f"window_frames: 20 to 100000, not {self.window_frames}")
+        require(20 <= self.learn_frames <= 100_000, f"learn_frames: 20 to 100000, not {self.learn_frames}")
+        require(0 < self.level_psi <= 14, f"level_psi: above 0 and up to 14, not {self.level_psi:g}")
+        words = f"back_psi: above 0 and up to level_psi ({self.level_psi:g}), not {self.back_psi:g}"
+        require(0 < self.back_psi <= self.level_psi, words)
 
 
 class _Tensor(msgspec.Struct, frozen=True):

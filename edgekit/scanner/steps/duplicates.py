@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+from array import array
 from collections import OrderedDict
 from hashlib import blake2b
 from typing import Any
@@ -17,6 +19,9 @@ from .answers import camera_of, require, symbology
 __all__ = ["DuplicateOptions", "Duplicates"]
 
 ONCE = -1.0  # the window of a code that is reported once in a scan
+_DIGEST = 16  # bytes
+_RECORDED = 100_000  # codes in a recording: looking through more holds the scan up
+_LATE_S = 5.0  # of one camera's frames behind another's
 _WINDOW = "-1 (once), 0 (off) or milliseconds"
 #: Fields that every event of a frame has; one with no others, and without codes, says nothing.
 _BARE = frozenset({"source", "seq", "time", "codes", "latency_ms", "duplicates"})
@@ -58,6 +63,9 @@ class Duplicates:
         self._windows = {symbology(name): window for name, window in self.options.per_format.items()}
         self._reported: OrderedDict[bytes, float] = OrderedDict()  # digest of camera, symbology, content -> when
         self._counts = {"reported": 0, "suppressed": 0, "silent_frames": 0, "forgotten": 0}
+        windows = (self.options.window_ms, *self.options.per_format.values())
+        self._longest_s = math.inf if ONCE in windows else max(windows) / 1e3
+        self._now = -math.inf
 
     def wants(self, captured: Captured) -> str:
         return ""
@@ -84,6 +92,21 @@ class Duplicates:
     def close(self) -> None:
         pass
 
+    def state(self) -> dict[str, bytes]:
+        """What can still suppress a code, the latest first; of codes that are reported once in a scan the last 100,000."""
+        keys, times = bytearray(), array("d")
+        for key, at in reversed(self._reported.items()):
+            if self._now - at > self._longest_s + _LATE_S or len(times) == _RECORDED:
+                break
+            keys += key
+            times.append(at)
+        return {"keys": bytes(keys), "times": times.tobytes()}
+
+    def resume(self, state: Any) -> None:
+        keys, times = base64.b64decode(state["keys"]), array("d", base64.b64decode(state["times"]))
+        found = [(keys[i * _DIGEST : (i + 1) * _DIGEST], at) for i, at in enumerate(times)]
+        self._reported = OrderedDict(reversed(found))
+
     def _new(self, camera: str, code: dict[str, Any], now: float) -> bool:
         kind = symbology(code["format"])
         window = self._windows.get(kind, self.options.window_ms)
@@ -91,7 +114,8 @@ class Duplicates:
             self._counts["reported"] += 1
             return True
         # A digest, so that a code of 7 KB takes no more room than one of 8 digits; 128 bits: no collisions.
-        key = blake2b(f"{camera}\0{kind}\0{code['text']}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        key = blake2b(f"{camera}\0{kind}\0{code['text']}".encode("utf-8", "surrogatepass"), digest_size=_DIGEST).digest()
+        self._now = max(self._now, now)
         before = self._reported.get(key)
         fresh = before is None or (window != ONCE and now - before >= window / 1e3)
         if fresh or self.options.restart:

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import refuse_inside_bundle
-from edgekit.files import atomic_write
+from edgekit.files import atomic_write, printable
+from edgekit.progress import say
 from edgekit.scanner.events import Event, rfc3339
 from edgekit.scanner.png import encode_png
 from edgekit.scanner.reading import Region
 from edgekit.scanner.sources import Captured
 
+from .answers import require, which
 from .shadow import ShadowedModel
 
 __all__ = ["Facts", "Harvest", "HarvestOptions", "near_hash"]
@@ -47,12 +49,12 @@ class HarvestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     near_bits: int = 4
 
     def __post_init__(self) -> None:
-        if not self.folder:
-            raise ValueError("folder is empty")
-        if self.most_frames < 1 or self.most_megabytes <= 0 or not 0 <= self.near_bits <= 32:
-            raise ValueError("most_frames is at least 1, most_megabytes more than 0, near_bits 0 to 32")
-        if not (0 <= self.score <= 1 and 0 <= self.random_share <= 1):
-            raise ValueError("score and random_share are shares of 1")
+        require(bool(self.folder), "folder: where frames are kept, for example /var/lib/edgekit/harvest")
+        require(1 <= self.most_frames <= 1_000_000, f"most_frames: 1 to 1000000, not {self.most_frames}")
+        require(0 < self.most_megabytes <= 1e7, f"most_megabytes: above 0 and up to 10000000, not {self.most_megabytes:g}")
+        require(0 <= self.near_bits <= 32, f"near_bits: 0 to 32 of 64, not {self.near_bits}")
+        require(0 <= self.score <= 1, f"score: 0 to 1, not {self.score:g}")
+        require(0 <= self.random_share <= 1, f"random_share: 0 to 1, not {self.random_share:g}")
 
 
 class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -95,6 +97,7 @@ class Harvest:
         self._kept: list[_Entry] = []
         self._number = 0
         self._sent = 0
+        self._said = False
         self._counts = {"seen": 0, "near": 0, "pushed_out": 0, "busy": 0, "failed": 0}
 
     def wants(self, captured: Captured) -> str:
@@ -126,12 +129,14 @@ class Harvest:
     def send(self, event: Event) -> None:
         """An event of ``on`` that a step made is about the frame it names, or the latest."""
         self._sent += 1
-        if event.get("event") not in self.options.on or event.get("event") in ("failed", "unfit") or not self._recent:
+        why = which(event, self.options.on)
+        if not why or why in ("failed", "unfit") or not self._recent:  # those it saw as a step
             return
         named = [each for each in self._recent if (each[0].source, each[0].seq) == (event.get("source"), event.get("seq"))]
-        captured, answered = (named or list(self._recent))[-1]
+        same = [each for each in self._recent if each[0].source == event.get("source")]
+        captured, answered = (named or same or list(self._recent))[-1]
         assert captured.frame is not None
-        self._take(captured.frame, answered, str(event["event"]), 2.0)
+        self._take(captured.frame, answered, why, 2.0)
 
     def flush(self, patience_s: float = 2.0) -> None:
         """Wait until what was taken is on disk."""
@@ -177,14 +182,19 @@ class Harvest:
                 continue
             try:
                 self._keep(*job)
-            except OSError:  # a full disk must not stop the scan
+            except OSError as error:  # a full disk must not stop the scan
                 self._counts["failed"] += 1
+                if not self._said:
+                    why = f"no frame can be kept in {printable(self.options.folder)} ({error.strerror or error})"
+                    say(f"{why}; the scan goes on", level="warning")
+                self._said = True
 
     def _load(self) -> None:
         for path in sorted(Path(self.options.folder).glob("*.json")):
             with contextlib.suppress(msgspec.DecodeError, OSError, ValueError):
                 facts = msgspec.json.decode(path.read_bytes(), type=Facts)
-                self._kept.append(_Entry(facts, path.stem, path.with_suffix(".png").stat().st_size))
+                size = path.stat().st_size + path.with_suffix(".png").stat().st_size
+                self._kept.append(_Entry(facts, path.stem, size))
                 self._number = max(self._number, int(path.stem) + 1)
 
     def _keep(self, frame: NDArray[np.uint8], facts: Facts) -> None:
@@ -193,21 +203,30 @@ class Harvest:
         if any((int(entry.facts.hash, 16) ^ own).bit_count() <= limit for entry in self._kept if entry.facts.hash):
             self._counts["near"] += 1
             return
-        png = encode_png(frame)
+        facts = msgspec.structs.replace(facts, hash=f"{own:016x}")
         folder, name = Path(self.options.folder), f"{self._number:08d}"
-        self._kept.append(_Entry(msgspec.structs.replace(facts, hash=f"{own:016x}"), name, len(png)))
+        files = {".png": encode_png(frame), ".json": msgspec.json.encode(facts)}
+        entry = _Entry(facts, name, sum(map(len, files.values())))
+        self._kept.append(entry)
         while len(self._kept) > self.options.most_frames or sum(e.size for e in self._kept) > self.options.most_megabytes * 1e6:
             worst = self._worst()
             self._kept.remove(worst)
             self._counts["pushed_out"] += 1
-            if worst.name == name:
+            if worst is entry:
                 return
             for suffix in (".json", ".png"):
                 (folder / f"{worst.name}{suffix}").unlink(missing_ok=True)
         self._number += 1
-        atomic_write(folder / f"{name}.png", png)
-        facts = next(entry.facts for entry in self._kept if entry.name == name)
-        atomic_write(folder / f"{name}.json", msgspec.json.encode(facts))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for suffix, data in files.items():
+                atomic_write(folder / f"{name}{suffix}", data)
+        except OSError:
+            self._kept.remove(entry)  # half a frame is none
+            with contextlib.suppress(OSError):
+                (folder / f"{name}.png").unlink(missing_ok=True)
+            raise
+        self._said = False
 
     def _worst(self) -> _Entry:
         """The least telling frame; of the random ones only while they are more than their part."""

@@ -8,35 +8,32 @@ import re
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from edgekit.bundle import refuse_inside_bundle
 from edgekit.scanner.codes import CodeReader
 from edgekit.scanner.events import Event, encode, rfc3339
-from edgekit.scanner.png import encode_png
+from edgekit.scanner.journal import Chunk, Kept, Turn, model_of, plain, recordable, rounds_of, state_of
 from edgekit.scanner.reading import Reading
-from edgekit.scanner.recording import SUFFIX, Came, Model, Recording, Round, StepState, write_recording
-from edgekit.scanner.sinks import without_secrets
+from edgekit.scanner.recording import SUFFIX, Recording, write_recording
 from edgekit.scanner.sources import Captured
 from edgekit.version import __version__
+
+from .answers import require, which
 
 __all__ = ["IncidentOptions", "Incidents"]
 
 _CHUNKS = 4  # of the wanted seconds: whole ones go, so that a file begins where the steps' state is known
 _BACKLOG = 64  # frames that wait to be packed; beyond, they stay as they are
-_SECRET = re.compile(r"pass|secret|token|key|credential|user", re.IGNORECASE)
 
 
 class IncidentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``folder``: where files go. ``seconds`` before an event whose ``event`` is one of ``on``; frames beyond
-    ``most_megabytes``, in memory or in a file, are left out, the oldest first. No second file within ``cooldown_s``; of more
-    than ``most_files`` the oldest is removed."""
+    """``folder``: where files go. ``seconds`` before an event that is one of ``on`` (its ``event``; of a cross-check
+    ``conflict`` and ``doubtful``); frames beyond ``most_megabytes``, in memory or in a file, are left out, the oldest first.
+    No second file within ``cooldown_s``; of more than ``most_files`` the oldest is removed."""
 
     folder: str
     seconds: float = 10.0
@@ -46,48 +43,12 @@ class IncidentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     most_files: int = 50
 
     def __post_init__(self) -> None:
-        if not self.folder or not self.on:
-            raise ValueError("folder and on are not empty")
-        if not (self.seconds > 0 and self.most_megabytes > 0 and self.cooldown_s >= 0 and self.most_files >= 1):
-            raise ValueError("seconds, most_megabytes and most_files are more than 0, cooldown_s is at least 0")
-
-
-class _Kept:
-    """A frame in memory: as it came, then packed."""
-
-    def __init__(self, frame: NDArray[np.uint8]) -> None:
-        self.frame: NDArray[np.uint8] | None = frame
-        self.png = b""
-        self.size = frame.nbytes
-
-    def pack(self) -> bytes:
-        if (frame := self.frame) is not None:
-            self.png = encode_png(frame)
-            self.frame, self.size = None, len(self.png)
-        return self.png
-
-
-@dataclass
-class _Turn:
-    """A `Round` while it is made, and its events."""
-
-    came: list[dict[str, Any]] = field(default_factory=list)
-    frames: list[_Kept] = field(default_factory=list)
-    due: tuple[float, float] | None = None
-    events: list[bytes] = field(default_factory=list)
-
-
-@dataclass
-class _Chunk:
-    """Some rounds, and the steps' states before the first of them."""
-
-    states: tuple[StepState, ...]
-    first: int
-    begin: float
-    turns: list[_Turn] = field(default_factory=list)
-
-    def size(self) -> int:
-        return sum(kept.size for turn in self.turns for kept in turn.frames)
+        require(bool(self.folder), "folder: where files go, for example /var/lib/edgekit/incidents")
+        require(bool(self.on), "on: the events that make a file, for example no_read")
+        require(0 < self.seconds <= 3600, f"seconds: above 0 and up to 3600, not {self.seconds:g}")
+        require(0 < self.most_megabytes <= 1e6, f"most_megabytes: above 0 and up to 1000000, not {self.most_megabytes:g}")
+        require(0 <= self.cooldown_s <= 1e9, f"cooldown_s: 0 or seconds, not {self.cooldown_s:g}")
+        require(1 <= self.most_files <= 1_000_000, f"most_files: 1 to 1000000, not {self.most_files}")
 
 
 class Incidents:
@@ -107,10 +68,12 @@ class Incidents:
         self._config: Any = None
         self._bundle: Any = None
         self._run_id = ""
-        self._chunks: deque[_Chunk] = deque()
-        self._turn = _Turn()
+        self._chunks: deque[Chunk] = deque()
+        self._turn = Turn()
+        self._written: deque[Path] | None = None
         self._number = 0  # of events sent
         self._why: Event | None = None
+        self._on = ""
         self._quiet_until = -math.inf
         self._counts = {"files": 0, "cooled": 0, "failed": 0}
         self._done: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -120,7 +83,10 @@ class Incidents:
     def watch(self, reading: Reading, steps: Sequence[Any] = (), config: Any = None) -> None:
         """What the scan reads with, its steps in order (this one left out), and its configuration; passwords are taken out."""
         self._reading, self._steps = reading, tuple(step for step in steps if step is not self)
-        self._config = _without_secrets(msgspec.to_builtins(config))
+        self._config = plain(msgspec.to_builtins(config))
+        for step in self._steps:
+            if hasattr(step, "listen"):
+                step.listen(self._fired)
 
     # As a step
 
@@ -128,11 +94,8 @@ class Incidents:
         kept = self._opened().frames
         came = {"source": captured.source, "seq": captured.seq, "time": captured.time, "monotonic": captured.monotonic}
         frame = captured.frame
-        if frame is not None and frame.dtype == np.uint8 and (frame.ndim == 2 or (frame.ndim == 3 and frame.shape[2] == 3)):
-            kept.append(_Kept(frame if frame.base is None else np.array(frame)))
-            came["frame"] = len(kept) - 1
-            if self._jobs.qsize() < _BACKLOG:
-                self._job(kept[-1])
+        if frame is not None and recordable(frame):
+            came["frame"] = self._keep(kept, frame)
         self._turn.came.append({**came, "error": captured.error})
         return ""
 
@@ -162,8 +125,8 @@ class Incidents:
         self._run_id = run_id
         self._number = int(number) + 1 if number.isdigit() else self._number + 1
         self._turn.events.append(encode(event))
-        if event.get("event") in self.options.on and self._why is None:
-            self._why = event
+        if self._why is None and (found := which(event, self.options.on)):
+            self._why, self._on = event, found
             if math.isinf((self._turn.due or (0.0,))[0]):
                 self._finish()
 
@@ -187,23 +150,37 @@ class Incidents:
             self._jobs.put(None)
             thread.join(2.0)
 
-    def _opened(self) -> _Turn:
+    def _opened(self) -> Turn:
         """The round that is going on; the one before ends with its `due`, and the events that left after it."""
         if self._turn.due is None:
             if not self._chunks:
                 self._begin(0.0)
+                self._chunks[-1].turns.append(self._turn)
             return self._turn
         self._finish()
         now = self._turn.due[0]
-        self._turn = _Turn()
+        self._turn = Turn()
         self._trim(now)
         self._chunks[-1].turns.append(self._turn)
         return self._turn
 
     def _begin(self, now: float) -> None:
-        states = tuple(_state(step) for step in self._steps)
-        self._chunks.append(_Chunk(states, self._number, now, [self._turn]))
+        kept: list[Kept] = []
+        states = tuple(state_of(step, lambda frame: self._keep(kept, frame)) for step in self._steps)
+        reading = self._reading
+        models = (model_of(reading.model), model_of(reading.text)) if reading is not None else (None, None)
+        self._chunks.append(Chunk(states, kept, models, self._number, now))
         self._bundle = self._running()
+
+    def _keep(self, kept: list[Kept], frame: Any) -> int:
+        kept.append(Kept(frame))
+        if self._jobs.qsize() < _BACKLOG:
+            self._job(kept[-1])
+        return len(kept) - 1
+
+    def _fired(self, source: str | None, reference: str, at: float) -> None:
+        turn = self._turn
+        turn.fires.append((len(turn.came) if turn.due is None else -1, source, reference, at))
 
     def _running(self) -> Any:
         return self._reading.model.bundle if self._reading is not None and self._reading.model is not None else None
@@ -217,9 +194,7 @@ class Incidents:
             self._chunks.clear()  # the frames before were read by another model
         elif now - last.begin < self.options.seconds / _CHUNKS and last.size() < most / _CHUNKS:
             return
-        states = tuple(_state(step) for step in self._steps)
-        self._chunks.append(_Chunk(states, self._number, now))
-        self._bundle = self._running()
+        self._begin(now)
         while len(self._chunks) > 2 and now - self._chunks[1].begin >= self.options.seconds:
             self._chunks.popleft()
         while len(self._chunks) > 2 and sum(chunk.size() for chunk in self._chunks) > most:
@@ -237,7 +212,8 @@ class Incidents:
             return
         if math.isfinite(now):
             self._quiet_until = now + self.options.cooldown_s
-        self._job((self._about(why, now), [turn for chunk in self._chunks for turn in chunk.turns], self._turn.due[1]))
+        turns = [turn for chunk in self._chunks for turn in chunk.turns]
+        self._job((self._about(why, now), self._on, self._chunks[0].kept, turns, self._turn.due[1]))
 
     def _about(self, why: Event, now: float) -> Recording:
         reading, first = self._reading, self._chunks[0]
@@ -250,9 +226,10 @@ class Incidents:
             run_id=self._run_id,
             first=first.first,
             why=why,
-            model=_model(reading.model) if reading and reading.model is not None else None,
-            text=_model(reading.text) if reading and reading.text is not None else None,
+            model=first.models[0],
+            text=first.models[1],
             codes=codes,
+            formats=getattr(reading.codes, "formats", ()) if reading is not None else (),
             region=tuple(reading.region) if reading and reading.region is not None else None,  # type: ignore[arg-type]
             steps=first.states,
             config=self._config,
@@ -270,66 +247,35 @@ class Incidents:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if isinstance(job, _Kept):
+            if isinstance(job, Kept):
                 job.pack()
             elif callable(job):
                 job()
             else:
                 self._write(*job)
 
-    def _write(self, about: Recording, turns: list[_Turn], wall: float) -> None:
+    def _write(self, about: Recording, on: str, before: list[Kept], turns: list[Turn], wall: float) -> None:
         event: Event = {"event": "incident", "source": str(about.why.get("source", "")), "time": rfc3339(wall)}
-        event["on"] = about.why.get("event")
+        event["on"] = on
         stamp = re.sub(r"[^0-9TZ]", "", rfc3339(wall))
-        path = Path(self.options.folder) / f"{stamp}-{about.why['event']}-{about.why.get('id', '')[-12:]}{SUFFIX}"
-        frames = [kept for turn in turns for kept in turn.frames]
+        path = Path(self.options.folder) / f"{stamp}-{re.sub(r'[^a-z0-9_]', '', on)}-{about.why.get('id', '')[-12:]}{SUFFIX}"
+        frames = [*before, *(kept for turn in turns for kept in turn.frames)]
         try:
-            events = [each for turn in turns for each in turn.events]
-            size = write_recording(path, about, _rounds(turns), events, (kept.pack() for kept in frames))
+            rounds = rounds_of(turns, len(before))
+            events = [each for turn, made in zip(turns, rounds, strict=True) for each in turn.events[: made.sent]]
+            size = write_recording(path, about, rounds, events, (kept.pack() for kept in frames))
             self._counts["files"] += 1
-            old = sorted(Path(self.options.folder).glob(f"*{SUFFIX}"))[: -self.options.most_files]
-            for each in old:
-                each.unlink(missing_ok=True)
-            event |= {"file": str(path), "frames": len(frames), "seconds": about.seconds, "bytes": size}
+            self._remove_oldest(path)
+            event |= {"file": str(path), "frames": about.frames, "seconds": about.seconds, "bytes": size}
         except OSError as error:
             self._counts["failed"] += 1
             event["reason"] = f"{self.options.folder}: {error.strerror}"
         self._done.put(event)
 
-
-def _rounds(turns: list[_Turn]) -> list[Round]:
-    found, before = [], 0
-    for turn in turns:
-        came = [{**each, "frame": before + each["frame"]} if "frame" in each else each for each in turn.came]
-        before += len(turn.frames)
-        monotonic, wall = turn.due or (0.0, 0.0)
-        monotonic = monotonic if math.isfinite(monotonic) else -1.0  # JSON has no infinity
-        found.append(Round(tuple(Came(**each) for each in came), monotonic, wall, len(turn.events)))
-    return found
-
-
-def _model(model: Any) -> Model:
-    bundle, runner = model.bundle, getattr(model, "runner", None)
-    backend = runner.name if runner is not None else "auto"
-    return Model(str(bundle.path), bundle.digest, backend, runner.graph if runner is not None else bundle.graph)
-
-
-def _state(step: Any) -> StepState:
-    options = getattr(step, "options", None)
-    known = hasattr(step, "state") and hasattr(step, "resume")
-    return StepState(
-        step.name,
-        msgspec.to_builtins(options) if isinstance(options, msgspec.Struct) else None,
-        step.state() if known else None,
-        known,
-    )
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {str(key): _without_secrets(each, str(key)) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets(each, name) for each in value]
-    if isinstance(value, str):
-        return "..." if _SECRET.search(name) else without_secrets(value) if "://" in value else value
-    return value
+    def _remove_oldest(self, latest: Path) -> None:
+        """By the order in which they were written: names begin with the wall clock's time, and that may go back."""
+        if self._written is None:
+            self._written = deque(each for each in sorted(latest.parent.glob(f"*{SUFFIX}")) if each != latest)
+        self._written.append(latest)
+        while len(self._written) > self.options.most_files:
+            self._written.popleft().unlink(missing_ok=True)

@@ -39,6 +39,16 @@ class Scene:
         if self._now is not None:
             self._grounds = [self._grounds[0], self._now]
 
+    def state(self) -> dict[str, Any]:
+        return {
+            "grounds": [ground.tolist() for ground in self._grounds],
+            "now": None if self._now is None else self._now.tolist(),
+        }
+
+    def resume(self, state: Any) -> None:
+        self._grounds = [np.array(ground, np.float32) for ground in state["grounds"]]
+        self._now = None if state["now"] is None else np.array(state["now"], np.float32)
+
     def _changed(self, now: NDArray[np.float32], ground: NDArray[np.float32]) -> float:
         """The share of cells that changed, the change of all light taken out."""
         difference = now - ground

@@ -13,6 +13,8 @@ from edgekit.runtime.golden import Golden
 from edgekit.scanner.events import Event, rfc3339
 from edgekit.scanner.sources import Captured
 
+from .answers import require
+
 __all__ = ["SelfTest", "SelfTestOptions", "hottest"]
 
 ZONES = "/sys/class/thermal"
@@ -20,17 +22,18 @@ _READ_S = 10.0  # between two looks at the temperature
 
 
 class SelfTestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``every_s``: 0 for never again after the first. ``hot_celsius``: from there on it runs each ``hot_every_s``; None: never
+    """``every_s``: 0 for never again after the first. ``hot_celsius``: from there on it runs each ``hot_every_s``; 0: never
     for heat. ``zones``: the folder of the kernel's thermal zones."""
 
     every_s: float = 3600.0
-    hot_celsius: float | None = 85.0
+    hot_celsius: float = 85.0
     hot_every_s: float = 300.0
     zones: str = ZONES
 
     def __post_init__(self) -> None:
-        if not (self.every_s >= 0 and self.hot_every_s > 0):
-            raise ValueError(f"every_s {self.every_s:g} and hot_every_s {self.hot_every_s:g} are seconds, at least 0")
+        require(0 <= self.every_s <= 1e9, f"every_s: 0 (once) or seconds, not {self.every_s:g}")
+        require(0 < self.hot_every_s <= 1e9, f"hot_every_s: seconds above 0, not {self.hot_every_s:g}")
+        require(0 <= self.hot_celsius <= 1000, f"hot_celsius: 0 (never) to 1000 degrees, not {self.hot_celsius:g}")
 
 
 class SelfTest:
@@ -78,7 +81,7 @@ class SelfTest:
             return "load"
         if self.options.every_s and monotonic >= self._next:
             return "hourly" if self.options.every_s == 3600 else "due"
-        if self.options.hot_celsius is not None and monotonic >= max(self._look, self._hot_next):
+        if self.options.hot_celsius and monotonic >= max(self._look, self._hot_next):
             self._look = monotonic + _READ_S
             self._celsius = hottest(self.options.zones)
             if self._celsius is not None and self._celsius >= self.options.hot_celsius:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from edgekit.errors import BundleError, EdgekitError
 from edgekit.manifest import ImagePreprocessing
 from edgekit.runtime import Model, Prediction
 from edgekit.runtime.golden import Golden
+from edgekit.runtime.model import Precision
 from edgekit.scanner.events import Event, rfc3339
+from edgekit.scanner.probe import probe
 from edgekit.scanner.reading import Region
 from edgekit.scanner.sources import Captured
 from edgekit.scanner.trial import Disagreement, Shown, Trial, Verdict, write_report
+
+from .answers import require
 
 __all__ = ["Shadow", "ShadowOptions", "ShadowedModel"]
 
@@ -37,7 +41,9 @@ class ShadowOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     After ``frames`` frames a candidate is promoted where the share of like answers is ``agreement`` or more and no more than 1%
     of its frames take longer than ``p99_share`` times the old one's p99 (more than chance gives). ``busy_share``: of one core's
-    time, what the comparison may take. ``report``: a JSON file for each verdict, "" for none.
+    time, what the comparison may take. ``open_s``: how long it may take to open and to pass its golden check, and to answer a
+    frame. ``report``: a JSON file for each verdict, "" for none. ``kept``: where it is written down what was promoted, so that
+    a restarted scan begins with it; "" for a file in the state folder.
     """
 
     candidate: str = ""
@@ -47,30 +53,44 @@ class ShadowOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     busy_share: float = 0.25
     poll_s: float = 2.0
     examples: int = 20
+    open_s: float = 60.0
     report: str = ""
+    kept: str = ""
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.examples < 0:
-            raise ValueError("frames is at least 1, examples at least 0")
-        if not (0 <= self.agreement <= 1 and 0 < self.busy_share <= 1 and self.p99_share > 0 and self.poll_s > 0):
-            raise ValueError("agreement and busy_share are shares up to 1, p99_share and poll_s more than 0")
+        require(1 <= self.frames <= 10_000_000, f"frames: 1 to 10000000, not {self.frames}")
+        require(0 <= self.examples <= 10_000, f"examples: 0 to 10000, not {self.examples}")
+        require(0 <= self.agreement <= 1, f"agreement: 0 to 1, not {self.agreement:g}")
+        require(0 < self.busy_share <= 1, f"busy_share: above 0 and up to 1, not {self.busy_share:g}")
+        require(0 < self.p99_share <= 1e6, f"p99_share: above 0, for example 1.2, not {self.p99_share:g}")
+        require(0 < self.open_s <= 3600, f"open_s: above 0 and up to 3600, not {self.open_s:g}")
+        require(0 < self.poll_s <= 86_400, f"poll_s: above 0 and up to 86400, not {self.poll_s:g}")
 
 
 class ShadowedModel:
     """Stands in `Model`'s place, from the scanning thread. ``model`` is open; `close` closes it, or what took its place.
 
-    A thread of its own opens what is offered, holds it against its golden outputs, and runs it beside the old one on frames
-    that `Shadow` shows it: both on the same frame, so that the two are timed under the same load. The swap is made by the
-    scanning thread, between two frames.
+    What is offered is opened and held against its golden outputs in a process of its own, then again by a thread of this one,
+    which runs it beside the old one on frames that `Shadow` shows it: both on the same frame, so that the two are timed under
+    the same load. The swap is made by the scanning thread, between two frames. ``adopted`` hears of it, in that thread.
     """
 
-    def __init__(self, model: Model, options: ShadowOptions | None = None, *, backend: str = "auto", threads: int = 1) -> None:
+    def __init__(
+        self,
+        model: Model,
+        options: ShadowOptions | None = None,
+        *,
+        backend: str = "auto",
+        precision: Precision = "auto",
+        threads: int = 1,
+        adopted: Callable[[Model], None] = lambda model: None,
+    ) -> None:
         self.options = options or ShadowOptions()
         self.wants_frame = False
         self.state = "idle"  # or opening, compared
         self.last: dict[str, Any] = {}
         self.promoted = self.refused = 0
-        self._model, self._how = model, (backend, threads)
+        self._model, self._how, self._adopt = model, (backend, precision, threads), adopted
         self._shown: queue.Queue[Shown] = queue.Queue(1)
         self._offers: deque[str] = deque()
         self._events: deque[Event] = deque()
@@ -78,6 +98,7 @@ class ShadowedModel:
         self._ready: tuple[Model, Verdict] | None = None
         self._adopted, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._running: tuple[float, Verdict] | None = None  # since when, a frame in trial
         self._stamp: Any = None  # of the candidate that was tried last
         self._look = 0.0
         if self.options.candidate:
@@ -127,8 +148,18 @@ class ShadowedModel:
         else:
             old, self._model = self._model, fresh
             old.__exit__(None, None, None)
+            self._adopt(fresh)
             self._say(verdict)
         self._adopted.set()
+
+    def unstick(self) -> None:
+        """Give a candidate up that has not answered for ``open_s``, and the thread that waits for it; from the scanning one."""
+        if self._running is None or time.monotonic() - self._running[0] < self.options.open_s:
+            return
+        verdict, self._running = self._running[1], None
+        self.wants_frame, self.state, self._thread = False, "idle", None
+        self._say(verdict.refused(f"it gave no answer to a frame for {self.options.open_s:g} s"))
+        self._start()
 
     def take_events(self) -> list[Event]:
         return [self._events.popleft() for _ in range(len(self._events))]
@@ -152,7 +183,7 @@ class ShadowedModel:
     def _watch(self) -> None:
         """The thread: wait for a bundle, try it, say what came of it."""
         seen: Any = None
-        while not self._stopping.is_set():
+        while not self._ends():
             if self._offers:
                 self._try(self._offers.popleft(), offered=True)
                 continue
@@ -164,6 +195,10 @@ class ShadowedModel:
                     continue
                 seen = now
             self._wait(self.options.poll_s)
+
+    def _ends(self) -> bool:
+        """Whether this thread is to end: the scan does, or it was given up."""
+        return self._stopping.is_set() or threading.current_thread() is not self._thread
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -183,17 +218,17 @@ class ShadowedModel:
                 self._event(verdict, "offered")
                 self.state = "opening"
                 _check_kind(bundle, self.bundle)
-                candidate = stack.enter_context(Model.open(bundle, self._how[0], threads=self._how[1]))
+                backend, precision, threads = self._how
+                probe(os.fspath(bundle.path), backend, precision, threads, self.options.open_s, self._stopping)
+                candidate = stack.enter_context(Model.open(bundle, backend, precision=precision, threads=threads))
                 golden = Golden.of(candidate.runner)
-                if not any(array.size for array in golden.outputs.values()):
-                    raise BundleError(f"{path} holds no golden outputs", "make the bundle again")
                 error = golden.check(candidate.runner).relative
                 old = stack.enter_context(self._model.share())
                 verdict = self._compare(verdict, old, candidate, error)
                 if verdict.state == "promoted":
                     self._adopted.clear()
                     self._ready = (candidate, verdict)
-                    while not self._adopted.wait(_STOP_S) and not self._stopping.is_set():
+                    while not self._adopted.wait(_STOP_S) and not self._ends():
                         pass
                     return
         except EdgekitError as error:
@@ -203,8 +238,9 @@ class ShadowedModel:
         except Exception as error:  # noqa: BLE001  whatever a bundle does, the scan goes on
             verdict = verdict.refused(f"{type(error).__name__}: {error}")
         finally:
-            self.wants_frame, self.state = False, "idle"
-        if verdict.state and not self._stopping.is_set():
+            if not self._ends():
+                self.wants_frame, self.state, self._running = False, "idle", None
+        if verdict.state and not self._ends():
             self._say(verdict)
 
     def _compare(self, verdict: Verdict, old: Model, new: Model, golden_error: float) -> Verdict:
@@ -212,7 +248,7 @@ class ShadowedModel:
         options = self.options
         trial = Trial(old, new, options.frames, options.agreement, options.p99_share, options.examples)
         self.state, start = "compared", time.monotonic()
-        while not self._stopping.is_set():
+        while not self._ends():
             if self._offers or self._changed(verdict.path):
                 return verdict.with_(trial, golden_error).refused("a newer bundle was offered")
             self.wants_frame = True
@@ -222,7 +258,11 @@ class ShadowedModel:
                 continue
             self.wants_frame = False
             begin = time.monotonic()
+            self._running = begin, verdict
             disagreement = trial.run(shown)
+            if self._ends():
+                break
+            self._running = None
             if disagreement is not None:
                 self._disagreements.append(disagreement)
             if (reason := trial.verdict()) is not None:
@@ -277,6 +317,7 @@ class Shadow:
 
     def due(self, monotonic: float, wall: float) -> list[Event]:
         self._model.adopt()
+        self._model.unstick()
         return self._model.take_events()
 
     def status(self) -> dict[str, Any]:
@@ -288,10 +329,18 @@ class Shadow:
 
 
 def _check_kind(new: Bundle, old: Bundle) -> None:
-    if new.manifest.task != old.manifest.task or not isinstance(new.manifest.preprocessing, ImagePreprocessing):
-        raise BundleError(
-            f"{new.path} is for {new.manifest.task}, the model that runs for {old.manifest.task}", "offer one of the same kind"
-        )
+    """Raises `BundleError` where the answers of the two could not be held against each other."""
+    task, spec, hint = new.manifest.task, new.manifest.preprocessing, "offer one of the same kind"
+    if task != old.manifest.task:
+        raise BundleError(f"{new.path} is for {task}, the model that runs for {old.manifest.task}", hint)
+    if not isinstance(spec, ImagePreprocessing):
+        raise BundleError(f"{new.path} takes {'raw tensors' if spec is None else 'no pictures'}, not frames", hint)
+    other = set(new.manifest.labels) ^ set(old.manifest.labels)
+    if other and task == "image-classification":
+        named = ", ".join(sorted(other)[:5]) + (", ..." if len(other) > 5 else "")
+        raise BundleError(f"{new.path} has other labels than the model that runs: only one of them has {named}", hint)
+    if not new.manifest.golden:
+        raise BundleError(f"{new.path} states no tolerance for its golden outputs", "make the bundle again")
 
 
 def _stamp(path: Path) -> Any:

@@ -74,10 +74,13 @@ class TriggerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Fire:
-    __slots__ = ("at", "reference", "source", "taken")
+    __slots__ = ("at", "reference", "source")
 
     def __init__(self, source: str | None, reference: str, at: float) -> None:
         self.source, self.reference, self.at = source, reference, at
+
+    def state(self) -> tuple[str | None, str, float]:
+        return self.source, self.reference, self.at
 
 
 class _Camera:
@@ -89,6 +92,23 @@ class _Camera:
         self.waiting: deque[_Fire] = deque()
         self.there = False  # a thing, and its presentation has ended: wait until it leaves
         self.there_at = -math.inf
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "scene": None if self.scene is None else self.scene.state(),
+            "open": None if self.open is None else self.open.state(),
+            "waiting": [fire.state() for fire in self.waiting],
+            "there": self.there,
+            "there_at": None if math.isinf(self.there_at) else self.there_at,  # JSON has no infinity
+        }
+
+    def resume(self, state: Any) -> None:
+        if self.scene is not None:
+            self.scene.resume(state["scene"])
+        self.open = None if state["open"] is None else Window.resumed(state["open"])
+        self.waiting = deque(_Fire(*fire) for fire in state["waiting"])
+        self.there, self.there_at = bool(state["there"]), -math.inf if state["there_at"] is None else state["there_at"]
 
 
 class Trigger:
@@ -112,6 +132,7 @@ class Trigger:
         self.options = options or TriggerOptions()
         self._diagnose, self._clock = diagnose, clock
         self._lock = threading.Lock()
+        self._heard: Callable[[str | None, str, float], None] | None = None
         self._fires: deque[_Fire] = deque()
         self._cameras: dict[str, _Camera] = {}
         self._unplaced: deque[_Fire] = deque()  # for all cameras, before any was known
@@ -133,6 +154,15 @@ class Trigger:
             if fits:
                 self._fires.append(_Fire(source, reference, self._clock() + self.options.delay_ms / 1e3))
         return fits
+
+    def listen(self, heard: Callable[[str | None, str, float], None]) -> None:
+        """``heard`` learns of each trigger as the scanning thread takes it: camera or None, reference, from when it counts."""
+        self._heard = heard
+
+    def again(self, source: str | None, reference: str, at: float) -> None:
+        """`fire` with what ``heard`` learnt."""
+        with self._lock:
+            self._fires.append(_Fire(source, reference, at))
 
     def wants(self, captured: Captured) -> str:
         if self.options.mode == "continuous":
@@ -208,18 +238,35 @@ class Trigger:
     def close(self) -> None:
         self._pictures.clear()
 
+    def state(self) -> dict[str, Any]:
+        cameras = [camera.state() for camera in self._cameras.values()]
+        unplaced = [fire.state() for fire in self._unplaced]
+        return {"idle": self._idle, "triggers": self._counts["triggers"], "unplaced": unplaced, "cameras": cameras}
+
+    def resume(self, state: Any) -> None:
+        self._idle, self._counts["triggers"] = bool(state["idle"]), int(state["triggers"])
+        self._unplaced = deque(_Fire(*fire) for fire in state["unplaced"])
+        self._cameras = {}
+        for each in state["cameras"]:
+            self._cameras[each["name"]] = camera = _Camera(each["name"], self._scene())
+            camera.resume(each)
+
     def _camera(self, name: str) -> _Camera:
         if name not in self._cameras:
-            options = self.options
-            scene = Scene(options.scene_share, options.scene_level) if options.mode == "presentation" else None
-            camera = self._cameras[name] = _Camera(name, scene)
+            camera = self._cameras[name] = _Camera(name, self._scene())
             camera.waiting, self._unplaced = self._unplaced, deque()
         return self._cameras[name]
+
+    def _scene(self) -> Scene | None:
+        options = self.options
+        return Scene(options.scene_share, options.scene_level) if options.mode == "presentation" else None
 
     def _place_fires(self) -> None:
         """Bring what other threads fired to the cameras."""
         while self._fires:
             fire = self._fires.popleft()
+            if self._heard is not None:
+                self._heard(fire.source, fire.reference, fire.at)
             if fire.source is not None:
                 self._camera(fire.source).waiting.append(fire)
             elif not self._cameras:

@@ -87,6 +87,14 @@ class Votes:
         for key in list(self._seen):
             self._forget(key)
 
+    def state(self) -> list[tuple[str, str, str, list[tuple[float, bool]]]]:
+        return [(*key, [(read.at, read.confirmed) for read in reads]) for key, reads in self._seen.items()]
+
+    def resume(self, state: Any) -> None:
+        self._seen = OrderedDict()
+        for camera, kind, text, reads in state:
+            self._seen[camera, kind, text] = [_Read(float(at), bool(confirmed)) for at, confirmed in reads]
+
     def _vote(self, key: tuple[str, str, str], now: float) -> bool:
         reads = self._seen.setdefault(key, [])
         self._seen.move_to_end(key)
@@ -122,5 +130,5 @@ class Votes:
 class _Read:
     __slots__ = ("at", "confirmed")
 
-    def __init__(self, at: float) -> None:
-        self.at, self.confirmed = at, False
+    def __init__(self, at: float, confirmed: bool = False) -> None:
+        self.at, self.confirmed = at, confirmed

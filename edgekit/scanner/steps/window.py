@@ -14,6 +14,8 @@ from .answers import good, valid
 
 __all__ = ["Window"]
 
+_PLAIN = ("camera", "number", "begun", "until", "reference", "ended", "wanted", "last", "frames", "good")
+
 
 class Window:
     """Of its frames only the best is kept. Times are monotonic seconds."""
@@ -70,6 +72,29 @@ class Window:
         if self.unread:
             about["unread"] = self.unread
         return {**fields, "trigger": about}
+
+    def state(self) -> dict[str, Any]:
+        """In JSON types, and the best frame: of a good read nobody asks for it again."""
+        best = None
+        if self.best is not None:
+            captured, event = self.best
+            best = [None if self.good else captured.frame, *captured[1:], event]
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        codes, waiting = list(self._codes.values()), list(self._unconfirmed.values())
+        return {**plain, "unread": dict(self.unread), "rank": self._rank, "best": best, "codes": codes, "unconfirmed": waiting}
+
+    @classmethod
+    def resumed(cls, state: Any) -> Window:
+        window = cls(state["camera"], state["number"], state["begun"], state["until"], state["reference"])
+        for name in _PLAIN:
+            setattr(window, name, state[name])
+        window.unread, window._rank = dict(state["unread"]), tuple(state["rank"])
+        if state["best"] is not None:
+            *captured, event = state["best"]
+            window.best = Captured(*captured), event
+        for field, into in (("codes", window._codes), ("unconfirmed", window._unconfirmed)):
+            into.update({(code["format"], code["text"]): code for code in state[field]})
+        return window
 
     @property
     def duration_ms(self) -> float:
