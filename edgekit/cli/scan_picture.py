@@ -40,14 +40,15 @@ def picture(
     if "captured" not in status:
         return Group(*shown, *(_line(each) for each in said[-max(1, height - 2) :]))
     shown += _figures(status, rates, width)
-    left = height - len(shown) - 1
-    cameras = _cameras(status, rates, width, max(2, left // 2))
-    sinks = _sinks(status, width, max(2, left // 4))
-    fixed = [each for each in (cameras, sinks) if each is not None]
-    health = _health(status)
-    for section in fixed:
-        left -= section.lines
-    for line in health[: max(0, left - LEAST_EVENTS - 1)]:
+    left = height - len(shown)
+    fixed = []
+    if left >= 4 and (cameras := _cameras(status, rates, width, max(4, left // 2))):
+        fixed.append(cameras)
+        left -= cameras.lines
+    if left >= 3 and (sinks := _sinks(status, width, max(3, left // 3))):
+        fixed.append(sinks)
+        left -= sinks.lines
+    for line in _health(status)[: max(0, left - LEAST_EVENTS - 1)]:
         shown.append(line)
         left -= 1
     for section in fixed:

@@ -145,7 +145,7 @@ def _drawn(shot: Shot, region: Region | None) -> bytes:
     _tag(draw, font, _name(shot.name), (0, 0), size)
     _tag(draw, font, _headline(shot), (0, size[1]), size)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)  # words stay sharp
     return buffer.getvalue()
 
 
@@ -160,7 +160,7 @@ def _box(draw: Any, font: Any, code: Any, scale: float, line: int, size: tuple[i
     words = code.text if len(code.text) <= LONGEST_CODE else f"{code.text[: LONGEST_CODE - 1]}…"
     top, bottom, room = min(y for _, y in corners), max(y for _, y in corners), 4 * font.size
     # Above it; where that is the place of the camera's name, below it.
-    at = min(x for x, _ in corners), top if top >= room else bottom + room / 2
+    at = min(x for x, _ in corners), top - line if top >= room else bottom + room / 2
     _tag(draw, font, f"{words}  {code.format}", at, size, colour)
 
 

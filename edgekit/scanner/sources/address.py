@@ -17,7 +17,7 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
 PATTERN = re.compile(r"^pattern:(\d{1,5})x(\d{1,5})@(\d{1,4}(?:\.\d+)?)(?:,(\d{1,9}))?$")
 _SECRET = re.compile(r"(?i)([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig)[^=&;]*=)[^&;#\s]+")
 #: The same without a mark before it: in a path, as some cameras want it, and as a property of GStreamer.
-_NAMED = re.compile(r"(?i)([\w-]*(?:-pw|passw(?:or)?d|passphrase|secret|token)\s*=\s*)(\"[^\"]*\"|[^\s!&;]+)")
+_NAMED = re.compile(r"(?i)([\w-]{0,40}(?:-pw|passw(?:or)?d|passphrase|secret|token)\s*=\s*)(\"[^\"]*\"|[^\s!&;]+)")
 #: User and password; a password may hold a slash that should have been written %2F.
 _USER = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)(?:[^/\s]*@|[^/\s:@]*:(?!\d*(?:[/\s?#]|$))\S*@)")
 
