@@ -1,6 +1,6 @@
 """The terminal view of a running scan (``edgekit scan --tui``), drawn by Rich in a thread of its own.
 
-It asks the scan for its figures twice a second and draws what fits; the scan never waits for it, and a terminal that takes
+It asks the scan for its figures once a second and draws what fits; the scan never waits for it, and a terminal that takes
 nothing holds up only the view.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ScanView", "can_draw", "viewed"]
 
-EVERY_S = 0.5
+EVERY_S = 1.0
 KEPT = 50
 SAID_AFTER = 5
 #: The cursor again, the screen of before.

@@ -24,6 +24,7 @@ from edgekit.scanner.reading import Reading
 from edgekit.scanner.recording import SUFFIX, Came, Model, Recording, Round, StepState, write_recording
 from edgekit.scanner.sinks import without_secrets
 from edgekit.scanner.sources import Captured
+from edgekit.scanner.sources.address import shown
 from edgekit.version import __version__
 
 __all__ = ["IncidentOptions", "Incidents"]
@@ -331,5 +332,5 @@ def _without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [_without_secrets(each, name) for each in value]
     if isinstance(value, str):
-        return "..." if _SECRET.search(name) else without_secrets(value) if "://" in value else value
+        return "..." if _SECRET.search(name) else shown(without_secrets(value) if "://" in value else value)
     return value
