@@ -62,6 +62,7 @@ _EXTRA_OF = {
     "optuna": "search",
     "paho": "scan",
     "kornia": "train",
+    "rich": "tui",
     "safetensors": "train",
     "seglearn": "watch",
     "serial": "serial",

@@ -12,7 +12,7 @@ from .common import Answer, answers
 
 if TYPE_CHECKING:
     from edgekit.scanner import Summary
-    from edgekit.scanner.config import ScanConfig
+    from edgekit.scanner.config import ScanConfig, SourceOptions
 
 __all__ = ["scan"]
 
@@ -57,6 +57,7 @@ __all__ = ["scan"]
     is_flag=True,
     help="Only name every mistake in the config file B.toml, and what this machine lacks.",
 )
+@click.option("--tui", is_flag=True, help="Show the running scan in this terminal; without --sink its events are only shown.")
 @answers
 def scan(
     bundle: Path | None,
@@ -69,6 +70,7 @@ def scan(
     threads: int,
     code_budget_ms: float,
     check: bool,
+    tui: bool,
 ) -> Answer:
     """Read images with a model, codes, or both: one JSON event an image. B is a bundle, or a TOML file that says all.
 
@@ -81,10 +83,10 @@ def scan(
       edgekit scan digits.edge --codes --source images/ --sink jsonl:events.jsonl --sink sqlite:events.db
       edgekit scan --codes --source inbox/ --watch --sink mqtt://broker:1883/line1/codes
       edgekit scan --check scan.toml && edgekit scan scan.toml
+      edgekit scan scan.toml --tui
     """
     from edgekit.errors import UsageError
     from edgekit.progress import say
-    from edgekit.scanner import Scanner, stop_on_signals
     from edgekit.scanner.service import named_config
 
     written = bundle is not None and bundle.suffix.lower() == ".toml"
@@ -98,19 +100,45 @@ def scan(
         sinks = tuple("jsonl:-" if sink.lower() == "jsonl:-" else sink for sink in sinks)
         names = {"codes": codes, "watch": watch, "outbox": outbox, "backend": backend, "threads": threads}
         config = named_config(bundle, source=sources, sinks=sinks, code_budget_ms=code_budget_ms, **names)  # type: ignore[arg-type]
-    config = _with_stdout(config)
-    targets = [sink.address for sink in config.sink]
-    with stop_on_signals() as stop:
-        summary = Scanner(config, stop=stop).run()
-    answer = _answer(summary, ", ".join(sources) or "the sources", interrupted=stop.signal)
-    if stop.signal == signal.SIGINT and not any(source.watch for source in config.source):
-        raise KeyboardInterrupt
+    view = tui and _can_show()
+    config = _with_stdout(config, view)
+    summary, interrupted = _scanned(config, view)
+    answer = _answer(summary, ", ".join(sources) or "the sources", interrupted, config)
     if answer.exit_code:
         say(f"error: {answer.data['error']}\nhint: {answer.data['hint']}")
-    if "jsonl:-" in targets:  # stdout belongs to the events
+    if any(sink.address == "jsonl:-" for sink in config.sink):  # stdout belongs to the events
         say(answer.text)
         click.get_current_context().exit(answer.exit_code)
     return answer
+
+
+def _scanned(config: ScanConfig, view: bool) -> tuple[Summary, int]:
+    """The figures, and the signal that ended the scan, 0 for none."""
+    import contextlib
+
+    from edgekit.scanner import Scanner, stop_on_signals
+
+    from .scan_view import viewed
+
+    with stop_on_signals() as stop:
+        scanner = Scanner(config, stop=stop)
+        with viewed(scanner, stop) if view else contextlib.nullcontext():
+            return scanner.run(), stop.signal
+
+
+def _can_show() -> bool:
+    """Whether ``--tui`` has a terminal to draw on; says so where not."""
+    from edgekit.errors import UsageError
+    from edgekit.progress import say
+
+    from .scan_view import can_draw
+
+    if click.get_current_context().params["as_json"]:
+        raise UsageError("--json and --tui both want stdout", "leave one of them out")
+    if can_draw():
+        return True
+    say("stdout is no terminal that can be drawn on: the scan runs without --tui")
+    return False
 
 
 def _read(path: Path) -> ScanConfig:
@@ -124,7 +152,7 @@ def _read(path: Path) -> ScanConfig:
     given = [
         parameter.opts[0]
         for parameter in context.command.params
-        if parameter.name not in ("bundle", "as_json")
+        if parameter.name not in ("bundle", "as_json", "tui")
         and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
     ]
     if given:
@@ -132,17 +160,22 @@ def _read(path: Path) -> ScanConfig:
     return read_config(path)
 
 
-def _with_stdout(config: ScanConfig) -> ScanConfig:
-    """Without a sink events go to stdout, unless the answer does."""
+def _with_stdout(config: ScanConfig, view: bool) -> ScanConfig:
+    """Without a sink events go to stdout, unless the answer or the view does."""
+    import sys
+
     from msgspec.structs import replace
 
     from edgekit.errors import UsageError
     from edgekit.scanner.config import SinkOptions
+    from edgekit.scanner.logs import LogOptions
 
-    as_json = bool(click.get_current_context().params["as_json"])
-    if as_json and any(sink.address == "jsonl:-" for sink in config.sink):
-        raise UsageError("--json and the sink jsonl:- both want stdout", "leave one of them out, or write jsonl:PATH")
-    return config if config.sink or as_json else replace(config, sink=(SinkOptions("jsonl:-"),))
+    taken = "--json" if click.get_current_context().params["as_json"] else "--tui" if view else ""
+    if taken and any(sink.address == "jsonl:-" for sink in config.sink):
+        raise UsageError(f"{taken} and the sink jsonl:- both want stdout", "leave one of them out, or write jsonl:PATH")
+    if view and sys.stderr.isatty():  # the view has the lines; a log beside it would be written across it
+        config = replace(config, log=LogOptions())
+    return config if config.sink or taken else replace(config, sink=(SinkOptions("jsonl:-"),))
 
 
 def _checked(path: Path | None, written: bool) -> Answer:
@@ -168,11 +201,23 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number != 1 else "")
 
 
-def _answer(summary: Summary, source: str, interrupted: int) -> Answer:
-    """The summary in figures and in one line; exit code 1 where frames came and not one could be read."""
+def _answer(summary: Summary, source: str, interrupted: int, config: ScanConfig) -> Answer:
+    """The summary in figures and in one line; exit code 1 where frames came and not one could be read, and where Ctrl-C left
+    some unread."""
     figures = summary.figures()
     text = summary.line()
+    if interrupted == signal.SIGINT and not any(map(_goes_on, config.source)):
+        error = {"error": "interrupted, some of the pictures are not read", "hint": "the same command reads all of them again"}
+        return Answer({**figures, **error}, text, exit_code=1)
     if summary.captured and not summary.inferred and not interrupted:
         error = {"error": f"not one of the {summary.captured} images of {source} could be read", "hint": "the events say why"}
         return Answer({**figures, **error}, text, exit_code=1)
     return Answer(figures, text)
+
+
+def _goes_on(source: SourceOptions) -> bool:
+    """Whether only a signal ends it."""
+    from edgekit.scanner.sources.address import LIVE, kind_of
+
+    kind = kind_of(source.address)
+    return source.watch or source.loop or kind in LIVE or (kind == "pattern" and "," not in source.address)

@@ -56,6 +56,14 @@ class Parts:
     #: What `Summary.model` tells.
     model: dict[str, Any] = field(default_factory=dict)
 
+    def running_model(self) -> dict[str, Any]:
+        """`model`, with what a promotion changed."""
+        running = self.reading.model if self.reading else None
+        if not self.model or running is None:
+            return self.model
+        bundle = running.bundle
+        return {**self.model, "bundle": os.fspath(bundle.path), "digest": bundle.digest}
+
     def reasons(self, figures: dict[str, Any]) -> list[str]:
         """Why the scan is not ready, from its figures and its disk."""
         rows = [row for row in figures["sources"] if row.get("state", "up") not in ("up", "ended")]
@@ -210,6 +218,8 @@ def _source(config: ScanConfig, stop: Stop) -> Iterable[Any]:
     if len(config.source) == 1 and (not only.name or not kind_of(only.address)):  # files have names of their own
         return open_source(only.address, watch=only.watch, stop=stop, options=only.camera())
     names = [source.name or shown(source.address) for source in config.source]
+    if doubles := [each for number, each in enumerate(names) if each in names[:number]]:
+        raise UsageError(f"there are two sources {doubles[0]}", "give each a name of its own: [[source]] name")
     addresses = dict(zip(names, (source.address for source in config.source), strict=True))
     return open_sources(addresses, {name: source.camera() for name, source in zip(names, config.source, strict=True)}, stop)
 

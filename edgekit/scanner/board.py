@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = ["HANG_S", "Board"]
@@ -15,47 +16,85 @@ HANG_S = 10.0
 
 class Board:
     """Figures are made by the scanning thread, between two frames, and only when somebody asked: the accounting is exact, and
-    a scan that nobody watches pays nothing. Asking is safe from any thread."""
+    a scan that nobody watches pays nothing. Asking is safe from any thread, the scanning one too."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._make: Callable[[], dict[str, Any]] | None = None
-        self._asked = False
-        self._answered = threading.Event()
-        self._asking = threading.Lock()
+        self._reasons: Callable[[dict[str, Any]], list[str]] = lambda figures: []
+        self._asked = self._resting = False
+        self._made = self._thread = 0
+        self._news = threading.Condition()
         self._figures: dict[str, Any] = {}
         self._beat = clock()
         #: ``starting`` (models and sources open), ``running``, ``stopping``.
         self.state = "starting"
 
-    def start(self, make: Callable[[], dict[str, Any]]) -> None:
-        self._make = make
+    def start(self, make: Callable[[], dict[str, Any]], reasons: Callable[[dict[str, Any]], list[str]]) -> None:
+        """``make`` gives the figures, ``reasons`` says of them why the scan is not well."""
+        self._make, self._reasons, self._thread = make, reasons, threading.get_ident()
         self._beat, self.state = self._clock(), "running"
 
     def round(self, monotonic: float) -> None:
         """Called by the scanning thread each time that its loop went round."""
         self._beat = monotonic
-        if self._asked and self._make is not None:
+        if self._asked:
             self._asked = False
-            self._figures = self._make()
-            self._answered.set()
+            self._renew()
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """In the block the scanning thread is out of the scan, with whoever takes its events: who asks makes the figures."""
+        self._resting = True
+        try:
+            yield
+        finally:
+            with self._news:  # figures that are being made are of a scan that stands still
+                self._resting = False
 
     def stop(self, well: bool = True) -> None:
         """The last figures stand; where the scan did not end ``well``, those of before."""
-        if self._make is not None and well:
-            self._figures = self._make()
-        self.state = "stopping"
-        self._answered.set()
+        if well:
+            self._renew()
+        with self._news:
+            self.state = "stopping"
+            self._news.notify_all()
 
     def silent_s(self) -> float:
         """Seconds since the loop last went round; 0 before it started."""
         return self._clock() - self._beat if self.state == "running" else 0.0
 
     def figures(self, patience_s: float = 1.0) -> dict[str, Any]:
-        """The figures of now; those of the last time where the loop does not answer within ``patience_s``; {} before."""
-        with self._asking:
-            if self.state == "running":
-                self._answered.clear()
-                self._asked = True
-                self._answered.wait(patience_s)
+        """The figures of now; those of the last time where the loop does not answer within ``patience_s``; {} before.
+
+        A loop that hangs is not waited for: a page and a scrape must still hear of it.
+        """
+        with self._news:
+            if self._resting or (self.state == "running" and threading.get_ident() == self._thread):
+                self._renewed()
+            elif self.state == "running":
+                made, self._asked = self._made, True
+                patience = patience_s if self.silent_s() <= HANG_S else 0.0
+                self._news.wait_for(lambda: self._made > made or self.state != "running", patience)
             return self._figures
+
+    def health(self) -> list[str]:
+        """Why the scan is not alive; empty where it is."""
+        silent = self.silent_s()
+        return [f"the scanning thread has been busy for {silent:.0f} s"] if silent > HANG_S else []
+
+    def readiness(self, figures: dict[str, Any]) -> list[str]:
+        """Why the scan is not ready, by ``figures`` that were asked for now; empty where it is."""
+        if self.state != "running":
+            return [f"the scan is {self.state}"]
+        return [*self.health(), *(self._reasons(figures) if figures else ["the scan has not gone round yet"])]
+
+    def _renew(self) -> None:
+        with self._news:
+            self._renewed()
+            self._news.notify_all()
+
+    def _renewed(self) -> None:
+        if self._make is not None:
+            self._figures = self._make()
+            self._made += 1

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .png import encode_png
 from .recording import FRAME, Came, Model, Round, StepState
 from .sinks import without_secrets
+from .sources.address import shown
 
 __all__ = ["Chunk", "Kept", "Turn", "model_of", "plain", "recordable", "rounds_of", "state_of"]
 
@@ -115,5 +116,5 @@ def plain(value: Any, name: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [plain(each, name) for each in value]
     if isinstance(value, str):
-        return "..." if _SECRET.search(name) else without_secrets(value) if "://" in value else value
+        return "..." if _SECRET.search(name) else shown(without_secrets(value) if "://" in value else value)
     return value

@@ -1,20 +1,30 @@
-"""What a scan says of itself on stderr: plain lines, or one JSON object a line for a log collector."""
+"""What a scan says of itself on stderr: plain lines, or one JSON object a line for a log collector.
+
+Cameras that come and go, a model's verdict, drift and a failed self-test are said in either form. Only JSON has the whole life,
+a line each with the field ``life``: ``starting``, ``ready``, ``stopping``, then ``ended`` with the figures, or ``failed``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, Literal, TextIO
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import msgspec
 
-from edgekit.progress import spoken_by
+from edgekit.progress import Speaker, say, spoken_by
+from edgekit.version import __version__
 
-from .events import rfc3339
+from .events import Event, rfc3339
+from .sources.address import shown
 
-__all__ = ["LEVELS", "LogOptions", "logging"]
+if TYPE_CHECKING:
+    from .config import ScanConfig
+    from .pipeline import Summary
+
+__all__ = ["LEVELS", "Life", "LogOptions", "logger", "logging"]
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -35,7 +45,7 @@ class _Log:
     def __call__(self, message: str, level: str = "info", **about: Any) -> None:
         if LEVELS.index(level) < self._least:
             return
-        line = " ".join(message.split())  # one line, whatever a driver's message holds
+        line = shown(" ".join(message.split()))  # one line without a password, whatever a driver's message holds
         if self._json:
             fields = {"time": rfc3339(time.time()), "level": level, "message": line, **about}
             line = msgspec.json.encode(fields, enc_hook=str).decode()
@@ -46,8 +56,74 @@ class _Log:
             stream.flush()
 
 
+def logger(options: LogOptions, stream: TextIO | None = None) -> Speaker:
+    """Says lines as ``options`` ask, to ``stream`` or stderr."""
+    return _Log(options, stream)
+
+
 @contextlib.contextmanager
 def logging(options: LogOptions, stream: TextIO | None = None) -> Iterator[None]:
     """In the block all lines that edgekit says go out as ``options`` ask, to ``stream`` or stderr."""
-    with spoken_by(_Log(options, stream)):
+    with spoken_by(logger(options, stream)):
         yield
+
+
+class Life:
+    """The events of the process's life. Left by an error it says so, and lets it through."""
+
+    def __init__(self, options: LogOptions) -> None:
+        self._whole = options.format == "json"
+
+    def __enter__(self) -> Life:
+        self._say("the scan starts", life="starting", version=__version__)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, GeneratorExit):
+            words = getattr(error, "message", "") or str(error) or type(error).__name__
+            self._say(words, "error", life="failed")
+
+    def ready(self, config: ScanConfig, model: Mapping[str, Any]) -> None:
+        sources = [source.name or shown(source.address) for source in config.source]
+        sinks = [shown(sink.address) for sink in config.sink]
+        words = f"the scan runs, on {', '.join(sources) or 'frames'}"
+        self._say(words, life="ready", sources=sources, sinks=sinks, model=model)
+
+    def stopping(self, signal: int) -> None:
+        self._say("the scan stops" + (f" on signal {signal}" if signal else ""), life="stopping", signal=signal)
+
+    def ended(self, summary: Summary) -> None:
+        self._say(summary.line(), life="ended", **summary.figures())
+
+    def hear(self, event: Event) -> None:
+        """Each event that was sent: the few that are about the scan itself are said."""
+        kind = event.get("event")
+        if kind in _TOLD and (found := _TOLD[kind](event)):
+            words, level = found
+            say(shown(words), level, event=kind, source=event.get("source", ""))
+
+    def _say(self, message: str, level: str = "info", **about: Any) -> None:
+        if self._whole:
+            say(message, level, **about)
+
+
+def _camera(event: Event) -> tuple[str, str]:
+    down, reason = event.get("state") == "down", event.get("reason", "")
+    return f"{event['source']} is {event['state']}" + (f": {reason}" if reason else ""), "warning" if down else "info"
+
+
+def _model(event: Event) -> tuple[str, str]:
+    refused, reason = event["state"] == "refused", event.get("reason", "")
+    return f"{event['source']} was {event['state']}" + (f": {reason}" if reason else ""), "warning" if refused else "info"
+
+
+def _drift(event: Event) -> tuple[str, str]:
+    away = event["state"] == "drifted"
+    return f"{event.get('part', 'the input')} has {'drifted' if away else 'come back'}", "warning" if away else "info"
+
+
+def _selftest(event: Event) -> tuple[str, str] | None:
+    return None if event.get("ok") else (f"the self-test failed: {event.get('reason', '')}", "error")
+
+
+_TOLD = {"camera": _camera, "model": _model, "drift": _drift, "selftest": _selftest}

@@ -23,7 +23,9 @@ __all__ = ["CONTENT_TYPE", "metrics_text"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "edgekit_scan"
 #: Figures of sinks that only grow.
-_GROWING = frozenset({"sent", "delivered", "dropped"})
+_GROWING = frozenset({"sent", "delivered"})
+#: Words of steps that say a state, and all that they may be: each is a series, 1 for the one that holds.
+_STATES = {"shadow": ("idle", "opening", "compared")}
 _ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
 
@@ -51,13 +53,15 @@ def metrics_text(figures: Mapping[str, Any], state: str, silent_s: float, ready:
     if figures:
         _frames(text, figures)
         _latency(text, figures["latencies"])
+        _kpis(text, figures.get("kpis") or {})
         for row in figures["sources"]:
             _source(text, row)
+        for row in figures.get("cameras", ()):
+            _camera(text, row)
         for row in figures["sinks"]:
             _sink(text, row)
         for row in figures["steps"]:
-            for name, value in _flat(row):
-                text.add(f"{PREFIX}_step", gauge, "Figures of a step by name.", value, step=row["step"], figure=name)
+            _step(text, row)
     _process(text)
     return str(text)
 
@@ -89,6 +93,20 @@ def _latency(text: _Text, latencies: Mapping[str, Any]) -> None:
     text.add(name, "histogram", "", latencies["count"], "_count")
 
 
+def _kpis(text: _Text, kpis: Mapping[str, Any]) -> None:
+    if not kpis:
+        return
+    text.add(f"{PREFIX}_triggers_total", "counter", "Triggers; without [trigger] each frame that was read.", kpis["triggers"])
+    text.add(f"{PREFIX}_good_reads_total", "counter", "Triggers with a valid code, or a good label or text.", kpis["good"])
+    if kpis["read_rate"] is not None:
+        text.add(f"{PREFIX}_read_rate", "gauge", "Good reads of all triggers, 0 to 1, since the start.", kpis["read_rate"])
+    if kpis["codes_a_frame"] is not None:
+        text.add(f"{PREFIX}_codes_a_frame", "gauge", "Codes on a frame that was read.", kpis["codes_a_frame"])
+    for how, count in kpis["misreads"].items():
+        what = "Misreads that were noticed, by how: bad GS1 data, a conflict with the text, votes."
+        text.add(f"{PREFIX}_misreads_total", "counter", what, count, how=how)
+
+
 def _source(text: _Text, row: Mapping[str, Any]) -> None:
     source, name = row["source"], f"{PREFIX}_source"
     if "state" in row:
@@ -98,13 +116,67 @@ def _source(text: _Text, row: Mapping[str, Any]) -> None:
     for reason, count in sorted(row["dropped"].items()):
         what = "Frames that one camera dropped before they were given out."
         text.add(f"{name}_dropped_frames_total", "counter", what, count, source=source, reason=reason)
+    if "fps" in row:
+        text.add(f"{name}_fps", "gauge", "Frames a second that come from one camera.", float(row["fps"]), source=source)
+    if "attempts" in row:
+        text.add(f"{name}_attempts_total", "counter", "Times that one camera was connected to.", row["attempts"], source=source)
+    if "notices_dropped" in row:
+        what = "Camera and gap events that nobody took in time."
+        text.add(f"{name}_dropped_notices_total", "counter", what, row["notices_dropped"], source=source)
+
+
+def _camera(text: _Text, row: Mapping[str, Any]) -> None:
+    source, name = row["source"], f"{PREFIX}_source"
+    text.add(
+        f"{name}_inferred_frames_total",
+        "counter",
+        "Frames of one camera or folder that were read.",
+        row["inferred"],
+        source=source,
+    )
+    text.add(
+        f"{name}_good_frames_total", "counter", "Frames of one camera or folder with a good read.", row["good"], source=source
+    )
+    for key, quantile in (("p50", "0.5"), ("p99", "0.99")):
+        what = "Of one camera or folder, over its last 1024 frames."
+        value = row["latency_ms"][key] / 1e3
+        text.add(f"{name}_latency_seconds", "gauge", what, value, source=source, quantile=quantile)
 
 
 def _sink(text: _Text, row: Mapping[str, Any]) -> None:
+    """``waiting`` is what lies in the outbox on disk, ``unsaved`` what is in memory only."""
+    sink, name = row["sink"], f"{PREFIX}_sink"
+    text.add(f"{name}_up", "gauge", "0 while the sink takes nothing.", int(not row.get("down")), sink=sink)
+    for key, value in row.items():
+        if key == "dropped":
+            dropped = value if isinstance(value, Mapping) else {"": value}
+            for reason, count in sorted(dropped.items()):
+                what = "Events of one sink that were dropped, by reason."
+                text.add(f"{name}_dropped_events_total", "counter", what, count, sink=sink, reason=reason)
+        elif isinstance(value, int | float):
+            growing = key in _GROWING
+            full = f"{name}_{_word(key)}" + ("_total" if growing else "")
+            text.add(full, "counter" if growing else "gauge", "Events of one sink.", value, sink=sink)
+
+
+def _step(text: _Text, row: Mapping[str, Any]) -> None:
+    step = str(row["step"])
     for name, value in _flat(row):
-        growing = name in _GROWING
-        full = f"{PREFIX}_sink_{re.sub(r'[^a-z0-9_]', '_', name.lower())}" + ("_total" if growing else "")
-        text.add(full, "counter" if growing else "gauge", "Events of one sink.", value, sink=row["sink"])
+        text.add(f"{PREFIX}_step", "gauge", "Figures of a step by name.", value, step=step, figure=name)
+    if "healthy" in row:
+        text.add(f"{PREFIX}_{_word(step)}_healthy", "gauge", "1 while the last one passed.", int(row["healthy"]))
+    if step == "drift":
+        for part, psi in row["psi"].items():
+            text.add(f"{PREFIX}_drift_psi", "gauge", "Population stability index by part.", float(psi), part=part)
+            drifted = int(part in row["drifted"])
+            text.add(f"{PREFIX}_drifted", "gauge", "1 while a part has drifted.", drifted, part=part)
+    for state in _STATES.get(step, ()):
+        text.add(f"{PREFIX}_{step}_state", "gauge", "1 for the state that holds.", int(row["state"] == state), state=state)
+
+
+def _word(name: str) -> str:
+    """As a metric's name takes it."""
+    return re.sub(r"[^a-z0-9_]", "_", name.lower())
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -7,13 +7,14 @@ import time
 import uuid
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .events import SCHEMA, Event, rfc3339
+from .kpis import kpi_line
 from .reading import Answer, FrameModel, Reading
 from .sinks import FLUSH_S, Sink
 from .sources import Captured, Notice
@@ -36,7 +37,7 @@ class Summary:
 
     ``in_flight``: captured by a camera and not yet read, 0 once a scan has ended. ``sinks``, ``steps`` and ``sources``:
     each one's `status`. ``latency_ms``: p50 and p99 over the last 65,536 inferred frames, None without any. ``model``: the
-    bundle, its digest, the backend, and the ``batch`` that measured fastest; empty without one.
+    bundle, its digest, the backend, and the ``batch`` that measured fastest; empty without one. ``kpis``: `Tally.figures`.
     """
 
     captured: int
@@ -50,6 +51,7 @@ class Summary:
     sources: list[dict[str, Any]]
     latency_ms: dict[str, float | None]
     model: dict[str, Any] = field(default_factory=dict)
+    kpis: dict[str, Any] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +63,7 @@ class Summary:
             text += "; " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         if self.latency_ms["p50"] is not None:
             text += f"; latency p50 {self.latency_ms['p50']:.3g} ms, p99 {self.latency_ms['p99']:.3g} ms"
-        return text
+        return "; ".join(each for each in (text, kpi_line(self.kpis)) if each)
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Pipeline:
             pass
         return self.summary()
 
-    def stream(self) -> Iterator[Event]:
+    def stream(self) -> Generator[Event, None, None]:
         """`run`, an event at a time, each when every sink has taken it. Closing the iterator stops the scan in order."""
         try:
             try:

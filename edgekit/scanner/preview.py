@@ -5,7 +5,9 @@ The scanning thread hands a frame over only while somebody looks; drawing and co
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -23,26 +25,32 @@ __all__ = ["Preview"]
 
 #: A frame is kept while the last look is no longer ago than this.
 LOOKING_S = 2.0
-#: The pictures are made no more often than this, and no larger.
+#: The pictures are made no more often than this, their longer side between these.
 PERIOD_S = 0.1
 MOST_PIXELS = 1280
+LEAST_PIXELS = 480
 #: Cameras kept at once.
 MOST_SOURCES = 16
 QUALITY = 80
-_CODE, _TEXT, _REGION, _BAND = (0, 214, 143), (255, 255, 255), (255, 190, 60), (16, 20, 24)
+#: Characters of a code that are shown.
+LONGEST_CODE = 40
+_CODE, _BAD, _TEXT, _REGION, _BAND = (0, 214, 143), (255, 107, 94), (255, 255, 255), (255, 190, 60), (16, 20, 24)
 
 
 class Shot(NamedTuple):
-    """One frame and its answer. ``number`` counts all shots, so that a viewer knows what is new."""
+    """One frame and its answer. ``number`` counts all shots, so that a viewer knows what is new; ``step``: each so manyth
+    pixel of the frame, which was ``size`` (width, height), was kept; ``name``: of its camera or file."""
 
     number: int
     frame: Frame
+    step: int
+    size: tuple[int, int]
     answer: Answer | None
-    time: float
+    name: str
 
 
 class Preview:
-    """``region``: where codes were sought. Raises `MissingExtra` without Pillow."""
+    """``region``: where was read. Raises `MissingExtra` without Pillow."""
 
     def __init__(self, region: Region | None = None) -> None:
         try:
@@ -77,8 +85,11 @@ class Preview:
             return
         self._taken[source] = now
         self._number += 1
-        # A copy: cameras write the next frame where this one lies.
-        self._shots[source] = Shot(self._number, np.array(frame), answer, captured.time)
+        # A copy, for the application may write on; of a large frame no more than twice as fine as it is shown.
+        height, width = frame.shape[:2]
+        step = max(1, max(height, width) // (2 * MOST_PIXELS))
+        shot = Shot(self._number, np.array(frame[::step, ::step]), step, (width, height), answer, captured.source)
+        self._shots[source] = shot
 
     def sources(self) -> list[str]:
         """Who has a picture; asking counts as looking."""
@@ -100,55 +111,91 @@ class Preview:
             return made
 
 
-def _drawn(shot: Shot, region: Region | None) -> bytes:
-    from PIL import Image, ImageDraw, ImageFont
+@functools.cache
+def _font(size: int) -> Any:
+    """Of the system where it has one that knows more than ASCII, Pillow's own else."""
+    from PIL import ImageFont
 
-    height, width = shot.frame.shape[:2]
-    scale = min(1.0, MOST_PIXELS / max(width, height))
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
+
+
+def _drawn(shot: Shot, region: Region | None) -> bytes:
+    from PIL import Image, ImageDraw
+
+    width, height = shot.size
+    longer = max(width, height)
+    # A small frame in whole steps, so that its pixels are seen as they are.
+    scale = MOST_PIXELS / longer if longer > MOST_PIXELS else float(max(1, math.ceil(LEAST_PIXELS / longer)))
     image = Image.fromarray(shot.frame).convert("RGB")
-    if scale < 1:
-        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
     draw = ImageDraw.Draw(image)
-    line = max(2, round(min(image.size) / 200))
-    size = max(12, round(image.height / 28))
-    font = ImageFont.load_default(size)
+    line = max(2, round(min(size) / 200))
+    font = _font(min(40, max(13, round(max(size) / 32))))
     if region is not None:
-        left, top = region.corner(shot.frame)
-        corner = (region.right * width * scale - 1, region.bottom * height * scale - 1)
-        draw.rectangle((left * scale, top * scale, *corner), outline=_REGION)
-    fields = shot.answer.fields if shot.answer else {}
+        corners = (region.left * width, region.top * height, region.right * width, region.bottom * height)
+        left, top, right, bottom = (each * scale for each in corners)
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=_REGION, width=line)
     for code in shot.answer.codes if shot.answer else ():
-        corners = [(x * scale, y * scale) for x, y in getattr(code, "position", None) or ()]
-        if corners:
-            draw.line([*corners, corners[0]], fill=_CODE, width=line, joint="curve")
-            _tag(draw, font, f"{code.text}  {code.format}", min(corners, key=lambda at: (at[1], at[0])), image.size)
-    _tag(draw, font, _headline(fields, shot), (0, 0), image.size)
+        _box(draw, font, code, scale, line, size)
+    _tag(draw, font, _name(shot.name), (0, 0), size)
+    _tag(draw, font, _headline(shot), (0, size[1]), size)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)  # words stay sharp
     return buffer.getvalue()
 
 
-def _headline(fields: dict[str, Any], shot: Shot) -> str:
+def _box(draw: Any, font: Any, code: Any, scale: float, line: int, size: tuple[int, int]) -> None:
+    """Around a code, with its text; red where its GS1 data is wrong. On dark pictures and on light ones: light in dark."""
+    corners = [(x * scale, y * scale) for x, y in code.position or ()]
+    if not corners:
+        return
+    colour = _BAD if "error" in (code.gs1 or {}) else _CODE
+    draw.line([*corners, corners[0], corners[1]], fill=_BAND, width=line + 2, joint="curve")
+    draw.line([*corners, corners[0], corners[1]], fill=colour, width=line, joint="curve")
+    words = code.text if len(code.text) <= LONGEST_CODE else f"{code.text[: LONGEST_CODE - 1]}…"
+    top, bottom, room = min(y for _, y in corners), max(y for _, y in corners), 4 * font.size
+    # Above it; where that is the place of the camera's name, below it.
+    at = min(x for x, _ in corners), top - line if top >= room else bottom + room / 2
+    _tag(draw, font, f"{words}  {code.format}", at, size, colour)
+
+
+def _name(source: str) -> str:
+    return source if "://" in source else source.rpartition("/")[2]
+
+
+def _headline(shot: Shot) -> str:
     if shot.answer is None:
-        return ""
+        return "not read"
     if shot.answer.reason:
         return f"{shot.answer.reason}: {shot.answer.why}"
+    fields = shot.answer.fields
     parts = [f"{fields['label']}  {fields['score']:.0%}"] if "label" in fields else []
     parts += [f"“{fields['text']}”"] if fields.get("text") else []
     codes: Sequence[Any] = fields.get("codes", ())
     parts += [f"{len(codes)} code{'' if len(codes) == 1 else 's'}"] if "codes" in fields else []
+    if codes and not any(code.position for code in shot.answer.codes):
+        parts += [", ".join(f"{code['text']} ({code['format']})" for code in codes)]
     return "   ".join([*parts, f"{shot.answer.latency_ms:.1f} ms"])
 
 
-def _tag(draw: Any, font: Any, text: str, at: tuple[float, float], size: tuple[int, int]) -> None:
-    """Light words on a dark band, wholly inside of the picture, above ``at``."""
-    text = "".join(c if c.isprintable() else " " for c in text)[:80]
+def _tag(
+    draw: Any, font: Any, text: str, at: tuple[float, float], size: tuple[int, int], colour: tuple[int, int, int] = _TEXT
+) -> None:
+    """Light words on a dark band, wholly inside of the picture, above ``at``; cut where they are longer than it is wide."""
+    text = "".join(c if c.isprintable() else " " for c in text)[:200]
+    pad = 4
+    while text and draw.textlength(text, font=font) > size[0] - 2 * pad:
+        text = text[: max(len(text) * 9 // 10 - 1, 0)] + "…" if len(text) > 2 else ""
     if not text:
         return
-    x0, y0, x1, y1 = draw.textbbox((0, 0), text, font=font)
-    pad = 4
-    wide, high = x1 - x0 + 2 * pad, y1 - y0 + 2 * pad
+    _, y0, _, y1 = draw.textbbox((0, 0), "Ágj|", font=font)  # all tags alike in height
+    wide, high = draw.textlength(text, font=font) + 2 * pad, y1 - y0 + 2 * pad
     x = max(0, min(at[0], size[0] - wide))
     y = max(0, min(at[1] - high, size[1] - high))
     draw.rectangle((x, y, x + wide, y + high), fill=_BAND)
-    draw.text((x + pad - x0, y + pad - y0), text, font=font, fill=_TEXT)
+    draw.text((x + pad, y + pad - y0), text, font=font, fill=colour)

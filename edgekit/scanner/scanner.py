@@ -15,12 +15,15 @@ from .assembly import Parts, assemble
 from .board import Board
 from .config import ScanConfig, config_of
 from .events import Event
-from .logs import LogOptions, logging
+from .kpis import Tally
+from .logs import Life, LogOptions, logging
 from .pipeline import Pipeline, Summary
 from .preview import Preview
+from .reading import Answer
 from .server import StatusServer
 from .steps import Step
 from .steps.triggers import Trigger
+from .sources import Captured
 from .stop import Stop
 from .systemd import Systemd
 
@@ -90,17 +93,31 @@ class Scanner:
         return bool(fires) and min(fire(source, reference) for fire in fires)
 
     def status(self) -> dict[str, Any]:
-        """The figures of now, and ``recent`` events; {} before the scan runs. From any thread."""
-        return self._board.figures()
+        """``state`` (starting, running, stopping), ``ready``, the ``reasons`` why not, ``silent_s`` since the loop went round;
+        once it runs also `Summary`'s figures of now, ``latencies``, and ``recent`` events. From any thread."""
+        figures = self._board.figures()
+        reasons = self._board.readiness(figures)
+        silent = round(self._board.silent_s(), 3)
+        return {"state": self._board.state, "ready": not reasons, "reasons": reasons, "silent_s": silent, **figures}
 
     def __iter__(self) -> Generator[Event, None, None]:
         with contextlib.ExitStack() as stack:
             if self.config.log != LogOptions():
                 stack.enter_context(logging(self.config.log))
-            parts = Parts()
-            preview = self._serve(stack, lambda figures: parts.reasons(figures))
+            life = stack.enter_context(Life(self.config.log))
+            tally, preview = Tally(), self._serve(stack)
             parts = assemble(self.config, stack, self._stop, self._frames)
             self._steps = parts.steps
+
+            def answered(captured: Captured, answer: Answer | None) -> None:
+                tally.see(captured, answer)
+                if preview is not None:
+                    preview.show(captured, answer)
+
+            def heard(event: Event) -> None:
+                life.hear(event)
+                self._heard(event)
+
             pipeline = Pipeline(
                 source=parts.source,
                 reading=parts.reading,
@@ -108,13 +125,18 @@ class Scanner:
                 sinks=parts.sinks,
                 batch=parts.batch,
                 stop=self._stop,
-                on_event=self._heard,
-                on_round=lambda monotonic: self._round(pipeline, monotonic),
-                on_answer=preview.show if preview else None,
+                on_event=heard,
+                on_round=lambda monotonic: self._round(pipeline, life, monotonic),
+                on_answer=answered,
             )
             if preview is not None:
                 preview.by_source = hasattr(parts.source, "counts")
-            yield from self._running(pipeline, parts)
+            life.ready(self.config, parts.model)
+            try:
+                yield from self._running(pipeline, parts, tally)
+            finally:
+                if self.summary is not None:
+                    life.ended(self.summary)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         import asyncio
@@ -130,28 +152,35 @@ class Scanner:
             await asyncio.shield(loop.run_in_executor(thread, events.close))
             thread.shutdown(wait=False)
 
-    def _serve(self, stack: contextlib.ExitStack, reasons: Callable[[dict[str, Any]], list[str]]) -> Preview | None:
+    def _serve(self, stack: contextlib.ExitStack) -> Preview | None:
         options = self.config.server
         if options is None:
             return None
         region = self.config.region
         preview = Preview(region.region() if region else None) if options.preview else None
-        server = StatusServer(options, self._board, reasons, preview)
+        server = StatusServer(options, self._board, preview)
         stack.callback(server.close)
         self.url = server.url
         say(f"{server.url}" + (" shows the newest frames" if preview else "metrics"), url=server.url)
         return preview
 
-    def _running(self, pipeline: Pipeline, parts: Parts) -> Generator[Event, None, None]:
-        def figures() -> dict[str, Any]:
-            latencies = pipeline.latencies()
-            return {**pipeline.summary().figures(), "model": parts.model, "latencies": latencies, "recent": list(self._recent)}
+    def _running(self, pipeline: Pipeline, parts: Parts, tally: Tally) -> Generator[Event, None, None]:
+        def summary() -> Summary:
+            found = pipeline.summary()
+            return replace(found, model=parts.running_model(), kpis=tally.figures(found.steps))
 
-        self._board.start(figures)
+        def figures() -> dict[str, Any]:
+            more = {"latencies": pipeline.latencies(), "cameras": tally.cameras(), "recent": list(self._recent)}
+            return {**summary().figures(), **more}
+
+        self._board.start(figures, parts.reasons)
         self._systemd.send("READY=1", "STATUS=scanning")
         well = True
         try:
-            yield from pipeline.stream()
+            with contextlib.closing(pipeline.stream()) as stream:
+                for event in stream:
+                    with self._board.resting():
+                        yield event
         except Exception:
             well = False  # what failed may not give its figures either
             raise
@@ -159,18 +188,19 @@ class Scanner:
             self._systemd.send("STOPPING=1")
             self._board.stop(well)
             if well:
-                self.summary = replace(pipeline.summary(), model=parts.model)
+                self.summary = summary()
 
     def _heard(self, event: Event) -> None:
         self._recent.append(event)
         if self._on_event:
             self._on_event(event)
 
-    def _round(self, pipeline: Pipeline, monotonic: float) -> None:
+    def _round(self, pipeline: Pipeline, life: Life, monotonic: float) -> None:
         self._board.round(monotonic)
         self._systemd.round(monotonic)
         if self._stop.is_set():
             self._systemd.send("STOPPING=1")
+            life.stopping(self._stop.signal)
         elif self._systemd.active and monotonic >= self._tell:
             self._tell = monotonic + STATUS_S
             self._systemd.send(f"STATUS={pipeline.summary().line()}")

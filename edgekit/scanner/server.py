@@ -22,7 +22,6 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import msgspec
 
 from edgekit.errors import UsageError
 
-from .board import HANG_S, Board
+from .board import Board
 from .config import ServerOptions
 from .metrics import CONTENT_TYPE, metrics_text
 from .preview import Preview
@@ -54,26 +53,20 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Content-Security-Policy": "default-src 'none'; img-src 'self'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
 
 class StatusServer:
-    """Answers from a thread of its own as soon as it is made. ``reasons``: why the scan is not ready, asked for each time.
+    """Answers from a thread of its own as soon as it is made.
 
     Raises `UsageError` where the address cannot be had, `MissingExtra` where the preview needs Pillow.
     """
 
-    def __init__(
-        self,
-        options: ServerOptions,
-        board: Board,
-        reasons: Callable[[dict[str, Any]], list[str]],
-        preview: Preview | None = None,
-    ) -> None:
+    def __init__(self, options: ServerOptions, board: Board, preview: Preview | None = None) -> None:
         host, port = options.place()
-        self.board, self.preview, self.reasons = board, preview, reasons
+        self.board, self.preview = board, preview
         self.hosts = {"localhost", host, *options.hosts}
         try:
             self._server = _Server(host, port, self)
@@ -93,17 +86,6 @@ class StatusServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(1.0)
-
-    def health(self) -> list[str]:
-        """Why the scan is not alive; empty where it is."""
-        silent = self.board.silent_s()
-        return [f"the scanning thread has been busy for {silent:.0f} s"] if silent > HANG_S else []
-
-    def readiness(self, figures: dict[str, Any]) -> list[str]:
-        """Why the scan is not ready; empty where it is."""
-        if self.board.state != "running":
-            return [f"the scan is {self.board.state}"]
-        return [*self.health(), *(self.reasons(figures) if figures else ["the scan has not gone round yet"])]
 
 
 class _Server(ThreadingHTTPServer):
@@ -171,9 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not _may_ask(self.headers.get("Host", ""), owner.hosts):
             return self._words(403, "this name is not known here: add it to `hosts` of [server]")
         if path == "/healthz":
-            return self._verdict(owner.health())
+            return self._verdict(owner.board.health())
         if path == "/readyz":
-            return self._verdict(owner.readiness(owner.board.figures()))
+            return self._verdict(owner.board.readiness(owner.board.figures()))
         if path in ("/metrics", "/status"):
             return self._figures(path)
         if owner.preview is not None:
@@ -198,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         owner = self.server.owner
         board = owner.board
         figures = board.figures()
-        reasons = owner.readiness(figures)
+        reasons = board.readiness(figures)
         if path == "/metrics":
             return self._send(200, CONTENT_TYPE, metrics_text(figures, board.state, board.silent_s(), not reasons).encode())
         pictures = owner.preview.sources() if owner.preview else []

@@ -12,6 +12,7 @@ from .codes import BUDGET_MS
 from .config import CodeOptions, ModelOptions, OutboxFile, ScanConfig, SinkOptions, SourceOptions
 from .pipeline import Summary
 from .scanner import Scanner
+from .sources.address import shown
 from .stop import Stop
 
 __all__ = ["named_config", "scan"]
@@ -34,7 +35,7 @@ def named_config(
         raise UsageError("there is nothing to read with", "name a bundle, or add --codes")
     sources = (source,) if isinstance(source, str) else tuple(source)
     if doubles := [each for number, each in enumerate(sources) if each in sources[:number]]:
-        raise UsageError(f"the source {doubles[0]} is named twice", "name each source once")
+        raise UsageError(f"the source {shown(doubles[0])} is named twice", "name each source once")
     path = bundle.path if isinstance(bundle, Bundle) else bundle
     return ScanConfig(
         model=None if path is None else ModelOptions(os.fspath(path), backend, threads=threads),

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 __all__ = ["STOP_S", "Stop", "stop_on_signals"]
@@ -29,6 +29,8 @@ class Stop:
         self._set = False
         #: The signal that set it, 0 where it was none.
         self.signal = 0
+        #: Called where the process is ended by force: what must not stay behind, a terminal in another mode.
+        self.at_force: list[Callable[[], None]] = []
 
     def set(self) -> None:
         self._set = True
@@ -48,7 +50,7 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
     """A `Stop` that SIGTERM and SIGINT set while the block runs; a second SIGINT interrupts at once.
 
-    If a frame or a sink hangs, the process ends with 0 `STOP_S` seconds after SIGTERM all the same: what a sink has
+    If a frame or a sink hangs, the process ends with 0 `STOP_S` seconds after the first of them all the same: what a sink has
     taken is out of the process by then. Outside the main thread, where Python takes no handlers, signals are left alone.
     """
     stop = Stop()
@@ -56,13 +58,13 @@ def stop_on_signals() -> Iterator[Stop]:
         yield stop
         return
     reader, writer = os.pipe()
-    watchdog = threading.Thread(target=_watch, args=(reader,), name="stop watchdog", daemon=True)
+    watchdog = threading.Thread(target=_watch, args=(reader, stop), name="stop watchdog", daemon=True)
     watchdog.start()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.is_set():
             raise KeyboardInterrupt
-        if number == signal.SIGTERM:
+        if not stop.signal:
             os.write(writer, b"T")
         stop.signal = stop.signal or number
         stop.set()
@@ -79,14 +81,17 @@ def stop_on_signals() -> Iterator[Stop]:
         os.close(writer)
 
 
-def _watch(reader: int) -> None:
-    """Wait for the block's end (E) or SIGTERM (T); after T, give the block `STOP_S` seconds."""
+def _watch(reader: int, stop: Stop) -> None:
+    """Wait for the block's end (E) or a signal (T); after T, give the block `STOP_S` seconds."""
     if os.read(reader, 1) == b"E":
         return
     end = time.monotonic() + STOP_S
     while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
         if os.read(reader, 1) == b"E":
             return
+    for act in stop.at_force:
+        with contextlib.suppress(Exception):
+            act()
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write("stopped while a frame or a sink was still busy\n")
         sys.stderr.flush()

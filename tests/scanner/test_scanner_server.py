@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,10 +17,34 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgekit.bundle import Bundle
+from edgekit.runtime.onnxruntime import OnnxRuntimeRunner
 from edgekit.scanner import Scanner, Stop
+from edgekit.scanner.board import HANG_S, Board
 from edgekit.scanner.systemd import Systemd
 
 PATIENCE_S = 60.0
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def samples(text: str) -> Samples:
+    """Every sample of a scrape, as Prometheus's own parser reads it: (name, labels) -> value."""
+    if os.environ.get("CI") != "true":
+        pytest.importorskip("prometheus_client")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in found, key
+            found[key] = sample.value
+    return found
+
+
+def value(found: Samples, name: str, **labels: str) -> float:
+    return found[f"edgekit_scan_{name}", frozenset(labels.items())]
 
 
 def free_port() -> int:
@@ -89,12 +113,15 @@ def assert_answers(url: str) -> None:
     """What the server of a running scan says, and what it refuses."""
     code, kind, body = ask(f"{url}metrics")
     assert (code, kind) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    found: Counter[str] = Counter()
-    for name, value in re.findall(r"^edgekit_scan_(\w+_frames(?:_total)?)(?:{.*})? (\S+)$", body.decode(), re.M):
-        found[name] += int(value)
-    frames = [found[name] for name in ("inferred_frames_total", "dropped_frames_total", "in_flight_frames")]
-    assert found["captured_frames_total"] > 0
-    assert found["captured_frames_total"] == sum(frames)
+    found = samples(body.decode())
+    dropped = sum(count for (name, _), count in found.items() if name == "edgekit_scan_dropped_frames_total")
+    captured = value(found, "captured_frames_total")
+    assert captured > 0
+    assert captured == value(found, "inferred_frames_total") + dropped + value(found, "in_flight_frames")
+    assert value(found, "source_up", source="dock") == 1
+    assert value(found, "triggers_total") == 1
+    assert value(found, "read_rate") == 0
+    assert value(found, "latency_seconds_bucket", le="+Inf") == value(found, "inferred_frames_total")
     for path in ("healthz", "readyz"):
         code, _, body = ask(f"{url}{path}")
         assert (code, json.loads(body)) == (200, {"ok": True, "reasons": []})
@@ -108,6 +135,130 @@ def assert_answers(url: str) -> None:
     assert ask(f"{url}metrics", Host="evil.example")[0] == 403
     assert ask(f"{url}../../../../etc/passwd")[0] == 404
     assert ask(f"{url}metrics?{'x' * 9000}")[0] == 431
+
+
+def test_a_scrape_has_all_that_the_accounting_has(
+    digits_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.scanner.pipeline.FLUSH_S", 0.1)
+    dead = free_port()
+    tables = {
+        "model": {"bundle": str(digits_bundle.path)},
+        "codes": {"budget_ms": 0},
+        "votes": {},
+        "drift": {"every_frames": 1, "window_frames": 50, "learn_frames": 50},
+        "selftest": {},
+        "shadow": {"candidate": str(tmp_path / "none.edge")},
+        "outbox": {"path": str(tmp_path / "outbox.sqlite"), "most_events": 100},
+        "sink": [{"address": f"jsonl:{tmp_path / 'a.jsonl'}"}, {"address": f"mqtt://me:geheim@127.0.0.1:{dead}/line"}],
+        "server": {"address": "127.0.0.1:0", "preview": False},
+    }
+    frames = [np.full((28, 28), i % 200, np.uint8) for i in range(119)] + [np.zeros((2, 2, 7), np.uint8)]
+    scanner = Scanner(tables, frames=frames)
+    for count, _ in enumerate(scanner):
+        if count == 110:  # the scan stands still as long as its event is held
+            text, status = ask(f"{scanner.url}metrics")[2].decode(), scanner.status()
+            found = samples(text)
+    assert scanner.summary is not None
+    jsonl, mqtt = f"jsonl:{tmp_path / 'a.jsonl'}", f"mqtt://127.0.0.1:{dead}/line"
+    (dropped,) = status["sinks"][1]["dropped"].items()
+    assert status["captured"] > 90
+    for name, expected, labels in [
+        ("captured_frames_total", status["captured"], {}),
+        ("inferred_frames_total", status["captured"], {}),
+        ("source_inferred_frames_total", status["captured"], {"source": "frames"}),
+        ("events_total", status["events"], {}),
+        ("sink_sent_total", status["sinks"][0]["sent"], {"sink": jsonl}),
+        ("sink_waiting", 100, {"sink": mqtt}),
+        ("sink_dropped_events_total", dropped[1], {"sink": mqtt, "reason": dropped[0]}),
+        ("misreads_total", 0, {"how": "gs1"}),
+        ("misreads_total", 0, {"how": "unconfirmed"}),
+        ("codes_a_frame", 0, {}),
+        ("selftest_healthy", 1, {}),
+        ("shadow_state", 1, {"state": "idle"}),
+    ]:
+        assert value(found, name, **labels) == expected, name
+    assert value(found, "source_latency_seconds", source="frames", quantile="0.99") > 0
+    assert value(found, "drift_psi", part="brightness") >= 0
+    assert "geheim" not in text
+    assert scanner.summary.dropped == {"damaged": 1}
+    assert "read rate 0.0% (0 of 119), 0 codes a frame" in scanner.summary.line()
+
+
+def test_pings_stop_and_health_says_so_while_inference_hangs(
+    digits_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model hangs in the scanning thread; a server, a sign of life elsewhere, must not hide it."""
+    hang, go_on = threading.Event(), threading.Event()
+    run = OnnxRuntimeRunner.run
+
+    def hangs(self: Any, feeds: Any) -> Any:
+        if hang.is_set():
+            assert go_on.wait(PATIENCE_S)
+        return run(self, feeds)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "run", hangs)
+    monkeypatch.setattr("edgekit.scanner.board.HANG_S", 0.5)
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as notify:
+        notify.bind(str(tmp_path / "notify"))
+        notify.settimeout(PATIENCE_S)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "150000")
+        tables = {"model": {"bundle": str(digits_bundle.path)}, "source": [{"address": "pattern:28x28@50"}]}
+        with running({**tables, "server": {"address": "127.0.0.1:0", "preview": False}}) as (scanner, events, news):
+            assert notify.recv(4096).startswith(b"READY=1")
+            with news:
+                assert news.wait_for(lambda: any("label" in event for event in events), PATIENCE_S)
+            while notify.recv(4096) != b"WATCHDOG=1":
+                pass
+            assert ask(f"{scanner.url}healthz")[0] == 200
+            hang.set()
+            while (answer := ask(f"{scanner.url}healthz"))[0] == 200:
+                time.sleep(0.05)
+            assert b"has been busy for" in answer[2]
+            notify.settimeout(0.4)  # what was sent before it hung is in the socket; nothing follows
+            with pytest.raises(TimeoutError):
+                all(notify.recv(4096) for _ in range(1000))
+            ready, metrics = ask(f"{scanner.url}readyz"), ask(f"{scanner.url}metrics")[2].decode()
+            assert (ready[0], json.loads(ready[2])["ok"]) == (503, False)
+            assert value(samples(metrics), "silent_seconds") > 0.5
+            assert value(samples(metrics), "ready") == 0
+            go_on.set()
+            notify.settimeout(PATIENCE_S)
+            while notify.recv(4096) != b"WATCHDOG=1":
+                pass
+            assert ask(f"{scanner.url}healthz")[0] == 200
+
+
+def test_who_asks_a_hanging_loop_does_not_wait_and_who_holds_the_scan_up_hears_of_now() -> None:
+    now = [0.0]
+    board = Board(lambda: now[0])
+    count = iter(range(100))
+    board.start(lambda: {"n": next(count)}, lambda figures: [f"n is {figures['n']}"])
+    assert board.figures() == {"n": 0}  # of the scanning thread itself: at once
+    found: list[Any] = []
+
+    def ask_board() -> None:
+        begun = time.monotonic()
+        found.append((board.figures(PATIENCE_S), time.monotonic() - begun))
+
+    def asked() -> tuple[dict[str, Any], float]:
+        thread = threading.Thread(target=ask_board)
+        thread.start()
+        thread.join(PATIENCE_S)
+        return found[-1]
+
+    with board.resting():
+        assert asked()[0] == {"n": 1}
+    assert board.readiness(board.figures()) == ["n is 2"]
+    now[0] = HANG_S + 1
+    figures, took = asked()
+    assert figures == {"n": 2}
+    assert took < PATIENCE_S / 2
+    assert "busy for 11 s" in board.health()[0]
+    board.stop()
+    assert asked()[0] == {"n": 3}
+    assert board.readiness({}) == ["the scan is stopping"]
 
 
 def test_systemd_hears_of_the_loop_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

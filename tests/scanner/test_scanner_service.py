@@ -22,11 +22,20 @@ DEPLOY = Path(__file__).parents[2] / "deploy" / "scanner"
 PROGRAM, SETTINGS = "/opt/edgekit/venv/bin/edgekit", "/etc/edgekit/scan.toml"
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+def test_a_stop_is_for_the_scan_alone() -> None:
+    """Else systemd ends the cameras' processes beside it, and each is reported as a camera that is down."""
+    assert "\nKillMode=mixed\n" in (DEPLOY / "edgekit-scan.service").read_text()
+
+
+@pytest.mark.parametrize("with_devices", [False, True])
+def test_systemd_accepts_the_unit(tmp_path: Path, with_devices: bool) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     unit = tmp_path / "edgekit-scan.service"
     unit.write_text((DEPLOY / unit.name).read_text().replace(PROGRAM, sys.executable))  # verify wants the program there
+    if with_devices:
+        (folder := tmp_path / f"{unit.name}.d").mkdir()
+        shutil.copy(DEPLOY / "devices.conf", folder)
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

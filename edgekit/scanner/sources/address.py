@@ -16,7 +16,10 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
 #: ``pattern:WIDTHxHEIGHT@FPS``, with ``,FRAMES`` where it should end.
 PATTERN = re.compile(r"^pattern:(\d{1,5})x(\d{1,5})@(\d{1,4}(?:\.\d+)?)(?:,(\d{1,9}))?$")
 _SECRET = re.compile(r"(?i)([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig)[^=&;]*=)[^&;#\s]+")
-_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)[^/\s]*@")
+#: The same without a mark before it: in a path, as some cameras want it, and as a property of GStreamer.
+_NAMED = re.compile(r"(?i)([\w-]{0,40}(?:-pw|passw(?:or)?d|passphrase|secret|token)\s*=\s*)(\"[^\"]*\"|[^\s!&;]+)")
+#: User and password; a password may hold a slash that should have been written %2F.
+_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)(?:[^/\s]*@|[^/\s:@]*:(?!\d*(?:[/\s?#]|$))\S*@)")
 
 
 def kind_of(spec: str) -> str:
@@ -31,7 +34,7 @@ def kind_of(spec: str) -> str:
 
 def shown(spec: str) -> str:
     """The address without user, password and what looks like a token."""
-    return _SECRET.sub(r"\1...", _USER.sub(r"\1", spec))
+    return _NAMED.sub(r"\1...", _SECRET.sub(r"\1...", _USER.sub(r"\1", spec)))
 
 
 def safe_words(words: str, spec: str) -> str:
