@@ -350,7 +350,7 @@ class Variables:
         await folder.add_variable(ua.NodeId("Constant", space), "constant", "")
         for each in (variable, number):
             await each.set_writable()
-        self._stop = asyncio.Event()
+        self._stop, self._server = asyncio.Event(), server
         async with server:
             subscription = await server.create_subscription(5, self)
             await subscription.subscribe_data_change(variable, queuesize=1000)
@@ -360,6 +360,13 @@ class Variables:
     def datachange_notification(self, node: Any, value: Any, data: Any) -> None:
         if value:
             self.values.append(json.loads(value))
+
+    def down(self) -> None:
+        """Nothing listens any more, and connections are closed; the address space stays (it takes seconds to make)."""
+        asyncio.run_coroutine_threadsafe(self._server.bserver.stop(), self._loop).result()
+
+    def up(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._server.bserver.start(), self._loop).result()
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
@@ -375,17 +382,17 @@ def test_opcua_down_then_up_then_restarted_writes_all_in_order(
     for i in range(20):
         sink.send(event(i))
     kit.wait_for(lambda: "nothing listens" in sink.status().get("down", ""))
-    first = Variables(port)
+    server = Variables(port)
     sink.flush(20.0)
-    kit.wait_for(lambda: len(first.values) >= 20)
-    assert first.values == [event(i) for i in range(20)]
-    first.close()
+    kit.wait_for(lambda: len(server.values) >= 20)
+    server.down()
     for i in range(20, 30):
         sink.send(event(i))
-    second = Variables(port)
+    kit.wait_for(lambda: "down" in sink.status())
+    server.up()
     sink.flush(20.0)
-    kit.wait_for(lambda: second.values and second.values[-1] == event(29))
-    assert [each["seq"] for each in second.values] == list(range(20, 30))
+    kit.wait_for(lambda: server.values[-1] == event(29))
+    assert list({each["id"]: each for each in server.values}.values()) == [event(i) for i in range(30)]
     sink.close()
     wrong = {
         "127.0.0.1:{}/line?node=ns=2;s=None": "mend ?node=",
@@ -400,7 +407,7 @@ def test_opcua_down_then_up_then_restarted_writes_all_in_order(
         assert sink.status()["waiting"] == 1
         assert "wrong" not in sink.name
         sink.close()
-    second.close()
+    server.close()
     said = capfd.readouterr().err
     assert all(line.startswith("opc.tcp://127.0.0.1") for line in said.splitlines())  # asyncua's log is not shown
     assert "wrong" not in said

@@ -148,7 +148,8 @@ class MqttTransport:
         try:
             client.connect(self._host, self._port, KEEPALIVE_S)
         except (OSError, ValueError) as error:
-            raise Undelivered(words(error)) from None
+            doubt = " (is TLS spoken at this port?)" if self._tls and isinstance(error, ConnectionResetError) else ""
+            raise Undelivered(words(error) + doubt) from None
         client.loop_start()
         self._client = client
         what, _, reason = self._wait(time.monotonic() + TIMEOUT_S, f"the broker did not answer within {TIMEOUT_S:g} s")
