@@ -54,7 +54,7 @@ class Proxy:
     "cut" ends the connection before it, "cut after" behind it."""
 
     def __init__(self, to: int, fate: Callable[[str], str]) -> None:
-        self._to, self._fate = to, fate
+        self.to, self._fate = to, fate
         self._server = socket.create_server((HOST, 0))
         self.port = self._server.getsockname()[1]
         self.silent = False
@@ -73,7 +73,7 @@ class Proxy:
             while True:
                 client = self._server.accept()[0]
                 try:
-                    broker = socket.create_connection((HOST, self._to))
+                    broker = socket.create_connection((HOST, self.to))
                 except OSError:
                     client.close()
                     continue
@@ -156,14 +156,15 @@ def test_mqtt_through_a_line_that_flaps_loses_nothing(
     """The broker is down at first; then acknowledgements are dropped and connections cut, before and behind a packet."""
     monkeypatch.setattr(mqtt, "TIMEOUT_S", 0.25)
     rng = random.Random(3)
-    proxy = Proxy(port := kit.free_port(), lambda kind: rng.choices(["", "drop", "cut", "cut after"], [94, 1, 3, 2])[0])
+    proxy = Proxy(kit.free_port(), lambda kind: rng.choices(["", "drop", "cut", "cut after"], [94, 1, 3, 2])[0])
     sink = open_sink(f"mqtt://{HOST}:{proxy.port}/line/1?protocol={protocol}", lambda: outbox)
     for i in range(250):
         sink.send(event(i))
     kit.wait_for(lambda: "down" in sink.status())
     assert sink.status()["waiting"] == 250
-    broker(port)
+    broker(port := kit.free_port())
     heard = subscribed(port)
+    proxy.to = port
     sink.flush(20.0)
     kit.wait_for(lambda: heard and heard[-1]["seq"] == 249)
     assert all(proxy.fates.values())
