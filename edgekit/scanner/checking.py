@@ -38,7 +38,7 @@ from .trigger_inputs import open_trigger_input
 __all__ = ["Checked", "check_config"]
 
 ANSWER_S = 2.0
-_PORTS = {"mqtt": 1883, "http": 80, "https": 443, "opc.tcp": 4840, "rtsp": 554, "rtsps": 322}
+_PORTS = {"mqtt": 1883, "mqtts": 8883, "http": 80, "https": 443, "opc.tcp": 4840, "rtsp": 554, "rtsps": 322}
 
 
 class Checked(NamedTuple):

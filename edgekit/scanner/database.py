@@ -13,7 +13,7 @@ from pathlib import Path
 from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import DataError
 
-__all__ = ["FULL", "connect", "sqlite_errors", "sync_folder"]
+__all__ = ["FULL", "Damaged", "OtherVersion", "connect", "sqlite_errors", "sync_folder"]
 
 #: What a full disk says (``EFBIG``: a limit on files), and a failing one (``EIO``): it may pass.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
@@ -23,13 +23,25 @@ _LARGEST_WAL = 16 << 20  # bytes; a longer one shrinks when it is next reset
 _LEAST_FREE = 1 << 16  # bytes; below, SQLite's "disk I/O error" is a full disk
 
 
+class Damaged(DataError):
+    """A file that is no SQLite database, or not a whole one any more."""
+
+
+class OtherVersion(DataError):
+    """A database whose ``PRAGMA user_version`` is ``found``."""
+
+    def __init__(self, message: str, hint: str, found: int) -> None:
+        super().__init__(message, hint)
+        self.found = found
+
+
 def connect(path: Path, schema: str, version: int, added: str = "") -> sqlite3.Connection:
     """Open or create a database whose tables are ``schema`` (statements), usable from any thread under a lock.
 
     ``added``: statements for what an older file of the same version may lack (``IF NOT EXISTS``).
 
     WAL with ``synchronous=FULL``: a commit that returned is on disk (https://sqlite.org/pragma.html#pragma_synchronous).
-    Raises `DataError` where the file is no such database, `OSError` where it cannot be written.
+    Raises `DataError` where the file is no such database (`Damaged`, `OtherVersion`), `OSError` where it cannot be written.
     """
     refuse_inside_bundle(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +61,10 @@ def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: i
     found = int(connection.execute("PRAGMA user_version").fetchone()[0])
     tables = int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
     if found != version and (found or tables):
-        raise DataError(
+        raise OtherVersion(
             f"{path} is another kind of database (version {found}, {tables} tables; wanted version {version})",
             "name a new file",
+            found,
         )
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
@@ -78,6 +91,8 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     """Turn SQLite's errors into the ones that the command line has words for."""
     try:
         yield
+    except UnicodeDecodeError:  # sqlite3 quotes a part of the file in its words
+        raise Damaged(f"{path} is no usable SQLite database: its names are damaged", "name a new file, or restore it") from None
     except sqlite3.Error as error:
         text = str(error)
         if "full" in text or ("disk I/O" in text and shutil.disk_usage(path.parent).free < _LEAST_FREE):
@@ -88,4 +103,4 @@ def sqlite_errors(path: Path) -> Iterator[None]:
             raise OSError(errno.EIO, text, str(path)) from None
         if "locked" in text:
             raise DataError(f"{path} is in use by another process", "give each scan its own file") from None
-        raise DataError(f"{path} is no usable SQLite database: {text}", "name a new file, or restore it") from None
+        raise Damaged(f"{path} is no usable SQLite database: {text}", "name a new file, or restore it") from None

@@ -10,7 +10,9 @@
 | ``text`` | what a text reader read; absent for classifiers |
 | ``codes`` | ``[{"text", "format", "gs1", "position"}]``, where the position is four corners [x, y] on the frame; an empty list says that none was found, absence that none was sought |
 | ``latency_ms`` | from the decoded frame to the finished event |
-| ``event``, ``reason`` | only on a frame without an answer: ``damaged`` (not decodable), ``unfit`` (the model does not take such a frame), ``failed`` (the model broke down), and why |
+| ``event`` | what happened instead of an answer (``damaged``: not decodable, ``unfit``: the model does not take such a frame, ``failed``: the model broke down; ``reason`` says why), or beside (``gap``, ``camera``, ``no_read``, ``drift``, ``model``, ``selftest``, ``incident``) |
+
+All kinds and their fields: `event_schema`.
 """  # noqa: E501  a table row is one line
 
 from __future__ import annotations

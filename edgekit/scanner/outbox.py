@@ -4,6 +4,8 @@ One SQLite file for all network sinks of a scan. A row is committed before `appe
 delivery, so a crash repeats events at worst; their ids make repeats identifiable (at-least-once). What the limits of
 `OutboxOptions` drop is counted in the same commit.
 
+A file that is damaged, or of a newer edgekit, is kept beside a new one; the events that can be read of it go on waiting.
+
 On a full disk the newest events wait in memory (`MOST_HELD`), still in order and still delivered; they are written as soon
 as there is room. Only beyond that are they dropped, and counted.
 """
@@ -25,8 +27,9 @@ from typing import NamedTuple
 from edgekit.errors import DataError
 from edgekit.progress import say
 
-from .database import FULL, connect, sqlite_errors
+from .database import FULL, sqlite_errors
 from .outbox_options import OutboxOptions
+from .salvage import open_sound
 
 __all__ = ["Outbox", "OutboxOptions", "Waiting", "default_outbox"]
 
@@ -101,7 +104,8 @@ def default_outbox() -> Path:
 class Outbox:
     """Usable from several threads, one a sink for delivery; one process at a time. Limits hold for each sink.
 
-    Raises `DataError` where another process holds the file or it is another database, `OSError` where it cannot be written.
+    Raises `DataError` where another process holds the file or it is a database of another kind, `OSError` where it cannot be
+    written.
     """
 
     def __init__(self, path: str | os.PathLike[str], options: OutboxOptions | None = None) -> None:
@@ -119,7 +123,7 @@ class Outbox:
         self._lock_file = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._connection = connect(self.path, _SCHEMA, _VERSION, _ADDED)
+            self._connection = open_sound(self.path, _SCHEMA, _VERSION, _ADDED)
             self._read_figures()
         except BlockingIOError:
             os.close(self._lock_file)
@@ -294,10 +298,7 @@ class Outbox:
         """Store a row that its queue's figures count already, or drop what the limits ask for."""
         queue = self._queue(row.sink)
         limit = self._exceeded(queue)
-        known = (
-            limit and self._connection.execute("SELECT 1 FROM outbox WHERE sink = ? AND id = ?", (row.sink, row.id)).fetchone()
-        )
-        if limit and not known and not self._make_room(row, queue, limit, unwritten):
+        if limit and not self._known(row) and not self._make_room(row, queue, limit, unwritten):
             self._drop(row.sink, limit, row.cost, unwritten)
             return
         added = self._connection.execute(

@@ -21,9 +21,9 @@ from .pipeline import Pipeline, Summary
 from .preview import Preview
 from .reading import Answer
 from .server import StatusServer
+from .sources import Captured
 from .steps import Step
 from .steps.triggers import Trigger
-from .sources import Captured
 from .stop import Stop
 from .systemd import Systemd
 

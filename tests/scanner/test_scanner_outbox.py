@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import random
 import resource
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from edgekit.errors import DataError, UsageError
 from edgekit.scanner import Outbox, OutboxOptions, open_sink
+from edgekit.scanner.events import encode
 from edgekit.scanner.sinks import forward, local
 
 
@@ -257,3 +259,132 @@ def test_memory_for_a_full_disk_is_bounded_and_what_it_drops_is_counted(
         outbox.append("s", "60", b"{}")
         outbox.close()
     assert "1 events are lost" in capsys.readouterr().err
+
+
+def filled(path: Path, count: int = 60) -> bytes:
+    """An outbox with events for two sinks, one refused, some dropped -> its file."""
+    outbox = Outbox(path)
+    rng = random.Random(1)
+    for i in range(count):
+        outbox.append("s" if i % 3 else "other", f"run-{i}", encode(event(i, rng.randrange(20, 700))))
+    outbox.refuse("s", outbox.head("s", 1)[0].position, "no")
+    outbox.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("INSERT INTO dropped VALUES ('s', 'most events', 7)")
+    return path.read_bytes()
+
+
+def put_back(path: Path, data: bytes) -> None:
+    for each in path.parent.iterdir():
+        each.unlink()
+    path.write_bytes(data)
+
+
+def opened_after(path: Path, data: bytes, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str], str]:
+    """What waits in an outbox whose file holds ``data``: ids, the names of kept files, what was said. It works on."""
+    put_back(path, data)
+    with contextlib.closing(Outbox(path)) as outbox:
+        found = [ids(outbox, name) for name in ("s", "other")]
+        for each in found:
+            assert each == sorted(each, key=lambda name: int(name[4:]))
+        outbox.append("s", "run-9999", b"{}")
+        assert ids(outbox)[-1] == "run-9999"
+    kept = sorted(each.name for each in path.parent.glob("*.old-*"))
+    if kept:
+        assert (path.parent / "o.sqlite.old-1").read_bytes()[: len(data)] == data  # nothing of it was changed
+    return [*found[0], *found[1]], kept, capsys.readouterr().err
+
+
+def test_a_damaged_outbox_is_kept_and_what_can_be_read_of_it_goes_on_waiting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "o" / "o.sqlite"
+    data = filled(path)
+    rng = random.Random(2)
+    saved, kept_files = [], 0
+    for attempt in range(40):
+        damaged = bytearray(data)
+        if attempt % 4 == 0:  # a page of noise, behind the first
+            at = rng.randrange(1, len(data) // 4096) * 4096
+            damaged[at : at + 4096] = rng.randbytes(4096)
+        elif attempt % 4 == 1:  # cut off
+            del damaged[len(data) * (attempt + 8) // 50 :]
+        else:
+            for _ in range(20):
+                damaged[rng.randrange(4096, len(data))] ^= 1 << rng.randrange(8)
+        found, kept, said = opened_after(path, bytes(damaged), capsys)
+        assert bool(kept) == ("cannot be used" in said)
+        if kept:
+            saved.append(len(found))
+            assert f"it is kept as {path}.old-1" in said
+        kept_files += bool(kept)
+    assert kept_files > 25
+    assert max(saved) == 59
+    assert sum(saved) > 0.5 * 59 * len(saved)
+
+
+@pytest.mark.parametrize("kind", ["text", "noise", "header", "read-only", "newer", "names"])
+def test_a_file_that_is_no_outbox_any_more_is_kept_and_the_scan_starts(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "o" / "o.sqlite"
+    data = filled(path)
+    other = {
+        "text": b"not a database\n" * 400,
+        "noise": random.Random(3).randbytes(9000),
+        "header": b"X" + data[1:],
+        "read-only": data[:18] + b"\3" + data[19:],
+        "newer": data[:60] + (0x65640009).to_bytes(4, "big") + data[64:],
+        "names": data.replace(b"outbox_waiting", b"o\xf5tbox_waiting", 1),
+    }[kind]
+    found, kept, said = opened_after(path, other, capsys)
+    assert "o.sqlite.old-1" in kept
+    assert len(found) == (59 if kind in ("read-only", "newer") else 0)
+    assert "cannot be used" in said
+    again = opened_after(path, path.read_bytes(), capsys)[1:]
+    assert again == ([], "")
+
+
+def test_another_database_is_never_taken_for_an_outbox(tmp_path: Path) -> None:
+    sink = open_sink(f"sqlite:{tmp_path / 'events.db'}", lambda: pytest.fail("no outbox is needed"))
+    sink.send(event(0))
+    sink.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "mine.db")) as connection:
+        connection.execute("CREATE TABLE mine (x)")
+    for name in ("events.db", "mine.db"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(DataError, match="another kind of database") as caught:
+            Outbox(tmp_path / name)
+        assert caught.value.hint
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_no_room_for_a_new_outbox_leaves_the_damaged_one_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "o" / "o.sqlite"
+    data = filled(path)
+    put_back(path, cut := data[: len(data) * 9 // 10])
+    with full_disk(0), pytest.raises(OSError, match=r"."):
+        Outbox(path)
+    assert path.read_bytes() == cut
+    with contextlib.closing(Outbox(path)) as outbox:
+        assert outbox.count("s") > 5
+
+
+@pytest.mark.parametrize("kind", ["outbox", "sqlite", "jsonl"])
+def test_a_folder_that_cannot_be_written_is_said(cli: Any, pictures: Path, kind: str) -> None:
+    if kind == "outbox":
+        options = ["--sink", "http://127.0.0.1:1/x", "--outbox", "/sys/kernel/o.sqlite"]
+    else:
+        options = ["--sink", f"{kind}:/sys/kernel/events"]
+    done = cli("scan", "--codes", "--source", pictures, *options)
+    assert done.code == 1
+    assert "/sys/kernel" in done.err
+    assert "hint:" in done.err
+
+
+def test_two_scans_with_one_outbox_are_told_apart(cli: Any, pictures: Path, tmp_path: Path) -> None:
+    with contextlib.closing(Outbox(tmp_path / "o.sqlite")) as outbox:
+        done = cli("scan", "--codes", "--source", pictures, "--sink", "http://127.0.0.1:1/x", "--outbox", outbox.path, "--json")
+    assert done.code == 1
+    assert "in use by another scan" in done.json["error"]
+    assert "--outbox" in done.json["hint"]

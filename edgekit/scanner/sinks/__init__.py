@@ -42,6 +42,7 @@ SINKS: dict[str, tuple[str, str]] = {
     "jsonl": ("edgekit.scanner.sinks.jsonl", "open_jsonl"),
     "sqlite": ("edgekit.scanner.sinks.sqlite", "open_sqlite"),
     "mqtt": ("edgekit.scanner.sinks.mqtt", "open_mqtt"),
+    "mqtts": ("edgekit.scanner.sinks.mqtt", "open_mqtt"),
     "http": ("edgekit.scanner.sinks.http", "open_http"),
     "https": ("edgekit.scanner.sinks.http", "open_http"),
     "tcp": ("edgekit.scanner.sinks.lines", "open_tcp"),
@@ -49,7 +50,7 @@ SINKS: dict[str, tuple[str, str]] = {
     "opc.tcp": ("edgekit.scanner.sinks.opcua", "open_opcua"),
 }
 _FORMS = (
-    "jsonl:PATH, jsonl:- (stdout), sqlite:PATH, mqtt://HOST:PORT/TOPIC, http(s)://HOST/PATH, tcp://HOST:PORT, "
+    "jsonl:PATH, jsonl:- (stdout), sqlite:PATH, mqtt(s)://HOST:PORT/TOPIC, http(s)://HOST/PATH, tcp://HOST:PORT, "
     "serial:DEVICE?baud=9600, opc.tcp://HOST:PORT/PATH?node=NODE"
 )
 

@@ -24,7 +24,10 @@ __all__ = ["ForwardSink", "Refused", "Transport", "Undelivered"]
 BATCH = 32
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+#: A sink that asks for a longer pause is tried again after this one: a wrong clock there must not stop the line here.
 LONGEST_ASKED_S = 300.0
+#: Between two words about a sink that flaps, or that refuses one event after another.
+QUIET_S = 10.0
 
 
 class Undelivered(Exception):
@@ -56,8 +59,11 @@ class ForwardSink:
         self.name = name
         self._transport, self._outbox = transport, outbox
         self._sent = self._delivered = 0
+        self._moves = 0  # deliveries and refusals, as `flush` sees them: at once, not a batch at a time
         self._failure: Exception | None = None
-        self._down = False
+        self._problem = ""
+        self._told: set[str] = set()  # problems of this outage
+        self._next_word = self._next_refusal = 0.0
         self._wake = threading.Event()  # there may be something to do
         self._hurry = threading.Event()  # do not pause between attempts
         self._closing = threading.Event()
@@ -79,11 +85,11 @@ class ForwardSink:
         """
         self._hurry.set()
         self._wake.set()
-        progress, moved = time.monotonic(), self._delivered
+        progress, moved = time.monotonic(), self._moves
         while self._outbox.count(self.name) and time.monotonic() - progress < patience_s:
             self._check()
-            if self._delivered != moved:
-                progress, moved = time.monotonic(), self._delivered
+            if self._moves != moved:
+                progress, moved = time.monotonic(), self._moves
             time.sleep(0.01)
         self._hurry.clear()
         self._outbox.settle()
@@ -94,8 +100,10 @@ class ForwardSink:
 
     def status(self) -> dict[str, Any]:
         """``sent`` and ``delivered`` in this run; the others are of the outbox file: sent + waiting at the start =
-        delivered + waiting + newly refused + newly dropped. ``unsaved``: those of ``waiting`` that are in memory only."""
+        delivered + waiting + newly refused + newly dropped. ``unsaved``: those of ``waiting`` that are in memory only.
+        ``down``, while it is: why, and what mends it."""
         outbox, name = self._outbox, self.name
+        down = {"down": self._problem} if self._problem else {}
         return {
             "sink": name,
             "sent": self._sent,
@@ -104,6 +112,7 @@ class ForwardSink:
             "unsaved": outbox.unsaved(name),
             "refused": outbox.count(name, refused=True),
             "dropped": outbox.dropped(name),
+            **down,
         }
 
     def close(self) -> None:
@@ -135,21 +144,45 @@ class ForwardSink:
             if not waiting:
                 self._wake.wait()
                 continue
+            moved = self._moves
             problem, asked = self._deliver(waiting)
-            if not problem:
+            if self._moves != moved:
                 pause = FIRST_PAUSE_S
-                if self._down:
-                    self._down = False
-                    say(f"{self.name} is up again")
+            if not problem:
                 continue
-            if not self._down:
-                self._down = True
-                say(f"{self.name} is down: {problem}; events wait in {self._outbox.path}")
+            self._down(problem)
+            # A pause that the sink asks for holds for the flush at a scan's end too: it is asked for to be left alone.
+            self._closing.wait(min(asked, LONGEST_ASKED_S))
             # Jitter keeps many devices from knocking at the same moment when a broker comes back.
-            self._hurry.wait(max(pause * random.uniform(0.5, 1.0), min(asked, LONGEST_ASKED_S)))  # noqa: S311
+            self._hurry.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311
             if self._hurry.is_set():
                 self._closing.wait(0.1)
             pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    def _down(self, problem: str) -> None:
+        """Each problem of an outage is said once; a sink that flaps is not spoken of all the time."""
+        self._problem = problem
+        if problem not in self._told and time.monotonic() >= self._next_word and len(self._told) < 10:
+            self._told.add(problem)
+            self._next_word = time.monotonic() + QUIET_S
+            say(f"{self.name} is down: {problem}; events wait in {self._outbox.path}")
+
+    def _moved(self) -> None:
+        """It answered for an event."""
+        self._moves += 1
+        self._problem = ""
+        if self._told:
+            self._told.clear()
+            say(f"{self.name} is up again")
+
+    def _refused(self, entry: Waiting, reason: str) -> None:
+        self._outbox.refuse(self.name, entry.position, reason)
+        self._moved()
+        if time.monotonic() >= self._next_refusal:
+            self._next_refusal = time.monotonic() + QUIET_S
+            count = self._outbox.count(self.name, refused=True)
+            others = f", {count} in all" if count > 1 else ""
+            say(f"{self.name} refuses event {entry.id}: {reason}; it is kept in {self._outbox.path}{others}")
 
     def _deliver(self, waiting: list[Waiting]) -> tuple[str, float]:
         """Deliver in order; returns why it stopped early ("" if it did not) and the pause that the sink asks for."""
@@ -161,10 +194,10 @@ class ForwardSink:
                 try:
                     self._transport.deliver(entry.id, entry.event)
                 except Refused as error:
-                    self._outbox.refuse(self.name, entry.position, str(error))
-                    say(f"{self.name} refuses event {entry.id}: {error}; it is kept in {self._outbox.path}")
+                    self._refused(entry, str(error))
                     continue
                 done.append(entry.position)
+                self._moved()
         except Undelivered as error:
             return str(error), error.after_s
         except OSError as error:  # a full disk has no room for what was refused

@@ -1,15 +1,24 @@
 """``http://`` and ``https://``: POST one event as JSON; any 2xx answer is the acknowledgement.
 
-400, 413 and 422 refuse that event for good (it is set aside, in the outbox); every other answer, and silence, means
-later. Redirects are not followed: urllib would turn the POST into a GET and lose the event.
-"""
+| answer | what becomes of the event |
+|---|---|
+| 2xx | delivered; what the body says, or that it breaks off, does not matter |
+| 409 | asked again after half a second: the same answer says that this id is there already, so it is delivered; with ``Retry-After`` it is still in work there, so later |
+| 400, 413, 422 | refused for good: set aside, in the outbox |
+| 3xx | later, and never followed: urllib would turn the POST into a GET and lose the event, and elsewhere is not who was trusted |
+| 401, 403, 404, ... | later, and said with what mends it |
+| 429, 503, other 5xx, silence | later; ``Retry-After`` (seconds or a date, by the server's own clock) is kept to, up to 5 minutes |
+"""  # noqa: E501  a table row is one line
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import email.utils
 import hashlib
 import http.client
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,12 +30,24 @@ from edgekit.scanner.outbox import Outbox
 
 from . import Sink, without_secrets
 from .forward import ForwardSink, Refused, Undelivered
+from .words import words
 
 __all__ = ["HttpTransport", "open_http"]
 
 TIMEOUT_S = 5.0
 _FORM = "write http://HOST:PORT/PATH; in user and password, write / @ ? # as %2F %40 %3F %23"
 _NEVER = frozenset({400, 413, 422})
+_CONFLICT = 409
+#: Between the two times that a 409 is asked.
+AGAIN_S = 0.5
+_CURES = {
+    401: "mend user:password@ in the address",
+    403: "give this user the right to post there",
+    404: "mend the path in the address",
+    405: "mend the path in the address: nothing is posted there",
+    407: "mend the proxy's password in http_proxy",
+    415: "the receiver must take application/json",
+}
 
 
 def open_http(spec: str, outbox: Callable[[], Outbox]) -> Sink:
@@ -68,20 +89,59 @@ class HttpTransport:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def deliver(self, event_id: str, event: bytes) -> None:
+        if self._post(event_id, event) == _CONFLICT:
+            time.sleep(AGAIN_S)
+            self._post(event_id, event)
+
+    def _post(self, event_id: str, event: bytes) -> int:
+        """The status where it settles the event: 2xx, or 409 without a time to come again."""
         headers = {**self._headers, "Idempotency-Key": event_id}
         request = urllib.request.Request(self._address, event, headers, method="POST")  # noqa: S310  http(s) only
         try:
             with self._opener.open(request, timeout=TIMEOUT_S) as answer:
-                answer.read(1 << 16)
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    answer.read1(1 << 16)
+                return int(answer.status)
         except urllib.error.HTTPError as error:
             with error:
+                after_s = _asked(error.headers)
+                if error.code == _CONFLICT and after_s is None:
+                    return _CONFLICT
                 if error.code in _NEVER:
                     raise Refused(f"{error.code} {error.reason}") from None
-                raise Undelivered(f"it answered {error.code} {error.reason}") from None
+                raise Undelivered(f"it answered {_said(error)}", after_s or 0.0) from None
         except urllib.error.URLError as error:
-            raise Undelivered(str(error.reason)) from None
+            raise Undelivered(words(error.reason) if isinstance(error.reason, BaseException) else str(error.reason)) from None
         except (OSError, http.client.HTTPException) as error:
-            raise Undelivered(str(error) or type(error).__name__) from None
+            raise Undelivered(words(error)) from None
 
     def close(self) -> None:
         pass
+
+
+def _asked(headers: Any) -> float | None:
+    """The seconds that ``Retry-After`` asks for, from 0; None without one that can be read."""
+    text = str(headers.get("Retry-After", "")).strip()
+    if re.fullmatch(r"\d{1,9}", text):
+        return float(text)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        until = email.utils.parsedate_to_datetime(text)
+        now = email.utils.parsedate_to_datetime(str(headers.get("Date", "")) or email.utils.formatdate(usegmt=True))
+        return max(0.0, (until - now).total_seconds())
+    return None
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    place = str(error.headers.get("Location", ""))
+    if 300 <= error.code < 400 and place:
+        cure = f"it points elsewhere; if that is right, write {_shown(urllib.parse.urljoin(error.url or '', place))}"
+    else:
+        cure = _CURES.get(error.code, "")
+    return f"{error.code} {error.reason}" + (f" ({cure})" if cure else "")
+
+
+def _shown(address: str) -> str:
+    """Where a redirect points, without what may be secret, and printable."""
+    safe = re.split("[?;#]", address)[0]
+    safe = without_secrets(safe) if "@" in safe else safe
+    return urllib.parse.quote(safe[:200], safe="/%:[]!$&'()*+,=~")

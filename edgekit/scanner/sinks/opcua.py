@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
+import logging
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +19,24 @@ from edgekit.scanner.outbox import Outbox
 
 from . import Sink, without_secrets
 from .forward import ForwardSink, Undelivered
+from .words import words
 
 __all__ = ["OpcUaTransport", "open_opcua"]
 
 TIMEOUT_S = 5.0
+#: Status code of a server -> what mends it.
+_CURES = {
+    "BadNodeIdUnknown": "there is no such node: mend ?node= in the address, for example ns=2;s=Line1.Event",
+    "BadNodeIdInvalid": "there is no such node: mend ?node= in the address, for example ns=2;s=Line1.Event",
+    "BadTypeMismatch": "the variable must be a String",
+    "BadNotWritable": "the variable must be writable",
+    "BadUserAccessDenied": "the variable must be writable for this user, or mend user and password in the address",
+    "BadIdentityTokenRejected": "mend user and password in the address",
+    "BadIdentityTokenInvalid": "mend user and password in the address",
+    "BadTcpEndpointUrlInvalid": "mend the path in the address",
+    "BadSecurityPolicyRejected": "the server must offer an endpoint without encryption",
+    "BadSecurityModeRejected": "the server must offer an endpoint without encryption",
+}
 _FORM = "write opc.tcp://HOST:4840/PATH?node=ns=2;s=NAME; in user and password, write / @ ? # as %2F %40 %3F %23"
 
 
@@ -39,6 +55,7 @@ def open_opcua(spec: str, outbox: Callable[[], Outbox]) -> Sink:
         from asyncua import ua
     except ImportError:
         raise MissingExtra("opcua", "asyncua") from None
+    logging.getLogger("asyncua").addHandler(logging.NullHandler())  # it would write to stderr what is told here
     node = urllib.parse.unquote(node)
     try:
         node_id = ua.NodeId.from_string(node)
@@ -60,14 +77,17 @@ class OpcUaTransport:
     def deliver(self, event_id: str, event: bytes) -> None:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
+            self._loop.set_exception_handler(lambda loop, context: None)  # of tasks of connections that are gone
+        used = self._client is not None
         try:
-            self._loop.run_until_complete(asyncio.wait_for(self._write(event.decode()), TIMEOUT_S))
-        except (TimeoutError, asyncio.TimeoutError):
-            self._disconnect()
-            raise Undelivered(f"no answer within {TIMEOUT_S:g} s") from None
+            self._in_time(self._write(event.decode()))
         except Exception as error:  # noqa: BLE001  asyncua raises a class for each status code, and its own beside
+            if self._client is not None and (why := self._about_node(error)):
+                raise Undelivered(why) from None
             self._disconnect()
-            raise Undelivered(first_line(error)) from None
+            if not used:
+                raise Undelivered(_said(error)) from None
+            self.deliver(event_id, event)  # the connection broke while there was nothing to send: a new one shows
 
     def close(self) -> None:
         if self._loop:
@@ -75,20 +95,54 @@ class OpcUaTransport:
             self._loop.close()
             self._loop = None
 
+    def _in_time(self, work: Any, seconds: float = TIMEOUT_S) -> Any:
+        assert self._loop is not None
+        return self._loop.run_until_complete(asyncio.wait_for(work, seconds))
+
     async def _write(self, text: str) -> None:
         ua = self._asyncua.ua
         if self._client is None:
-            client = self._asyncua.Client(self._address, timeout=TIMEOUT_S)
-            if self._user is not None:
-                client.set_user(self._user)
-                client.set_password(self._password or "")
-            await client.connect()
-            self._client = client
+            self._client = await self._connected()
         value = ua.DataValue(ua.Variant(text, ua.VariantType.String))
         await self._client.get_node(self._node_id).write_value(value)
+
+    async def _connected(self) -> Any:
+        client = self._asyncua.Client(self._address, timeout=TIMEOUT_S)
+        if self._user is not None:
+            client.set_user(self._user)
+            client.set_password(self._password or "")
+        try:
+            await client.connect()
+        except BaseException:  # cancelled too: it would leave its socket open
+            closed = client.disconnect_socket()
+            if inspect.isawaitable(closed):
+                await closed
+            raise
+        return client
+
+    def _about_node(self, error: Exception) -> str:
+        """What the server has against the node, "" where the connection is at fault.
+
+        A server may say of a node that is not there that this user may not write to it.
+        """
+        if type(error).__name__ not in _CURES:
+            return ""
+        try:
+            self._in_time(self._client.get_node(self._node_id).read_browse_name())
+        except Exception as other:  # noqa: BLE001
+            return _said(other) if type(other).__name__ in _CURES else ""
+        return _said(error)
 
     def _disconnect(self) -> None:
         client, self._client = self._client, None
         if client and self._loop:
             with contextlib.suppress(Exception):
-                self._loop.run_until_complete(asyncio.wait_for(client.disconnect(), 1.0))
+                self._in_time(client.disconnect(), 1.0)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return f"no answer within {TIMEOUT_S:g} s"
+    cure = _CURES.get(type(error).__name__)
+    text = first_line(error) if getattr(error, "code", None) else words(error)
+    return f"{text} ({cure})" if cure else text

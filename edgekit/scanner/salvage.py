@@ -1,0 +1,152 @@
+"""A damaged outbox: what can still be read goes into a new one, the old file is kept beside it, and the scan starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgekit.progress import say
+
+from .database import Damaged, OtherVersion, connect, sqlite_errors, sync_folder
+
+__all__ = ["open_sound"]
+
+_PARTS = ("-wal", "-shm", "")  # the database last: without its log it is an older one, not a damaged one
+_HEADER = 100  # bytes (https://sqlite.org/fileformat.html, 1.3)
+_LARGEST = 1 << 40
+_ROWS = "SELECT position, sink, id, event, refused FROM outbox WHERE position > ? ORDER BY position"
+
+
+def open_sound(path: Path, schema: str, version: int, added: str) -> sqlite3.Connection:
+    """The outbox's database; a new one where the old one cannot be used, which is said, and kept.
+
+    Raises `DataError` for a database of another kind, `OSError` where there is no room for a new one.
+    """
+    try:
+        connection = connect(path, schema, version, added)
+        try:
+            why = _damage(connection, path)
+            if not why:
+                return connection
+        except BaseException:
+            connection.close()
+            raise
+        connection.close()
+    except OtherVersion as error:
+        newer = error.found >> 16 == version >> 16 and error.found > version
+        if not newer and not list(_read(path, "SELECT position, sink, id, event FROM outbox LIMIT 1")):
+            raise
+        why = f"version {error.found}, of a newer edgekit, or damaged"
+    except Damaged as error:
+        why = error.message.rpartition(": ")[2]
+    old, events = _set_aside(path, schema, version, added)
+    say(f"the outbox {path} cannot be used ({why}); it is kept as {old}, and {events} events read from it go on waiting")
+    return connect(path, schema, version, added)
+
+
+def _damage(connection: sqlite3.Connection, path: Path) -> str:
+    """What is wrong in the file. Its indices count: an event that is not in them would never be delivered."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER)
+    if header[18:20] not in (b"", b"\2\2"):  # file format versions; another one makes it read-only for SQLite
+        return "its header is damaged"
+    with sqlite_errors(path):
+        found = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
+    return "" if found == "ok" else found.splitlines()[-1]
+
+
+def _set_aside(path: Path, schema: str, version: int, added: str) -> tuple[Path, int]:
+    """Put a new database in the place of ``path``: where the old one lies, and how many of its events are in the new one.
+
+    The new one is made beside it, then both change their names: whatever fails before leaves the old file in its place.
+    """
+    new = path.with_name(f"{path.name}.new")
+    for part in _PARTS:
+        Path(f"{new}{part}").unlink(missing_ok=True)
+    connection = connect(new, schema, version, added)
+    try:
+        with sqlite_errors(new):
+            with _whole(path):
+                events = _save(path, connection)
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        connection.close()
+    number = 1
+    while any(os.path.lexists(f"{path}.old-{number}{part}") for part in _PARTS):
+        number += 1
+    old = path.with_name(f"{path.name}.old-{number}")
+    for part in _PARTS:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{path}{part}", f"{old}{part}")
+    os.rename(new, path)
+    sync_folder(path)
+    return old, events
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """While it runs, a file that was cut off has its full length: SQLite opens none that is shorter than its header says."""
+    with path.open("r+b") as file:
+        header, size = file.read(_HEADER), os.fstat(file.fileno()).st_size
+        full = int.from_bytes(header[16:18], "big") * int.from_bytes(header[28:32], "big")
+        if not size < full <= _LARGEST:
+            yield
+            return
+        file.truncate(full)
+        try:
+            yield
+        finally:
+            file.truncate(size)
+
+
+def _save(path: Path, into: sqlite3.Connection) -> int:
+    into.execute("BEGIN IMMEDIATE")
+    before = into.total_changes
+    into.executemany("INSERT OR IGNORE INTO outbox (position, sink, id, event, refused) VALUES (?, ?, ?, ?, ?)", _rows(path))
+    saved = into.total_changes - before
+    into.executemany("INSERT OR IGNORE INTO dropped VALUES (?, ?, ?)", _dropped(path))
+    into.execute("COMMIT")
+    return saved
+
+
+def _rows(path: Path) -> Iterator[tuple[Any, ...]]:
+    """Events from the first on, up to a page that cannot be read, then from the last on, down to one."""
+    last = 0
+    for row in _read(path, _ROWS, 0):
+        if isinstance(row[0], int) and row[0] > last:
+            last = row[0]
+            yield from _sound(row)
+    for row in _read(path, f"{_ROWS} DESC", last):
+        yield from _sound(row)
+
+
+def _sound(row: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The row, where its event is one and has the id that the row names."""
+    position, sink, event_id, event, refused = row
+    with contextlib.suppress(UnicodeDecodeError, AttributeError, msgspec.DecodeError, TypeError):
+        found = (position, sink.decode(), event_id.decode(), event, None if refused is None else refused.decode())
+        body = msgspec.json.decode(event)
+        if isinstance(position, int) and isinstance(body, dict) and body.get("id", found[2]) == found[2]:
+            yield found
+
+
+def _dropped(path: Path) -> Iterator[tuple[Any, ...]]:
+    for sink, reason, count in _read(path, "SELECT sink, reason, count FROM dropped"):
+        with contextlib.suppress(UnicodeDecodeError, AttributeError):
+            if isinstance(count, int) and count > 0:
+                yield sink.decode(), reason.decode(), count
+
+
+def _read(path: Path, query: str, *values: int) -> Iterator[tuple[Any, ...]]:
+    """Rows as far as they can be read; text as bytes, for it may be none any more. Read only: the old file stays as it is."""
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
+        old = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(old):
+            old.text_factory = bytes
+            yield from old.execute(query, values)

@@ -1,0 +1,498 @@
+"""MQTT through a proxy that cuts, drops and goes silent, and HTTP servers of every mood: nothing lost, order kept."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import hashlib
+import json
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekit.scanner import Outbox, open_sink
+from edgekit.scanner.sinks import forward, http, mqtt
+from edgekit.scanner.sinks.forward import Undelivered
+
+HOST = "127.0.0.1"
+
+
+def event(i: int) -> dict[str, Any]:
+    return {"schema": 1, "id": f"run-{i}", "source": "é", "seq": i, "time": "2026-01-31T12:00:00.000Z"}
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    opened = Outbox(tmp_path / "outbox.sqlite")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(http, "AGAIN_S", 0.01)
+
+
+# MQTT
+
+
+class Proxy:
+    """Between a client and the broker. ``fate(kind)`` says what becomes of a packet ("publish" or "ack"): "" passes, "drop",
+    "cut" ends the connection before it, "cut after" behind it."""
+
+    def __init__(self, to: int, fate: Callable[[str], str]) -> None:
+        self.to, self._fate = to, fate
+        self._server = socket.create_server((HOST, 0))
+        self.port = self._server.getsockname()[1]
+        self.silent = False
+        self.fates = {"drop": 0, "cut": 0, "cut after": 0}
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        try:
+            while True:
+                client = self._server.accept()[0]
+                try:
+                    broker = socket.create_connection((HOST, self.to))
+                except OSError:
+                    client.close()
+                    continue
+                for pair in ((client, broker, 3, "publish"), (broker, client, 4, "ack")):
+                    self._threads.append(threading.Thread(target=self._pass, args=pair, daemon=True))
+                    self._threads[-1].start()
+        except OSError:
+            return
+
+    def _pass(self, come: socket.socket, go: socket.socket, kind: int, name: str) -> None:
+        try:
+            with come.makefile("rb") as stream:
+                while packet := _packet(stream):
+                    fate = self._fate(name) if packet[0] >> 4 == kind and not self.silent else ""
+                    if fate:
+                        self.fates[fate] += 1
+                    if fate == "cut":
+                        break
+                    if fate != "drop" and not self.silent:
+                        go.sendall(packet)
+                    if fate == "cut after":
+                        break
+        except OSError:
+            pass
+        for each in (come, go):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        come.close()
+
+
+def _packet(stream: Any) -> bytes:
+    """One MQTT packet, b"" at the end."""
+    head, length, shift = stream.read(1), 0, 0
+    while head and (byte := stream.read(1)):
+        head += byte
+        length |= (byte[0] & 127) << shift
+        shift += 7
+        if byte[0] < 128:
+            return bytes(head + stream.read(length))
+    return b""
+
+
+@pytest.fixture
+def subscribed(kit: Any) -> Iterator[Callable[[int], list[dict[str, Any]]]]:
+    """What a subscriber of ``line/#`` at a broker hears."""
+    import paho.mqtt.client as paho
+    from paho.mqtt.enums import CallbackAPIVersion
+
+    clients = []
+
+    def start(port: int) -> list[dict[str, Any]]:
+        heard: list[dict[str, Any]] = []
+        client = paho.Client(CallbackAPIVersion.VERSION2)
+        ready = threading.Event()
+        client.on_message = lambda c, d, message: heard.append(json.loads(message.payload))
+        client.on_subscribe = lambda *args: ready.set()
+        client.connect(HOST, port)
+        client.subscribe("line/#", qos=1)
+        client.loop_start()
+        clients.append(client)
+        assert ready.wait(20.0)
+        return heard
+
+    yield start
+    for client in clients:
+        client.disconnect()
+        client.loop_stop()
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_mqtt_through_a_line_that_flaps_loses_nothing(
+    kit: Any,
+    outbox: Outbox,
+    broker: Any,
+    subscribed: Any,
+    protocol: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The broker is down at first; then acknowledgements are dropped and connections cut, before and behind a packet."""
+    monkeypatch.setattr(mqtt, "TIMEOUT_S", 0.25)
+    rng = random.Random(3)
+    proxy = Proxy(kit.free_port(), lambda kind: rng.choices(["", "drop", "cut", "cut after"], [94, 1, 3, 2])[0])
+    sink = open_sink(f"mqtt://{HOST}:{proxy.port}/line/1?protocol={protocol}", lambda: outbox)
+    for i in range(250):
+        sink.send(event(i))
+    kit.wait_for(lambda: "down" in sink.status())
+    assert sink.status()["waiting"] == 250
+    broker(port := kit.free_port())
+    heard = subscribed(port)
+    proxy.to = port
+    sink.flush(20.0)
+    kit.wait_for(lambda: heard and heard[-1]["seq"] == 249)
+    assert all(proxy.fates.values())
+    assert list({each["id"]: each for each in heard}.values()) == [event(i) for i in range(250)]
+    assert (sink.status()["delivered"], sink.status()["waiting"]) == (250, 0)
+    said = capfd.readouterr().err
+    assert said.count("is down") < 6  # of some twenty times
+    sink.close()
+    proxy.close()
+
+
+def test_mqtt_silence_is_noticed_and_survived(
+    kit: Any, outbox: Outbox, broker: Any, subscribed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt, "TIMEOUT_S", 0.25)
+    broker(port := kit.free_port())
+    heard = subscribed(port)
+    proxy = Proxy(port, lambda kind: "")
+    sink = open_sink(f"mqtt://{HOST}:{proxy.port}/line/1", lambda: outbox)
+    sink.send(event(0))
+    sink.flush(10.0)
+    proxy.silent = True
+    sink.send(event(1))
+    kit.wait_for(lambda: "within 0.25 s" in sink.status().get("down", ""))
+    proxy.silent = False
+    sink.flush(10.0)
+    kit.wait_for(lambda: heard[-1] == event(1))
+    assert [each["seq"] for each in {each["id"]: each for each in heard}.values()] == [0, 1]
+    sink.close()
+    proxy.close()
+
+
+def password_line(user: str, password: str) -> str:
+    """A line of mosquitto's ``password_file``."""
+    salt = b"twelve bytes"
+    key = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, 101)
+    return f"{user}:$7$101${base64.b64encode(salt).decode()}${base64.b64encode(key).decode()}\n"
+
+
+def test_mqtt_wrong_and_right_credentials(
+    kit: Any, outbox: Outbox, broker: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    passwords = tmp_path / "passwords"
+    passwords.write_text(password_line("me", "s3same/one"))
+    passwords.chmod(0o600)
+    broker(port := kit.free_port(), f"allow_anonymous false\npassword_file {passwords}")
+    for user in ("me:wr0ng@", "you:wr0ng@", ""):
+        sink = open_sink(f"mqtt://{user}{HOST}:{port}/line/1", lambda: outbox)
+        sink.send(event(0))
+        kit.wait_for(lambda sink=sink: "mend user and password" in sink.status().get("down", ""))
+        sink.close()
+    sink = open_sink(f"mqtt://me:s3same%2Fone@{HOST}:{port}/line/1", lambda: outbox)
+    sink.flush(10.0)
+    assert sink.status()["waiting"] == 0
+    sink.close()
+    said = capfd.readouterr().err
+    assert "wr0ng" not in said
+    assert "s3same" not in said
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A PEM file with a key and a certificate of its own for 127.0.0.1."""
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOST)])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - datetime.timedelta(1), now + datetime.timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))]), False)
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(key.private_bytes(serialization.Encoding.PEM, *form) + made.public_bytes(serialization.Encoding.PEM))
+    return pem
+
+
+@pytest.mark.filterwarnings("ignore:.*unclosed <ssl.SSLSocket.*")  # paho leaves the socket of a failed handshake to Python
+def test_mqtt_over_tls_and_where_there_is_none(
+    kit: Any, outbox: Outbox, broker: Any, subscribed: Any, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, secure = kit.free_port(), kit.free_port()
+    tls = f"listener {secure} {HOST}\ncertfile {certificate}\nkeyfile {certificate}\n"
+    broker(plain, f"allow_anonymous true\n{tls}")
+    heard = subscribed(plain)
+    for address, cure in (
+        (f"mqtts://{HOST}:{plain}/line/1", "TLS"),
+        (f"mqtt://{HOST}:{secure}/line/1", "without TLS"),
+        (f"mqtts://{HOST}:{secure}/line/1", "SSL_CERT_FILE"),
+    ):
+        sink = open_sink(address, lambda: outbox)
+        sink.send(event(0))
+        kit.wait_for(lambda sink=sink, cure=cure: cure in sink.status().get("down", ""))
+        sink.close()
+    assert heard == []
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    sink = open_sink(f"mqtts://{HOST}:{secure}/line/1", lambda: outbox)
+    sink.flush(10.0)
+    kit.wait_for(lambda: heard == [event(0)])
+    sink.close()
+
+
+# HTTP
+
+
+class Moody:
+    """An HTTP server: ``answers`` are ``(status, headers)`` to give, then 200. ``hang``: seconds before an answer's body."""
+
+    def __init__(self, *answers: tuple[int, dict[str, str]], hang: float = 0.0) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        waiting, moody = list(answers), self
+        self.released = threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.headers["Idempotency-Key"] == body["id"]
+                moody.times.append(time.monotonic())
+                moody.events.append(body)
+                status, headers = waiting.pop(0) if waiting else (200, {})
+                self.send_response_only(status)
+                for name, value in {"Content-Length": "7", **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if hang:
+                    moody.released.wait(hang)
+                self.wfile.write(b"whatever"[:7])
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer((HOST, 0), Handler)
+        self.server.handle_error = lambda *args: None  # type: ignore[method-assign]  # the client need not wait for a body
+        self.url = f"http://{HOST}:{self.server.server_port}/events"
+        self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self._thread.join()
+
+    @property
+    def seqs(self) -> list[int]:
+        return [each["seq"] for each in self.events]
+
+
+@pytest.fixture
+def moody() -> Iterator[Callable[..., Moody]]:
+    running: list[Moody] = []
+
+    def start(*answers: tuple[int, dict[str, str]], **options: Any) -> Moody:
+        running.append(Moody(*answers, **options))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.close()
+
+
+NOON = datetime.datetime(2020, 1, 1, 12, tzinfo=datetime.timezone.utc)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        # By the server's own clock, which is years behind.
+        (
+            {"Retry-After": format_datetime(NOON + datetime.timedelta(seconds=9), True), "Date": format_datetime(NOON, True)},
+            9.0,
+        ),
+        ({"Retry-After": format_datetime(NOON, True)}, 0.0),
+        ({"Retry-After": "soon"}, 0.0),
+        ({"Retry-After": "-3"}, 0.0),
+        ({"Retry-After": "9" * 400}, 0.0),
+        ({}, 0.0),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_read_in_both_forms(moody: Any, status: int, headers: dict[str, str], seconds: float) -> None:
+    server = moody((status, headers))
+    with pytest.raises(Undelivered, match=f"it answered {status}") as caught:
+        http.HttpTransport(server.url).deliver("run-0", json.dumps(event(0)).encode())
+    assert caught.value.after_s == seconds
+
+
+def test_retry_after_is_kept_to_up_to_a_bound_and_at_the_end_too(
+    kit: Any, outbox: Outbox, moody: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "LONGEST_ASKED_S", 0.4)
+    server = moody((503, {"Retry-After": "86400"}), (429, {"Retry-After": "86400"}))
+    sink = open_sink(server.url, lambda: outbox)
+    for i in range(3):
+        sink.send(event(i))
+    sink.flush(20.0)
+    assert server.seqs == [0, 0, 0, 1, 2]
+    first, second, third, *_ = server.times
+    assert min(second - first, third - second) >= 0.4
+    sink.close()
+
+
+def test_409_is_asked_again_and_then_believed(kit: Any, outbox: Outbox, moody: Any) -> None:
+    there, busy = (409, {}), (409, {"Retry-After": "0"})
+    server = moody(there, there, there, (201, {}), busy, (500, {}), there, (503, {}))
+    sink = open_sink(server.url, lambda: outbox)
+    for i in range(4):
+        sink.send(event(i))
+    sink.flush(20.0)
+    assert server.seqs == [0, 0, 1, 1, 2, 2, 2, 2, 2, 3]
+    assert sink.status()["delivered"] == 4
+    sink.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "cure"),
+    [
+        (401, {}, "mend user:password@ in the address"),
+        (403, {}, "give this user the right"),
+        (404, {}, "mend the path"),
+        (301, {"Location": "/elsewhere?token=secret"}, "/elsewhere)"),
+        (307, {"Location": "http://me:secret@other.example/x"}, "http:...)"),
+        (308, {"Location": "http://127.0.0.1:1/\x1b[2J"}, "%1B"),
+        (303, {}, "303"),
+    ],
+)
+def test_answers_that_a_person_has_to_mend_are_told_and_retried(
+    kit: Any, outbox: Outbox, moody: Any, status: int, headers: dict[str, str], cure: str
+) -> None:
+    server = moody((status, headers))
+    with pytest.raises(Undelivered) as caught:
+        http.HttpTransport(server.url).deliver("run-0", json.dumps(event(0)).encode())
+    assert cure in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert server.seqs == [0]  # no redirect was followed
+
+
+def test_status_tells_what_is_wrong_until_it_is_mended(kit: Any, outbox: Outbox, moody: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.3)
+    monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.3)
+    server = moody((401, {}), (403, {}))
+    sink = open_sink(server.url, lambda: outbox)
+    sink.send(event(0))
+    kit.wait_for(lambda: sink.status().get("down", "").startswith("it answered 401"))
+    kit.wait_for(lambda: sink.status().get("down", "").startswith("it answered 403"))
+    kit.wait_for(lambda: "down" not in sink.status())
+    assert sink.status()["delivered"] == 1
+    sink.close()
+
+
+def test_http_servers_that_hang(kit: Any, outbox: Outbox, moody: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One never answers: later. One answers 200 and keeps the body back: the status is the acknowledgement."""
+    monkeypatch.setattr(http, "TIMEOUT_S", 0.2)
+    with socket.create_server((HOST, 0)) as silent:
+        sink = open_sink(f"http://{HOST}:{silent.getsockname()[1]}/x", lambda: outbox)
+        sink.send(event(0))
+        kit.wait_for(lambda: "no answer in time" in sink.status().get("down", ""))
+        assert sink.status()["waiting"] == 1
+        sink.close()
+    server = moody(hang=60.0)
+    sink = open_sink(server.url, lambda: outbox)
+    sink.send(event(0))
+    sink.send(event(1))
+    sink.flush(10.0)
+    assert (server.seqs, sink.status()["delivered"]) == ([0, 1], 2)
+    sink.close()
+
+
+def test_https_where_no_tls_is(kit: Any, outbox: Outbox, moody: Any) -> None:
+    sink = open_sink(moody().url.replace("http", "https"), lambda: outbox)
+    sink.send(event(0))
+    kit.wait_for(lambda: "no TLS is spoken" in sink.status().get("down", ""))
+    sink.close()
+
+
+def test_refusals_are_counted_and_not_said_one_by_one(
+    kit: Any, outbox: Outbox, moody: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sink = open_sink(moody(*[(422, {})] * 50).url, lambda: outbox)
+    for i in range(60):
+        sink.send(event(i))
+    sink.flush(20.0)
+    assert (sink.status()["refused"], sink.status()["delivered"]) == (50, 10)
+    assert capfd.readouterr().err.count("refuses event") < 4
+    sink.close()
+
+
+def test_a_flush_goes_on_while_single_events_arrive_slowly(kit: Any, outbox: Outbox, moody: Any) -> None:
+    """A batch of them takes longer than the flush is patient."""
+    server = moody()
+    answer = server.server.RequestHandlerClass.do_POST
+    server.server.RequestHandlerClass.do_POST = lambda self: (time.sleep(0.1), answer(self))
+    sink = open_sink(server.url, lambda: outbox)
+    for i in range(20):
+        sink.send(event(i))
+    sink.flush(1.0)
+    assert sink.status()["waiting"] == 0
+    sink.close()
+
+
+def test_sigterm_while_three_sinks_hang_ends_in_time_and_keeps_all(kit: Any, pictures: Path, tmp_path: Path) -> None:
+    """Servers that accept and never answer; the events wait for the next scan."""
+    listeners = [socket.create_server((HOST, 0)) for _ in range(3)]
+    ports = [each.getsockname()[1] for each in listeners]
+    sinks = [f"tcp://{HOST}:{ports[0]}", f"http://{HOST}:{ports[1]}/x", f"mqtt://{HOST}:{ports[2]}/line/1"]
+    options = [part for sink in sinks for part in ("--sink", sink)]
+    outbox = tmp_path / "o.sqlite"
+    process = kit.start_scan("--codes", "--source", pictures, "--watch", *options, "--outbox", outbox, "--json")
+    accepted = [each.accept()[0] for each in listeners]  # all three are in a delivery
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert time.monotonic() - begun < 8.0  # 2 s where the machine has nothing else to do
+    figures = {row["sink"]: row for row in json.loads(out)["sinks"]}
+    for each in (*accepted, *listeners):
+        each.close()
+    opened = Outbox(outbox)
+    for name in figures:
+        assert opened.count(name) == figures[name]["sent"] > 0
+    opened.close()
