@@ -72,6 +72,7 @@ class Camera:
         self._backoff = Backoff(self.options.retry_s, self.options.retry_most_s, chance)
         self._gaps = GapWatch()
         self._attempts = self._seq = self._damaged = 0
+        self._refused = self._refused_told = 0
         self._size = (0, 0)
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name=f"camera {self.name}"[:60], daemon=True)
@@ -100,6 +101,7 @@ class Camera:
             "reason": self.reason,
             "queue": "wait" if self._waits else "newest",
             **self.intake.counts(),
+            "refused_packets": self._refused,
             "attempts": self._attempts,
             "pid": process.pid if process else None,
             "width": self._size[1],
@@ -229,10 +231,14 @@ class Camera:
             self._gaps.skipped()
             if reason == "damaged":
                 self._damaged += count
+        if refused := message.get("refused", 0):
+            self._refused += refused
+            self._gaps.skipped()
 
     def _up(self, height: int, width: int, monotonic: float) -> None:
         """Before a frame: the state, the size, and what is missing since the one before."""
-        if self.state == "up" and not self._damaged and self._size == (height, width):
+        if self.state == "up" and self._size == (height, width):
+            self._tell_damaged()
             return
         was, size = self.state, self._size
         self.state, self.reason, self._size = "up", "", (height, width)
@@ -252,6 +258,9 @@ class Camera:
         if self._damaged:
             self._gap(time.monotonic(), {"frames": self._damaged, "reason": "damaged"})
             self._damaged = 0
+        if refused := self._refused - self._refused_told:
+            self._gap(time.monotonic(), {"packets": refused, "reason": "not decodable"})
+            self._refused_told = self._refused
 
     def _down(self, reason: str) -> None:
         """Said once, and again where the reason is another one."""

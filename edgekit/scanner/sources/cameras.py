@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -187,16 +188,25 @@ def _check(spec: str) -> None:
         raise UsageError(f"{spec} names no camera", "write camera:0 for /dev/video0")
     if kind == "video" and not Path(spec).is_file():
         raise DataError(f"there is no video file at {printable(spec)}", "check --source")
-    if kind == "gst" and not spec.partition(":")[2].strip():
-        raise UsageError("the pipeline is empty", "write gst:PIPELINE, without a sink at its end")
+    if kind == "gst":
+        _check_pipeline(spec.partition(":")[2])
     module = {"pattern": "", "camera": "cv2", "v4l2": "cv2"}.get(kind, "av")
     if module and importlib.util.find_spec(module) is None:
         raise MissingExtra("camera" if module == "cv2" else "video", module)
+
+
+def _check_pipeline(pipeline: str) -> None:
+    try:
+        words = shlex.split(pipeline)
+    except ValueError as error:
+        raise UsageError(f"the pipeline cannot be split into words: {error}", "close the quotation marks in it") from None
+    if not words:
+        raise UsageError("the pipeline is empty", "write gst:PIPELINE, without a sink at its end")
 
 
 def _added_up(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     dropped = {
         reason: one["dropped"].get(reason, 0) + other["dropped"].get(reason, 0) for reason in one["dropped"] | other["dropped"]
     }
-    summed = {name: one[name] + other[name] for name in ("captured", "given", "in_flight", "notices_dropped", "attempts")}
+    summed = {name: one[name] + other[name] for name in ("captured", "given", "in_flight", "notices_dropped", "refused_packets", "attempts")}
     return {**other, "source": "removed cameras", "pid": None, **summed, "dropped": dropped}
