@@ -172,7 +172,8 @@ class Cameras:
         if len(self._cameras) == 1 and not self._former and not self._closed and not self._stop.is_set():
             (camera,) = self._cameras.values()
             if not camera.live and camera.state == "down" and not camera.intake.counts()["captured"]:
-                raise DataError(f"{camera.name}: {camera.reason}", "play it with another program to see what it is")
+                cause, _, cure = camera.reason.partition(": ")
+                raise DataError(f"{camera.name}: {cause}", cure or "play it with another program to see what it is")
 
 
 def _check(spec: str) -> None:
@@ -208,5 +209,6 @@ def _added_up(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     dropped = {
         reason: one["dropped"].get(reason, 0) + other["dropped"].get(reason, 0) for reason in one["dropped"] | other["dropped"]
     }
-    summed = {name: one[name] + other[name] for name in ("captured", "given", "in_flight", "notices_dropped", "refused_packets", "attempts")}
+    growing = ("captured", "given", "in_flight", "notices_dropped", "refused_packets", "attempts")
+    summed = {name: one[name] + other[name] for name in growing}
     return {**other, "source": "removed cameras", "pid": None, **summed, "dropped": dropped}

@@ -78,7 +78,13 @@ class Outlet:
         self._tell({"frame": [slot, self._generation, height, width, picture.monotonic, picture.at]})
 
     def _grow(self, size_bytes: int) -> None:
-        """Places for larger pictures; what waits in the old ones stays there until it is taken."""
+        """Places for larger pictures; what waits in the old ones stays there until it is taken.
+
+        A source that waits does so here too: else twice as many would wait as the scan's queue holds.
+        """
+        while self._wait and self._slots is not None and len(self._free) < self._places:
+            self._beat(pause=True)
+            self._freed(_BEAT_S)
         fd = new_memory(self._places * size_bytes)
         self._generation += 1
         self._link.send({"memory": [self._places, size_bytes, self._generation]}, fd)
@@ -123,6 +129,7 @@ def main(fd: int, parent: int) -> None:
     request = received[0]
     spec = os.fsdecode(bytes.fromhex(request["spec"]))
     outlet = Outlet(link, request["places"], request["wait"])
+    link.send({"ready": True})
     with contextlib.suppress(OSError):  # the scan is gone
         outlet.end(*_run(spec, msgspec.convert(request["options"], CameraOptions), outlet))
 

@@ -115,7 +115,7 @@ def _error(said: IO[bytes]) -> str:
     if any("Caps changes are not supported" in line for line in lines):
         return "its pictures changed their size"
     words = _ELEMENT.sub(r"\1: ", first.removeprefix("ERROR: ").removeprefix("WARNING: "))
-    why = next((line.removeprefix("system error: ") for line in lines if line.startswith(("system error:", "No such file"))), "")
-    words = f"{words.rstrip('.')} ({why})" if why else words.rstrip(".")
+    why = next((line for line in lines if line.startswith(("system error:", "No such file"))), "")
+    words = words.rstrip(".") + (f" ({why.removeprefix('system error: ')})" if why else "")
     cure = f"is its plugin installed? {_PACKAGES}" if "no element" in words else f"try it: {GST_LAUNCH} PIPELINE ! fakesink"
     return f"{words[:200]}; {cure}"

@@ -15,7 +15,7 @@ _BY_TYPE = {
     "HTTPForbiddenError": "this user may not see it (403): allow it in the camera's settings",
     "HTTPNotFoundError": "there is no such stream (404): compare the address with the camera's manual",
     "HTTPTooManyRequestsError": "too many requests (429): fewer programs may look at it at once",
-    "HTTPBadRequestError": "it does not understand the request (400): try transport = \"udp\", or another address",
+    "HTTPBadRequestError": 'it does not understand the request (400): try transport = "udp", or another address',
     "HTTPServerError": "the camera answers with an error of its own (5xx): start it again, or wait",
     "InvalidDataError": "it is no video: play it with another program to see what it is",
     "DecoderNotFoundError": "there is no decoder for its pictures: have the camera send H.264 or MJPEG",
