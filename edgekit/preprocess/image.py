@@ -35,6 +35,8 @@ Float = NDArray[np.float32]
 MAX_PIXELS = 64_000_000
 #: What training and the scanner take for an image in a folder.
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+#: Of all that Pillow opens, whatever a file is called: others start programs (EPS), or nobody meant them.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
 _BAND = 8  # output rows per matrix product: each touches only the input rows under its triangle
 _ONE_BAND = 4096  # a resize matrix of up to this many entries is faster as one dense product
@@ -81,7 +83,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about bombs; max_pixels refuses them
-            with Image.open(path) as opened:
+            with Image.open(path, formats=_FORMATS) as opened:
                 if opened.width * opened.height > max_pixels:
                     raise DataError(f"{name}: {opened.width} x {opened.height} exceeds {max_pixels} pixels", "scale it down")
                 image = ImageOps.exif_transpose(opened)
@@ -97,9 +99,23 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
                     array = np.asarray(image.convert("L" if image.mode in ("1", "LA") else "RGB"))
     except DataError:
         raise
+    except Image.DecompressionBombError:
+        raise DataError(f"{name} exceeds {max_pixels} pixels by far", "scale it down") from None
     except Exception as error:  # noqa: BLE001  decoders raise anything on hostile bytes
-        raise DataError(f"{name} cannot be decoded as an image: {error}", "remove or replace the file") from None
+        raise _unreadable(name, error) from None
     return canonical_frame(array)
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    """What is wrong with a file, and its cure: with the file system, or with the bytes in it."""
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{name} is gone", "nothing may remove files while they are read")
+    if isinstance(error, OSError) and error.errno is not None:
+        cure = "give this user the right to read it" if isinstance(error, PermissionError) else "check the disk"
+        return DataError(f"{name} cannot be read: {error.strerror}", cure)
+    kind = type(error).__name__
+    words = "it is of no kind that is read" if kind == "UnidentifiedImageError" else str(error).split("\n")[0][:200]
+    return DataError(f"{name} cannot be decoded as an image: {words or kind}", "remove or replace the file")
 
 
 def _triangle(size_in: int, size_out: int, start: float, stop: float) -> list[tuple[slice, slice, Float]]:

@@ -271,7 +271,7 @@ def _source_from(source: SourceOptions, base: Path) -> SourceOptions:
     from .sources.address import kind_of
 
     path = base / source.address
-    if kind_of(source.address) not in ("", "video") and not path.exists():
+    if kind_of(source.address) not in ("", "video") and not os.path.exists(path):
         return source
     return msgspec.structs.replace(source, address=str(path.absolute()))
 

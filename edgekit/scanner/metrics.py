@@ -113,6 +113,9 @@ def _source(text: _Text, row: Mapping[str, Any]) -> None:
         text.add(f"{name}_up", "gauge", "1 while the camera gives pictures.", int(row["state"] == "up"), source=source)
     text.add(f"{name}_captured_frames_total", "counter", "Frames of one camera.", row["captured"], source=source)
     text.add(f"{name}_in_flight_frames", "gauge", "Frames of one camera that wait.", row["in_flight"], source=source)
+    if refused := row.get("refused_packets"):
+        what = "Packets of one camera that its decoder refused; no frames."
+        text.add(f"{name}_refused_packets_total", "counter", what, refused, source=source)
     for reason, count in sorted(row["dropped"].items()):
         what = "Frames that one camera dropped before they were given out."
         text.add(f"{name}_dropped_frames_total", "counter", what, count, source=source, reason=reason)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +26,26 @@ from edgekit.scanner.sources.gaps import Backoff, GapWatch
 from edgekit.scanner.sources.intake import MOST_NOTICES, Intake, Waiting
 from edgekit.scanner.sources.slots import Link
 
+_spec = importlib.util.spec_from_file_location("camera_kit", Path(__file__).with_name("camera_kit.py"))
+assert _spec is not None
+assert _spec.loader is not None
+camera_kit = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(camera_kit)
+until, notices, of = camera_kit.until, camera_kit.notices, camera_kit.of
+
 FAST = CameraOptions(stall_s=0.6, retry_s=0.05, retry_most_s=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """No process of a camera, no memory of its pictures, no zombie."""
+    yield
+    assert not camera_kit.left_over()
 
 
 def number_of(frame: Any) -> int:
     """What a test picture carries in its first bytes."""
     return int.from_bytes(frame.reshape(-1)[:8].tobytes(), "little")
-
-
-def until(cameras: Cameras, done: Callable[[list[Any]], Any], seconds: float = 30.0) -> list[Any]:
-    """What comes until ``done(items)``; after each item every frame is accounted for."""
-    items: list[Any] = []
-    end = time.monotonic() + seconds
-    given = {row["source"]: row["given"] for row in cameras.counts()}
-    for item in cameras:
-        if item is not None:
-            items.append(item)
-        if isinstance(item, Captured):
-            given[item.source] = given.get(item.source, 0) + 1
-        for row in cameras.counts():
-            assert row["captured"] == row["given"] + sum(row["dropped"].values()) + row["in_flight"]
-            assert row["given"] == given.get(row["source"], 0)
-        if done(items):
-            return items
-        assert time.monotonic() < end, f"waited in vain: {[item for item in items if isinstance(item, Notice)]}"
-    return items
-
-
-def notices(items: list[Any], kind: str, **details: Any) -> list[Notice]:
-    found = [item for item in items if isinstance(item, Notice) and item.kind == kind]
-    return [each for each in found if details.items() <= each.details.items()]
-
-
-def of(items: list[Any], name: str) -> list[Captured]:
-    return [item for item in items if isinstance(item, Captured) and item.source == name]
 
 
 def pid_of(cameras: Cameras, name: str) -> int:
@@ -241,6 +228,12 @@ def until_given(cameras: Cameras, name: str) -> Captured:
     raise AssertionError("it ended")
 
 
+def test_what_is_left_is_found() -> None:
+    with Cameras(["pattern:64x48@50"]) as cameras:
+        until(cameras, lambda items: of(items, "pattern:64x48@50"))
+        assert {line.startswith("process ") for line in camera_kit.left_over()} == {True, False}
+
+
 def test_a_killed_scan_leaves_no_process() -> None:
     program = (
         "from edgekit.scanner import Cameras, Captured\n"
@@ -331,12 +324,3 @@ def test_no_password_is_shown() -> None:
     assert shown(spec) == "rtsp://10.0.0.9/live?token=...&x=1"
     words = safe_words(f"cannot open {spec}: s3/cret is wrong, abc", spec)
     assert not [secret for secret in ("s3", "cret", "abc", "admin") if secret in words]
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    yield
-    mine = f"/proc/self/task/{os.getpid()}/children"
-    if os.path.exists(mine):
-        names = [Path(f"/proc/{pid}/cmdline") for pid in Path(mine).read_text().split()]
-        assert not [path for path in names if path.exists() and b"edgekit.scanner.sources.child" in path.read_bytes()]

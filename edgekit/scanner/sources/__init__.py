@@ -77,7 +77,7 @@ def open_source(
     """
     kind = _kind(spec)
     module, function = SOURCES[kind]
-    more = (options,) if options is not None and kind else ()
+    more = () if options is None else (options,)
     opened: Iterator[Captured | Notice | None] = getattr(importlib.import_module(module), function)(
         spec, watch, stop or Stop(), *more
     )
@@ -110,5 +110,5 @@ def _kind(spec: str) -> str:
         raise UsageError("the source is empty", _KNOWN)
     kind = kind_of(spec)
     if kind not in SOURCES:
-        raise UsageError(f"there is no source {kind}: in this version", _KNOWN)
+        raise UsageError(f"there is no source {kind}:", _KNOWN)
     return kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import urllib.parse
 from pathlib import Path
@@ -14,7 +15,7 @@ VIDEO_SUFFIXES = frozenset(_VIDEO.split())
 LIVE = frozenset({"camera", "v4l2", "rtsp", "rtsps", "http", "https", "tcp", "udp", "rtp", "srt", "gst"})
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
 #: ``pattern:WIDTHxHEIGHT@FPS``, with ``,FRAMES`` where it should end.
-PATTERN = re.compile(r"^pattern:(\d{1,5})x(\d{1,5})@(\d{1,4}(?:\.\d+)?)(?:,(\d{1,9}))?$")
+PATTERN = re.compile(r"^pattern:([1-9]\d{0,4})x([1-9]\d{0,4})@(\d{1,4}(?:\.\d+)?)(?:,(\d{1,9}))?$")
 _SECRET = re.compile(r"(?i)([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig)[^=&;]*=)[^&;#\s]+")
 #: The same without a mark before it: in a path, as some cameras want it, and as a property of GStreamer.
 _NAMED = re.compile(r"(?i)([\w-]{0,40}(?:-pw|passw(?:or)?d|passphrase|secret|token)\s*=\s*)(\"[^\"]*\"|[^\s!&;]+)")
@@ -24,12 +25,12 @@ _USER = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)(?:[^/\s]*@|[^/\s:@]*:(?!\d*(?
 
 def kind_of(spec: str) -> str:
     """The scheme in lower case, ``video`` for a video file, "" for any other path."""
-    if Path(spec).exists():
+    if os.path.exists(spec):  # unlike pathlib's, it is False for a name that is too long: pipelines are
         scheme = ""
     else:
         found = _SCHEME.match(spec)
         scheme = found.group(1).lower() if found else ""
-    return "video" if not scheme and Path(spec).suffix.lower() in VIDEO_SUFFIXES and not Path(spec).is_dir() else scheme
+    return "video" if not scheme and Path(spec).suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(spec) else scheme
 
 
 def shown(spec: str) -> str:

@@ -29,6 +29,8 @@ __all__ = ["Camera"]
 
 #: Whoever waits for a camera hears within 3 s that it is not there.
 TELL_S = 2.5
+#: Python's own start, which takes long on a busy machine.
+_START_S = 10.0
 _GOODBYE_S = 0.3
 _LOOK_S = 0.2
 _CHILD = (
@@ -42,6 +44,22 @@ class Ending(NamedTuple):
 
     reason: str
     final: bool = False
+
+
+class _Clock:
+    """Monotonic seconds of what a process said last; it has connected once there is a ``picture``."""
+
+    def __init__(self, begun: float) -> None:
+        self.now = self.begun = self.sign = begun
+        self.ready = begun + _START_S
+        self.picture: float | None = None
+
+    def heard(self, message: dict[str, Any]) -> None:
+        self.sign = self.now
+        if "ready" in message:
+            self.ready = self.now
+        elif "frame" in message or (message.get("beat") and self.picture is not None):  # a true beat: it waits on purpose
+            self.picture = self.now
 
 
 class Camera:
@@ -72,6 +90,7 @@ class Camera:
         self._backoff = Backoff(self.options.retry_s, self.options.retry_most_s, chance)
         self._gaps = GapWatch()
         self._attempts = self._seq = self._damaged = 0
+        self._refused = self._refused_told = 0
         self._size = (0, 0)
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name=f"camera {self.name}"[:60], daemon=True)
@@ -100,6 +119,7 @@ class Camera:
             "reason": self.reason,
             "queue": "wait" if self._waits else "newest",
             **self.intake.counts(),
+            "refused_packets": self._refused,
             "attempts": self._attempts,
             "pid": process.pid if process else None,
             "width": self._size[1],
@@ -163,44 +183,40 @@ class Camera:
         options, places = self.options, self.options.depth + (0 if self._waits else 2)
         spec = os.fsencode(os.path.abspath(self.spec) if self._kind == "video" else self.spec).hex()
         link.send({"spec": spec, "options": msgspec.to_builtins(options), "places": places, "wait": self._waits})
-        started = sign = time.monotonic()
-        picture: float | None = None
+        clock = _Clock(time.monotonic())
         memory: Slots | None = None
         while not self._leave.is_set():
             ready = select.select([link.socket], [], [], _LOOK_S)[0]
-            now = time.monotonic()
+            clock.now = time.monotonic()
             if ready:
                 received = link.receive()
                 if received is None:
                     return Ending(self._exit_words())
                 message, fds = received
-                sign = now
                 self._lost(message)
                 if "end" in message:
                     return Ending(message["end"], message["final"])
+                clock.heard(message)
                 if fds:
                     memory = Slots(fds[0], *message["memory"])
                 elif "frame" in message and memory is not None:
                     self._frame(link, memory, message["frame"])
-                    picture = now
-                elif message.get("beat") and picture is not None:
-                    picture = now  # it waits on purpose
-            elif hung := self._hung(now, started, sign, picture):
+            if hung := self._hung(clock):
                 return Ending(hung)
         return Ending("")
 
-    def _hung(self, now: float, started: float, sign: float, picture: float | None) -> str:
+    def _hung(self, clock: _Clock) -> str:
         """Why the process must go, "" where it is well. One that has not connected yet is told of in time."""
-        options = self.options
-        if picture is None:
-            if now - started > options.open_s + 1:
-                return f"no picture within {options.open_s:g} s of connecting"
-            if now - started > TELL_S and self.state == "connecting":
+        options, now = self.options, clock.now
+        if clock.picture is None:
+            if now - clock.ready > options.open_s + 1:
+                return f"no picture within {options.open_s:g} s: is it switched on, and is the address right?"
+            if self.live and now - clock.begun > TELL_S and self.state == "connecting":
                 self._down("no picture yet, still connecting")
             return ""
-        if now - sign > options.stall_s:
+        if now - clock.sign > options.stall_s:
             return f"no picture for {options.stall_s:g} s"
-        if now - picture > max(options.open_s, options.stall_s):
+        if now - clock.picture > max(options.open_s, options.stall_s):
             return f"data, but no picture for {max(options.open_s, options.stall_s):g} s"
         return ""
 
@@ -229,10 +245,14 @@ class Camera:
             self._gaps.skipped()
             if reason == "damaged":
                 self._damaged += count
+        if refused := message.get("refused", 0):
+            self._refused += refused
+            self._gaps.skipped()
 
     def _up(self, height: int, width: int, monotonic: float) -> None:
         """Before a frame: the state, the size, and what is missing since the one before."""
-        if self.state == "up" and not self._damaged and self._size == (height, width):
+        if self.state == "up" and self._size == (height, width):
+            self._tell_damaged()
             return
         was, size = self.state, self._size
         self.state, self.reason, self._size = "up", "", (height, width)
@@ -252,6 +272,9 @@ class Camera:
         if self._damaged:
             self._gap(time.monotonic(), {"frames": self._damaged, "reason": "damaged"})
             self._damaged = 0
+        if refused := self._refused - self._refused_told:
+            self._gap(time.monotonic(), {"packets": refused, "reason": "not decodable"})
+            self._refused_told = self._refused
 
     def _down(self, reason: str) -> None:
         """Said once, and again where the reason is another one."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shlex
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from edgekit.errors import DataError, MissingExtra, UsageError
@@ -14,7 +16,7 @@ from edgekit.files import printable
 from edgekit.scanner.stop import Stop
 
 from . import SOURCES, Captured, Notice
-from .address import PATTERN, kind_of, shown
+from .address import LIVE, PATTERN, kind_of, shown
 from .camera import Camera
 from .options import CameraOptions
 
@@ -25,6 +27,7 @@ IDLE_S = 0.25
 #: Rows of removed cameras in `counts`; older ones are added up in one.
 FORMER = 32
 _LONGEST_SPEC = 2048
+_NETWORK = LIVE - {"camera", "v4l2", "gst"}
 
 
 def open_camera(target: str, watch: bool, stop: Stop, options: CameraOptions | None = None) -> Cameras:
@@ -171,7 +174,8 @@ class Cameras:
         if len(self._cameras) == 1 and not self._former and not self._closed and not self._stop.is_set():
             (camera,) = self._cameras.values()
             if not camera.live and camera.state == "down" and not camera.intake.counts()["captured"]:
-                raise DataError(f"{camera.name}: {camera.reason}", "play it with another program to see what it is")
+                cause, _, cure = camera.reason.partition(": ")
+                raise DataError(f"{camera.name}: {cause}", cure or "play it with another program to see what it is")
 
 
 def _check(spec: str) -> None:
@@ -185,18 +189,45 @@ def _check(spec: str) -> None:
         raise UsageError(f"{spec} is no test picture", "write pattern:WIDTHxHEIGHT@FPS, for example pattern:640x480@30")
     if kind == "camera" and not spec.partition(":")[2].isdecimal():
         raise UsageError(f"{spec} names no camera", "write camera:0 for /dev/video0")
-    if kind == "video" and not Path(spec).is_file():
+    if kind == "v4l2" and not spec.partition(":")[2]:
+        raise UsageError(f"{spec} names no device", "write v4l2:/dev/video0")
+    if kind in _NETWORK:
+        _check_url(kind, spec)
+    if kind == "video" and not os.path.isfile(spec):
         raise DataError(f"there is no video file at {printable(spec)}", "check --source")
-    if kind == "gst" and not spec.partition(":")[2].strip():
-        raise UsageError("the pipeline is empty", "write gst:PIPELINE, without a sink at its end")
+    if kind == "gst":
+        _check_pipeline(spec.partition(":")[2])
     module = {"pattern": "", "camera": "cv2", "v4l2": "cv2"}.get(kind, "av")
     if module and importlib.util.find_spec(module) is None:
         raise MissingExtra("camera" if module == "cv2" else "video", module)
+
+
+def _check_url(kind: str, spec: str) -> None:
+    try:
+        url = urllib.parse.urlsplit(spec)
+        host, port = url.hostname, url.port
+    except ValueError as error:
+        raise UsageError(f"{shown(spec)} is no address: {error}", f"write {kind}://HOST:PORT/...") from None
+    datagrams = kind in ("udp", "rtp")  # from anywhere
+    if not (host or datagrams) or not (port or kind in ("rtsp", "rtsps", "http", "https")):
+        raise UsageError(
+            f"{shown(spec)} names no {'host' if not (host or datagrams) else 'port'}", f"write {kind}://HOST:PORT/..."
+        )
+
+
+def _check_pipeline(pipeline: str) -> None:
+    try:
+        words = shlex.split(pipeline)
+    except ValueError as error:
+        raise UsageError(f"the pipeline cannot be split into words: {error}", "close the quotation marks in it") from None
+    if not words:
+        raise UsageError("the pipeline is empty", "write gst:PIPELINE, without a sink at its end")
 
 
 def _added_up(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     dropped = {
         reason: one["dropped"].get(reason, 0) + other["dropped"].get(reason, 0) for reason in one["dropped"] | other["dropped"]
     }
-    summed = {name: one[name] + other[name] for name in ("captured", "given", "in_flight", "notices_dropped", "attempts")}
+    growing = ("captured", "given", "in_flight", "notices_dropped", "refused_packets", "attempts")
+    summed = {name: one[name] + other[name] for name in growing}
     return {**other, "source": "removed cameras", "pid": None, **summed, "dropped": dropped}

@@ -11,13 +11,14 @@ import socket
 import sys
 import time
 from collections import deque
+from typing import Any
 
 import msgspec
 
 from edgekit.errors import first_line
 
 from .address import safe_words
-from .decode import Item, Picture, pictures
+from .decode import Item, Picture, Refused, pictures
 from .options import CameraOptions
 from .slots import Link, Slots, new_memory
 from .trouble import Trouble
@@ -37,6 +38,7 @@ class Outlet:
         self._generation = 0
         self._free: deque[int] = deque()
         self._lost: dict[str, int] = {}
+        self._refused = 0
         self._said = 0.0
 
     def put(self, item: Item) -> None:
@@ -44,12 +46,19 @@ class Outlet:
         if isinstance(item, Picture):
             self._deliver(item)
             return
-        if item:
+        if isinstance(item, Refused):
+            self._refused += item.packets
+        elif item:
             self._lose("damaged", item)
         self._beat(pause=item == 0)
 
     def end(self, reason: str, final: bool) -> None:
-        self._link.send({"end": reason, "final": final, "lost": self._lost})
+        self._tell({"end": reason, "final": final})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        """With what was lost since the last message."""
+        self._link.send({**message, "lost": self._lost, "refused": self._refused})
+        self._lost, self._refused, self._said = {}, 0, time.monotonic()
 
     def _deliver(self, picture: Picture) -> None:
         height, width = picture.rows.shape[0], picture.rows.shape[1] // 3
@@ -66,12 +75,16 @@ class Outlet:
             return
         slot = self._free.popleft()
         self._slots.view(slot, height, width).reshape(height, -1)[:] = picture.rows
-        about = [slot, self._generation, height, width, picture.monotonic, picture.at]
-        self._link.send({"frame": about, "lost": self._lost})
-        self._lost, self._said = {}, time.monotonic()
+        self._tell({"frame": [slot, self._generation, height, width, picture.monotonic, picture.at]})
 
     def _grow(self, size_bytes: int) -> None:
-        """Places for larger pictures; what waits in the old ones stays there until it is taken."""
+        """Places for larger pictures; what waits in the old ones stays there until it is taken.
+
+        A source that waits does so here too: else twice as many would wait as the scan's queue holds.
+        """
+        while self._wait and self._slots is not None and len(self._free) < self._places:
+            self._beat(pause=True)
+            self._freed(_BEAT_S)
         fd = new_memory(self._places * size_bytes)
         self._generation += 1
         self._link.send({"memory": [self._places, size_bytes, self._generation]}, fd)
@@ -93,10 +106,8 @@ class Outlet:
         self._lost[reason] = self._lost.get(reason, 0) + count
 
     def _beat(self, pause: bool) -> None:
-        now = time.monotonic()
-        if now - self._said >= _BEAT_S:
-            self._link.send({"beat": pause, "lost": self._lost})
-            self._lost, self._said = {}, now
+        if time.monotonic() - self._said >= _BEAT_S:
+            self._tell({"beat": pause})
 
 
 def end_with_parent() -> None:
@@ -118,6 +129,7 @@ def main(fd: int, parent: int) -> None:
     request = received[0]
     spec = os.fsdecode(bytes.fromhex(request["spec"]))
     outlet = Outlet(link, request["places"], request["wait"])
+    link.send({"ready": True})
     with contextlib.suppress(OSError):  # the scan is gone
         outlet.end(*_run(spec, msgspec.convert(request["options"], CameraOptions), outlet))
 

@@ -14,7 +14,7 @@ from .options import CameraOptions
 from .slots import Pixels
 from .trouble import Trouble, trouble_of
 
-__all__ = ["Item", "Picture", "pictures"]
+__all__ = ["Item", "Picture", "Refused", "check_size", "pictures", "rgb_rows"]
 
 #: Packets in a row without a picture, after which a stream is taken for no video.
 HOPELESS = 300
@@ -32,8 +32,14 @@ class Picture(NamedTuple):
     at: float | None = None
 
 
-#: A picture; how many came damaged and are no pictures (0: a pause is kept); or None: data came, but no picture yet.
-Item = Picture | int | None
+class Refused(NamedTuple):
+    """Packets that the decoder or the container's reader could make nothing of: how many pictures they were nobody knows."""
+
+    packets: int
+
+
+#: A picture; how many pictures came damaged (0: a pause is kept); refused packets; or None: data came, but no picture yet.
+Item = Picture | Refused | int | None
 
 
 def pictures(spec: str, options: CameraOptions) -> Iterator[Item]:
@@ -69,15 +75,13 @@ def _file(path: str, options: CameraOptions) -> Iterator[Item]:
             return
 
 
-def stream_pictures(
-    address: str, options: CameraOptions, asked: dict[str, str], container_format: str | None = None
-) -> Iterator[Item]:
+def stream_pictures(address: str, options: CameraOptions, asked: dict[str, str]) -> Iterator[Item]:
     """What PyAV reads at ``address``. Raises `Trouble`."""
     import av
 
     av.logging.set_level(av.logging.PANIC)
     try:
-        container = av.open(address, format=container_format, options=asked, timeout=(options.open_s, None))
+        container = av.open(address, options=asked, timeout=(options.open_s, None))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise trouble_of(error, address) from None
     with container:
@@ -85,7 +89,7 @@ def stream_pictures(
             raise Trouble("there is no video in it", final=True)
         stream = container.streams.video[0]
         context = stream.codec_context
-        _check_size(context.width, context.height, options)
+        check_size(context.width, context.height, options)
         context.options = {"max_pixels": str(options.max_pixels)}
         if options.damaged == "drop":
             context.options = {**context.options, "err_detect": "explode"}
@@ -95,33 +99,63 @@ def stream_pictures(
 def _decoded(container: Any, stream: Any, options: CameraOptions, address: str) -> Iterator[Item]:
     import av
 
-    packets, barren = container.demux(stream), 0
+    # Formats without times of their own get them from a frame rate that FFmpeg assumes: a pause does not show in them.
+    timed = kind_of(address) == "video" or not container.format.flags & av.format.Flags.no_timestamps.value
+    whole = _Whole(options)
+    packets, barren, unread = container.demux(stream), 0, False
     while barren < HOPELESS:
+        packet = None
         try:
             packet = next(packets, None)
             if packet is None:
                 return
             now = time.monotonic()
+            whole.missed(packet.is_corrupt)
             frames = packet.decode()
         except (av.error.EOFError, StopIteration):
             return
         except (av.error.InvalidDataError, av.error.ExternalError, av.error.UnknownError):
+            again, unread = unread and packet is None, packet is None
             packets, barren = container.demux(stream), barren + 1  # the iterator ends with what it raises
-            yield 1
+            whole.missed(True)
+            yield None if again else Refused(1)
             continue
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise trouble_of(error, address) from None
-        barren = 0 if frames else barren + 1
+        barren, unread = 0 if frames else barren + 1, False
         if not frames:
             yield None
         for frame in frames:
-            _check_size(frame.width, frame.height, options)
-            damaged = frame.is_corrupt and options.damaged == "drop"
-            yield 1 if damaged else Picture(_rows(frame), now, frame.time)
+            check_size(frame.width, frame.height, options)
+            yield Picture(rgb_rows(frame), now, frame.time if timed else None) if whole.is_true(frame) else 1
     raise Trouble("data comes, but no pictures")
 
 
-def _rows(frame: Any) -> Pixels:
+class _Whole:
+    """Which pictures are what the camera saw: those in which the decoder found no error and, where others are built on the ones
+    before, none since the last that stands by itself. A stream without such ones is taken as it comes after `HOPELESS` of them.
+    """
+
+    def __init__(self, options: CameraOptions) -> None:
+        self._drop = options.damaged == "drop"
+        self._broken = self._drop  # a stream that is joined in its midst
+        self._waited = 0
+
+    def missed(self, something: bool) -> None:
+        if something and self._drop:
+            self._broken, self._waited = True, 0
+
+    def is_true(self, frame: Any) -> bool:
+        if frame.is_corrupt:
+            self.missed(True)
+            return not self._drop
+        self._waited += 1
+        if frame.key_frame or self._waited > HOPELESS:
+            self._broken = False
+        return not self._broken
+
+
+def rgb_rows(frame: Any) -> Pixels:
     rgb = frame.reformat(format="rgb24")
     plane = rgb.planes[0]
     rows: Pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width * 3]
@@ -132,7 +166,7 @@ def _rows(frame: Any) -> Pixels:
     return rows
 
 
-def _check_size(width: int, height: int, options: CameraOptions) -> None:
+def check_size(width: int, height: int, options: CameraOptions) -> None:
     if width * height > options.max_pixels:
         raise Trouble(f"its pictures of {width} x {height} exceed max_pixels = {options.max_pixels}", final=True)
 
@@ -161,7 +195,7 @@ def _pattern(spec: str, options: CameraOptions) -> Iterator[Item]:
     if not found:
         raise Trouble("write pattern:WIDTHxHEIGHT@FPS or pattern:WIDTHxHEIGHT@FPS,FRAMES", final=True)
     width, height, fps = int(found[1]), int(found[2]), float(found[3])
-    _check_size(width, height, options)
+    check_size(width, height, options)
     down, across = (np.arange(length).astype(np.uint8) for length in (height, width + 256))
     ramp = down[:, None, None] + across[None, :, None] + np.array([0, 85, 170], np.uint8)
     start = time.monotonic()

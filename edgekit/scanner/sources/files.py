@@ -3,55 +3,72 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from edgekit.errors import DataError, MissingExtra, UsageError
 from edgekit.files import printable
-from edgekit.preprocess import IMAGE_SUFFIXES, read_image
+from edgekit.preprocess import IMAGE_SUFFIXES, MAX_PIXELS, read_image
 from edgekit.progress import say
 from edgekit.scanner.stop import Stop
 
 from . import Captured
+from .options import CameraOptions
 
 __all__ = ["POLL_S", "open_files"]
 
 #: A watched file is read once its size and time stood still for this long: a copy in progress is left alone.
 POLL_S = 0.25
+#: So much of a path is quoted where it is wrong.
+_SHOWN = 200
 
 _Stamp = tuple[int, int, int]  # inode, bytes, modification time in ns
 
 
-def open_files(target: str, watch: bool, stop: Stop) -> Iterator[Captured | None]:
+def open_files(target: str, watch: bool, stop: Stop, options: CameraOptions | None = None) -> Iterator[Captured | None]:
     """The image at ``target``, or every image below the folder ``target``, sorted by path; hidden files are left out.
 
-    With ``watch``, files that appear or change later follow until ``stop`` is set. Raises `DataError` where there is
-    nothing to read, `MissingExtra` without Pillow.
+    With ``watch``, files that appear or change later follow until ``stop`` is set. Of ``options`` only ``max_pixels`` counts.
+    Raises `DataError` where there is nothing to read, `MissingExtra` without Pillow.
     """
     try:
         import PIL  # noqa: F401  read_image needs it; say so before the first frame
     except ImportError:
         raise MissingExtra("scan", "PIL") from None
-    path = Path(target)
-    if path.is_dir():
-        return _watched(path, stop) if watch else _captured(_listed(path), stop)
-    if not path.exists():
-        raise DataError(f"there is no file or folder at {target}", "check --source")
+    path, name = Path(target), printable(target)
+    name = name if len(name) <= _SHOWN else f"{name[: _SHOWN // 2]}...{name[-_SHOWN // 2 :]}"
+    most = options.max_pixels if options else MAX_PIXELS
+    try:
+        mode = os.stat(target).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise DataError(f"there is no file or folder at {name}", "check --source") from None
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}", _cure(error)) from None
+    if stat.S_ISDIR(mode):
+        return _watched(path, stop, most) if watch else _captured(_listed(path), stop, most)
     if watch:
-        raise UsageError(f"--watch wants a folder, {target} is a file", "name the folder, or leave --watch out")
-    if not path.is_file():
-        raise DataError(f"{target} is no regular file", "give an image file or a folder of images")
-    return _captured([path], stop)
+        raise UsageError(f"--watch wants a folder, {name} is a file", "name the folder, or leave --watch out")
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{name} is no regular file", "give an image file or a folder of images")
+    return _captured([path], stop, most)
 
 
 def _listed(folder: Path) -> list[Path]:
-    paths = sorted(_stamps(folder))
+    try:
+        paths = sorted(_stamps(folder))
+    except OSError as error:
+        raise DataError(f"{printable(error.filename or folder)} cannot be listed: {error.strerror}", _cure(error)) from None
     if not paths:
         raise DataError(
             f"{folder} holds no images", f"add some ({', '.join(sorted(IMAGE_SUFFIXES))}), or wait for them with --watch"
         )
     return paths
+
+
+def _cure(error: OSError) -> str:
+    return "give this user the right to read it" if isinstance(error, PermissionError) else "check --source"
 
 
 def _stamps(folder: Path) -> dict[Path, _Stamp]:
@@ -75,14 +92,14 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _captured(paths: list[Path], stop: Stop) -> Iterator[Captured]:
+def _captured(paths: list[Path], stop: Stop, most: int) -> Iterator[Captured]:
     for seq, path in enumerate(paths):
         if stop.is_set():
             return
-        yield _capture(path, seq)
+        yield _capture(path, seq, most)
 
 
-def _watched(folder: Path, stop: Stop) -> Iterator[Captured | None]:
+def _watched(folder: Path, stop: Stop, most: int) -> Iterator[Captured | None]:
     """Polling, not inotify: it also works on network shares, where cameras drop their pictures."""
     done: dict[Path, _Stamp] = {}
     before: dict[Path, _Stamp] = {}
@@ -101,7 +118,7 @@ def _watched(folder: Path, stop: Stop) -> Iterator[Captured | None]:
         for path in sorted(ready, key=lambda path: (now[path][2], path)):
             if stop.is_set():
                 return
-            yield _capture(path, seq)
+            yield _capture(path, seq, most)
             seq += 1
             done[path] = now[path]
         done = {path: stamp for path, stamp in done.items() if path in now}  # forget what was removed: memory stays bounded
@@ -111,12 +128,12 @@ def _watched(folder: Path, stop: Stop) -> Iterator[Captured | None]:
         stop.wait(POLL_S)
 
 
-def _capture(path: Path, seq: int) -> Captured:
+def _capture(path: Path, seq: int, most: int) -> Captured:
     name = printable(path)
     now, monotonic = time.time(), time.monotonic()
     try:
-        return Captured(read_image(path), name, seq, now, "", monotonic)
+        return Captured(read_image(path, most), name, seq, now, "", monotonic)
     except DataError as error:
-        return Captured(None, name, seq, now, error.message, monotonic)
+        return Captured(None, name, seq, now, f"{error.message}; {error.hint}", monotonic)
     except MemoryError:
-        return Captured(None, name, seq, now, f"{printable(path.name)} does not fit into memory", monotonic)
+        return Captured(None, name, seq, now, f"{printable(path.name)} does not fit into memory; scale it down", monotonic)

@@ -25,7 +25,7 @@ def device_of(spec: str) -> str:
 def camera_pictures(spec: str, options: CameraOptions) -> Iterator[Item]:
     device = device_of(spec)
     if not os.path.exists(device):
-        raise Trouble(f"there is no {device}; is it plugged in?")
+        raise Trouble(f"there is no {device}; is it plugged in? ls /dev/video* shows what is")
     if not os.access(device, os.R_OK | os.W_OK):
         raise Trouble(f"this user may not read {device}; add it to the group video")
     import cv2

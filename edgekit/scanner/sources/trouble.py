@@ -11,28 +11,29 @@ from .address import safe_words
 __all__ = ["Trouble", "trouble_of"]
 
 _BY_TYPE = {
-    "HTTPUnauthorizedError": "wrong user or password (401)",
-    "HTTPForbiddenError": "this user may not see it (403)",
-    "HTTPNotFoundError": "there is no such stream (404)",
-    "HTTPTooManyRequestsError": "too many requests (429)",
-    "HTTPServerError": "the camera answers with an error of its own (5xx)",
-    "InvalidDataError": "it is no video",
-    "DecoderNotFoundError": "there is no decoder for its pictures",
+    "HTTPUnauthorizedError": "wrong user or password (401): write them into its address, rtsp://USER:PASSWORD@HOST/...",
+    "HTTPForbiddenError": "this user may not see it (403): allow it in the camera's settings",
+    "HTTPNotFoundError": "there is no such stream (404): compare the address with the camera's manual",
+    "HTTPTooManyRequestsError": "too many requests (429): fewer programs may look at it at once",
+    "HTTPBadRequestError": 'it does not understand the request (400): try transport = "udp", or another address',
+    "HTTPServerError": "the camera answers with an error of its own (5xx): start it again, or wait",
+    "InvalidDataError": "it is no video: play it with another program to see what it is",
+    "DecoderNotFoundError": "there is no decoder for its pictures: have the camera send H.264 or MJPEG",
     "DemuxerNotFoundError": "this installation of PyAV cannot read its format",
     "ProtocolNotFoundError": "this installation of PyAV does not speak its protocol",
     "EOFError": "the connection was closed",
 }
 _BY_NUMBER = {
-    errno.ECONNREFUSED: "the connection was refused",
-    errno.ECONNRESET: "the connection was reset",
+    errno.ECONNREFUSED: "the connection was refused: is it switched on, and is the port right?",
+    errno.ECONNRESET: "the connection was reset: it ended it, or was started again",
     errno.EPIPE: "the connection was closed",
-    errno.ETIMEDOUT: "no answer in time",
-    errno.EHOSTUNREACH: "the host cannot be reached",
-    errno.ENETUNREACH: "the network cannot be reached",
+    errno.ETIMEDOUT: "no answer in time: is it switched on, and is the address right?",
+    errno.EHOSTUNREACH: "the host cannot be reached: is it switched on, and is the address right?",
+    errno.ENETUNREACH: "the network cannot be reached: is the cable in, and is the address right?",
     errno.ENOENT: "it is not there",
     errno.ENODEV: "it is not there any more",
-    errno.EACCES: "this user may not read it",
-    errno.EBUSY: "another program uses it",
+    errno.EACCES: "this user may not read it: give it the right to",
+    errno.EBUSY: "another program uses it: end that one",
 }
 #: Another attempt would find the same.
 _FINAL = {"InvalidDataError", "DecoderNotFoundError", "DemuxerNotFoundError", "ProtocolNotFoundError"}
@@ -53,11 +54,11 @@ def trouble_of(error: Exception, spec: str) -> Trouble:
     if kind in _BY_TYPE:
         return Trouble(_BY_TYPE[kind], kind in _FINAL)
     if number == errno.EIO and (host := _unknown_host(spec)):
-        return Trouble(f"unknown host {host}")
+        return Trouble(f"unknown host {host}: is the name right, and the name server there?")
     if number in _BY_NUMBER:
         return Trouble(_BY_NUMBER[number])
     if isinstance(error, TimeoutError) or kind == "ExitError":  # PyAV ends a read that took too long
-        return Trouble("no answer in time")
+        return Trouble(_BY_NUMBER[errno.ETIMEDOUT])
     words = getattr(error, "strerror", None) or str(error) or kind
     return Trouble(safe_words(str(words), spec))
 
