@@ -48,6 +48,9 @@ def picture(
     if left >= 3 and (sinks := _sinks(status, width, max(3, left // 3))):
         fixed.append(sinks)
         left -= sinks.lines
+    if not status.get("sinks") and left > LEAST_EVENTS:
+        shown.append(_line("no sink: events are only shown here", "yellow"))
+        left -= 1
     for line in _health(status)[: max(0, left - LEAST_EVENTS - 1)]:
         shown.append(line)
         left -= 1

@@ -81,7 +81,7 @@ class Life:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, GeneratorExit):
             words = getattr(error, "message", "") or str(error) or type(error).__name__
-            self._say(words, "error", life="failed")
+            self._say(words, "error", life="failed", hint=getattr(error, "hint", ""))
 
     def ready(self, config: ScanConfig, model: Mapping[str, Any]) -> None:
         sources = [source.name or shown(source.address) for source in config.source]
