@@ -118,8 +118,8 @@ def _model(event: Event) -> tuple[str, str]:
 
 
 def _drift(event: Event) -> tuple[str, str]:
-    away = event["state"] == "drifted"
-    return f"{event.get('part', 'the input')} has {'drifted' if away else 'come back'}", "warning" if away else "info"
+    away, source = event["state"] == "drifted", event.get("source") or "the input"
+    return f"{source} {'has drifted' if away else 'is back'}: {event.get('reason', '')}", "warning" if away else "info"
 
 
 def _selftest(event: Event) -> tuple[str, str] | None:
