@@ -48,6 +48,9 @@ def picture(
     if left >= 3 and (sinks := _sinks(status, width, max(3, left // 3))):
         fixed.append(sinks)
         left -= sinks.lines
+    if not status.get("sinks") and left > LEAST_EVENTS:
+        shown.append(_line("no sink: events are only shown here", "yellow"))
+        left -= 1
     for line in _health(status)[: max(0, left - LEAST_EVENTS - 1)]:
         shown.append(line)
         left -= 1
@@ -120,13 +123,13 @@ def _cameras(status: Mapping[str, Any], rates: Mapping[str, float], width: int, 
     if not rows:
         return None
     rows.sort(key=lambda row: row.get("state") in (None, "up", "ended", "removed"))
-    columns = ["source", "state", "read/s", "p50", "p99", "queue", "dropped"]
+    columns = ["source", "state", "read/s", "p50 ms", "p99 ms", "queue", "dropped"]
     if width < 90:
-        columns = ["source", "state", "read/s", "p99", "dropped"]
+        columns = ["source", "state", "read/s", "p99 ms", "dropped"]
     if width < 50:
         columns = ["source", "state", "read/s"]
     most = {"source": max(8, width // (4 if width >= 90 else 3)), "state": max(10, width // 3)}
-    table = _table(columns, right=("read/s", "p50", "p99"), most=most, least={"queue": 8})
+    table = _table(columns, right=("read/s", "p50 ms", "p99 ms"), most=most, least={"queue": 8})
     many = max(1, room - 2)
     kept = rows if len(rows) <= many else rows[: max(1, many - 1)]
     for row in kept:
@@ -138,8 +141,8 @@ def _cameras(status: Mapping[str, Any], rates: Mapping[str, float], width: int, 
             "source": _line(name),
             "state": _line(reason, _STATES.get(state, _ILL if state else _DIM)),
             "read/s": _line(f"{rates.get(name, 0):.1f}"),
-            "p50": _line(_ms(times.get("p50"))),
-            "p99": _line(_ms(times.get("p99"))),
+            "p50 ms": _line(_ms(times.get("p50"))),
+            "p99 ms": _line(_ms(times.get("p99"))),
             "queue": _line(queue),
             "dropped": _line(_counted(row.get("dropped") or {})),
         }

@@ -50,6 +50,8 @@ def viewed(scanner: Scanner, stop: Stop) -> Iterator[ScanView]:
     """In the block stdout shows the scan. What would have gone to stderr is shown, and said at the end as far as it matters."""
     from rich.console import Console
 
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="replace")  # a terminal that is not UTF-8 shows question marks
     view = ScanView(scanner.status, Console(file=sys.stdout))
     stop.at_force.append(_restore)
     try:

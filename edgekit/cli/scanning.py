@@ -87,6 +87,7 @@ def scan(
     """
     from edgekit.errors import UsageError
     from edgekit.progress import say
+    from edgekit.scanner.logs import logging
     from edgekit.scanner.service import named_config
 
     written = bundle is not None and bundle.suffix.lower() == ".toml"
@@ -104,11 +105,14 @@ def scan(
     config = _with_stdout(config, view)
     summary, interrupted = _scanned(config, view)
     answer = _answer(summary, ", ".join(sources) or "the sources", interrupted, config)
-    if answer.exit_code:
-        say(f"error: {answer.data['error']}\nhint: {answer.data['hint']}")
-    if any(sink.address == "jsonl:-" for sink in config.sink):  # stdout belongs to the events
-        say(answer.text)
-        click.get_current_context().exit(answer.exit_code)
+    with logging(config.log):
+        if answer.exit_code:
+            say(f"error: {answer.data['error']}", "error")
+            say(f"hint: {answer.data['hint']}", "error")
+        if any(sink.address == "jsonl:-" for sink in config.sink):  # stdout belongs to the events
+            if config.log.format == "text":  # the log has ended with it else
+                say(answer.text)
+            click.get_current_context().exit(answer.exit_code)
     return answer
 
 
@@ -116,14 +120,21 @@ def _scanned(config: ScanConfig, view: bool) -> tuple[Summary, int]:
     """The figures, and the signal that ended the scan, 0 for none."""
     import contextlib
 
+    from edgekit.errors import EdgekitError
     from edgekit.scanner import Scanner, stop_on_signals
 
     from .scan_view import viewed
 
     with stop_on_signals() as stop:
         scanner = Scanner(config, stop=stop)
-        with viewed(scanner, stop) if view else contextlib.nullcontext():
-            return scanner.run(), stop.signal
+        try:
+            with viewed(scanner, stop) if view else contextlib.nullcontext():
+                return scanner.run(), stop.signal
+        except EdgekitError as error:
+            context = click.get_current_context()
+            if config.log.format == "json" and not context.params["as_json"]:  # the log has ended with it, and stays JSON
+                context.exit(error.exit_code)
+            raise
 
 
 def _can_show() -> bool:

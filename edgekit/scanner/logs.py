@@ -81,7 +81,7 @@ class Life:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, GeneratorExit):
             words = getattr(error, "message", "") or str(error) or type(error).__name__
-            self._say(words, "error", life="failed")
+            self._say(words, "error", life="failed", hint=getattr(error, "hint", ""))
 
     def ready(self, config: ScanConfig, model: Mapping[str, Any]) -> None:
         sources = [source.name or shown(source.address) for source in config.source]
@@ -118,8 +118,8 @@ def _model(event: Event) -> tuple[str, str]:
 
 
 def _drift(event: Event) -> tuple[str, str]:
-    away = event["state"] == "drifted"
-    return f"{event.get('part', 'the input')} has {'drifted' if away else 'come back'}", "warning" if away else "info"
+    away, source = event["state"] == "drifted", event.get("source") or "the input"
+    return f"{source} {'has drifted' if away else 'is back'}: {event.get('reason', '')}", "warning" if away else "info"
 
 
 def _selftest(event: Event) -> tuple[str, str] | None:

@@ -134,7 +134,7 @@ def _drawn(shot: Shot, region: Region | None) -> bytes:
     if image.size != size:
         image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
     draw = ImageDraw.Draw(image)
-    line = max(2, round(min(size) / 200))
+    line = max(3, round(min(size) / 140))
     font = _font(min(40, max(13, round(max(size) / 32))))
     if region is not None:
         corners = (region.left * width, region.top * height, region.right * width, region.bottom * height)
@@ -155,7 +155,7 @@ def _box(draw: Any, font: Any, code: Any, scale: float, line: int, size: tuple[i
     if not corners:
         return
     colour = _BAD if "error" in (code.gs1 or {}) else _CODE
-    draw.line([*corners, corners[0], corners[1]], fill=_BAND, width=line + 2, joint="curve")
+    draw.line([*corners, corners[0], corners[1]], fill=_BAND, width=line + 4, joint="curve")
     draw.line([*corners, corners[0], corners[1]], fill=colour, width=line, joint="curve")
     words = code.text if len(code.text) <= LONGEST_CODE else f"{code.text[: LONGEST_CODE - 1]}…"
     top, bottom, room = min(y for _, y in corners), max(y for _, y in corners), 4 * font.size

@@ -55,6 +55,25 @@ def test_without_a_sink_stdout_is_one_json_line_an_event(cli: Cli, digits_bundle
     assert "4 captured, 3 read" in outcome.err
 
 
+def test_a_json_log_is_json_to_its_end(cli: Cli, pictures: Path, tmp_path: Path) -> None:
+    config = tmp_path / "scan.toml"
+    tables = '[codes]\nbudget_ms = 0\n[log]\nformat = "json"\n[[source]]\naddress = "{}"\n'
+    config.write_text(tables.format(pictures))
+    done = cli("scan", config)
+    assert done.code == 0
+    assert [json.loads(line)["seq"] for line in done.out.splitlines()] == [0, 1, 2, 3]
+    lines = [json.loads(line) for line in done.err.splitlines()]
+    assert [line["life"] for line in lines] == ["starting", "ready", "ended"]
+    assert (lines[-1]["captured"], lines[-1]["kpis"]["triggers"]) == (4, 3)
+    config.write_text(tables.format(tmp_path / "nowhere"))
+    done = cli("scan", config)
+    assert done.code == 1
+    last = [json.loads(line) for line in done.err.splitlines()][-1]
+    assert (last["life"], last["level"]) == ("failed", "error")
+    assert "nowhere" in last["message"]
+    assert "--source" in last["hint"]
+
+
 def test_json_summary_is_the_only_thing_on_stdout(
     kit: Any, cli: Cli, digits_bundle: Bundle, pictures: Path, tmp_path: Path
 ) -> None:

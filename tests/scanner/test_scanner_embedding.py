@@ -21,8 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgekit.bundle import Bundle
 from edgekit.errors import EdgekitError
-from edgekit.scanner import Scanner
+from edgekit.runtime import Model
+from edgekit.scanner import Reading, Scanner
+from edgekit.scanner.assembly import Parts
 from edgekit.scanner.kpis import Tally, kpi_line
 from edgekit.scanner.reading import Answer
 from edgekit.scanner.sources import Captured
@@ -133,6 +136,16 @@ def test_key_figures_count_valid_reads_and_noticed_misreads() -> None:
     of_triggers = tally.figures([{"step": "trigger", "triggers": 2, "good": 1}])
     assert (of_triggers["triggers"], of_triggers["read_rate"]) == (2, 0.5)
     assert tally.cameras() == [{"source": "dock", "inferred": 3, "good": 1, "latency_ms": {"p50": 2.0, "p99": 2.0}}]
+
+
+def test_the_model_that_runs_is_told_after_a_promotion(digits_bundle: Bundle) -> None:
+    """Metrics and summary once named the first model for ever."""
+    with Model.open(digits_bundle.path) as promoted:
+        parts = Parts(
+            reading=Reading(promoted), model={"bundle": "old.edge", "digest": "0", "backend": "onnxruntime", "batch": 2}
+        )
+        found = parts.running_model()
+    assert found == {**parts.model, "bundle": str(digits_bundle.path), "digest": digits_bundle.digest}
 
 
 # Signals
