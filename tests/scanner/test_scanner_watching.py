@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from edgekit.bundle import GOLDEN, Bundle
+from edgekit.bundle import CALIBRATION, GOLDEN, Bundle
 from edgekit.data import load
 from edgekit.errors import DataError
 from edgekit.manifest import Tolerance
@@ -261,24 +261,57 @@ def drifted(step: Drift, stream: Iterator[Captured]) -> list[dict[str, Any]]:
     return [event for captured in stream for event in step.frame(captured, {})[1:]]
 
 
-def test_drift_is_found_once_and_comes_back(digits_bundle: Bundle, digits: list[Any]) -> None:
-    order = np.random.default_rng(0)
-    plain = [digits[i] for i in order.integers(0, len(digits), 6000)]
-    options = DriftOptions(every_frames=1, window_frames=100, learn_frames=300)
-    with Model.open(digits_bundle.path) as model:
+def calibrated(bundle: Bundle, digits: list[Any], path: Path) -> Bundle:
+    """With the histogram of the input, as `edgekit quantize` leaves it: counts of |x| in 64 bins up to the largest."""
+    with Model.open(bundle.path) as model:
+        x = np.concatenate([model.preprocess(frame) for frame in digits[::4]]).astype(np.float64)
+    top = float(np.abs(x).max())
+    counts = np.histogram(np.abs(x[x != 0]), 64, (0, top))[0].tolist()
+    tensor = {"mean": float(x.mean()), "rms": float(np.sqrt((x**2).mean())), "count": x.size, "zeros": int((x == 0).sum())}
+    about = {"tensors": {"x": {**tensor, "top": top, "histogram": counts}}, "samples": {"ids": [str(i) for i in range(250)]}}
+    with Bundle.create(path) as draft:
+        for name in bundle.manifest.files:
+            draft.write(name, bundle.read(name))
+        draft.write(CALIBRATION, msgspec.json.encode(about))
+        draft.manifest = bundle.manifest
+    return Bundle.open(path)
+
+
+def blurred(frame: Any) -> Any:
+    wide = np.pad(frame.astype(np.float32), 1, mode="edge")
+    views = [wide[y : y + frame.shape[0], x : x + frame.shape[1]] for y in range(3) for x in range(3)]
+    return np.mean(views, axis=0).astype(np.uint8)
+
+
+def test_drift_is_found_once_explained_and_comes_back(digits_bundle: Bundle, digits: list[Any], tmp_path: Path) -> None:
+    """10,000 frames of the model's own kind are no drift; what becomes of them is one within the frames of two windows."""
+    random = np.random.default_rng(0)
+    plain = [digits[i] for i in random.integers(0, len(digits), 10_000)]
+    options = DriftOptions(every_frames=4, window_frames=100, learn_frames=300)
+    kinds = {
+        "brightness": lambda frame: (frame * 0.6).astype(np.uint8),
+        "sharpness": blurred,
+        "input": lambda frame: np.clip(frame + random.normal(0, 40, frame.shape), 0, 255).astype(np.uint8),
+    }
+    with Model.open(calibrated(digits_bundle, digits, tmp_path / "calibrated.edge").path) as model:
         step = Drift(model, options)
-        assert drifted(step, frames(plain, 300 + 2000)) == []  # 20 windows
+        assert drifted(step, frames(plain, 10_000)) == []
         assert not step.status()["drifted"]
-        dark = [(frame * 0.5).astype(np.uint8) for frame in plain[:400]]
-        found = drifted(step, frames(dark, 400))
-        assert "brightness" in {event["part"] for event in found}
-        assert all(event["state"] == "drifted" for event in found)
-        assert len(found) == len({event["part"] for event in found})
-        event = next(event for event in found if event["part"] == "brightness")
-        assert event["now"]["mean"] < event["before"]["mean"]
-        assert "first 300" in event["baseline"]
-        back = drifted(step, frames(plain, 400))
-        assert {e["part"] for e in back if e["state"] == "back"} == {e["part"] for e in found}
+        assert all(0 <= value <= 14 for value in step.status()["psi"].values())
+        for part, change in kinds.items():
+            found = drifted(step, frames([change(frame) for frame in plain[:800]], 800))
+            assert part in {event["part"] for event in found}, (part, found, step.status())
+            assert len(found) == len({event["part"] for event in found if event["state"] == "drifted"})
+            event = next(event for event in found if event["part"] == part)
+            key = "rms" if part == "input" else "mean"
+            assert f"{event['before'][key]:.4g} before, {event['now'][key]:.4g} in" in event["reason"]
+            assert event["baseline"] == (
+                "calibration.json, 250 samples" if part == "input" else "the first 300 frames measured"
+            )
+            assert event["psi"] >= event["level"] >= 0.25
+            back = drifted(step, frames(plain, 1200))
+            assert {e["part"] for e in back if e["state"] == "back"} == {e["part"] for e in found}
+            assert not step.status()["drifted"]
 
 
 # Self-test

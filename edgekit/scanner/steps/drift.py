@@ -6,7 +6,7 @@ Parts that are watched, each with a baseline of its own:
 |---|---|---|
 | ``input`` | values of the model's input, without sign | the histogram in ``calibration.json``, else the first frames' |
 | ``brightness``, ``contrast`` | mean and standard deviation of a frame's pixels, 0..1 | the first frames |
-| ``sharpness`` | mean step between neighbouring pixels over ``contrast`` | the first frames |
+| ``sharpness`` | how much steps between pixels change from one to the next, over their mean (blur: less) | the first frames |
 | ``colour`` | mean of red less that of blue | the first frames |
 | ``score`` | the model's score | the first frames |
 """
@@ -257,8 +257,11 @@ def measured(pixels: NDArray[np.float32]) -> dict[str, float]:
     """Figures of float32 (C, H, W), 0..1."""
     grey = pixels.mean(0)
     contrast = float(grey.std())
-    steps = float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2
-    found = {"brightness": float(grey.mean()), "contrast": contrast, "sharpness": steps / max(contrast, 1e-3)}
+    found = {"brightness": float(grey.mean()), "contrast": contrast}
+    if min(grey.shape) > 2:
+        steps = [np.diff(grey, axis=axis) for axis in (0, 1)]
+        changes = sum(float(np.abs(np.diff(each, axis=axis)).mean()) for axis, each in enumerate(steps))
+        found["sharpness"] = changes / max(sum(float(np.abs(each).mean()) for each in steps), 2e-3)
     if len(pixels) == 3:
         found["colour"] = float(pixels[0].mean() - pixels[2].mean())
     return found
