@@ -261,6 +261,15 @@ def test_memory_for_a_full_disk_is_bounded_and_what_it_drops_is_counted(
     assert "1 events are lost" in capsys.readouterr().err
 
 
+def test_a_log_on_the_full_disk_loses_no_event(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Standard error is a file here; what could not be written to it once came up through `append`."""
+    outbox = Outbox(tmp_path / "o.sqlite")
+    with full_disk(0):
+        outbox.append("s", "1", b"{}")
+    assert outbox.count("s") == 1
+    outbox.close()
+
+
 def filled(path: Path, count: int = 60) -> bytes:
     """An outbox with events for two sinks, one refused, some dropped -> its file."""
     outbox = Outbox(path)

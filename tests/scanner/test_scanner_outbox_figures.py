@@ -153,8 +153,8 @@ class Figures(RuleBasedStateMachine):
 
 
 Figures.TestCase.settings = settings(
-    max_examples=12,
-    stateful_step_count=25,
+    max_examples=8,
+    stateful_step_count=20,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
