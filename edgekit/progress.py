@@ -91,7 +91,9 @@ def say(message: str, level: str = "info", **about: Any) -> None:
     if _speaker is not None:
         _speaker(message, level, **about)
     else:
-        click.echo(message, err=True)
+        # A log on a full disk, or one that nobody takes any more, does not end the work.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            click.echo(message, err=True)
 
 
 @contextlib.contextmanager

@@ -74,9 +74,7 @@ class Read(Event, kw_only=True):
     codes: Annotated[list[CodeFields], Meta(description="empty: none was found; absent: none was sought")] | UnsetType = UNSET
     unconfirmed: Annotated[list[CodeFields], Meta(description="codes that too few frames have read yet")] | UnsetType = UNSET
     duplicates: Annotated[Count, Meta(description="codes left out, reported before")] | UnsetType = UNSET
-    agreement: Annotated[list[str], Meta(description="application identifiers on which both agree")] | UnsetType = (
-        UNSET
-    )
+    agreement: Annotated[list[str], Meta(description="application identifiers on which both agree")] | UnsetType = UNSET
     doubtful: Annotated[list[Difference], Meta(description="the same but for letters taken for each other")] | UnsetType = UNSET
     conflict: list[Difference] | UnsetType = UNSET
     trigger: TriggerFields | UnsetType = UNSET

@@ -143,13 +143,14 @@ def subscribed(kit: Any) -> Iterator[Callable[[int], list[dict[str, Any]]]]:
         client.loop_stop()
 
 
-@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+@pytest.mark.parametrize(("protocol", "count"), [("5", 250), ("3.1.1", 100)])
 def test_mqtt_through_a_line_that_flaps_loses_nothing(
     kit: Any,
     outbox: Outbox,
     broker: Any,
     subscribed: Any,
     protocol: str,
+    count: int,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -158,18 +159,18 @@ def test_mqtt_through_a_line_that_flaps_loses_nothing(
     rng = random.Random(3)
     proxy = Proxy(kit.free_port(), lambda kind: rng.choices(["", "drop", "cut", "cut after"], [94, 1, 3, 2])[0])
     sink = open_sink(f"mqtt://{HOST}:{proxy.port}/line/1?protocol={protocol}", lambda: outbox)
-    for i in range(250):
+    for i in range(count):
         sink.send(event(i))
     kit.wait_for(lambda: "down" in sink.status())
-    assert sink.status()["waiting"] == 250
+    assert sink.status()["waiting"] == count
     broker(port := kit.free_port())
     heard = subscribed(port)
     proxy.to = port
     sink.flush(20.0)
-    kit.wait_for(lambda: heard and heard[-1]["seq"] == 249)
-    assert all(proxy.fates.values())
-    assert list({each["id"]: each for each in heard}.values()) == [event(i) for i in range(250)]
-    assert (sink.status()["delivered"], sink.status()["waiting"]) == (250, 0)
+    kit.wait_for(lambda: heard and heard[-1]["seq"] == count - 1)
+    assert sum(proxy.fates.values()) > 3
+    assert list({each["id"]: each for each in heard}.values()) == [event(i) for i in range(count)]
+    assert (sink.status()["delivered"], sink.status()["waiting"]) == (count, 0)
     said = capfd.readouterr().err
     assert said.count("is down") < 6  # of some twenty times
     sink.close()
@@ -470,6 +471,9 @@ def test_a_flush_goes_on_while_single_events_arrive_slowly(kit: Any, outbox: Out
     sink = open_sink(server.url, lambda: outbox)
     for i in range(20):
         sink.send(event(i))
+    begun = len(server.seqs)
+    sink.flush(0.2)  # what a scan that has to end gives it: it does not wait for all of them
+    assert len(server.seqs) - begun < 20
     sink.flush(1.0)
     assert sink.status()["waiting"] == 0
     sink.close()

@@ -261,6 +261,15 @@ def test_memory_for_a_full_disk_is_bounded_and_what_it_drops_is_counted(
     assert "1 events are lost" in capsys.readouterr().err
 
 
+def test_a_log_on_the_full_disk_loses_no_event(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Standard error is a file here; what could not be written to it once came up through `append`."""
+    outbox = Outbox(tmp_path / "o.sqlite")
+    with full_disk(0):
+        outbox.append("s", "1", b"{}")
+    assert outbox.count("s") == 1
+    outbox.close()
+
+
 def filled(path: Path, count: int = 60) -> bytes:
     """An outbox with events for two sinks, one refused, some dropped -> its file."""
     outbox = Outbox(path)
@@ -302,13 +311,13 @@ def test_a_damaged_outbox_is_kept_and_what_can_be_read_of_it_goes_on_waiting(
     data = filled(path)
     rng = random.Random(2)
     saved, kept_files = [], 0
-    for attempt in range(40):
+    for attempt in range(24):
         damaged = bytearray(data)
         if attempt % 4 == 0:  # a page of noise, behind the first
             at = rng.randrange(1, len(data) // 4096) * 4096
             damaged[at : at + 4096] = rng.randbytes(4096)
         elif attempt % 4 == 1:  # cut off
-            del damaged[len(data) * (attempt + 8) // 50 :]
+            del damaged[len(data) * (attempt + 5) // 30 :]
         else:
             for _ in range(20):
                 damaged[rng.randrange(4096, len(data))] ^= 1 << rng.randrange(8)
@@ -318,7 +327,7 @@ def test_a_damaged_outbox_is_kept_and_what_can_be_read_of_it_goes_on_waiting(
             saved.append(len(found))
             assert f"it is kept as {path}.old-1" in said
         kept_files += bool(kept)
-    assert kept_files > 25
+    assert kept_files > 15
     assert max(saved) == 59
     assert sum(saved) > 0.5 * 59 * len(saved)
 

@@ -27,7 +27,7 @@ class Sink(Protocol):
         ...
 
     def flush(self, patience_s: float = FLUSH_S) -> None:
-        """Bring all events out, or give up after ``patience_s`` seconds without progress."""
+        """Bring all events out, or give up after ``patience_s`` seconds without progress; below a second, after so long."""
         ...
 
     def status(self) -> dict[str, Any]:

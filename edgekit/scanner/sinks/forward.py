@@ -26,6 +26,7 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 #: A sink that asks for a longer pause is tried again after this one: a wrong clock there must not stop the line here.
 LONGEST_ASKED_S = 300.0
+HURRY_S = 1.0
 #: Between two words about a sink that flaps, or that refuses one event after another.
 QUIET_S = 10.0
 
@@ -81,6 +82,7 @@ class ForwardSink:
     def flush(self, patience_s: float = FLUSH_S) -> None:
         """Wait for deliveries; what is left after ``patience_s`` without one stays in the outbox, and is named.
 
+        Less than `HURRY_S` is all the time there is: who asks for so little has to be gone, whatever is still to deliver.
         Raises `OSError` where a full disk leaves events in memory.
         """
         self._hurry.set()
@@ -88,7 +90,7 @@ class ForwardSink:
         progress, moved = time.monotonic(), self._moves
         while self._outbox.count(self.name) and time.monotonic() - progress < patience_s:
             self._check()
-            if self._moves != moved:
+            if self._moves != moved and patience_s >= HURRY_S:
                 progress, moved = time.monotonic(), self._moves
             time.sleep(0.01)
         self._hurry.clear()
