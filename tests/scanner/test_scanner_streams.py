@@ -65,7 +65,7 @@ def needed(program: str, packages: str) -> str:
 
 
 def test_every_picture_of_a_stream_comes_in_order_with_its_number_and_time(serve: Any) -> None:
-    count = 40
+    count = 60
     stream = camera_kit.paced(camera_kit.encoded("mpeg2video", "mpegts", count), count)
     rtsp = serve("RtspServer", camera_kit.rtp(count), "camera:s3cret word")
     http, plain = serve("HttpServer", stream, "camera:s3cret"), serve("Server", stream)
@@ -77,8 +77,16 @@ def test_every_picture_of_a_stream_comes_in_order_with_its_number_and_time(serve
         "tcp": f"tcp://127.0.0.1:{plain.port}",
     }
     begun, wall = time.monotonic(), time.time()
-    with Cameras(names, EXACT) as cameras:
-        items = until(cameras, lambda items: all(len(of(items, name)) >= 30 for name in names))
+    options = dict.fromkeys(names, EXACT) | {"page": CameraOptions(depth=64, stall_s=10, open_s=20)}
+    with Cameras(names, options) as cameras:
+        items = until(cameras, lambda items: all(len(of(items, name)) >= 20 for name in names))
+        assert not notices(items, "gap")
+        page.silent.set()
+        begun_gap = time.monotonic()
+        items += until(cameras, lambda more: time.monotonic() > begun_gap + 1)
+        page.silent.clear()  # its pictures have no times of their own
+        items += until(cameras, lambda more: notices(items + more, "gap", "page", reason="no picture came"))
+        assert 0.5 < notices(items, "gap", "page")[0].details["seconds"] < 60
     for name in names:
         frames = of(items, name)
         assert [frame.seq for frame in frames] == list(range(len(frames))) == [number_of(frame) for frame in frames], name
