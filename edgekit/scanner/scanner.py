@@ -6,14 +6,16 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from edgekit.errors import UsageError
 from edgekit.progress import say
 
 from .assembly import Parts, assemble
 from .board import Board
-from .config import ScanConfig, config_of
+from .config import ScanConfig, SourceOptions, config_of
 from .events import Event
 from .kpis import Tally
 from .logs import Life, LogOptions, logging
@@ -26,6 +28,9 @@ from .steps import Step
 from .steps.triggers import Trigger
 from .stop import Stop
 from .systemd import Systemd
+
+if TYPE_CHECKING:
+    from .sources.cameras import Cameras
 
 __all__ = ["Scanner"]
 
@@ -75,6 +80,7 @@ class Scanner:
         self._recent: deque[Event] = deque(maxlen=RECENT)
         self._systemd = Systemd()
         self._tell = 0.0
+        self._cameras: object = None
 
     def run(self) -> Summary:
         """Scan; returns the figures. Raises `OSError` or `EdgekitError` where a sink cannot take an event."""
@@ -92,6 +98,35 @@ class Scanner:
         scan does not run, has no [trigger] that waits for one, or too many wait already."""
         fires = [step.fire for step in self._steps if isinstance(step, Trigger)]
         return bool(fires) and min(fire(source, reference) for fire in fires)
+
+    def add(self, source: SourceOptions | Mapping[str, Any] | str) -> str:
+        """Another camera, stream or video file while the scan runs: an address, or what a [[source]] says. Returns its name.
+
+        From any thread. Raises `UsageError`, also where the scan does not run or reads no cameras; `DataError`, `MissingExtra`.
+        """
+        if not isinstance(source, SourceOptions):
+            table = {"address": source} if isinstance(source, str) else source
+            try:
+                source = msgspec.convert(table, SourceOptions)
+            except msgspec.ValidationError as error:
+                raise UsageError(f"this is no source: {error}", 'give an address, or {"address": ..., "name": ...}') from None
+        return self._running_cameras().add(source.address, source.name, source.camera())
+
+    def remove(self, name: str) -> None:
+        """End a camera while the scan runs; its waiting frames are dropped, reason ``removed``.
+
+        The scan ends with the last one. From any thread. Raises `UsageError` for an unknown name, and as `add` does.
+        """
+        self._running_cameras().remove(name)
+
+    def _running_cameras(self) -> Cameras:
+        from .sources.cameras import Cameras
+
+        if not isinstance(self._cameras, Cameras):
+            raise UsageError(
+                "there are no cameras in this scan, or it does not run", "start it with one: pattern:, camera:, rtsp:"
+            )
+        return self._cameras
 
     def status(self) -> dict[str, Any]:
         """``state`` (starting, running, stopping), ``ready``, the ``reasons`` why not, ``silent_s`` since the loop went round;
@@ -119,6 +154,8 @@ class Scanner:
                 life.hear(event)
                 self._heard(event)
 
+            self._cameras = parts.source
+            stack.callback(lambda: setattr(self, "_cameras", None))
             pipeline = Pipeline(
                 source=parts.source,
                 reading=parts.reading,

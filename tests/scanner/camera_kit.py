@@ -106,8 +106,8 @@ def multipart(count: int) -> list[bytes]:
     return parts
 
 
-def rtp(count: int) -> list[list[bytes]]:
-    """The RTP packets of each picture (JPEG, payload type 26)."""
+def rtp(count: int, codec: str = "mjpeg") -> list[list[bytes]]:
+    """The RTP packets of each picture, with JPEG (payload type 26) or H.264 (96) in them."""
 
     class Writer:
         def __init__(self) -> None:
@@ -117,16 +117,19 @@ def rtp(count: int) -> list[list[bytes]]:
             self.packets.append(bytes(data))
             return len(data)
 
+    # RFC 2435: the standard Huffman tables, and no restart markers, which come with slices.
+    options = {"huffman": "default", "slices": "1"}
+    if codec == "libx264":
+        options = {"g": "12", "bf": "0", "preset": "ultrafast", "crf": "10", "x264-params": "repeat-headers=1:slices=1"}
     writer, pictures = Writer(), []
     with av.open(writer, "w", format="rtp", options={"packetsize": "1200"}, buffer_size=1200) as file:
-        # RFC 2435: the standard Huffman tables, and no restart markers, which come with slices.
-        stream = file.add_stream("mjpeg", rate=FPS, options={"huffman": "default", "slices": "1"})
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        stream = file.add_stream(codec, rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for number in range(count):
-            frame = av.VideoFrame.from_ndarray(picture(number), "rgb24").reformat(format="yuvj420p")
+            frame = av.VideoFrame.from_ndarray(picture(number), "rgb24").reformat(format=stream.pix_fmt)
             frame.pts = number
             file.mux(stream.encode(frame))
-            pictures.append([each for each in writer.packets if each[1] & 127 == 26])
+            pictures.append([each for each in writer.packets if each[1] & 127 in (26, 96)])
             writer.packets.clear()
     return pictures
 
@@ -200,32 +203,39 @@ class MjpegServer(HttpServer):
 
 
 class RtspServer(Server):
-    """RTSP over TCP, interleaved, with digest authentication, as cameras speak it; ``pieces`` are those of `rtp`."""
+    """RTSP with digest authentication as cameras speak it, RTP in the same connection; ``pieces`` are those of `rtp`."""
 
-    _SDP = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=camera\r\nt=0 0\r\nm=video 0 RTP/AVP 26\r\na=control:track\r\n"
+    transport, payload = "TCP", "26"
 
     def answer(self, to: Any) -> None:
+        to.ports = ""
         while line := to.rfile.readline().decode().strip():
             method, headers = line.split()[0], {}
             while (header := to.rfile.readline().decode().strip()) != "":
                 name, _, value = header.partition(":")
                 headers[name.lower()] = value.strip()
-            status, more, body = self._reply(method, headers)
+            status, more, body = self._reply(to, method, headers)
             length = f"Content-Length: {len(body)}\r\n" if body else ""
             to.wfile.write(f"RTSP/1.0 {status}\r\nCSeq: {headers['cseq']}\r\n{more}{length}\r\n{body}".encode())
             if method == "PLAY":
-                self.play(lambda packets: [to.wfile.write(b"$\0" + len(p).to_bytes(2, "big") + p) for p in packets])
+                self.send(to, headers)
 
-    def _reply(self, method: str, headers: dict[str, str]) -> tuple[str, str, str]:
+    def send(self, to: Any, headers: dict[str, str]) -> None:
+        self.play(lambda packets: [to.wfile.write(b"$\0" + len(each).to_bytes(2, "big") + each) for each in packets])
+
+    def _reply(self, to: Any, method: str, headers: dict[str, str]) -> tuple[str, str, str]:
         if method == "OPTIONS":
             return "200 OK", "Public: DESCRIBE, SETUP, PLAY, TEARDOWN\r\n", ""
         if self.login and not self._known(method, headers.get("authorization", "")):
             return "401 Unauthorized", 'WWW-Authenticate: Digest realm="camera", nonce="n1"\r\n', ""
         if method == "DESCRIBE":
-            return "200 OK", "Content-Type: application/sdp\r\n", self._SDP
-        if method == "SETUP" and "TCP" not in headers["transport"]:
+            lines = ["v=0", "o=- 0 0 IN IP4 127.0.0.1", "s=camera", "t=0 0", f"m=video 0 RTP/AVP {self.payload}"]
+            lines += ["a=rtpmap:96 H264/90000", "a=fmtp:96 packetization-mode=1"] if self.payload == "96" else []
+            return "200 OK", "Content-Type: application/sdp\r\n", "".join(f"{each}\r\n" for each in [*lines, "a=control:track"])
+        to.ports = to.ports or headers.get("transport", "")
+        if method == "SETUP" and ("TCP" in to.ports) != (self.transport == "TCP"):
             return "461 Unsupported Transport", "", ""
-        transport = f"Transport: {headers['transport']}\r\n" if method == "SETUP" else ""
+        transport = f"Transport: {to.ports};server_port=9-10\r\n" if method == "SETUP" else ""
         return "200 OK", f"Session: 1\r\n{transport}", ""
 
     def _known(self, method: str, said: str) -> bool:
@@ -233,6 +243,17 @@ class RtspServer(Server):
         user, _, password = self.login.partition(":")
         one, two = (_md5(each) for each in (f"{user}:camera:{password}", f"{method}:{fields.get('uri')}"))
         return fields.get("username") == user and fields.get("response") == _md5(f"{one}:n1:{two}")
+
+
+class DatagramRtspServer(RtspServer):
+    """H.264, RTP as datagrams."""
+
+    transport, payload = "UDP", "96"
+
+    def send(self, to: Any, headers: dict[str, str]) -> None:
+        port = int(re.findall(r"client_port=(\d+)", to.ports)[0])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+            self.play(lambda packets: [out.sendto(each, ("127.0.0.1", port)) for each in packets])
 
 
 def _md5(words: str) -> str:

@@ -20,7 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.errors import DataError, MissingExtra, UsageError
-from edgekit.scanner import CameraOptions, Cameras, Captured, Notice, Pipeline, Stop, frames_of, open_source, open_sources
+from edgekit.scanner import (
+    CameraOptions,
+    Cameras,
+    Captured,
+    Notice,
+    Pipeline,
+    Scanner,
+    Stop,
+    frames_of,
+    open_source,
+    open_sources,
+)
 from edgekit.scanner.sources.address import safe_words, shown
 from edgekit.scanner.sources.gaps import Backoff, GapWatch
 from edgekit.scanner.sources.intake import MOST_NOTICES, Intake, Waiting
@@ -217,6 +228,39 @@ def test_cameras_come_and_go_while_it_runs() -> None:
         assert rows["second"]["state"] == "removed"
         assert rows["second"]["captured"] == rows["second"]["given"] + sum(rows["second"]["dropped"].values())
         assert sum(row["captured"] for row in rows.values()) >= before
+
+
+def test_a_running_scan_takes_cameras_and_gives_them_back() -> None:
+    heard: list[dict[str, Any]] = []
+    scanner = Scanner({"codes": {"budget_ms": 0}, "source": [{"address": "pattern:32x32@40", "name": "first"}]})
+    with pytest.raises(UsageError, match="does not run"):
+        scanner.add("pattern:32x32@40")
+    added = gone = 0
+    for event in scanner:
+        heard.append(event)
+        seen = {each["source"] for each in heard if "codes" in each}
+        if not added and seen:
+            assert scanner.add({"address": "pattern:48x32@40", "name": "second", "depth": 2}) == "second"
+            with pytest.raises(UsageError, match=r"this is no source: .*`deep`"):
+                scanner.add({"address": "pattern:48x32@40", "deep": 2})
+            with pytest.raises(UsageError, match="there are two sources"):
+                scanner.add({"address": "pattern:48x32@40", "name": "second"})
+            added = len(heard)
+        elif not gone and seen == {"first", "second"}:
+            scanner.remove("first")
+            with pytest.raises(UsageError, match="there is no source first"):
+                scanner.remove("first")
+            gone = len(heard)
+        elif gone and len(heard) == gone + 5:
+            assert {each["source"] for each in heard[gone:]} == {"second"}
+            scanner.remove("second")  # the last one: the scan ends
+    assert scanner.summary is not None
+    summary = scanner.summary
+    assert summary.in_flight == 0
+    assert summary.captured == summary.inferred + sum(summary.dropped.values())
+    assert summary.inferred == sum("codes" in each for each in heard)
+    with pytest.raises(UsageError, match="does not run"):
+        scanner.remove("second")
 
 
 def until_given(cameras: Cameras, name: str) -> Captured:

@@ -30,6 +30,7 @@ _spec.loader.exec_module(camera_kit)
 until, notices, of = camera_kit.until, camera_kit.notices, camera_kit.of
 
 EXACT = CameraOptions(queue="wait", depth=32, stall_s=10, open_s=20)
+LOSSY = CameraOptions(queue="wait", depth=32, stall_s=10, open_s=20, transport="udp")
 FAST = CameraOptions(stall_s=0.6, retry_s=0.05, retry_most_s=0.1, open_s=10, depth=32)
 
 
@@ -65,7 +66,7 @@ def needed(program: str, packages: str) -> str:
 
 
 def test_every_picture_of_a_stream_comes_in_order_with_its_number_and_time(serve: Any) -> None:
-    count = 40
+    count = 60
     stream = camera_kit.paced(camera_kit.encoded("mpeg2video", "mpegts", count), count)
     rtsp = serve("RtspServer", camera_kit.rtp(count), "camera:s3cret word")
     http, plain = serve("HttpServer", stream, "camera:s3cret"), serve("Server", stream)
@@ -77,8 +78,16 @@ def test_every_picture_of_a_stream_comes_in_order_with_its_number_and_time(serve
         "tcp": f"tcp://127.0.0.1:{plain.port}",
     }
     begun, wall = time.monotonic(), time.time()
-    with Cameras(names, EXACT) as cameras:
-        items = until(cameras, lambda items: all(len(of(items, name)) >= 30 for name in names))
+    options = dict.fromkeys(names, EXACT) | {"page": CameraOptions(depth=64, stall_s=10, open_s=20)}
+    with Cameras(names, options) as cameras:
+        items = until(cameras, lambda items: all(len(of(items, name)) >= 20 for name in names))
+        assert not notices(items, "gap")
+        page.silent.set()
+        begun_gap = time.monotonic()
+        items += until(cameras, lambda more: time.monotonic() > begun_gap + 1)
+        page.silent.clear()  # its pictures have no times of their own
+        items += until(cameras, lambda more: notices(items + more, "gap", "page", reason="no picture came"))
+        assert 0.5 < notices(items, "gap", "page")[0].details["seconds"] < 60
     for name in names:
         frames = of(items, name)
         assert [frame.seq for frame in frames] == list(range(len(frames))) == [number_of(frame) for frame in frames], name
@@ -284,6 +293,19 @@ def test_no_picture_is_made_up_where_a_part_of_the_stream_is_missing(
     assert shown >= (100 if fault == "none" else 50)
     whole = fault == "none"
     assert any(isinstance(item, Refused) or item for item in came if not isinstance(item, Picture)) <= (not whole)
+
+
+def test_no_picture_is_made_up_where_datagrams_are_lost(serve: Any) -> None:
+    rolls = random.Random(1)
+    pieces = [packets if rolls.random() > 0.04 else [] for packets in camera_kit.rtp(200, "libx264")]
+    server = serve("DatagramRtspServer", pieces)
+    with Cameras({"lossy": f"rtsp://127.0.0.1:{server.port}/live"}, LOSSY) as cameras:
+        items = until(cameras, lambda items: (frames := of(items, "lossy")) and number_of(frames[-1]) >= 100)
+        (row,) = cameras.counts()
+    numbers = [number_of(frame) for frame in of(items, "lossy")]
+    assert numbers == sorted(set(numbers))
+    assert all(camera_kit.is_true(frame.frame) for frame in of(items, "lossy"))
+    assert row["dropped"]["damaged"] > 0
 
 
 def test_what_is_no_frame_is_counted_beside_the_frames(tmp_path: Path) -> None:

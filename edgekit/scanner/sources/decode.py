@@ -19,6 +19,7 @@ __all__ = ["Item", "Picture", "Refused", "check_size", "pictures", "rgb_rows"]
 #: Packets in a row without a picture, after which a stream is taken for no video.
 HOPELESS = 300
 _BEAT_S = 0.25
+_INTRA = 1  # AV_PICTURE_TYPE_I: in H.264 it need not be a key frame
 
 
 class Picture(NamedTuple):
@@ -101,7 +102,7 @@ def _decoded(container: Any, stream: Any, options: CameraOptions, address: str) 
 
     # Formats without times of their own get them from a frame rate that FFmpeg assumes: a pause does not show in them.
     timed = kind_of(address) == "video" or not container.format.flags & av.format.Flags.no_timestamps.value
-    whole = _Whole(options)
+    whole = _Whole(options, _may_lose(kind_of(address), options))
     packets, barren, unread = container.demux(stream), 0, False
     while barren < HOPELESS:
         packet = None
@@ -131,28 +132,49 @@ def _decoded(container: Any, stream: Any, options: CameraOptions, address: str) 
     raise Trouble("data comes, but no pictures")
 
 
+def _may_lose(kind: str, options: CameraOptions) -> bool:
+    """Whether packets may be lost on the way without FFmpeg's word: it passes over holes in RTP's numbers."""
+    return kind == "rtp" or (kind in ("rtsp", "rtsps") and options.transport == "udp")
+
+
 class _Whole:
     """Which pictures are what the camera saw: those in which the decoder found no error and, where others are built on the ones
     before, none since the last that stands by itself. A stream without such ones is taken as it comes after `HOPELESS` of them.
+
+    With ``may_lose`` a step in the pictures' own times that is half as long again as the steady ones before is a loss too.
     """
 
-    def __init__(self, options: CameraOptions) -> None:
-        self._drop = options.damaged == "drop"
+    _STEADY = 5
+
+    def __init__(self, options: CameraOptions, may_lose: bool) -> None:
+        self._drop, self._may_lose = options.damaged == "drop", may_lose
         self._broken = self._drop  # a stream that is joined in its midst
-        self._waited = 0
+        self._waited = self._steady = 0
+        self._step = self._at = 0.0
 
     def missed(self, something: bool) -> None:
         if something and self._drop:
             self._broken, self._waited = True, 0
 
     def is_true(self, frame: Any) -> bool:
+        self.missed(self._may_lose and frame.time is not None and self._skips(frame.time))
         if frame.is_corrupt:
             self.missed(True)
             return not self._drop
         self._waited += 1
-        if frame.key_frame or self._waited > HOPELESS:
+        if frame.key_frame or frame.pict_type == _INTRA or self._waited > HOPELESS:
             self._broken = False
         return not self._broken
+
+    def _skips(self, at: float) -> bool:
+        step, self._at = at - self._at, at
+        if self._steady >= self._STEADY and step > 1.5 * self._step:
+            return True
+        if abs(step - self._step) <= 0.2 * self._step:
+            self._steady += 1
+        else:
+            self._step, self._steady = step, 0
+        return False
 
 
 def rgb_rows(frame: Any) -> Pixels:

@@ -84,7 +84,8 @@ def _pictures(pipe: int, options: CameraOptions) -> Iterator[Item]:
             for packet in container.demux(stream):
                 now = time.monotonic()
                 if packet.size:
-                    _fill(frame, np.frombuffer(packet, np.uint8))
+                    data: Any = packet
+                    _fill(frame, np.frombuffer(data, np.uint8))
                     yield Picture(rgb_rows(frame), now, None if packet.pts is None else float(packet.pts * packet.time_base))
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         raise trouble_of(error, "") from None

@@ -21,8 +21,9 @@ class CameraOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     the longest pause before it is tried again, doubled each time, with jitter. ``loop``: a video file starts again at its end;
     ``paced``: it comes at its own rate, not as fast as it is read. ``transport``: of RTSP. ``width``, ``height``, ``fps`` and
     ``format`` (four letters, for example ``MJPG``): what a local camera is asked for, 0 and "" for its own choice.
-    ``max_pixels``: larger pictures are refused, before they are decoded where the stream tells their size. ``damaged``:
-    pictures that the decoder found errors in are dropped, or kept with what it made up in the place of the lost parts.
+    ``max_pixels``: larger pictures are refused, before they are decoded where the stream tells their size; of images too.
+    ``damaged``: pictures that the decoder found errors in, and those that are built on them, up to the next key frame, are
+    dropped, or kept with what it made up in the place of the lost parts.
     """
 
     queue: Literal["", "newest", "wait"] = ""
