@@ -21,7 +21,7 @@ import numpy as np
 
 from edgekit.scanner import Cameras, Captured, Notice
 
-WIDTH, HEIGHT, FPS = 96, 64, 20
+WIDTH, HEIGHT, FPS = 96, 64, 40
 
 
 def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> Any:

@@ -104,23 +104,22 @@ def number_of(frame: Captured) -> int:
 
 
 def test_one_dies_and_comes_back_one_hangs_and_one_is_slow_while_another_goes_on(serve: Any) -> None:
-    pieces = camera_kit.rtp(200)
-    dies, hangs = serve("RtspServer", pieces), serve("MjpegServer", camera_kit.multipart(200))
+    pieces = camera_kit.rtp(600)
+    dies, hangs = serve("RtspServer", pieces), serve("MjpegServer", camera_kit.multipart(600))
     names = {
         "dies": f"rtsp://127.0.0.1:{dies.port}/live",
         "hangs": f"http://127.0.0.1:{hangs.port}/video",
         "slow": "pattern:64x48@1",
         "well": "pattern:64x48@50",
     }
-    options = dict.fromkeys(names, FAST) | {"slow": CameraOptions()}
+    options = dict.fromkeys(names, FAST) | dict.fromkeys(("slow", "well"), CameraOptions(stall_s=10, depth=32))
     with Cameras(names, options) as cameras:
         until(cameras, lambda items: {item.source for item in items if isinstance(item, Captured)} == set(names))
         dies.close()
         hangs.silent.set()
         begun = time.monotonic()
-        items = until(
-            cameras, lambda items: {each.source for each in notices(items, "camera", state="down")} >= {"dies", "hangs"}
-        )
+        gone = {"dies", "hangs"}
+        items = until(cameras, lambda items: {each.source for each in notices(items, "camera", state="down")} >= gone)
         down = {each.source: each for each in reversed(notices(items, "camera", state="down"))}
         assert all(each.monotonic - begun < 3 + 5 for each in down.values())  # 3 s; the rest is for loaded machines
         assert down["hangs"].details["reason"] == "no picture for 0.6 s"
@@ -128,8 +127,7 @@ def test_one_dies_and_comes_back_one_hangs_and_one_is_slow_while_another_goes_on
         items += until(cameras, lambda more: notices(items + more, "camera", "dies", state="down", reason=refused))
         hangs.silent.clear()
         serve("RtspServer", pieces, port=dies.port)
-        items += until(cameras, lambda items: len(notices(items, "gap", reason="reconnected")) >= 2)
-        assert {each.source for each in notices(items, "gap", reason="reconnected")} == {"dies", "hangs"}
+        items += until(cameras, lambda more: {each.source for each in notices(more, "gap", reason="reconnected")} >= gone)
         assert all(each.details["seconds"] > 0.1 for each in notices(items, "gap", reason="reconnected"))
         assert not notices(items, "camera", "well")
         assert not notices(items, "camera", "slow")
@@ -297,10 +295,10 @@ def test_no_picture_is_made_up_where_a_part_of_the_stream_is_missing(
 
 def test_no_picture_is_made_up_where_datagrams_are_lost(serve: Any) -> None:
     rolls = random.Random(1)
-    pieces = [packets if rolls.random() > 0.04 else [] for packets in camera_kit.rtp(200, "libx264")]
+    pieces = [packets if rolls.random() > 0.06 else [] for packets in camera_kit.rtp(200, "libx264")]
     server = serve("DatagramRtspServer", pieces)
     with Cameras({"lossy": f"rtsp://127.0.0.1:{server.port}/live"}, LOSSY) as cameras:
-        items = until(cameras, lambda items: (frames := of(items, "lossy")) and number_of(frames[-1]) >= 100)
+        items = until(cameras, lambda items: (frames := of(items, "lossy")) and number_of(frames[-1]) >= 80)
         (row,) = cameras.counts()
     numbers = [number_of(frame) for frame in of(items, "lossy")]
     assert numbers == sorted(set(numbers))

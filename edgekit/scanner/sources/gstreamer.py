@@ -94,16 +94,16 @@ def _pictures(pipe: int, options: CameraOptions) -> Iterator[Item]:
 def _fill(frame: Any, data: Pixels) -> None:
     """An I420 picture as GStreamer has it in memory: rows are padded to 4 bytes, their number to an even one."""
     across, down = (frame.width + 1) // 2, (frame.height + 1) // 2
+    sizes = [(rows, (columns + 3) // 4 * 4) for rows, columns in ((2 * down, frame.width), (down, across), (down, across))]
+    if data.size != sum(rows * stride for rows, stride in sizes):
+        raise Trouble(f"a picture of {data.size} bytes came, which is none of {frame.width} x {frame.height}")
     start = 0
-    for plane, rows, columns in zip(frame.planes, (2 * down, down, down), (frame.width, across, across), strict=True):
-        stride = (columns + 3) // 4 * 4
+    for plane, (rows, stride) in zip(frame.planes, sizes, strict=True):
         there = data[start : start + rows * stride].reshape(rows, stride)
         here: Pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-        height = min(rows, here.shape[0])
-        here[:height, :columns] = there[:height, :columns]
+        height, width = min(rows, plane.height), min(stride, plane.width)
+        here[:height, :width] = there[:height, :width]
         start += rows * stride
-    if start != data.size:
-        raise Trouble(f"a picture of {data.size} bytes came, not of {start}")
 
 
 def _error(said: IO[bytes]) -> str:
