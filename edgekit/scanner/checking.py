@@ -105,7 +105,7 @@ class _Check:
         sources, several = self.config.source, Cameras([])
         for number, source in enumerate(sources):
             at = ("source", number, "address")
-            if len(sources) == 1 and not source.name:
+            if len(sources) == 1 and (not source.name or not kind_of(source.address)):
                 self._try(at, open_source, source.address, watch=source.watch, options=source.camera())
             else:
                 self._try(at, several.add, source.address, source.name, source.camera())
@@ -147,7 +147,7 @@ class _Check:
         for table, what in (("ring", self.config.ring), ("server", self.config.server and self.config.server.preview)):
             if what and importlib.util.find_spec("PIL") is None:
                 self._try((table,), _missing_pillow)
-        for table, key in (("drift", "baseline"), ("shadow", "report")):
+        for table, key in (("drift", "baseline"), ("shadow", "report"), ("shadow", "kept")):
             path = getattr(getattr(self.config, table), key, "")
             if path:
                 self._try((table, key), check_new, Path(path))

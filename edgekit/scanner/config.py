@@ -183,6 +183,7 @@ _PATHS = (
     ("drift", "baseline"),
     ("shadow", "candidate"),
     ("shadow", "report"),
+    ("shadow", "kept"),
 )
 #: Sinks whose address is a path.
 _FILE_SINKS = ("jsonl", "sqlite")

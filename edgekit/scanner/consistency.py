@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from .steps.answers import CHECKED, symbology
+from .steps.selftest import ZONES, hottest
 from .tables import Key
 
 if TYPE_CHECKING:
@@ -48,12 +49,10 @@ def idle(config: ScanConfig) -> Iterator[Finding]:
     if trigger is not None and trigger.mode in ("single", "burst", "external") and not trigger.inputs:
         hint = 'write inputs = ["tcp://:7007"], or call Scanner.fire in an application'
         yield Finding(("trigger",), f"mode {trigger.mode} waits for triggers, and no inputs are named", hint)
-    if config.selftest is not None and config.selftest.hot_celsius:
-        from .steps.selftest import hottest
-
-        if hottest(config.selftest.zones) is None:
-            message = f"no temperature can be read in {config.selftest.zones}: it is never tested for heat"
-            yield Finding(("selftest",), message, "write hot_celsius = 0 where that is meant")
+    zones = config.selftest.zones if config.selftest is not None else ZONES
+    if zones != ZONES and hottest(zones) is None:  # many machines have none where they are by default
+        message = f"no temperature can be read in {zones}: it is never tested for heat"
+        yield Finding(("selftest", "zones"), message, "name a folder with thermal_zone*/temp in it")
 
 
 def _names(at: Key, given: Iterable[str], known: Iterable[str], what: str) -> Iterator[Finding]:

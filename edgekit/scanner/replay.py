@@ -292,7 +292,8 @@ def _opened(record: RecordedModel, bundle: Any, backend: str | None, stack: cont
     try:
         return stack.enter_context(Model.open(place, backend or record.backend, precision=precision, beam=record.beam))
     except EdgekitError as error:
-        hint = f"name the bundle, or one that runs here: --bundle B (the scan ran {record.digest[:12]} on {record.backend})"
+        ran = f"the scan ran {record.digest[:12]} on {record.backend}"
+        hint = f"name the bundle, or one that runs here: --bundle B ({ran}; --backend onnxruntime runs it anywhere)"
         raise BundleError(error.message, hint) from None
 
 

@@ -109,3 +109,23 @@ def test_a_model_is_asked_for_by_what_watches_it(cli: Cli, tmp_path: Path) -> No
     file.write_text('[codes]\n[drift]\n[[source]]\naddress = "pattern:8x8@1"\n')
     refused = cli("scan", "--check", file, "--json")
     assert (refused.code, refused.json["problems"][0]["error"]) == (2, "[drift] wants a model")
+
+
+def test_a_folder_may_have_a_name_and_cameras_without_one_show_no_password(
+    cli: Cli, digits_bundle: Bundle, pictures: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "scan.toml"
+    model = f'[model]\nbundle = "{digits_bundle.path}"\n'
+    file.write_text(f'{model}[[source]]\nname = "inbox"\naddress = "pictures"\n')
+    assert cli("scan", "--check", file).code == 0
+    assert cli("scan", file, "--json").json["captured"] == 4
+    with file.open("a") as text:
+        text.write('[shadow]\ncandidate = "new.edge"\nkept = "promoted.json"\n')
+    assert read_config(file).shadow.kept == str(tmp_path / "promoted.json")  # type: ignore[union-attr]
+
+    file.write_text(model + "".join(f'[[source]]\naddress = "tcp://me:geheim@127.0.0.1:{port}"\n' for port in (1, 2)))
+    scanner = Scanner(str(file))
+    first = next(iter(scanner))
+    assert first["event"] == "camera"
+    assert first["source"] in ("tcp://127.0.0.1:1", "tcp://127.0.0.1:2")
+    assert "geheim" not in str(first) + str(scanner.status())

@@ -145,5 +145,5 @@ def test_what_does_nothing_is_a_warning(tmp_path: Path, cli: Cli, digits_bundle:
         "6": "[crosscheck]",
         "7": "[shadow]",
         "8": "mode",
-        "10": "no",
+        "11": "no",
     }

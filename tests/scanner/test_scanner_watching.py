@@ -182,6 +182,7 @@ def test_a_bundle_that_hangs_on_a_frame_is_given_up(
         events = wait_for(ended, model, step, digits)
     assert "no answer to a frame for 0.2 s" in events[-1]["reason"]
     stuck.set()
+    model.options = msgspec.structs.replace(options, open_s=60.0)
     model.offer(tmp_path / "new.edge")  # the next one is tried as if nothing had been
     assert wait_for(ended, model, step, digits)[-1]["state"] == "promoted"
     assert model.take_events() == []
@@ -309,7 +310,7 @@ def test_drift_is_found_once_explained_and_comes_back(digits_bundle: Bundle, dig
                 "calibration.json, 250 samples" if part == "input" else "the first 300 frames measured"
             )
             assert event["psi"] >= event["level"] >= 0.25
-            back = drifted(step, frames(plain, 1200))
+            back = drifted(step, frames(plain, 800))
             assert {e["part"] for e in back if e["state"] == "back"} == {e["part"] for e in found}
             assert not step.status()["drifted"]
 

@@ -47,6 +47,7 @@ class DriftOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Every ``every_frames``-th frame is measured; the last ``window_frames`` of those are held against the baseline, four
     times a window.
 
+    Frames that are bad from the start make a bad baseline: only ``input`` knows better, where the bundle was quantized.
     ``level_psi`` is the population stability index from which a part has drifted, ``back_psi`` from which it is back.
     ``learn_frames`` measured frames make the baseline where the bundle has none; ``baseline``: a JSON file that keeps it over
     restarts, "" for none. ``by_source``: each camera is watched alone.

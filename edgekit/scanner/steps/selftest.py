@@ -15,7 +15,7 @@ from edgekit.scanner.sources import Captured
 
 from .answers import require
 
-__all__ = ["SelfTest", "SelfTestOptions", "hottest"]
+__all__ = ["ZONES", "SelfTest", "SelfTestOptions", "hottest"]
 
 ZONES = "/sys/class/thermal"
 _READ_S = 10.0  # between two looks at the temperature
