@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .estimates import Motion, bars, blur_sigma, motion, noise_sigma, orientation
+from .estimates import Motion, bars, blur_sigma, crossings, motion, noise_sigma, orientation
 from .regions import Box, regions
 from .restore import Affine, Bars, Blurred, Grey, enlarged, enlarged_size, scaling, sharpened, turned, upright_map
 
 __all__ = ["Attempt", "attempts"]
 
 MIN_SIDE = 16  # pixels; no code is smaller
+_CROSSINGS = 8  # from dark to light or back along a line; the smallest codes have ten or eleven, 9 under a strong blur
 _SMALLEST_TURN = 3.0  # degrees; zxing-cpp reads smaller ones by itself
 _LARGEST_REGION = 600_000  # pixels; larger ones are made smaller first
 _ENLARGED = 300_000  # pixels of an upright picture
@@ -50,18 +51,19 @@ def attempts(grey: Grey) -> Iterator[Attempt]:
     """uint8 (H, W) -> what to try after the plain picture."""
     if min(grey.shape) < MIN_SIDE or int(grey.max()) - int(grey.min()) < 8:
         return
-    found = [Region(grey, box) for box in regions(grey)]
-    for region in found[:1]:
+    whole = Region(grey, Box(0, 0, grey.shape[1], grey.shape[0]))
+    busy = [Region(grey, box) for box in regions(grey)]
+    found = [region for region in busy if region.plausible]
+    if not found and (busy or not whole.plausible):
+        return
+    for region in found:
         yield from region.first()
     yield Attempt("inverted", grey.size, lambda: 255 - grey)
-    for region in found[1:]:
-        yield from region.first()
     for region in found:
         yield from region.second()
     for region in found:
         yield from region.third()
     if not found or found[0].share < 0.7:
-        whole = Region(grey, Box(0, 0, grey.shape[1], grey.shape[0]))
         for stage in (whole.first, whole.second, whole.third):
             yield from stage()
 
@@ -79,6 +81,11 @@ class Region:
             self.place = scaling(large.shape, part.shape[::-1]).then(self.place)
         self.grey = np.ascontiguousarray(part)
         self.fits = min(part.shape) >= MIN_SIDE
+
+    @cached_property
+    def plausible(self) -> bool:
+        """Whether a code can be here: one that can be read shows its bars or cells, however faintly."""
+        return self.fits and crossings(self.grey) >= _CROSSINGS
 
     @cached_property
     def angle(self) -> float:
@@ -134,6 +141,7 @@ class Region:
             return
         if self.bars is not None and self.bars.coherence > 0.25:
             yield from self.bars.attempts(self.bars.likely, 1e-3)
+        yield Attempt("inverted part", self.grey.size, lambda: 255 - self.grey, place=self.place)
         base = cached(lambda: self._upright(self.grey))
         yield self._try("turned" if self.angle else "enlarged", base)
         if self.bars is not None and self.bars.coherence > 0.25:

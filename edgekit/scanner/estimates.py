@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Motion", "bars", "blur_sigma", "gradients", "motion", "noise_sigma", "orientation"]
+__all__ = ["Motion", "bars", "blur_sigma", "crossings", "goes_on", "gradients", "motion", "noise_sigma", "orientation"]
 
 Grey = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -83,6 +84,71 @@ def blur_sigma(grey: Grey) -> float:
     low, high = np.percentile(grey[::2, ::2], [1, 99])
     seen = float(high - low) / (max(steepest, 1e-3) * math.sqrt(2 * math.pi))
     return 0.88 * math.sqrt(max(0.0, seen**2 - 1 / 3))
+
+
+def crossings(grey: Grey) -> int:
+    """How often dark and light change along the lines with most changes, rows or columns: few where no code can be.
+
+    Against the mean of 41 pixels around, so that a shadow or a bright label beside the code does not hide its bars.
+    """
+    most = 0
+    for a in (grey, grey.T):
+        if a.shape[1] < 8:
+            continue
+        lines = a[:: max(1, len(a) // 64)].astype(np.float32)
+        around = np.cumsum(np.pad(lines, ((0, 0), (21, 20)), mode="edge"), axis=1)
+        lines -= (around[:, 41:] - around[:, :-41]) / np.float32(41)
+        margin = max(4.0, 0.06 * float(np.ptp(np.percentile(lines[:, ::2], [3, 97]))))
+        state = (lines > margin).astype(np.int8) - (lines < -margin)
+        last = np.maximum.accumulate(np.where(state != 0, np.arange(state.shape[1]), 0), axis=1)
+        state = np.take_along_axis(state, last, axis=1)
+        counts = np.sort((state[:, 1:] != state[:, :-1]).sum(axis=1))
+        most = max(most, int(counts[-min(6, len(counts))]))
+    return most
+
+
+def goes_on(grey: Grey, corners: Sequence[tuple[float, float]], reach: float) -> bool:
+    """Whether bars go on beside a code, within ``reach`` of its lengths on one side: then it was only a part.
+
+    Three lines across it must see the same there, and four changes from dark to light or back: print differs from line to
+    line. ``corners``: (x, y), clockwise from its own top left.
+    """
+    a, b, c, d = np.array(corners, np.float64)
+    # A scan line over turned bars is not square to them, and leaves the code at its top: go on square to the bars.
+    left, top = np.maximum(np.floor(np.min([a, b, c, d], axis=0)).astype(int) - 8, 0)
+    right, bottom = np.ceil(np.max([a, b, c, d], axis=0)).astype(int) + 9
+    degrees = math.radians(bars(grey[top:bottom, left:right])[0])
+    across = np.array([math.cos(degrees), math.sin(degrees)])
+    across *= float((b - a) @ across) * reach
+    seen: tuple[list[Floats], list[Floats]] = ([], [])  # on the left, on the right
+    for share in (0.3, 0.5, 0.7):
+        start, end = a + (d - a) * share, b + (c - b) * share
+        low, high = np.percentile(_along(grey, start, end), [10, 90])
+        for lines, first, last in zip(seen, (start, end), (start - across, end + across), strict=True):
+            line = _along(grey, first, last)[2:].astype(np.float32)  # past the last bar
+            lines.append(np.sign(line - np.float32((low + high) / 2)) * (np.abs(line - (low + high) / 2) > 0.15 * (high - low)))
+    return any(_same_bars(lines) for lines in seen)
+
+
+def _same_bars(lines: list[Floats]) -> bool:
+    """-1 for dark, 1 for light, 0 between."""
+    length = min(len(line) for line in lines)
+    changes = []
+    for line in lines:
+        clear = line[line != 0]
+        changes.append(int((clear[1:] != clear[:-1]).sum()))
+    if length < 4 or min(changes) < 4:
+        return False
+    return all(float((one[:length] * lines[1][:length]).mean()) > 0.5 for one in (lines[0], lines[2]))
+
+
+def _along(grey: Grey, first: NDArray[np.float64], last: NDArray[np.float64]) -> Grey:
+    """The pixels on a line, as far as it is on the picture."""
+    steps = max(2, round(float(np.abs(last - first).max())))
+    x, y = np.rint(np.linspace(first, last, steps)).astype(int).T
+    on = (x >= 0) & (y >= 0) & (x < grey.shape[1]) & (y < grey.shape[0])
+    line: Grey = grey[y[on], x[on]]
+    return line
 
 
 def _middle(grey: Grey, most: int = 60_000) -> Grey:

@@ -1,4 +1,4 @@
-"""GS1 element strings: application identifiers and their check digits. A bad one is reported, never repaired.
+"""GS1 element strings and Digital Link URIs: application identifiers, check digits. A bad one is reported, never repaired.
 
 Parsing by biip (GS1 General Specifications, section 3); biip checks GTIN, SSCC and GLN, the other keys with a GS1 check
 digit are checked here.
@@ -6,12 +6,18 @@ digit are checked here.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["parse_gs1"]
+__all__ = ["parse_gs1", "parse_link"]
 
 #: Application identifier -> how many leading digits carry their check digit last (GS1 General Specifications, 3.2-3.9).
 _CHECKED = {"253": 13, "255": 13, "402": 17, "8003": 14, "8006": 14, "8017": 18, "8018": 18, "8026": 14}
+
+#: A path with one of the primary keys (GS1 Digital Link Standard: URI Syntax, 4.3) before its value.
+_KEYS = "00|01|253|255|401|402|414|417|8003|8004|8006|8010|8013|8017|8018"
+_LINK = re.compile(rf"https?://(?P<host>[^/?#]+)/(?:[^?#]*/)?(?:{_KEYS})/[^/?#]", re.IGNORECASE)
 
 
 def parse_gs1(text: str) -> dict[str, Any]:
@@ -24,9 +30,29 @@ def parse_gs1(text: str) -> dict[str, Any]:
     from biip.gs1_messages import GS1Message
 
     try:
-        elements = GS1Message.parse(text).element_strings
+        return _checked(GS1Message.parse(text).element_strings)
     except (ParseError, ValueError) as error:
         return {"error": str(error)}
+
+
+def parse_link(text: str) -> dict[str, Any] | None:
+    """A GS1 Digital Link URI (``https://id.gs1.org/01/09506000134352/10/A1``) as `parse_gs1`; None for any other text.
+
+    Shops number their pages, too: at another host than GS1's own, only what is right in every digit is a Digital Link.
+    """
+    if not (link := _LINK.match(text)):
+        return None
+    from biip import ParseError
+    from biip.gs1_digital_link_uris import GS1DigitalLinkURI
+
+    try:
+        found = _checked(GS1DigitalLinkURI.parse(text).element_strings)
+    except (ParseError, ValueError) as error:
+        found = {"error": str(error)}
+    return found if "ais" in found or link["host"].lower() == "id.gs1.org" else None
+
+
+def _checked(elements: Iterable[Any]) -> dict[str, Any]:
     ais: dict[str, str] = {}
     for element in elements:
         ai, value = element.ai.ai, element.value

@@ -11,12 +11,12 @@ import pytest
 import zxingcpp
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from edgekit.errors import InputError, UsageError
 from edgekit.scanner import Code, CodeReader
 from edgekit.scanner.event_schema import EventFields
-from edgekit.scanner.gs1 import parse_gs1
+from edgekit.scanner.gs1 import parse_gs1, parse_link
 from edgekit.scanner.reading import Reading, Region
 
 ELEMENTS = "(01)09501101530003(17)301231(10)AB-123"
@@ -100,10 +100,56 @@ def test_exactly_the_right_check_digit_passes(key: tuple[str, int], data: st.Dat
         assert set(result) == {"error"}
 
 
-@given(st.text(max_size=60))
+@given(
+    st.text(max_size=60)
+    | st.lists(
+        st.sampled_from(["01", "00", "17", "3103", "253", "10", "\x1d", "(", ")", "]C1"]) | st.text("0123456789Aé\x1d")
+    ).map("".join)
+)
 def test_any_text_is_parsed_or_refused(text: str) -> None:
-    result = parse_gs1(text)
-    assert set(result) in ({"ais"}, {"error"})
+    assert set(parse_gs1(text)) in ({"ais"}, {"error"})
+    for link in (text, f"https://id.gs1.org/{text}", f"http://x/01/{text}", f"https://[{text}"):
+        found = parse_link(link)
+        assert found is None or set(found) in ({"ais"}, {"error"})
+
+
+@pytest.mark.parametrize(
+    ("text", "ais"),
+    [
+        ("\x1d0109501101530003", {"01": "09501101530003"}),  # FNC1 that nothing needs
+        ("0109501101530003\x1d10AB\x1d\x1d21C", {"01": "09501101530003", "10": "AB", "21": "C"}),
+        ("17300200", {"17": "300200"}),  # day 00: the month's last
+        ("3103001750", {"3103": "001750"}),
+        ("253950110153000399", {"253": "950110153000399"}),
+        ("91A,b", {"91": "A,b"}),  # a company's own
+        ("10ABCDEFGHIJKLMNOPQRSTUV", None),  # no FNC1 after 20 characters
+        ("17301400", None),
+        ("17300230", None),
+        ("7003301231", None),
+        ("21\u00e9", None),
+        ("(01)09501101530003", None),
+        ("0109501101530003\x1d5", None),
+    ],
+)
+def test_messages(text: str, ais: dict[str, str] | None) -> None:
+    found = parse_gs1(text)
+    assert found == {"ais": ais} if ais else set(found) == {"error"}
+
+
+def test_a_digital_link_is_gs1_data(kit: Any) -> None:
+    link = "https://id.gs1.org/01/09506000134352/10/A%2F1?17=251231&x=1"
+    (code,) = CodeReader()(kit.code_picture(link, "QRCode"))
+    assert (code.text, code.gs1) == (link, {"ais": {"01": "09506000134352", "10": "A/1", "17": "251231"}})
+    assert parse_link("HTTP://shop.example/a/01/9506000134352") == {"ais": {"01": "09506000134352"}}
+    assert "check digit" in (parse_link("https://id.gs1.org/01/09506000134353") or {})["error"]
+    for other in (
+        "https://shop.example/2024/01/20240131123456",
+        "https://shop.example/01/",
+        "x",
+        "https://[/01/1",
+        "http://a/b",
+    ):
+        assert parse_link(other) is None
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 1, 3), (1, 500), (500, 1), (3, 3, 4), (40, 40)])
@@ -200,3 +246,42 @@ def test_a_position_counts_from_the_frame_where_a_region_is_read() -> None:
     assert answer.codes[0].figures() == {"text": "ABC1234567", "format": "QR Code"}
     event = {"schema": 1, "id": "a", "time": "2026-01-31T12:00:00.000Z", "codes": [found]}
     assert msgspec.convert(event, EventFields).codes[0].position == found["position"]  # type: ignore[union-attr,index]
+
+
+def damaged_itf(random: np.random.Generator) -> tuple[str, Any]:
+    """Fourteen digits with one to three stripes through the bars, as wide as a quiet zone at most."""
+    text = "".join(map(str, random.integers(0, 10, 14)))
+    code = zxingcpp.create_barcode(text, zxingcpp.BarcodeFormat.ITF)
+    bars = np.tile(np.repeat(np.asarray(code.to_image(scale=1, add_quiet_zones=False))[0], 3), (60, 1))
+    for _ in range(int(random.integers(1, 4))):
+        x, wide = int(random.integers(0, bars.shape[1] - 10)), int(random.integers(3, 30))
+        bars[:, x : x + wide] = random.choice([0, 255, 255])
+    noisy = np.pad(bars, ((30, 30), (40, 40)), constant_values=255) + random.normal(0, 8, (120, bars.shape[1] + 80))
+    return text, np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def test_a_part_of_an_itf_code_is_not_read_as_one() -> None:
+    """It is the same wrong text on every frame, so that votes would believe it; zxing-cpp alone reads some here."""
+    random = np.random.default_rng(5)
+    reader, plain, right = CodeReader(0), 0, 0
+    for _ in range(250):
+        text, picture = damaged_itf(random)
+        plain += any(code.text != text for code in zxingcpp.read_barcodes(picture, formats=zxingcpp.BarcodeFormat.ITF))
+        found = [code.text for code in reader(picture)]
+        assert found in ([], [text])
+        right += bool(found)
+    assert plain >= 2
+    assert right >= 3
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 20])
+def test_whole_itf_codes_beside_print_are_read(degrees: int) -> None:
+    code = zxingcpp.create_barcode("31402868883412", zxingcpp.BarcodeFormat.ITF)
+    bars = np.asarray(code.to_image(scale=3, add_quiet_zones=False))
+    label = Image.fromarray(np.pad(bars, ((40, 40), (36, 160)), constant_values=255))
+    draw = ImageDraw.Draw(label)
+    for line in range(6):
+        draw.text((bars.shape[1] + 76, 44 + 20 * line), "LOT 4711", fill=0, font_size=18)
+    draw.rectangle((4, 4, label.width - 5, label.height - 5), outline=0, width=4)
+    picture = np.asarray(label.rotate(degrees, Image.Resampling.BICUBIC, expand=True, fillcolor=255))
+    assert [each.text for each in CodeReader(0)(picture)] == ["31402868883412"]

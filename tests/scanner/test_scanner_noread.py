@@ -97,7 +97,7 @@ def test_the_cause_is_found_on_most_pictures(why: str) -> None:
 
 
 def test_a_whole_sharp_code_with_scratches_is_given_no_cause() -> None:
-    for seed, kind in enumerate(("ITF", "EAN13", "QRCode", "DataMatrix")):
+    for seed, kind in enumerate(("QRCode", "DataMatrix")):
         random = np.random.default_rng(seed)
         picture, y, x = labelled(modules(kind, random), KINDS[kind], random)
         for shift in (-24, -8, 8, 24):
