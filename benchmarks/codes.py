@@ -1,8 +1,8 @@
-"""Codes on bad pictures: plain zxing-cpp beside `CodeReader` with 100 and 300 ms a picture: codes.py [--each N] [--held-out]
+"""Bad pictures of codes: plain zxing-cpp beside `CodeReader`, 100 and 300 ms: codes.py [--each N] [--held-out] [--photographs]
 
 Every format of `_code_scenes` N times under every condition, and pictures without a code, on which any read is wrong. The
 plain column is `CodeReader(0)`: one call of zxing-cpp with its defaults. ``--held-out`` takes other seeds, for the end. The
-budget is wall time: run it on an idle machine.
+budget is wall time: run it on an idle machine. It counts what follows the plain pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from _code_scenes import CONDITIONS, FORMATS, PLAIN, Scene, degraded, scene, without_code
+from _code_scenes import CONDITIONS, FORMATS, PLAIN, Scene, degraded, photograph, scene, without_code
 from _machine import save
 
 from edgekit.progress import track
@@ -38,9 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=3)
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--photographs", action="store_true", help="0.5 to 4 megapixels instead of 0.3")
     options = parser.parse_args()
     first = 100_000 if options.held_out else 0
-    scenes = [scene(first + i, kind) for i in range(options.each) for kind in FORMATS]
+    taken = photograph if options.photographs else scene
+    scenes = [taken(first + i, kind) for i in range(options.each) for kind in FORMATS]
     readers = {name: CodeReader(budget) for name, budget in BUDGETS.items()}
     rows: dict[str, Any] = {}
     for condition in track(list(CONDITIONS), "conditions"):
@@ -55,8 +57,9 @@ def main() -> None:
                 f"{n}: {c['read']:3d} ({c['wrong']} wrong) {c['p50_ms']:.0f}/{c['p99_ms']:.0f} ms" for n, c in columns.items()
             ),
         )
+    name = "codes" + "_photographs" * options.photographs + "_held_out" * options.held_out
     count = {"pictures a condition": len(scenes), "named": list(PLAIN), "held_out": options.held_out}
-    print(f"written to {save('codes_held_out' if options.held_out else 'codes', {'rows': rows, **count})}")
+    print(f"written to {save(name, {'rows': rows, **count})}")
 
 
 if __name__ == "__main__":

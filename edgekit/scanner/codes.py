@@ -14,7 +14,7 @@ from edgekit.errors import MissingExtra, UsageError
 from edgekit.preprocess import Frame, canonical_frame
 
 from .cascade import Attempt, attempts
-from .estimates import goes_on
+from .extent import goes_on, whole_height
 from .gs1 import parse_gs1, parse_link
 from .restore import Affine
 
@@ -134,6 +134,7 @@ class CodeReader:
             attempt.make(),
             formats,
             attempt.place,
+            not attempt.upright,
             try_rotate=not attempt.upright,
             try_downscale=False,
             try_invert=attempt.kind != "linear",
@@ -145,31 +146,39 @@ class CodeReader:
                 believed.append(code)
         return believed
 
-    def _read(self, grey: NDArray[np.uint8], formats: Any, place: Affine = _HERE, **options: bool) -> list[Code]:
+    def _read(
+        self, grey: NDArray[np.uint8], formats: Any, place: Affine = _HERE, square: bool = True, **options: bool
+    ) -> list[Code]:
         zxing = self._zxing
         found = zxing.read_barcodes(grey, formats=formats, text_mode=zxing.TextMode.Plain, **options)
-        return [self._code(code, place) for code in found if code.valid and not self._part(grey, code)]
+        return [
+            self._code(code, grey if square else None, place) for code in found if code.valid and not self._part(grey, code)
+        ]
 
     def _part(self, grey: NDArray[np.uint8], code: Any) -> bool:
         """Whether an ITF code was read of a part of one: it begins and ends with bars that digits contain."""
         if code.format not in self._itf:
             return False
         modules = 9 * len(code.text) + 9  # wide bars three modules wide
-        return goes_on(grey, _corners(code.position, _HERE, linear=True), _BESIDE / modules)
+        return goes_on(grey, _corners(code.position, linear=True), _BESIDE / modules)
 
-    def _code(self, code: Any, place: Affine) -> Code:
+    def _code(self, code: Any, grey: NDArray[np.uint8] | None, place: Affine) -> Code:
+        """``grey``: the picture, None where its pixels are not square."""
         gs1 = parse_gs1(code.text) if code.content_type == self._zxing.ContentType.GS1 else parse_link(code.text)
-        return Code(code.text, str(code.format), gs1, _corners(code.position, place, code.format in self._linear))
+        linear = code.format in self._linear
+        corners = _corners(code.position, linear)
+        corners = whole_height(grey, corners) if linear and grey is not None else corners
+        a, b, c, d = ((round(x), round(y)) for x, y in (place(*corner) for corner in corners))
+        return Code(code.text, str(code.format), gs1, (a, b, c, d))
 
 
-def _corners(seen: Any, place: Affine, linear: bool) -> Corners:
-    """A position as zxing-cpp gives it on a made picture -> corners on the frame, clockwise."""
-    a, b, c, d = (place(each.x, each.y) for each in (seen.top_left, seen.top_right, seen.bottom_right, seen.bottom_left))
+def _corners(seen: Any, linear: bool) -> Sequence[tuple[float, float]]:
+    """A position as zxing-cpp gives it -> its corners, clockwise."""
+    a, b, c, d = ((each.x, each.y) for each in (seen.top_left, seen.top_right, seen.bottom_right, seen.bottom_left))
     if (c[0] - a[0]) * (d[1] - b[1]) < (c[1] - a[1]) * (d[0] - b[0]):
         # Bars that were read from right to left have top and bottom exchanged; a matrix code was seen in a mirror.
         a, b, c, d = (d, c, b, a) if linear else (a, d, c, b)
-    (ax, ay), (bx, by), (cx, cy), (dx, dy) = ((round(x), round(y)) for x, y in (a, b, c, d))
-    return (ax, ay), (bx, by), (cx, cy), (dx, dy)
+    return a, b, c, d
 
 
 def _formats(zxing: Any, names: Sequence[str]) -> Any:

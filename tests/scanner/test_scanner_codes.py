@@ -198,7 +198,7 @@ def away(code: Code, corners: list[tuple[float, float]]) -> float:
 
 
 @pytest.mark.parametrize("kind", ["QRCode", "DataMatrix", "Code128"])
-@pytest.mark.parametrize(("degrees", "scale"), [(0, 3.0), (31, 3.0), (180, 2.0), (-90, 2.0)])
+@pytest.mark.parametrize(("degrees", "scale"), [(0, 3.0), (31, 3.0), (180, 2.0), (-90, 2.0), (12, 3.0), (-168, 2.0)])
 def test_a_code_says_where_it_is(kind: str, degrees: float, scale: float) -> None:
     frame, corners = placed(kind, degrees, scale)
     (code,) = CodeReader(1e9)(frame)
