@@ -18,6 +18,7 @@ from edgekit.scanner.events import Event, encode
 from edgekit.scanner.outbox import Outbox, Waiting
 
 from . import FLUSH_S
+from .words import plain
 
 __all__ = ["ForwardSink", "Refused", "Transport", "Undelivered"]
 
@@ -163,7 +164,7 @@ class ForwardSink:
 
     def _down(self, problem: str) -> None:
         """Each problem of an outage is said once; a sink that flaps is not spoken of all the time."""
-        self._problem = problem
+        self._problem = problem = plain(problem)
         if problem not in self._told and time.monotonic() >= self._next_word and len(self._told) < 10:
             self._told.add(problem)
             self._next_word = time.monotonic() + QUIET_S
@@ -178,6 +179,7 @@ class ForwardSink:
             say(f"{self.name} is up again")
 
     def _refused(self, entry: Waiting, reason: str) -> None:
+        reason = plain(reason)
         self._outbox.refuse(self.name, entry.position, reason)
         self._moved()
         if time.monotonic() >= self._next_refusal:

@@ -7,14 +7,20 @@ import os
 import socket
 import ssl
 
-__all__ = ["words"]
+__all__ = ["plain", "words"]
 
+_MOST = 400  # letters
 _CURES = {
     errno.ECONNREFUSED: "nothing listens at this port: start the receiver, or mend the address",
     errno.EIO: "is it plugged in?",
     errno.ENOENT: "plug it in, or mend the address",
     errno.EACCES: "for a serial line: add this user to the group dialout",
 }
+
+
+def plain(text: str) -> str:
+    """What the other side said, as a terminal and a status line may show it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:_MOST])
 
 
 def words(error: BaseException) -> str:
