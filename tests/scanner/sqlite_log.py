@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_OPEN = ctypes.CFUNCTYPE(_I, _P, ctypes.c_char_p, _P, _I, _P)
+_OPEN = ctypes.CFUNCTYPE(_I, _P, _P, _P, _I, _P)
 _WRITE = ctypes.CFUNCTYPE(_I, _P, _P, _I, _L)
 _TRUNCATE = ctypes.CFUNCTYPE(_I, _P, _L)
 _SYNC = ctypes.CFUNCTYPE(_I, _P, _I)
@@ -53,11 +53,12 @@ class Log:
     def __enter__(self) -> Log:
         original = _OPEN(self._original)
 
-        def opened(vfs: int, name: bytes | None, file: int, flags: int, out: int) -> int:
+        def opened(vfs: int, name: int | None, file: int, flags: int, out: int) -> int:
+            # The pointer itself goes on: SQLite keeps it for as long as the file is open (it names the -shm by it).
             code = original(vfs, name, file, flags, out)
             methods = _P.from_address(file).value
             if code == 0 and name and methods:
-                self._names[file] = name.decode().rpartition("/")[2]
+                self._names[file] = ctypes.string_at(name).decode().rpartition("/")[2]
                 if methods not in self._tables:
                     self._tables[methods] = self._table(methods)
                 _P.from_address(file).value = ctypes.addressof(self._tables[methods])
