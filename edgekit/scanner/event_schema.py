@@ -113,12 +113,14 @@ class CameraEvent(Event, rename={"kind": "event"}, kw_only=True):
 
 
 class GapEvent(Event, rename={"kind": "event"}, kw_only=True):
-    """Frames are missing before the next one: for so many ``seconds``, or so many ``frames`` that came damaged."""
+    """Frames are missing before the next one: for so many ``seconds``, so many ``frames`` that came damaged, or what was in so
+    many ``packets`` that could not be decoded."""
 
     kind: Literal["gap"]
     reason: str
     seconds: Positive | UnsetType = UNSET
     frames: Count | UnsetType = UNSET
+    packets: Count | UnsetType = UNSET
 
 
 class DriftEvent(Event, rename={"kind": "event"}, kw_only=True):

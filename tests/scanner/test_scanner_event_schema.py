@@ -204,6 +204,7 @@ def test_frames_with_codes_and_text_and_what_a_camera_says(digits_bundle: Bundle
             yield Captured(frame, "cam", seq, 1e9, "cut off" if frame is None else "", time.monotonic())
         yield Notice("gap", "cam", 1e9, 0.0, {"seconds": 1.5, "reason": "no picture came"})
         yield Notice("gap", "cam", 1e9, 0.0, {"frames": 2, "reason": "damaged"})
+        yield Notice("gap", "cam", 1e9, 0.0, {"packets": 2, "reason": "not decodable"})
         trigger.fire("cam")
         time.sleep(0.01)
 
