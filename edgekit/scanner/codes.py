@@ -30,6 +30,8 @@ MATRIX = "QRCode,MicroQRCode,RMQRCode,DataMatrix,Aztec,PDF417,MicroPDF417,MaxiCo
 KINDS = {"any": f"{LINEAR},{MATRIX}", "linear": LINEAR, "matrix": MATRIX}
 #: Names of formats with few or no check digits: an enhanced picture must give the same twice.
 WEAK = frozenset({"EAN-8", "UPC-E", "Codabar", "Micro QR Code", "rMQR Code"})
+#: The same, whose rows also join to codes that nobody printed; what they carry must be GS1 data without an error.
+STACKED = frozenset({"DataBar Expanded", "DataBar Expanded Stacked", "DataBar Stacked", "DataBar Stacked Omni"})
 #: Formats with error correction: one read is proof, however the picture was made.
 STRONG = frozenset({"QR Code", "Data Matrix", "Aztec", "PDF417", "MaxiCode"})
 
@@ -139,9 +141,11 @@ class CodeReader:
             try_downscale=False,
             try_invert=attempt.kind != "linear",
         ):
+            if code.format in STACKED and "error" in (code.gs1 or {}):
+                continue
             key = (code.text, code.format)
             votes[key] = votes.get(key, 0) + 1
-            needed = 2 if code.format in WEAK or (attempt.guess and code.format not in STRONG) else 1
+            needed = 2 if code.format in WEAK | STACKED or (attempt.guess and code.format not in STRONG) else 1
             if votes[key] >= needed:
                 believed.append(code)
         return believed

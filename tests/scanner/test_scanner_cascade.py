@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edgekit.errors import UsageError
-from edgekit.scanner import CodeReader
+from edgekit.scanner import Code, CodeReader
 from edgekit.scanner.cascade import attempts
 from edgekit.scanner.estimates import bars, blur_sigma, motion, orientation
+from edgekit.scanner.gs1 import parse_gs1
 from edgekit.scanner.regions import regions
 from edgekit.scanner.restore import MAX_PIXELS
 
@@ -189,3 +190,11 @@ def test_no_picture_breaks_it_and_none_without_a_code_gives_one(height: int, wid
     elif kind == "step":
         frame[:, width // 2 :] = 255 - frame[:, width // 2 :]
     assert CodeReader(1e9)(frame) == []
+
+
+def test_an_enhanced_databar_is_believed_only_with_sound_gs1_data(kit: Any) -> None:
+    """Rows of an unreadable stacked code join to others: a wrong read seen on a small photograph."""
+    reader = CodeReader(1e9)
+    code = Code("01106435615207736273108", "DataBar Expanded Stacked", parse_gs1("01106435615207736273108"))
+    reader._read = lambda picture, *rest, **options: [code] if rest[1:] else []  # type: ignore[method-assign]
+    assert reader(turned(kit.code_picture("ABC1234567", "Code128"), 31)) == []
