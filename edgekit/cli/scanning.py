@@ -47,10 +47,9 @@ __all__ = ["scan"]
 )
 @click.option(
     "--code-budget-ms",
-    default=100.0,
-    show_default=True,
     type=click.FloatRange(0),
-    help="After this long on one frame no further attempt at a code is started; 0: plain reading only.",
+    help="So long after a frame's plain reading no further attempt at a code is started; 0: plain reading only. "
+    "Default: 300 for files, 100 for cameras and streams.",
 )
 @click.option(
     "--check",
@@ -68,7 +67,7 @@ def scan(
     outbox: Path | None,
     backend: str,
     threads: int,
-    code_budget_ms: float,
+    code_budget_ms: float | None,
     check: bool,
     tui: bool,
 ) -> Answer:

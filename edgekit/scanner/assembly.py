@@ -23,7 +23,7 @@ from .promotion import keep_promoted, promoted_file, read_promoted
 from .reading import FrameModel, Reading
 from .sinks import Sink, open_sink
 from .sources import open_source, open_sources
-from .sources.address import kind_of, shown
+from .sources.address import LIVE, kind_of, shown
 from .sources.frames import frames_of
 from .steps import Step
 from .steps.crosscheck import CrossCheck
@@ -188,7 +188,10 @@ def _shadowed(config: ScanConfig, options: ModelOptions, shadow: ShadowOptions, 
 
 
 def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel | None) -> Reading:
-    codes = CodeReader(config.codes.budget_ms, config.codes.formats or None) if config.codes else None
+    codes: CodeReader | None = None
+    if config.codes is not None:
+        live = not config.source or any(kind_of(source.address) in {"pattern", *LIVE} for source in config.source)
+        codes = CodeReader(config.codes.budget(live), config.codes.formats or None)
     text: Model | None = None
     if found := config.text:
         text = Model.open(found.bundle, found.backend, precision=found.precision, threads=found.threads, beam=found.beam)

@@ -20,7 +20,8 @@ from .restore import Affine
 
 __all__ = ["Code", "CodeReader"]
 
-BUDGET_MS = 100.0
+BUDGET_MS = 300.0
+LIVE_BUDGET_MS = 100.0  # where the next frame does not wait
 _BESIDE = 30  # modules beside an ITF code in which its bars would go on; its quiet zone has ten
 RATE = 5e-5  # ms a pixel, until a stage has been measured
 #: What an enhanced picture may give: not ITF, Telepen or DX film edge. A part of an ITF code is a valid ITF code, and a

@@ -12,7 +12,7 @@ import msgspec
 
 from edgekit.errors import UsageError
 
-from .codes import BUDGET_MS
+from .codes import BUDGET_MS, LIVE_BUDGET_MS
 from .consistency import mistakes
 from .logs import LogOptions
 from .outbox_options import OutboxOptions
@@ -74,11 +74,15 @@ class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CodeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``budget_ms``: after so long on one frame no further attempt is started, 0 reads plainly only. ``formats``: those that
+    """``budget_ms``: so long after the plain reading of a frame no further attempt is started, 0 reads plainly only, None is
+    300 for files and 100 where a source is live. ``formats``: those that
     are read, as `CodeReader` takes them; none named: all."""
 
-    budget_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)] = BUDGET_MS
+    budget_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)] | None = None
     formats: tuple[str, ...] = ()
+
+    def budget(self, live: bool) -> float:
+        return self.budget_ms if self.budget_ms is not None else LIVE_BUDGET_MS if live else BUDGET_MS
 
 
 class RegionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
 
-from .codes import BUDGET_MS
 from .config import CodeOptions, ModelOptions, OutboxFile, ScanConfig, SinkOptions, SourceOptions
 from .pipeline import Summary
 from .scanner import Scanner
@@ -28,7 +27,7 @@ def named_config(
     outbox: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     threads: int = 1,
-    code_budget_ms: float = BUDGET_MS,
+    code_budget_ms: float | None = None,
 ) -> ScanConfig:
     """The config of a scan from names; several sources are cameras. Raises `UsageError` where there is nothing to read with."""
     if bundle is None and not codes:
@@ -56,7 +55,7 @@ def scan(
     outbox: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     threads: int = 1,
-    code_budget_ms: float = BUDGET_MS,
+    code_budget_ms: float | None = None,
     stop: Stop | None = None,
 ) -> Summary:
     """Read every frame of ``source`` with the bundle's model, with ``codes``, or both; send the events to ``sinks``.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -15,8 +17,11 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from edgekit.errors import InputError, UsageError
 from edgekit.scanner import Code, CodeReader, event_schema
+from edgekit.scanner.assembly import assemble
+from edgekit.scanner.config import config_of
 from edgekit.scanner.gs1 import parse_gs1, parse_link
 from edgekit.scanner.reading import Reading, Region
+from edgekit.scanner.stop import Stop
 
 ELEMENTS = "(01)09501101530003(17)301231(10)AB-123"
 
@@ -285,3 +290,15 @@ def test_whole_itf_codes_beside_print_are_read(degrees: int) -> None:
     draw.rectangle((4, 4, label.width - 5, label.height - 5), outline=0, width=4)
     picture = np.asarray(label.rotate(degrees, Image.Resampling.BICUBIC, expand=True, fillcolor=255))
     assert [each.text for each in CodeReader(0)(picture)] == ["31402868883412"]
+
+
+def test_files_have_more_time_than_cameras(tmp_path: Path) -> None:
+    budgets = {}
+    for address in ("pattern:32x32@0,1", str(tmp_path)):
+        with contextlib.ExitStack() as stack:
+            config = config_of({"codes": {}, "source": [{"address": address}]})
+            parts = assemble(config, stack, Stop())
+            assert parts.reading is not None
+            assert isinstance(parts.reading.codes, CodeReader)
+            budgets[address] = parts.reading.codes.budget_ms
+    assert list(budgets.values()) == [100, 300]
