@@ -293,6 +293,7 @@ def test_whole_itf_codes_beside_print_are_read(degrees: int) -> None:
 
 
 def test_files_have_more_time_than_cameras(tmp_path: Path) -> None:
+    Image.new("L", (32, 32)).save(tmp_path / "a.png")
     budgets = {}
     for address in ("pattern:32x32@0,1", str(tmp_path)):
         with contextlib.ExitStack() as stack:
