@@ -66,7 +66,7 @@ class Parts:
 
     def reasons(self, figures: dict[str, Any]) -> list[str]:
         """Why the scan is not ready, from its figures and its disk."""
-        rows = [row for row in figures["sources"] if row.get("state", "up") not in ("up", "ended")]
+        rows = [row for row in figures["sources"] if row.get("state", "up") not in ("up", "ended", "removed")]
         found = [f"{row['source']} is {row['state']}" + (f": {row['reason']}" if row.get("reason") else "") for row in rows]
         found += [f"the {row['step']} failed" for row in figures["steps"] if row.get("healthy") is False]
         if self.outbox is not None:

@@ -103,10 +103,10 @@ class NoReadEvent(Read, rename={"kind": "event"}, kw_only=True):
 
 
 class CameraEvent(Event, rename={"kind": "event"}, kw_only=True):
-    """A camera came up, went down, or changed the size of its pictures."""
+    """A camera came up, went down, changed the size of its pictures, or was removed."""
 
     kind: Literal["camera"]
-    state: Literal["up", "down"]
+    state: Literal["up", "down", "removed"]
     width: Count | UnsetType = UNSET
     height: Count | UnsetType = UNSET
     reason: Text = UNSET

@@ -135,16 +135,23 @@ class Pipeline:
             finally:
                 if close := getattr(self._source, "close", None):
                     close()
-            yield from self._sent(self._due(math.inf))
+            yield from self._last()
         except GeneratorExit:
             self._stop.set()
-            self._sent(self._due(math.inf))
-            self._flush()
+            for _ in self._last():
+                pass
             raise
         finally:
             for step in self._steps:
                 step.close()
+
+    def _last(self) -> Generator[Event, None, None]:
+        """What the steps still have is sent first of all; then sinks may take their time, and say what came of it."""
+        yield from self._sent(self._due(math.inf))
         self._flush()
+        if late := self._due(math.inf):
+            yield from self._sent(late)
+            self._flush()
 
     def events(self, item: Captured | Notice | None) -> list[Event]:
         """What one item of the source, and what is at hand with it, gives to send; numbered."""

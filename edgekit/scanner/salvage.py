@@ -28,6 +28,7 @@ def open_sound(path: Path, schema: str, version: int, added: str) -> sqlite3.Con
 
     Raises `DataError` for a database of another kind, `OSError` where there is no room for a new one.
     """
+    _exchange(path)
     try:
         connection = connect(path, schema, version, added)
         try:
@@ -64,7 +65,8 @@ def _damage(connection: sqlite3.Connection, path: Path) -> str:
 def _set_aside(path: Path, schema: str, version: int, added: str) -> tuple[Path, int]:
     """Put a new database in the place of ``path``: where the old one lies, and how many of its events are in the new one.
 
-    The new one is made beside it, then both change their names: whatever fails before leaves the old file in its place.
+    The new one is made beside it and gets the name that says that it is whole; then both change their names. Whatever fails
+    before leaves the old file in its place, and what ends the process amid them is finished by the next start.
     """
     new = path.with_name(f"{path.name}.new")
     for part in _PARTS:
@@ -77,16 +79,28 @@ def _set_aside(path: Path, schema: str, version: int, added: str) -> tuple[Path,
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         connection.close()
+    os.rename(new, _whole_one(path))
+    sync_folder(path)
+    return _exchange(path), events
+
+
+def _whole_one(path: Path) -> Path:
+    return path.with_name(f"{path.name}.salvaged")
+
+
+def _exchange(path: Path) -> Path:
+    """Where a whole new database lies beside ``path``: the old one's files go, what is left of them, and it takes the place."""
     number = 1
-    while any(os.path.lexists(f"{path}.old-{number}{part}") for part in _PARTS):
+    while os.path.lexists(f"{path}.old-{number}"):
         number += 1
     old = path.with_name(f"{path.name}.old-{number}")
-    for part in _PARTS:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(f"{path}{part}", f"{old}{part}")
-    os.rename(new, path)
-    sync_folder(path)
-    return old, events
+    if _whole_one(path).exists():
+        for part in _PARTS:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{path}{part}", f"{old}{part}")
+        os.rename(_whole_one(path), path)
+        sync_folder(path)
+    return old
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ class Scanner:
 
     def fire(self, source: str | None = None, reference: str = "") -> bool:
         """Trigger a camera, or all, as [trigger] says; from any thread. ``reference`` comes back in the event. False where the
-        scan does not run, has no [trigger] that waits for one, or too many wait already."""
+        scan does not run, has no such camera, no [trigger] that waits for one, or too many wait already."""
         fires = [step.fire for step in self._steps if isinstance(step, Trigger)]
         return bool(fires) and min(fire(source, reference) for fire in fires)
 
@@ -144,6 +144,7 @@ class Scanner:
             tally, preview = Tally(), self._serve(stack)
             parts = assemble(self.config, stack, self._stop, self._frames)
             self._steps = parts.steps
+            stack.callback(setattr, self, "_steps", [])
 
             def answered(captured: Captured, answer: Answer | None) -> None:
                 tally.see(captured, answer)

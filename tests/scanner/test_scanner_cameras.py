@@ -226,6 +226,12 @@ def test_cameras_come_and_go_while_it_runs() -> None:
             cameras.add("pattern:64x48@100")
         rows = {row["source"]: row for row in cameras.counts()}
         assert rows["second"]["state"] == "removed"
+        was = rows["second"]["captured"]
+        cameras.add("pattern:32x32@100", "second")
+        assert until_given(cameras, "second")
+        again = [row for row in cameras.counts() if row["source"] == "second"]
+        assert [row["state"] for row in again] == ["up"]  # one row
+        assert again[0]["captured"] > was
         assert rows["second"]["captured"] == rows["second"]["given"] + sum(rows["second"]["dropped"].values())
         assert sum(row["captured"] for row in rows.values()) >= before
 
@@ -252,9 +258,11 @@ def test_a_running_scan_takes_cameras_and_gives_them_back() -> None:
                 scanner.remove("first")
             gone = len(heard)
         elif gone and len(heard) == gone + 5:
-            assert {each["source"] for each in heard[gone:]} == {"second"}
+            assert {each["source"] for each in heard[gone:] if "event" not in each} == {"second"}
+            assert scanner.status()["ready"]
             scanner.remove("second")  # the last one: the scan ends
     assert scanner.summary is not None
+    assert [each["source"] for each in heard if each.get("state") == "removed"] == ["first", "second"]
     summary = scanner.summary
     assert summary.in_flight == 0
     assert summary.captured == summary.inferred + sum(summary.dropped.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import random
 import resource
 import sqlite3
@@ -16,7 +17,7 @@ import msgspec
 import pytest
 
 from edgekit.errors import DataError, UsageError
-from edgekit.scanner import Outbox, OutboxOptions, open_sink
+from edgekit.scanner import Outbox, OutboxOptions, open_sink, salvage
 from edgekit.scanner.events import encode
 from edgekit.scanner.sinks import forward, local
 
@@ -330,6 +331,35 @@ def test_a_damaged_outbox_is_kept_and_what_can_be_read_of_it_goes_on_waiting(
     assert kept_files > 15
     assert max(saved) == 59
     assert sum(saved) > 0.5 * 59 * len(saved)
+
+
+def test_what_ends_the_process_amid_the_change_of_names_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "o" / "o.sqlite"
+    data = bytearray(filled(path))
+    data[-4096:] = random.Random(3).randbytes(4096)
+    most = len(opened_after(path, bytes(data), capsys)[0])
+    assert most > 20
+    for dies in range(3):
+        put_back(path, bytes(data))
+        left = dies
+
+        def rename(a: Any, b: Any, rename: Any = os.rename) -> None:
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            rename(a, b)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(salvage.os, "rename", rename)
+            with pytest.raises(KeyboardInterrupt):
+                Outbox(path)
+        with contextlib.closing(Outbox(path)) as outbox:
+            assert len(ids(outbox)) + len(ids(outbox, "other")) == most
+        assert (path.parent / "o.sqlite.old-1").read_bytes() == data
+        capsys.readouterr()
 
 
 @pytest.mark.parametrize("kind", ["text", "noise", "header", "read-only", "newer", "names"])

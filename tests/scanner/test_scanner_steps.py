@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from edgekit.scanner import Captured, Code, Notice, Pipeline
 from edgekit.scanner.steps.crosscheck import CrossCheck
 from edgekit.scanner.steps.duplicates import DuplicateOptions, Duplicates
+from edgekit.scanner.steps.harvest import Harvest, HarvestOptions
+from edgekit.scanner.steps.incident import IncidentOptions, Incidents
 from edgekit.scanner.steps.noread import Cause
 from edgekit.scanner.steps.ring import Ring, RingOptions
 from edgekit.scanner.steps.triggers import NO_TRIGGER, Trigger, TriggerOptions
@@ -237,7 +239,41 @@ def test_votes_count_what_was_never_confirmed() -> None:
     for at, text in ((0.0, "123456"), (0.1, "12"), (0.2, "123456"), (5.0, "9")):
         step.frame(shot(0, at), {"source": "c", "codes": [{"text": text, "format": "ITF"}]})
     step.due(6.0, 0.0)
-    assert step.status() == {"confirmed": 1, "unconfirmed": 3, "outvoted": 2}
+    assert step.status() == {"confirmed": 1, "unconfirmed": 3, "outvoted": 1}
+    step.due(16.0, 0.0)
+    assert step.status()["outvoted"] == 2
+
+
+def test_votes_of_frames_that_waited_for_longer_than_the_window_count() -> None:
+    """A slow reader: each frame is read 0.6 s after its capture."""
+    step = Votes()
+    for seq in range(10):
+        at = seq / 10
+        step.frame(shot(seq, at), {"source": "camera:0", "codes": [{"text": "123456", "format": "ITF"}]})
+        step.due(at + 0.6, 0.0)
+    assert step.status() == {"confirmed": 9, "unconfirmed": 1, "outvoted": 0}
+
+
+def test_a_camera_that_is_gone_is_triggered_no_more_and_one_that_came_is() -> None:
+    step = Trigger(TriggerOptions(mode="single", time_ms=100), cameras=["a", "b"], clock=lambda: 1.0)
+    assert not step.fire("c")
+    for name, state in (("b", "removed"), ("c", "up")):
+        notice = Captured(None, name, -1, 1e9, "camera", 0.5)
+        assert step.frame(notice, {"source": name, "event": "camera", "state": state})
+    assert not step.fire("b")
+    assert step.fire()
+    assert step.fire("c")
+    made = [*step.due(10.0, 0.0), *step.due(20.0, 0.0)]
+    assert sorted(event["source"] for event in made) == ["a", "c", "c"]
+
+
+def test_the_last_events_wait_for_no_file(tmp_path: Path) -> None:
+    """A scan that has to end sends what its steps still have first; only then may frames be packed and files written."""
+    incidents, harvest = Incidents(IncidentOptions(folder=str(tmp_path))), Harvest(HarvestOptions(folder=str(tmp_path)))
+    for step in (incidents, harvest):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step, "flush", lambda patience_s=0.0: pytest.fail("it waited"))
+            assert step.due(math.inf, 0.0) == []
 
 
 @settings(deadline=None, max_examples=15)

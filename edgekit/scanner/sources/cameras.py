@@ -8,6 +8,7 @@ import shlex
 import threading
 import time
 import urllib.parse
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ class Cameras:
         self._cameras: dict[str, Camera] = {}
         self._former: list[dict[str, Any]] = []
         self._leaving: list[Camera] = []
+        self._notices: deque[Notice] = deque()
         self._turn = 0
         self._started = self._closed = False
         own = options if isinstance(options, Mapping) else {}
@@ -116,7 +118,8 @@ class Cameras:
             self._leaving.remove(camera)
             self._former.append({**camera.counts(), "state": "removed", "reason": ""})
             if len(self._former) > FORMER:
-                self._former[:2] = [_added_up(*self._former[:2])]
+                self._former[:2] = [_added_up(*self._former[:2], name="removed cameras")]
+            self._notices.append(Notice("camera", name, time.time(), time.monotonic(), {"state": "removed"}))
             self._something.notify_all()
 
     def more(self, count: int) -> list[Captured]:
@@ -130,8 +133,11 @@ class Cameras:
     def counts(self) -> list[dict[str, Any]]:
         """As `Counting.counts`, a row a camera, those that ended or were removed too; with ``state``, ``reason`` and more."""
         with self._something:
-            cameras = [*self._cameras.values(), *self._leaving]
-            return [*(dict(row) for row in self._former), *(camera.counts() for camera in cameras)]
+            rows: dict[str, dict[str, Any]] = {}
+            for row in [*self._former, *(camera.counts() for camera in (*self._leaving, *self._cameras.values()))]:
+                name = row["source"]  # one that was removed and added again is one camera
+                rows[name] = _added_up(rows[name], row, name=name, pid=row["pid"]) if name in rows else dict(row)
+            return list(rows.values())
 
     def close(self) -> None:
         """End every camera's process; frames that wait are dropped, reason ``stopped``."""
@@ -162,6 +168,8 @@ class Cameras:
 
     def _taken(self, frames_only: bool) -> Captured | Notice | None:
         """From the camera whose turn it is, or the next one that has something."""
+        if self._notices:
+            return None if frames_only else self._notices.popleft()
         cameras = list(self._cameras.values())
         for step in range(len(cameras)):
             camera = cameras[(self._turn + step) % len(cameras)]
@@ -224,10 +232,10 @@ def _check_pipeline(pipeline: str) -> None:
         raise UsageError("the pipeline is empty", "write gst:PIPELINE, without a sink at its end")
 
 
-def _added_up(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _added_up(one: dict[str, Any], other: dict[str, Any], *, name: str, pid: int | None = None) -> dict[str, Any]:
     dropped = {
         reason: one["dropped"].get(reason, 0) + other["dropped"].get(reason, 0) for reason in one["dropped"] | other["dropped"]
     }
     growing = ("captured", "given", "in_flight", "notices_dropped", "refused_packets", "attempts")
-    summed = {name: one[name] + other[name] for name in growing}
-    return {**other, "source": "removed cameras", "pid": None, **summed, "dropped": dropped}
+    summed = {key: one[key] + other[key] for key in growing}
+    return {**other, "source": name, "pid": pid, **summed, "dropped": dropped}

@@ -38,7 +38,7 @@ class Step(Protocol):
         ...
 
     def close(self) -> None:
-        """The scan ends; `due` is asked a last time before, with an infinite ``monotonic``."""
+        """The scan ends; before, `due` is asked with an infinite ``monotonic``: once, and once more when all is flushed."""
         ...
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import random
 import threading
@@ -122,8 +121,6 @@ class Harvest:
             self._take(
                 each.shown.frame, about, "disagreement", 3.0, str(each.after.get("label", each.after.get("text"))), whole=True
             )
-        if math.isinf(monotonic):
-            self.flush()
         return []
 
     def send(self, event: Event) -> None:

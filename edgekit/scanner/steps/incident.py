@@ -77,6 +77,7 @@ class Incidents:
         self._quiet_until = -math.inf
         self._counts = {"files": 0, "cooled": 0, "failed": 0}
         self._done: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._ending = False
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -113,8 +114,8 @@ class Incidents:
     def due(self, monotonic: float, wall: float) -> list[Event]:
         self._opened().due = (monotonic, wall)
         if math.isinf(monotonic):
+            self._ending = True
             self._finish()
-            self.flush(2.0)
         return [self._done.get() for _ in range(self._done.qsize())]
 
     # As a sink
@@ -248,7 +249,8 @@ class Incidents:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             if isinstance(job, Kept):
-                job.pack()
+                if not self._ending:  # a file packs what it needs
+                    job.pack()
             elif callable(job):
                 job()
             else:

@@ -143,13 +143,16 @@ class Trigger:
         self._durations = array("d")
         self._causes: dict[str, int] = {}
         self._counts = {"fired": 0, "refused": 0, "triggers": 0, "good": 0, "no_read": 0, "frames": 0, "codes": 0}
+        self._named = bool(cameras)  # else they are files: a folder is known from its first frame on
         for name in cameras:
             self._camera(name)
 
     def fire(self, source: str | None = None, reference: str = "") -> bool:
-        """Trigger a camera, or all; from any thread. ``reference`` comes back in the event. False where too many wait."""
+        """Trigger a camera, or all; from any thread. ``reference`` comes back in the event. False where too many wait, or no
+        such camera is known."""
         with self._lock:
-            fits = self.options.mode in _FIRED and len(self._fires) < MOST_FIRES
+            known = source is None or not self._named or source in self._cameras
+            fits = known and self.options.mode in _FIRED and len(self._fires) < MOST_FIRES
             self._counts["fired" if fits else "refused"] += 1
             if fits:
                 self._fires.append(_Fire(source, reference, self._clock() + self.options.delay_ms / 1e3))
@@ -192,6 +195,8 @@ class Trigger:
             return [event]
         window = self._owner.pop((captured.source, captured.seq), None)
         if window is None:
+            if event.get("event") == "camera":
+                self._told(captured, event)
             return [event]
         if "event" not in event:
             self._counted(event)
@@ -256,6 +261,16 @@ class Trigger:
             camera = self._cameras[name] = _Camera(name, self._scene())
             camera.waiting, self._unplaced = self._unplaced, deque()
         return self._cameras[name]
+
+    def _told(self, captured: Captured, event: Event) -> None:
+        """A camera that was added is triggered from its first word on; one that was removed, no more."""
+        if event.get("state") != "removed":
+            self._camera(captured.source)
+        elif (camera := self._cameras.get(captured.source)) is not None:
+            self._place_fires()
+            self._advance(camera, captured.monotonic)
+            self._end(camera, captured.monotonic)
+            del self._cameras[captured.source]
 
     def _scene(self) -> Scene | None:
         options = self.options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = ["WEAK", "VoteOptions", "Votes"]
 #: others carry one or more check characters, or Reed-Solomon words, over the whole of a symbol.
 WEAK = ("ITF", "ITF-14", "Codabar", "Code 39", "Code 39 Standard", "Code 39 Extended", "DX Film Edge")
 
+PATIENCE_S = 10.0  # a frame that waits for longer before it is read counts no more
 MOST_VALUES = 4096  # remembered at a time; a window holds far fewer
 
 
@@ -50,16 +52,19 @@ class Votes:
         self.options = options or VoteOptions()
         self._formats = {symbology(name) for name in self.options.formats}
         self._seen: OrderedDict[tuple[str, str, str], list[_Read]] = OrderedDict()
+        self._latest: dict[str, float] = {}  # capture of a camera
         self._counts = {"confirmed": 0, "unconfirmed": 0, "outvoted": 0}
 
     def wants(self, captured: Captured) -> str:
         return ""
 
     def frame(self, captured: Captured, event: Event) -> list[Event]:
+        camera = camera_of(str(event["source"]))
+        if captured.frame is not None:
+            self._latest[camera] = max(captured.monotonic, self._latest.get(camera, captured.monotonic))
         codes = event.get("codes")
         if not codes or not any(symbology(code["format"]) in self._formats for code in codes):
             return [event]
-        camera = camera_of(str(event["source"]))
         asked: dict[tuple[str, str], bool] = {}  # twice on one frame is one read
         believed: list[Any] = []
         waiting: list[Any] = []
@@ -76,8 +81,10 @@ class Votes:
         return [{**event, "codes": believed, "unconfirmed": waiting}]
 
     def due(self, monotonic: float, wall: float) -> list[Event]:
-        for key in list(self._seen):
-            self._prune(key, monotonic)
+        for key in list(self._seen):  # by the captures' clock: a frame may have waited for longer than the window
+            self._prune(key, max(self._latest.get(key[0], -math.inf), monotonic - PATIENCE_S))
+        if len(self._latest) > MOST_VALUES:
+            self._latest.clear()
         return []
 
     def status(self) -> dict[str, Any]:
