@@ -56,6 +56,7 @@ __all__ = ["scan"]
     is_flag=True,
     help="Only name every mistake in the config file B.toml, and what this machine lacks.",
 )
+@click.option("--example", is_flag=True, help="Only print a config file with every setting, its default and what it does.")
 @click.option("--tui", is_flag=True, help="Show the running scan in this terminal; without --sink its events are only shown.")
 @answers
 def scan(
@@ -69,6 +70,7 @@ def scan(
     threads: int,
     code_budget_ms: float | None,
     check: bool,
+    example: bool,
     tui: bool,
 ) -> Answer:
     """Read images with a model, codes, or both: one JSON event an image. B is a bundle, or a TOML file that says all.
@@ -81,6 +83,7 @@ def scan(
       edgekit scan digits.edge --source images/
       edgekit scan digits.edge --codes --source images/ --sink jsonl:events.jsonl --sink sqlite:events.db
       edgekit scan --codes --source inbox/ --watch --sink mqtt://broker:1883/line1/codes
+      edgekit scan --example > scan.toml
       edgekit scan --check scan.toml && edgekit scan scan.toml
       edgekit scan scan.toml --tui
     """
@@ -90,6 +93,10 @@ def scan(
     from edgekit.scanner.service import named_config
 
     written = bundle is not None and bundle.suffix.lower() == ".toml"
+    if example:
+        from edgekit.scanner.example import example_config
+
+        return Answer({"config": (text := example_config())}, text.rstrip())
     if check:
         return _checked(bundle, written)
     if written and bundle is not None:

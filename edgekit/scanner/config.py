@@ -74,9 +74,9 @@ class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CodeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``budget_ms``: so long after the plain reading of a frame no further attempt is started, 0 reads plainly only, None is
-    300 for files and 100 where a source is live. ``formats``: those that
-    are read, as `CodeReader` takes them; none named: all."""
+    """``budget_ms``: so long after the plain reading of a frame no further attempt is started, 0 reads plainly only; where it
+    is not set 300 for files and 100 where a source is live. ``formats``: those that are read, as `CodeReader` takes them; none
+    named: all."""
 
     budget_ms: Annotated[float, msgspec.Meta(ge=0, le=600_000)] | None = None
     formats: tuple[str, ...] = ()

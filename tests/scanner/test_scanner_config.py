@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
 from edgekit.scanner import Scanner, read_config
+from edgekit.scanner.config import parse_config
 
 Cli = Callable[..., Any]
 
@@ -129,3 +132,23 @@ def test_a_folder_may_have_a_name_and_cameras_without_one_show_no_password(
     assert first["event"] == "camera"
     assert first["source"] in ("tcp://127.0.0.1:1", "tcp://127.0.0.1:2")
     assert "geheim" not in str(first) + str(scanner.status())
+
+
+def test_the_example_says_every_key_and_its_default(cli: Any, tmp_path: Path) -> None:
+    text = cli("scan", "--example").out
+    (file := tmp_path / "scan.toml").write_text(text)
+    plain = read_config(file)
+    assert [source.address for source in plain.source] == ["camera:0"]
+    assert plain == read_config(file)
+    file.write_text(re.sub(r"(?m)^#(?=\[|\w+ = )", "", text).replace('candidate = ""', 'candidate = "next.edge"'))
+    config, problems = parse_config(file)
+    assert config is not None, problems
+    for name in config.__struct_fields__:
+        table = getattr(config, name)
+        for struct in table if isinstance(table, tuple) else [table]:
+            for field in msgspec.structs.fields(struct):
+                assert f"{field.name} = " in text
+                found = getattr(struct, field.name)
+                paths = field.name in ("folder", "candidate", "report", "kept", "baseline", "path")
+                if not field.required and not paths and field.default not in (None, msgspec.NODEFAULT):
+                    assert found == field.default, (name, field.name)

@@ -41,7 +41,7 @@ class TriggerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     changed by more than ``scene_level`` grey levels) until it is away for ``leave_ms``, or ``time_ms`` are over.
 
     Frames count from ``delay_ms`` after the trigger on; negative: also such that were captured before and not yet read.
-    ``end_on_good_read``: as ``single`` ends; None leaves it to the mode. ``good_score``: what makes a label or a text a
+    ``end_on_good_read``: as ``single`` ends; where it is not set the mode says. ``good_score``: what makes a label or a text a
     good read where no codes are sought. ``inputs``: where triggers come from, as in `TRIGGER_INPUTS`.
     """
 
