@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,7 +166,8 @@ def _box(draw: Any, font: Any, code: Any, scale: float, line: int, size: tuple[i
 
 
 def _name(source: str) -> str:
-    return source if "://" in source else source.rpartition("/")[2]
+    """Of a file without its folder; a camera may be named as it likes."""
+    return source.rpartition("/")[2] if Path(source).suffix and "://" not in source else source
 
 
 def _headline(shot: Shot) -> str:

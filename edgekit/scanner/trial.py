@@ -85,9 +85,8 @@ class Trial:
         """None: not yet; "": it has earned the place; else the reason why it has not."""
         apart = self.frames - self.alike
         if apart > (1 - self.agreement) * self.wanted + 1e-9:
-            return (
-                f"it answers otherwise on {apart} of {self.frames} frames; {1 - self.agreement:.3g} of {self.wanted} may differ"
-            )
+            may = int((1 - self.agreement) * self.wanted + 1e-9)
+            return f"it answers otherwise on {apart} of {self.frames} frames; {may} of {self.wanted} may"
         if self.frames < self.wanted or not self._times[0]:
             return None
         slow, allowed = self.slower()

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekit.bundle import Bundle
 from edgekit.errors import InputError, UsageError
-from edgekit.scanner import ScanConfig
+from edgekit.scanner import ScanConfig, Scanner
 from edgekit.scanner.config import config_of, parse_config
 
 Cli = Callable[..., Any]
@@ -147,3 +148,29 @@ def test_what_does_nothing_is_a_warning(tmp_path: Path, cli: Cli, digits_bundle:
         "8": "mode",
         "11": "no",
     }
+
+
+def test_every_step_bears_an_event_of_another(digits_bundle: Bundle, tmp_path: Path) -> None:
+    """A drift event comes amid the frames: it has no number, and goes through all that stands behind it."""
+    random = np.random.default_rng(0)
+    config = {
+        "model": {"bundle": str(digits_bundle.path)},
+        "codes": {"budget_ms": 0},
+        "drift": {"every_frames": 1, "window_frames": 40, "learn_frames": 40},
+        "selftest": {},
+        "harvest": {"folder": str(tmp_path / "harvest"), "near_bits": 0},
+        "votes": {},
+        "trigger": {},
+        "crosscheck": {},
+        "duplicates": {},
+        "ring": {"folder": str(tmp_path / "ring"), "keep": "both"},
+        "incidents": {"folder": str(tmp_path / "incidents")},
+        "sink": [{"address": f"jsonl:{tmp_path}/events.jsonl"}],
+    }
+    frames = [random.integers(0, 256 if i < 100 else 64, (32, 32), np.uint8) for i in range(200)]
+    events = list(Scanner(config, frames=frames))
+    assert [event["state"] for event in events if event.get("event") == "drift" and event["part"] == "brightness"] == [
+        "drifted"
+    ]
+    assert sum("label" in event for event in events) == 200
+    assert list((tmp_path / "harvest").glob("*.png"))

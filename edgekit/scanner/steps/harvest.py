@@ -103,7 +103,7 @@ class Harvest:
         return ""
 
     def frame(self, captured: Captured, event: Event) -> list[Event]:
-        if captured.frame is None:
+        if captured.frame is None or "seq" not in event:  # of another step, which `send` hears of
             return [event]
         self._recent.append((captured, event))
         score = event.get("score")
