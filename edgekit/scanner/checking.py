@@ -21,11 +21,12 @@ from .batching import refuse_fixed_batch
 from .codes import CodeReader
 from .config import ModelOptions, ScanConfig, parse_config
 from .consistency import idle
+from .database import check_database
 from .outbox import default_outbox
 from .reading import Reading
 from .sinks import open_sink
 from .sinks.jsonl import place_of
-from .sinks.sqlite import SqliteSink
+from .sinks.sqlite import VERSION
 from .sources import open_source
 from .sources.address import kind_of
 from .sources.cameras import Cameras
@@ -197,7 +198,7 @@ def _file_sink(kind: str, address: str) -> None:
     if not path.exists():
         check_new(path)
     elif kind == "sqlite":
-        SqliteSink(path).close()
+        check_database(path, VERSION)
     elif not os.access(path, os.W_OK):
         raise PermissionError(13, os.strerror(13), str(path))
 

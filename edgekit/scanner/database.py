@@ -13,7 +13,7 @@ from pathlib import Path
 from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import DataError
 
-__all__ = ["FULL", "Damaged", "OtherVersion", "connect", "sqlite_errors", "sync_folder"]
+__all__ = ["FULL", "Damaged", "OtherVersion", "check_database", "connect", "sqlite_errors", "sync_folder"]
 
 #: What a full disk says (``EFBIG``: a limit on files), and a failing one (``EIO``): it may pass.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
@@ -57,7 +57,18 @@ def connect(path: Path, schema: str, version: int, added: str = "") -> sqlite3.C
     return connection
 
 
-def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: int, added: str) -> None:
+def check_database(path: Path, version: int) -> None:
+    """Whether `connect` would take the file, without writing anything. Raises `DataError`, `OSError`."""
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    with (
+        sqlite_errors(path),
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection,
+    ):
+        _version(connection, path, version)
+
+
+def _version(connection: sqlite3.Connection, path: Path, version: int) -> int:
     found = int(connection.execute("PRAGMA user_version").fetchone()[0])
     tables = int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
     if found != version and (found or tables):
@@ -66,6 +77,11 @@ def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: i
             "name a new file",
             found,
         )
+    return found
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: int, added: str) -> None:
+    found = _version(connection, path, version)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     if not found:

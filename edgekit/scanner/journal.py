@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +24,10 @@ _SECRET = re.compile(r"pass|secret|token|key|credential|user", re.IGNORECASE)
 
 
 class Kept:
-    """A frame in memory: as it came, then packed."""
+    """A frame in memory: as it came, then packed. ``waits``: to be packed by and by, not only where a file is written."""
 
-    def __init__(self, frame: NDArray[np.uint8]) -> None:
+    def __init__(self, frame: NDArray[np.uint8], waits: bool = False) -> None:
+        self.waits = waits
         self.frame: NDArray[np.uint8] | None = frame if frame.base is None else np.array(frame)
         self.png = b""
         self.size = frame.nbytes
@@ -33,7 +35,7 @@ class Kept:
     def pack(self) -> bytes:
         if (frame := self.frame) is not None:
             self.png = encode_png(frame)
-            self.frame, self.size = None, len(self.png)
+            self.frame, self.size, self.waits = None, len(self.png), False
         return self.png
 
 
@@ -58,9 +60,20 @@ class Chunk:
     first: int
     begin: float
     turns: list[Turn] = field(default_factory=list)
+    text: int = 0  # bytes of what is no picture, about
+    frames: int = 0
+    _settled: int = 0  # bytes of frames whose size is final
+    _waiting: deque[Kept] = field(default_factory=deque)
+
+    def add(self, kept: Kept) -> None:
+        self.frames += 1
+        self._waiting.append(kept)
 
     def size(self) -> int:
-        return sum(kept.size for kept in self.kept) + sum(kept.size for turn in self.turns for kept in turn.frames)
+        """In bytes; asked with every frame, so it looks at those only that are still to be packed."""
+        while self._waiting and not self._waiting[0].waits:
+            self._settled += self._waiting.popleft().size
+        return self._settled + self.text + sum(kept.size for kept in self._waiting)
 
 
 def recordable(frame: Any) -> bool:

@@ -37,11 +37,11 @@ def promoted_file(kept: str, candidate: str, configured: str) -> Path:
 
 def keep_promoted(path: Path, bundle: Bundle, instead_of: str) -> str:
     """Why it is not kept, "" where it is. A link (an install's ROOT/current) is followed: it may soon lead elsewhere."""
-    if bundle.digest == instead_of:  # back where the config is
-        path.unlink(missing_ok=True)
-        return ""
     promoted = Promoted(str(bundle.path.resolve()), bundle.digest, instead_of, rfc3339(time.time()))
     try:
+        if bundle.digest == instead_of:  # back where the config is
+            path.unlink(missing_ok=True)
+            return ""
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, msgspec.json.encode(promoted) + b"\n")
     except (OSError, EdgekitError) as error:

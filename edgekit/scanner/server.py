@@ -248,7 +248,7 @@ def _may_ask(host: str, names: set[str]) -> bool:
     """A browser that was sent here under a foreign name says that name; an address cannot be pointed elsewhere."""
     name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
     name = name.strip("[]").lower()
-    if name in names:
+    if name in {each.lower() for each in names}:
         return True
     try:
         ipaddress.ip_address(name)

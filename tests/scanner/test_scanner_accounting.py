@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, UsageError
 from edgekit.runtime import Model
-from edgekit.scanner import Captured, Code, Pipeline, Stop, open_source, scan
+from edgekit.scanner import Captured, Code, Pipeline, Stop, frames_of, open_source, scan
 
 
 class Memory:
@@ -141,3 +142,15 @@ def test_a_truncated_picture_is_reported_never_raised(tmp_path: Path, share: int
     summary = scan(source=str(cut.parent), codes=True)
     assert summary.captured == 1
     assert summary.inferred + sum(summary.dropped.values()) == 1
+
+
+def test_a_buffer_that_is_filled_again_does_not_change_what_was_seen() -> None:
+    buffer = np.zeros((8, 8), np.uint8)
+
+    def frames() -> Iterator[Any]:
+        for value in range(5):
+            buffer[:] = value
+            yield buffer
+
+    taken = [captured.frame for captured in frames_of(frames()) if captured is not None]
+    assert [int(frame[0, 0]) for frame in taken if frame is not None] == [0, 1, 2, 3, 4]

@@ -152,3 +152,15 @@ def test_the_example_says_every_key_and_its_default(cli: Any, tmp_path: Path) ->
                 paths = field.name in ("folder", "candidate", "report", "kept", "baseline", "path")
                 if not field.required and not paths and field.default not in (None, msgspec.NODEFAULT):
                     assert found == field.default, (name, field.name)
+
+
+@pytest.mark.parametrize("data", [b"", b"no database at all, but some bytes of text"])
+def test_a_check_writes_nothing_into_a_sinks_file(cli: Cli, pictures: Path, tmp_path: Path, data: bytes) -> None:
+    (events := tmp_path / "events.db").write_bytes(data)
+    (file := tmp_path / "scan.toml").write_text(
+        f'[codes]\n[[source]]\naddress = "{pictures}"\n[[sink]]\naddress = "sqlite:{events}"\n'
+    )
+    outcome = cli("scan", "--check", file)
+    assert outcome.code == (2 if data else 0)
+    assert events.read_bytes() == data
+    assert sorted(each.name for each in tmp_path.glob("events*")) == ["events.db"]

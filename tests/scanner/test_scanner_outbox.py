@@ -427,3 +427,24 @@ def test_two_scans_with_one_outbox_are_told_apart(cli: Any, pictures: Path, tmp_
     assert done.code == 1
     assert "in use by another scan" in done.json["error"]
     assert "--outbox" in done.json["hint"]
+
+
+def test_a_disk_that_fills_again_and_again_drops_nothing_while_there_is_room_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "MOST_HELD_BYTES", 2000)
+    sink = open_sink(f"jsonl:{tmp_path}/e.jsonl", lambda: pytest.fail("no outbox"))
+    write, full = type(sink)._write, [False]
+
+    def brink(self: Any, event: Any) -> None:
+        full[0] = not full[0]
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, event)
+
+    monkeypatch.setattr(type(sink), "_write", brink)
+    for i in range(200):
+        sink.send(event(i, 40))
+    assert sink.status()["dropped"] == {}
+    monkeypatch.undo()
+    sink.close()

@@ -72,7 +72,9 @@ class LocalSink(ABC):
                 if not self._waits(error):
                     raise
                 return error
-            self._held.popleft()
+            written = self._held.popleft()
+            if self._full:
+                self._bytes -= len(encode(written))
         if self._full:
             self._full, self._bytes = False, 0
             say(f"there is room again for {self._path}")

@@ -18,9 +18,9 @@ from edgekit.scanner.outbox import Outbox
 from . import Sink
 from .local import LocalSink
 
-__all__ = ["SqliteSink", "open_sqlite"]
+__all__ = ["VERSION", "SqliteSink", "open_sqlite"]
 
-_VERSION = 0x65640001
+VERSION = 0x65640001
 _SCHEMA = """CREATE TABLE events (
     position INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
@@ -40,7 +40,7 @@ class SqliteSink(LocalSink):
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"sqlite:{path}", path)
-        self._connection = connect(path, _SCHEMA, _VERSION)
+        self._connection = connect(path, _SCHEMA, VERSION)
 
     def _write(self, event: Event) -> None:
         row = (event["id"], event["time"], event.get("source", ""), event.get("seq", -1), encode(event).decode())

@@ -16,7 +16,8 @@ __all__ = ["frames_of"]
 def frames_of(frames: Iterable[Any], name: str = "frames") -> Iterator[Captured | None]:
     """Arrays uint8, (H, W) or (H, W, 3) RGB, of any iterable as a source; None in it says that nothing came for a while.
 
-    What is no such array is a frame that could not be read, with the reason; what the iterable raises goes through.
+    Each is copied: it may be filled again once the next one is asked for, while a trigger or a ring still holds it. What is no
+    such array is a frame that could not be read, with the reason; what the iterable raises goes through.
     """
     seq = 0
     for frame in frames:
@@ -25,7 +26,7 @@ def frames_of(frames: Iterable[Any], name: str = "frames") -> Iterator[Captured 
             continue
         wall, monotonic = time.time(), time.monotonic()
         error = _problem(frame)
-        yield Captured(None if error else np.asarray(frame), name, seq, wall, error, monotonic)
+        yield Captured(None if error else np.array(frame), name, seq, wall, error, monotonic)
         seq += 1
 
 

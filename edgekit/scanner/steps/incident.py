@@ -18,7 +18,7 @@ from edgekit.scanner.codes import CodeReader
 from edgekit.scanner.events import Event, encode, rfc3339
 from edgekit.scanner.journal import Chunk, Kept, Turn, model_of, plain, recordable, rounds_of, state_of
 from edgekit.scanner.reading import Reading
-from edgekit.scanner.recording import SUFFIX, Recording, write_recording
+from edgekit.scanner.recording import MAX_ROUNDS, MAX_TEXT, SUFFIX, Recording, write_recording
 from edgekit.scanner.sources import Captured
 from edgekit.version import __version__
 
@@ -27,6 +27,7 @@ from .answers import require, which
 __all__ = ["IncidentOptions", "Incidents"]
 
 _CHUNKS = 4  # of the wanted seconds: whole ones go, so that a file begins where the steps' state is known
+_ROUND = 256  # bytes of a round beside its events, about
 _BACKLOG = 64  # frames that wait to be packed; beyond, they stay as they are
 
 
@@ -125,7 +126,9 @@ class Incidents:
         run_id, _, number = str(event.get("id", "")).rpartition("-")
         self._run_id = run_id
         self._number = int(number) + 1 if number.isdigit() else self._number + 1
-        self._turn.events.append(encode(event))
+        self._turn.events.append(line := encode(event))
+        if self._chunks:
+            self._chunks[-1].text += 2 * len(line) + _ROUND  # the event, and the answer that it came of
         if self._why is None and (found := which(event, self.options.on)):
             self._why, self._on = event, found
             if math.isinf((self._turn.due or (0.0,))[0]):
@@ -140,8 +143,10 @@ class Incidents:
             done.wait(patience_s)
 
     def status(self) -> dict[str, Any]:
-        frames = [kept for chunk in self._chunks for turn in chunk.turns for kept in turn.frames]
-        held = {"frames": len(frames), "megabytes": round(sum(kept.size for kept in frames) / 1e6, 2)}
+        held = {
+            "frames": sum(chunk.frames for chunk in self._chunks),
+            "megabytes": round(sum(chunk.size() for chunk in self._chunks) / 1e6, 2),
+        }
         return {"sink": self.name, "sent": self._number, **self._counts, **held}
 
     def close(self) -> None:
@@ -166,17 +171,19 @@ class Incidents:
         return self._turn
 
     def _begin(self, now: float) -> None:
-        kept: list[Kept] = []
-        states = tuple(state_of(step, lambda frame: self._keep(kept, frame)) for step in self._steps)
         reading = self._reading
         models = (model_of(reading.model), model_of(reading.text)) if reading is not None else (None, None)
-        self._chunks.append(Chunk(states, kept, models, self._number, now))
+        chunk = Chunk((), [], models, self._number, now)
+        self._chunks.append(chunk)
+        chunk.states = tuple(state_of(step, lambda frame: self._keep(chunk.kept, frame)) for step in self._steps)
         self._bundle = self._running()
 
     def _keep(self, kept: list[Kept], frame: Any) -> int:
-        kept.append(Kept(frame))
-        if self._jobs.qsize() < _BACKLOG:
-            self._job(kept[-1])
+        one = Kept(frame, waits=self._jobs.qsize() < _BACKLOG)
+        kept.append(one)
+        self._chunks[-1].add(one)
+        if one.waits:
+            self._job(one)
         return len(kept) - 1
 
     def _fired(self, source: str | None, reference: str, at: float) -> None:
@@ -193,12 +200,17 @@ class Incidents:
             last.begin = now
         if self._bundle is not self._running():
             self._chunks.clear()  # the frames before were read by another model
-        elif now - last.begin < self.options.seconds / _CHUNKS and last.size() < most / _CHUNKS:
+        elif (
+            now - last.begin < self.options.seconds / _CHUNKS
+            and last.size() < most / _CHUNKS
+            and last.text < MAX_TEXT / 2 / _CHUNKS
+            and len(last.turns) < MAX_ROUNDS / 2 / _CHUNKS
+        ):
             return
         self._begin(now)
         while len(self._chunks) > 2 and now - self._chunks[1].begin >= self.options.seconds:
             self._chunks.popleft()
-        while len(self._chunks) > 2 and sum(chunk.size() for chunk in self._chunks) > most:
+        while len(self._chunks) > 2 and (len(self._chunks) > 2 * _CHUNKS or sum(chunk.size() for chunk in self._chunks) > most):
             self._chunks.popleft()
 
     def _finish(self) -> None:
