@@ -213,6 +213,9 @@ def _sinks(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> lis
         if any(_place(sink) == _place(other) for other in targets):
             raise UsageError(f"the sink {sink.name} is named twice", "name each sink once")
         targets.append(sink)
+    if parts.outbox is not None:
+        for name, count in parts.outbox.others({sink.name for sink in targets}).items():
+            say(f"{count} events for {name}, which is no sink of this scan, wait in {parts.outbox.path}", level="warning")
     return targets
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import socket
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -28,7 +27,7 @@ from .sinks import open_sink
 from .sinks.jsonl import place_of
 from .sinks.sqlite import VERSION
 from .sources import open_source
-from .sources.address import kind_of
+from .sources.address import kind_of, parsed_url
 from .sources.cameras import Cameras
 from .sources.gstreamer import GST_LAUNCH
 from .sources.opencv import device_of
@@ -174,8 +173,11 @@ class _Check:
                 self.doubtful.add(("server", "address"), f"{host}:{port}: {error.strerror}", "perhaps a scan that runs")
 
     def _answers(self, at: Key, address: str, meanwhile: str) -> None:
-        url = urllib.parse.urlsplit(address)
-        host, port = url.hostname, url.port or _PORTS.get(url.scheme)
+        try:
+            url, host, port = parsed_url(address)
+        except ValueError:  # whoever opens it has said so
+            return
+        port = port or _PORTS.get(url.scheme)
         if not host or not port:  # a serial line
             return
         try:

@@ -139,6 +139,10 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Host and port. Raises `UsageError` for what is no address."""
         host, _, port = self.address.rpartition(":")
         host = host.strip("[]")
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            host = ""
         if not host or not port.isdigit() or int(port) > 65535:
             raise UsageError(f"the address {self.address!r}", "write HOST:PORT, for example 127.0.0.1:9110")
         return host, int(port)

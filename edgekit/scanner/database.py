@@ -15,10 +15,12 @@ from edgekit.errors import DataError
 
 __all__ = ["FULL", "Damaged", "OtherVersion", "check_database", "connect", "sqlite_errors", "sync_folder"]
 
-#: What a full disk says (``EFBIG``: a limit on files), and a failing one (``EIO``): it may pass.
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+#: What a full disk says (``EFBIG``: a limit on files), a failing one (``EIO``), and another program (``EBUSY``: a lock). It may
+#: pass.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBUSY})
 
-BUSY_S = 5.0
+BUSY_S = 5.0  # at the start
+_BUSY_MS = 50  # later: the scanning thread waits for nobody
 _LARGEST_WAL = 16 << 20  # bytes; a longer one shrinks when it is next reset
 _LEAST_FREE = 1 << 16  # bytes; below, SQLite's "disk I/O error" is a full disk
 
@@ -51,6 +53,12 @@ def connect(path: Path, schema: str, version: int, added: str = "") -> sqlite3.C
         connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             _prepare(connection, path, schema, version, added)
+            connection.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if "locked" not in str(error):
+                raise
+            raise DataError(f"{path} is in use by another process", "give each scan its own file") from None
         except BaseException:
             connection.close()
             raise
@@ -118,5 +126,5 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         if "unable to open" in text or "disk I/O" in text:
             raise OSError(errno.EIO, text, str(path)) from None
         if "locked" in text:
-            raise DataError(f"{path} is in use by another process", "give each scan its own file") from None
+            raise OSError(errno.EBUSY, "another program holds a lock on it", str(path)) from None
         raise Damaged(f"{path} is no usable SQLite database: {text}", "name a new file, or restore it") from None

@@ -13,22 +13,23 @@ as there is room. Only beyond that are they dropped, and counted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from edgekit.errors import DataError
 from edgekit.progress import say
 
 from .database import FULL, sqlite_errors
 from .outbox_options import OutboxOptions
+from .outbox_queue import Held, Queue, Waiting
 from .salvage import open_sound
 
 __all__ = ["Outbox", "OutboxOptions", "Waiting", "default_outbox"]
@@ -37,6 +38,7 @@ __all__ = ["Outbox", "OutboxOptions", "Waiting", "default_outbox"]
 MOST_HELD = 1000
 MOST_HELD_BYTES = 16 << 20
 QUIET_S = 10.0
+RETRY_S = 0.25  # after a lock of another program
 _VERSION = 0x65640002
 _SCHEMA = """CREATE TABLE outbox (
     position INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -58,41 +60,6 @@ CREATE INDEX IF NOT EXISTS outbox_refused ON outbox (sink, position) WHERE refus
 _ROW_COST = "length(event) + 2 * (length(id) + length(sink)) + 64"
 
 
-class Waiting(NamedTuple):
-    """An undelivered event: its place in the queue (negative: in memory), its id, its JSON."""
-
-    position: int
-    id: str
-    event: bytes
-
-
-class _Held(NamedTuple):
-    position: int
-    sink: str
-    id: str
-    event: bytes
-
-    @property
-    def cost(self) -> int:
-        return len(self.event) + 2 * (len(self.id) + len(self.sink)) + 64
-
-
-@dataclass
-class _Queue:
-    """One sink's figures. ``handed``: position -> bytes of the events in delivery; ``done``: delivered, to be removed."""
-
-    waiting: int = 0
-    refused: int = 0
-    bytes: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    handed: dict[int, int] = field(default_factory=dict)
-    done: int = 0
-    said: bool = False
-
-    def copy(self) -> _Queue:
-        return replace(self, dropped=self.dropped.copy(), handed=self.handed.copy())
-
-
 def default_outbox() -> Path:
     """systemd's ``StateDirectory``, else the user's state folder (XDG base directory specification)."""
     if state := os.environ.get("STATE_DIRECTORY"):
@@ -112,11 +79,13 @@ class Outbox:
         self.path = Path(path)
         self.options = options or OutboxOptions()
         self._lock = threading.Lock()
-        self._queues: dict[str, _Queue] = {}
-        self._held: deque[_Held] = deque()
+        self._queues: dict[str, Queue] = {}
+        self._held: deque[Held] = deque()
         self._held_bytes = self._held_count = 0
         self._moved: dict[int, int] = {}  # places in memory -> on disk, of events in delivery
         self._full = 0.0  # when the disk was last full, on the monotonic clock
+        self._locked: OSError | None = None  # by another program
+        self._lost = 0  # events that found no room in memory either, in this outage
         self._unwritten: Counter[tuple[str, str]] = Counter()  # dropped, and not yet in the file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Not on the database itself: SQLite places its own locks there.
@@ -139,13 +108,18 @@ class Outbox:
         full disk."""
         with self._lock:
             self._held_count += 1
-            new = _Held(-self._held_count, sink, event_id, event)
+            new = Held(-self._held_count, sink, event_id, event)
             try:
+                if self._locked is not None and time.monotonic() - self._full < RETRY_S:
+                    raise self._locked  # each attempt holds the scan up
                 self._store(new)
+                self._locked = None
             except OSError as error:
+                self._locked = error if error.errno == errno.EBUSY else None
                 if error.errno not in FULL or self.options.policy == "stop":
                     raise
                 self._hold(new, error)
+            self._queue(sink).sent += 1
 
     def head(self, sink: str, limit: int) -> list[Waiting]:
         """The oldest waiting events of a sink, in order; until the next call they are in delivery, and not dropped."""
@@ -174,6 +148,7 @@ class Outbox:
                 if (cost := queue.handed.pop(position, None)) is not None:
                     queue.bytes -= cost
                     queue.waiting -= 1
+                    queue.delivered += 1
             self._unhold(gone)
             queue.done = max(queue.done, *gone)
             if queue.waiting * 2 < self.options.most_events and queue.bytes < self.options.most_megabytes * 5e5:
@@ -198,8 +173,11 @@ class Outbox:
     def settle(self) -> None:
         """Write what waits in memory, if the disk has room again."""
         with self._lock:
-            if self._held or self._unwritten or any(queue.done for queue in self._queues.values()):
+            if self._unsettled():
                 self._try_to_store()
+
+    def _unsettled(self) -> bool:
+        return bool(self._held or self._unwritten or any(queue.done for queue in self._queues.values()))
 
     def count(self, sink: str, *, refused: bool = False) -> int:
         """Events of a sink that wait (in memory too), or that were refused."""
@@ -217,11 +195,27 @@ class Outbox:
         with self._lock:
             return dict(self._queue(sink).dropped)
 
+    def figures(self, sink: str) -> dict[str, Any]:
+        """All of one moment: ``sent`` and ``delivered`` in this run; ``waiting``, ``unsaved``, ``refused`` and ``dropped`` by
+        reason, of the file; ``before``: waiting, refused and dropped at the start. sent + all before = delivered + waiting +
+        refused + all dropped."""
+        with self._lock:
+            queue = self._queue(sink)
+            unsaved = sum(each.sink == sink for each in self._held)
+            now = {"waiting": queue.waiting, "unsaved": unsaved, "refused": queue.refused, "dropped": dict(queue.dropped)}
+            before = queue.before or {"waiting": 0, "refused": 0, "dropped": {}}
+            return {"sent": queue.sent, "delivered": queue.delivered, **now, "before": before}
+
+    def others(self, sinks: Container[str]) -> dict[str, int]:
+        """How many events wait for whom that is not among ``sinks``."""
+        with self._lock:
+            return {name: queue.waiting for name, queue in self._queues.items() if queue.waiting and name not in sinks}
+
     def close(self) -> None:
         with self._lock:
             if self._lock_file < 0:
                 return
-            if self._held or self._unwritten:
+            if self._unsettled():
                 self._try_to_store()
             if self._held:
                 say(f"{len(self._held)} events are lost: there was no room for them in {self.path}")
@@ -230,8 +224,8 @@ class Outbox:
             os.close(self._lock_file)
             self._lock_file = -1
 
-    def _queue(self, sink: str) -> _Queue:
-        return self._queues.setdefault(sink, _Queue())
+    def _queue(self, sink: str) -> Queue:
+        return self._queues.setdefault(sink, Queue())
 
     def _read_figures(self) -> None:
         with sqlite_errors(self.path):
@@ -245,8 +239,10 @@ class Outbox:
                     queue.waiting = count
             for sink, reason, count in self._connection.execute("SELECT sink, reason, count FROM dropped"):
                 self._queue(sink).dropped[reason] = count
+        for queue in self._queues.values():
+            queue.before = {"waiting": queue.waiting, "refused": queue.refused, "dropped": dict(queue.dropped)}
 
-    def _store(self, new: _Held | None = None) -> None:
+    def _store(self, new: Held | None = None) -> None:
         """All that has to be written, in one transaction; figures change only when it is committed."""
         before, moved = self._queues, dict(self._moved)
         self._queues = {sink: queue.copy() for sink, queue in before.items()}
@@ -276,7 +272,8 @@ class Outbox:
         self._unhold({each.position for each in self._held})
         if self._full and time.monotonic() - self._full > QUIET_S:  # a disk at its brink would say it at every event
             self._full = 0.0
-            say(f"there is room again for {self.path}")
+            lost, self._lost = f"; {self._lost} events were dropped" if self._lost else "", 0
+            say(f"there is room again for {self.path}{lost}")
 
     def _try_to_store(self) -> None:
         """`_store`, except that a full disk leaves things as they are."""
@@ -294,7 +291,7 @@ class Outbox:
                 )
                 queue.done = 0
 
-    def _insert(self, row: _Held, unwritten: Counter[tuple[str, str]]) -> None:
+    def _insert(self, row: Held, unwritten: Counter[tuple[str, str]]) -> None:
         """Store a row that its queue's figures count already, or drop what the limits ask for."""
         queue = self._queue(row.sink)
         limit = self._exceeded(queue)
@@ -311,16 +308,16 @@ class Outbox:
             self._moved[row.position] = added.lastrowid
             queue.handed[added.lastrowid] = cost
 
-    def _known(self, row: _Held) -> bool:
+    def _known(self, row: Held) -> bool:
         found = self._connection.execute("SELECT 1 FROM outbox WHERE sink = ? AND id = ?", (row.sink, row.id))
         return found.fetchone() is not None
 
-    def _exceeded(self, queue: _Queue) -> str:
+    def _exceeded(self, queue: Queue) -> str:
         if queue.waiting + queue.refused > self.options.most_events:
             return "most events"
         return "most megabytes" if queue.bytes > self.options.most_megabytes * 1e6 else ""
 
-    def _make_room(self, row: _Held, queue: _Queue, limit: str, unwritten: Counter[tuple[str, str]]) -> bool:
+    def _make_room(self, row: Held, queue: Queue, limit: str, unwritten: Counter[tuple[str, str]]) -> bool:
         """Drop older events as the policy allows. False where the new one has to go."""
         if self.options.policy == "stop":
             raise DataError(
@@ -366,7 +363,7 @@ class Outbox:
         queue.dropped[reason] += 1
         unwritten[sink, reason] += 1
 
-    def _hold(self, new: _Held, error: OSError) -> None:
+    def _hold(self, new: Held, error: OSError) -> None:
         """Keep an event in memory while the disk is full; beyond `MOST_HELD` drop one and count it."""
         quiet, self._full = self._full, time.monotonic()
         if not quiet:
@@ -380,6 +377,9 @@ class Outbox:
             gone = next(each for each in order if each.position not in self._queue(each.sink).handed)
             self._unhold({gone.position})
             self._drop(gone.sink, "disk full", gone.cost, self._unwritten)
+            if not self._lost:
+                say(f"{self.path}: no more events fit into memory; they are dropped, and counted", "warning")
+            self._lost += 1
 
     def _unhold(self, positions: set[int]) -> None:
         if self._held:

@@ -61,6 +61,12 @@ class Summary:
         text = f"{self.captured} captured, {self.inferred} read, {self.codes} codes"
         if self.dropped:
             text += "; " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        for sink in self.sinks:
+            before = sink.get("before", {})
+            gone = sum(sink.get("dropped", {}).values()) - sum(before.get("dropped", {}).values())
+            refused = sink.get("refused", 0) - before.get("refused", 0)
+            found = [f"{count} {how}" for count, how in ((gone, "dropped"), (refused, "refused")) if count > 0]
+            text += f"; of the events for {sink['sink']} {' and '.join(found)}" if found else ""
         if self.latency_ms["p50"] is not None:
             text += f"; latency p50 {self.latency_ms['p50']:.3g} ms, p99 {self.latency_ms['p99']:.3g} ms"
         return "; ".join(each for each in (text, kpi_line(self.kpis)) if each)

@@ -18,6 +18,7 @@ from edgekit.errors import DataError, MissingExtra, UsageError
 from edgekit.progress import say
 
 from .sinks import without_secrets
+from .sources.address import parsed_url
 
 __all__ = ["TRIGGER_INPUTS", "TriggerInput", "open_trigger_input"]
 
@@ -47,8 +48,7 @@ def open_trigger_input(spec: str, fire: Fire) -> TriggerInput:
     A broker that is down is waited for.
     """
     try:
-        url = urllib.parse.urlsplit(spec)
-        host, port = url.hostname, url.port
+        url, host, port = parsed_url(spec)
     except ValueError:  # its words may quote a part of the password
         raise UsageError(f"the trigger input {without_secrets(spec)!r} is no address", _FORMS) from None
     if url.scheme == "tcp" and port is not None and not url.path.strip("/") and "@" not in url.netloc:

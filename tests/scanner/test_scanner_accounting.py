@@ -15,7 +15,7 @@ from PIL import Image
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, UsageError
 from edgekit.runtime import Model
-from edgekit.scanner import Captured, Code, Pipeline, Stop, frames_of, open_source, scan
+from edgekit.scanner import Captured, Code, Pipeline, Stop, Summary, frames_of, open_source, scan
 
 
 class Memory:
@@ -154,3 +154,14 @@ def test_a_buffer_that_is_filled_again_does_not_change_what_was_seen() -> None:
 
     taken = [captured.frame for captured in frames_of(frames()) if captured is not None]
     assert [int(frame[0, 0]) for frame in taken if frame is not None] == [0, 1, 2, 3, 4]
+
+
+def test_the_last_line_names_events_that_a_sink_lost() -> None:
+    before = {"waiting": 3, "refused": 1, "dropped": {"most events": 30}}
+    sinks = [
+        {"sink": "http://a/", "sent": 9, "refused": 3, "dropped": {"most events": 35}, "before": before},
+        {"sink": "jsonl:b", "sent": 9, "dropped": {}},
+    ]
+    none: Any = {"p50": None, "p99": None}
+    summary = Summary(9, 9, 0, {}, 9, 0, sinks, [], [], none)
+    assert summary.line() == "9 captured, 9 read, 0 codes; of the events for http://a/ 5 dropped and 2 refused"

@@ -164,3 +164,15 @@ def test_a_check_writes_nothing_into_a_sinks_file(cli: Cli, pictures: Path, tmp_
     assert outcome.code == (2 if data else 0)
     assert events.read_bytes() == data
     assert sorted(each.name for each in tmp_path.glob("events*")) == ["events.db"]
+
+
+@pytest.mark.parametrize("address", ["tcp://a..b:9000", "http://a..b/x", "mqtt://a..b/x", f"http://{'x' * 70}.com/x"])
+def test_a_name_that_no_host_can_have_is_told_at_once(cli: Cli, pictures: Path, tmp_path: Path, address: str) -> None:
+    (file := tmp_path / "scan.toml").write_text(
+        f'[codes]\n[[source]]\naddress = "{pictures}"\n[[sink]]\naddress = "{address}"\n'
+    )
+    for words in (("--check", file), (file,)):
+        outcome = cli("scan", *words)
+        assert outcome.code == 2
+        assert "is no address" in outcome.err
+        assert "defect" not in outcome.err

@@ -448,3 +448,40 @@ def test_a_disk_that_fills_again_and_again_drops_nothing_while_there_is_room_in_
     assert sink.status()["dropped"] == {}
     monkeypatch.undo()
     sink.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "outbox"])
+def test_a_lock_of_another_program_is_waited_for(tmp_path: Path, kind: str) -> None:
+    """A clean-up job that holds the file for long neither ends the scan nor holds it up."""
+    path = tmp_path / "e.db"
+    with contextlib.ExitStack() as stack:
+        if kind == "sqlite":
+            sink = open_sink(f"sqlite:{path}", lambda: pytest.fail("no outbox"))
+            stack.callback(sink.close)
+        else:
+            outbox = stack.enter_context(contextlib.closing(Outbox(path)))
+        other = stack.enter_context(contextlib.closing(sqlite3.connect(path, isolation_level=None)))
+        other.execute("BEGIN IMMEDIATE")
+        for i in range(5):
+            if kind == "sqlite":
+                sink.send(event(i, 40))
+            else:
+                outbox.append("s", f"run-{i}", encode(event(i, 40)))
+        figures = sink.status() if kind == "sqlite" else outbox.figures("s")
+        assert (figures["sent"], figures["unsaved"]) == (5, 5)
+        other.execute("ROLLBACK")
+        if kind == "sqlite":
+            sink.flush()
+        else:
+            outbox.settle()
+        table = "events" if kind == "sqlite" else "outbox"
+        found = other.execute(f"SELECT id FROM {table} ORDER BY position").fetchall()  # noqa: S608
+        assert found == [(f"run-{i}",) for i in range(5)]
+
+
+def test_events_for_a_sink_that_is_none_any_more_are_spoken_of(cli: Any, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "o.sqlite"
+    with contextlib.closing(Outbox(path)) as outbox:
+        outbox.append("mqtt://gone:1883/t", "run-1", b"{}")
+    outcome = cli("scan", "--codes", "--source", pictures, "--sink", "tcp://127.0.0.1:9", "--outbox", path)
+    assert f"1 events for mqtt://gone:1883/t, which is no sink of this scan, wait in {path}" in outcome.err

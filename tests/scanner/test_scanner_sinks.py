@@ -28,9 +28,9 @@ def event(i: int) -> dict[str, Any]:
 
 
 def figures(sink: Any, **others: int) -> dict[str, Any]:
-    """A network sink's status."""
+    """A network sink's status, of an outbox that was empty."""
     none = {"sent": 0, "delivered": 0, "waiting": 0, "unsaved": 0, "refused": 0, "dropped": {}}
-    return {"sink": sink.name, **none, **others}
+    return {"sink": sink.name, **none, **others, "before": {"waiting": 0, "refused": 0, "dropped": {}}}
 
 
 @pytest.fixture
@@ -269,7 +269,8 @@ def test_events_of_a_failed_run_go_out_with_the_next(
     second = cli(*arguments)
     before = first.json["sinks"][0]
     assert "nothing listens" in before.pop("down")
-    assert second.json["sinks"][0] == {**before, "delivered": 8, "waiting": 0}
+    left = {"waiting": before["waiting"], "refused": 0, "dropped": {}}
+    assert second.json["sinks"][0] == {**before, "delivered": 8, "waiting": 0, "before": left}
     assert [e["seq"] for e in receiver.events] == [0, 1, 2, 3] * 2
     assert len({e["id"] for e in receiver.events}) == 8
 

@@ -60,7 +60,6 @@ class ForwardSink:
     def __init__(self, name: str, transport: Transport, outbox: Outbox) -> None:
         self.name = name
         self._transport, self._outbox = transport, outbox
-        self._sent = self._delivered = 0
         self._moves = 0  # deliveries and refusals, as `flush` sees them: at once, not a batch at a time
         self._failure: Exception | None = None
         self._problem = ""
@@ -77,7 +76,6 @@ class ForwardSink:
     def send(self, event: Event) -> None:
         self._check()
         self._outbox.append(self.name, event["id"], encode(event))
-        self._sent += 1
         self._wake.set()
 
     def flush(self, patience_s: float = FLUSH_S) -> None:
@@ -102,21 +100,9 @@ class ForwardSink:
             say(f"{self.name}: {waiting} events wait in {self._outbox.path}; the next scan with this --outbox sends them")
 
     def status(self) -> dict[str, Any]:
-        """``sent`` and ``delivered`` in this run; the others are of the outbox file: sent + waiting at the start =
-        delivered + waiting + newly refused + newly dropped. ``unsaved``: those of ``waiting`` that are in memory only.
-        ``down``, while it is: why, and what mends it."""
-        outbox, name = self._outbox, self.name
+        """`Outbox.figures`; ``unsaved``: those that wait in memory only. ``down``, while it is: why, and what mends it."""
         down = {"down": self._problem} if self._problem else {}
-        return {
-            "sink": name,
-            "sent": self._sent,
-            "delivered": self._delivered,
-            "waiting": outbox.count(name),
-            "unsaved": outbox.unsaved(name),
-            "refused": outbox.count(name, refused=True),
-            "dropped": outbox.dropped(name),
-            **down,
-        }
+        return {"sink": self.name, **self._outbox.figures(self.name), **down}
 
     def close(self) -> None:
         """Stop delivering. A delivery that hangs is left behind: its event is still in the outbox."""
@@ -142,8 +128,14 @@ class ForwardSink:
         pause = FIRST_PAUSE_S
         while not self._closing.is_set():
             self._wake.clear()
-            self._outbox.settle()
-            waiting = self._outbox.head(self.name, BATCH)
+            try:
+                self._outbox.settle()
+                waiting = self._outbox.head(self.name, BATCH)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                self._closing.wait(FIRST_PAUSE_S)
+                continue
             if not waiting:
                 self._wake.wait()
                 continue
@@ -211,5 +203,4 @@ class ForwardSink:
         finally:
             if done:
                 self._outbox.delivered(self.name, done)
-                self._delivered += len(done)
         return "", 0.0

@@ -27,6 +27,7 @@ from typing import Any
 
 from edgekit.errors import UsageError
 from edgekit.scanner.outbox import Outbox
+from edgekit.scanner.sources.address import parsed_url
 
 from . import Sink, without_secrets
 from .forward import ForwardSink, Refused, Undelivered
@@ -53,8 +54,7 @@ _CURES = {
 def open_http(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     """``http(s)://[user:password@]host[:port]/path``; the password is sent as Basic authorization and never shown."""
     try:
-        url = urllib.parse.urlsplit(spec)
-        host, port = url.hostname, url.port
+        url, host, port = parsed_url(spec)
     except ValueError:  # its words may quote a part of the password
         raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
     # An @ or # behind the host is the end of a password with a / or # in it.

@@ -22,12 +22,12 @@ import socket
 import struct
 import termios
 import time
-import urllib.parse
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from edgekit.errors import MissingExtra, UsageError
 from edgekit.scanner.outbox import Outbox
+from edgekit.scanner.sources.address import parsed_url
 
 from . import Sink, without_secrets
 from .forward import ForwardSink, Undelivered
@@ -75,8 +75,7 @@ def _asked(query: str, form: str, **allowed: Callable[[str], bool]) -> dict[str,
 def open_tcp(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     """Raises `UsageError` for an address without host or port."""
     try:
-        url = urllib.parse.urlsplit(spec)
-        host, port = url.hostname, url.port
+        url, host, port = parsed_url(spec)
     except ValueError:
         raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _TCP_FORM) from None
     if not host or not port or url.path.strip("/") or "@" in spec or "#" in spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -20,6 +21,7 @@ __all__ = ["LocalSink"]
 MOST_HELD = 1000
 MOST_HELD_BYTES = 16 << 20
 FULL_S = 1.0
+RETRY_S = 0.25  # after a lock of another program: each attempt holds the scan up
 
 
 class LocalSink(ABC):
@@ -30,18 +32,23 @@ class LocalSink(ABC):
         self._sent = self._bytes = 0
         self._held: deque[Event] = deque()
         self._dropped: Counter[str] = Counter()
-        self._full = False
+        self._full, self._lost = False, 0  # in this outage
+        self._problem: OSError | None = None
+        self._retry_at = 0.0
 
     def send(self, event: Event) -> None:
         """Raises `OSError` for what no freed space mends; a full disk is said once and waited for."""
         self._held.append(event)
-        try:
-            problem = self._drain()
+        try:  # each attempt at a file that another program has locked takes its time
+            problem = self._problem if time.monotonic() < self._retry_at else self._drain()
         except OSError:
             self._held.pop()
             raise
         self._sent += 1
+        self._problem = problem
         if problem:
+            if problem.errno == errno.EBUSY and time.monotonic() >= self._retry_at:
+                self._retry_at = time.monotonic() + RETRY_S
             self._hold(problem)
 
     def flush(self, patience_s: float = FLUSH_S) -> None:
@@ -77,7 +84,9 @@ class LocalSink(ABC):
                 self._bytes -= len(encode(written))
         if self._full:
             self._full, self._bytes = False, 0
-            say(f"there is room again for {self._path}")
+            lost = f"; {self._lost} events were dropped" if self._lost else ""
+            self._lost = 0
+            say(f"there is room again for {self._path}{lost}")
         return None
 
     def _hold(self, problem: OSError) -> None:
@@ -89,3 +98,6 @@ class LocalSink(ABC):
             self._held.pop()
             self._bytes -= size
             self._dropped["disk full"] += 1
+            if not self._lost:
+                say(f"{self._path}: no more events fit into memory; new ones are dropped, and counted", "warning")
+            self._lost += 1

@@ -18,6 +18,7 @@ from typing import Any
 
 from edgekit.errors import MissingExtra, UsageError
 from edgekit.scanner.outbox import Outbox
+from edgekit.scanner.sources.address import parsed_url
 
 from . import Sink, without_secrets
 from .forward import ForwardSink, Refused, Undelivered
@@ -51,11 +52,10 @@ _CURES = {
 def open_mqtt(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     """Raises `UsageError` for an address without host or topic."""
     try:
-        url = urllib.parse.urlsplit(spec)
-        host, port = url.hostname, url.port or _PORTS[url.scheme]
+        url, host, port = parsed_url(spec)
     except ValueError:  # its words may quote a part of the password
         raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
-    topic = urllib.parse.unquote(url.path.removeprefix("/"))
+    port, topic = port or _PORTS[url.scheme], urllib.parse.unquote(url.path.removeprefix("/"))
     if not host or not topic or "@" in url.path or "#" in spec or set(topic) & {"+", "#", "\0"}:
         raise UsageError(f"the sink {without_secrets(spec)!r} names no host and topic to publish to", _FORM)
     options = urllib.parse.parse_qs(url.query)

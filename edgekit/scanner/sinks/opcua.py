@@ -16,6 +16,7 @@ from typing import Any
 
 from edgekit.errors import MissingExtra, UsageError, first_line
 from edgekit.scanner.outbox import Outbox
+from edgekit.scanner.sources.address import parsed_url
 
 from . import Sink, without_secrets
 from .forward import ForwardSink, Undelivered
@@ -43,10 +44,10 @@ _FORM = "write opc.tcp://HOST:4840/PATH?node=ns=2;s=NAME; in user and password, 
 def open_opcua(spec: str, outbox: Callable[[], Outbox]) -> Sink:
     """Raises `UsageError` for an address without host or node, `MissingExtra` without asyncua."""
     try:
-        url = urllib.parse.urlsplit(spec)
-        host, port = url.hostname, url.port or 4840
+        url, host, port = parsed_url(spec)
     except ValueError:  # its words may quote a part of the password
         raise UsageError(f"the sink {without_secrets(spec)!r} is no address", _FORM) from None
+    port = port or 4840
     option, _, node = url.query.partition("=")
     if not host or option != "node" or not node or "&" in node or "@" in url.path or "#" in spec:
         raise UsageError(f"the sink {without_secrets(spec)!r} names no host and node to write to", _FORM)

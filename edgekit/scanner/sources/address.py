@@ -7,7 +7,7 @@ import re
 import urllib.parse
 from pathlib import Path
 
-__all__ = ["LIVE", "PATTERN", "VIDEO_SUFFIXES", "kind_of", "safe_words", "shown"]
+__all__ = ["LIVE", "PATTERN", "VIDEO_SUFFIXES", "kind_of", "parsed_url", "safe_words", "shown"]
 
 _VIDEO = ".mp4 .m4v .avi .mkv .mov .webm .ts .mts .mpg .mpeg .h264 .h265 .mjpeg .mjpg .y4m"
 VIDEO_SUFFIXES = frozenset(_VIDEO.split())
@@ -31,6 +31,14 @@ def kind_of(spec: str) -> str:
         found = _SCHEME.match(spec)
         scheme = found.group(1).lower() if found else ""
     return "video" if not scheme and Path(spec).suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(spec) else scheme
+
+
+def parsed_url(spec: str) -> tuple[urllib.parse.SplitResult, str | None, int | None]:
+    """The address, its host and its port. Raises `ValueError` for none, a port out of range, and what no host can be named."""
+    url = urllib.parse.urlsplit(spec)
+    if host := url.hostname:
+        host.encode("idna")  # what connects would raise it later, and no OSError
+    return url, host, url.port
 
 
 def shown(spec: str) -> str:

@@ -154,9 +154,10 @@ class ShadowedModel:
 
     def unstick(self) -> None:
         """Give a candidate up that has not answered for ``open_s``, and the thread that waits for it; from the scanning one."""
-        if self._running is None or time.monotonic() - self._running[0] < self.options.open_s:
+        running = self._running  # its thread may end it at any moment
+        if running is None or time.monotonic() - running[0] < self.options.open_s:
             return
-        verdict, self._running = self._running[1], None
+        verdict, self._running = running[1], None
         self.wants_frame, self.state, self._thread = False, "idle", None
         self._say(verdict.refused(f"it gave no answer to a frame for {self.options.open_s:g} s"))
         self._start()
