@@ -4,7 +4,7 @@ A camera process gives 64x48 frames as fast as they are taken (`pattern:64x48@0`
 sockets and their bookkeeping are in it.
 
 1. ``frames``: model, codes, region, votes, duplicates, drift, self-test, harvest and incidents, into rotated JSON lines.
-2. ``events``, a twentieth as many: also the ring, which writes every frame, and the outbox, which syncs every event, before
+2. ``events``, a hundredth as many: also the ring, which writes every frame, and the outbox, which syncs every event, before
    an HTTP server in another process: what a frame costs here is the disk's time.
 
 Twenty times a run: resident memory, threads, open files and children of this process, and the memory of the camera's.
@@ -123,7 +123,7 @@ def main() -> None:
         assert server.stdout is not None
         try:
             runs = {
-                "events": run(bundle, folder / "events", frames // 20, int(server.stdout.readline())),
+                "events": run(bundle, folder / "events", frames // 100, int(server.stdout.readline())),
                 "frames": run(bundle, folder / "frames", frames),
             }
         finally:

@@ -226,8 +226,15 @@ def _answer(summary: Summary, source: str, interrupted: int, config: ScanConfig)
     if interrupted == signal.SIGINT and not any(map(_goes_on, config.source)):
         error = {"error": "interrupted, some of the pictures are not read", "hint": "the same command reads all of them again"}
         return Answer({**figures, **error}, text, exit_code=1)
-    if summary.captured and not summary.inferred and not interrupted:
-        error = {"error": f"not one of the {summary.captured} images of {source} could be read", "hint": "the events say why"}
+    came = summary.captured - summary.dropped.get("no trigger", 0)  # a trigger that did not come is no fault of the images
+    error = {}
+    if came and not summary.inferred and not interrupted:
+        error = {"error": f"not one of the {came} images of {source} could be read", "hint": "the events say why"}
+    for row, of in zip(summary.sources, config.source, strict=False):
+        if row.get("state") == "down" and not interrupted and not _goes_on(of):
+            what = f"{row['source']} ended before its end ({row['reason']}); {row['captured']} frames came"
+            error = {"error": what, "hint": "the same command reads it again"}
+    if error:
         return Answer({**figures, **error}, text, exit_code=1)
     return Answer(figures, text)
 

@@ -69,6 +69,8 @@ class Parts:
         rows = [row for row in figures["sources"] if row.get("state", "up") not in ("up", "ended", "removed")]
         found = [f"{row['source']} is {row['state']}" + (f": {row['reason']}" if row.get("reason") else "") for row in rows]
         found += [f"the {row['step']} failed" for row in figures["steps"] if row.get("healthy") is False]
+        inputs = [each for row in figures["steps"] for each in row.get("inputs", ())]
+        found += [f"no triggers come from {each['input']}" for each in inputs if each.get("subscribed") is False]
         if self.outbox is not None:
             folder = self.outbox.path.parent
             if not os.access(folder, os.W_OK):
@@ -107,7 +109,9 @@ def assemble(config: ScanConfig, stack: contextlib.ExitStack, stop: Stop, frames
         parts.sinks.append(incidents)
     for trigger in [step for step in parts.steps if isinstance(step, Trigger)]:
         for address in trigger.options.inputs:
-            stack.callback(open_trigger_input(address, trigger.fire).close)
+            opened_input = open_trigger_input(address, trigger.fire)
+            stack.callback(opened_input.close)
+            trigger.inputs.append(opened_input.status)
     return parts
 
 

@@ -165,6 +165,9 @@ class _Check:
                 self.doubtful.add(at, error.message, error.hint)
             except EdgekitError as error:
                 self.wrong.add(at, error.message, error.hint)
+            else:
+                if address.startswith("mqtt"):
+                    self._answers(at, address, "no trigger comes until it does")
         if self.config.server:
             host, port = self.config.server.place()
             try:

@@ -43,6 +43,8 @@ def idle(config: ScanConfig) -> Iterator[Finding]:
     for table in ("votes", "duplicates", "crosscheck"):
         if getattr(config, table) is not None and config.codes is None:
             yield Finding((table,), f"[{table}] does nothing: no codes are read", "add [codes]")
+    if config.crosscheck is not None and config.text is None and config.model is None:
+        yield Finding(("crosscheck",), "[crosscheck] does nothing: no text is read", "add [text] with a reader of lines")
     if config.shadow is not None and not config.shadow.candidate:
         yield Finding(("shadow",), "[shadow] does nothing: no candidate is named", 'write candidate = "next.edge"')
     trigger = config.trigger

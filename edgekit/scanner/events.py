@@ -30,8 +30,20 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(event: Event) -> bytes:
-    """An event as one line of UTF-8 JSON, without the line's end."""
-    return _encoder.encode(event)
+    """An event as one line of UTF-8 JSON, without the line's end. Half a character, as a shell or an application may give it,
+    appears as ``\\udcNN``: it ends no scan."""
+    try:
+        return _encoder.encode(event)
+    except UnicodeEncodeError:
+        return _encoder.encode(_whole(event))
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_whole(key): _whole(each) for key, each in value.items()}
+    return [_whole(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def rfc3339(seconds: float) -> str:

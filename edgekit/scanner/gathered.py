@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import shutil
 import tempfile
@@ -95,7 +96,11 @@ def _found(folder: Path) -> tuple[list[tuple[Path, Facts]], int]:
 def _folder_name(label: str | None) -> str:
     """A label as the name of a folder below the data set, whatever it holds; "" for none."""
     name = quote(label, safe=" ()+,=@") if label else ""
-    return f"%2E{name[1:]}" if name.startswith(".") else name[:200]
+    if name.startswith(".") or name == SHEET:
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) > 200:  # two long labels may begin alike
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return name
 
 
 def _cell(value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import msgspec
@@ -83,11 +83,11 @@ class Life:
             words = getattr(error, "message", "") or str(error) or type(error).__name__
             self._say(words, "error", life="failed", hint=getattr(error, "hint", ""))
 
-    def ready(self, config: ScanConfig, model: Mapping[str, Any]) -> None:
+    def ready(self, config: ScanConfig, model: Mapping[str, Any], sinks: Sequence[str]) -> None:
+        """``sinks``: their names, which hold no secrets."""
         sources = [source.name or shown(source.address) for source in config.source]
-        sinks = [shown(sink.address) for sink in config.sink]
         words = f"the scan runs, on {', '.join(sources) or 'frames'}"
-        self._say(words, life="ready", sources=sources, sinks=sinks, model=model)
+        self._say(words, life="ready", sources=sources, sinks=list(sinks), model=model)
 
     def stopping(self, signal: int) -> None:
         self._say("the scan stops" + (f" on signal {signal}" if signal else ""), life="stopping", signal=signal)

@@ -63,7 +63,8 @@ class Summary:
             text += "; " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         for sink in self.sinks:
             before = sink.get("before", {})
-            gone = sum(sink.get("dropped", {}).values()) - sum(before.get("dropped", {}).values())
+            lost, lost_before = (each.get("dropped", {}) for each in (sink, before))
+            gone = sum(lost.values()) - sum(lost_before.values()) - lost.get("rotated away", 0)  # that was asked for
             refused = sink.get("refused", 0) - before.get("refused", 0)
             found = [f"{count} {how}" for count, how in ((gone, "dropped"), (refused, "refused")) if count > 0]
             text += f"; of the events for {sink['sink']} {' and '.join(found)}" if found else ""
@@ -138,6 +139,7 @@ class Pipeline:
                         self._on_round(time.monotonic())
                     if self._stop.is_set():
                         break
+                yield from self._sent(self._due(math.inf))  # before a camera is waited for that does not go
             finally:
                 if close := getattr(self._source, "close", None):
                     close()
@@ -214,8 +216,14 @@ class Pipeline:
         return events
 
     def _flush(self) -> None:
+        failed: Exception | None = None
         for sink in self._sinks:
-            sink.flush(STOPPED_FLUSH_S / len(self._sinks) if self._stop.is_set() else FLUSH_S)
+            try:
+                sink.flush(STOPPED_FLUSH_S / len(self._sinks) if self._stop.is_set() else FLUSH_S)
+            except Exception as error:  # noqa: BLE001  the others still have theirs
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _numbered(self, event: Event) -> Event:
         """With what every event has, first: the schema and an id of its own."""

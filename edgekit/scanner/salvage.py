@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = ["open_sound"]
 _PARTS = ("-wal", "-shm", "")  # the database last: without its log it is an older one, not a damaged one
 _HEADER = 100  # bytes (https://sqlite.org/fileformat.html, 1.3)
 _LARGEST = 1 << 40
+KEPT = 3  # old files
 _ROWS = "SELECT position, sink, id, event, refused FROM outbox WHERE position > ? ORDER BY position"
 
 
@@ -90,9 +92,12 @@ def _whole_one(path: Path) -> Path:
 
 def _exchange(path: Path) -> Path:
     """Where a whole new database lies beside ``path``: the old one's files go, what is left of them, and it takes the place."""
-    number = 1
-    while os.path.lexists(f"{path}.old-{number}"):
-        number += 1
+    numbers = [
+        int(found[1])
+        for each in path.parent.iterdir()
+        if (found := re.fullmatch(re.escape(path.name) + r"\.old-(\d{1,9})", each.name))
+    ]
+    number = max(numbers, default=0) + 1
     old = path.with_name(f"{path.name}.old-{number}")
     if _whole_one(path).exists():
         for part in _PARTS:
@@ -100,7 +105,15 @@ def _exchange(path: Path) -> Path:
                 os.rename(f"{path}{part}", f"{old}{part}")
         os.rename(_whole_one(path), path)
         sync_folder(path)
+        _remove_oldest(path, number - KEPT)
     return old
+
+
+def _remove_oldest(path: Path, last: int) -> None:
+    """A disk with a bad place would fill with them."""
+    for number in range(last, 0, -1):
+        for part in _PARTS:
+            Path(f"{path}.old-{number}{part}").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

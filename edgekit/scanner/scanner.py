@@ -170,7 +170,7 @@ class Scanner:
             )
             if preview is not None:
                 preview.by_source = hasattr(parts.source, "counts")
-            life.ready(self.config, parts.model)
+            life.ready(self.config, parts.model, [sink.name for sink in parts.sinks])
             try:
                 yield from self._running(pipeline, parts, tally)
             finally:

@@ -104,11 +104,16 @@ class _TcpInput:
             client, _ = self._listener.accept()
         except OSError:  # it went away, or there are no handles left
             return
-        if len(self._lines) >= MOST_CLIENTS:
+        if len(self._lines) >= MOST_CLIENTS:  # one that was switched off without a word keeps its place: the oldest goes
             self._counts["turned_away"] += 1
-            client.close()
-            return
+            oldest = next(iter(self._lines))
+            selector.unregister(oldest)
+            del self._lines[oldest]
+            oldest.close()
+            if self._counts["turned_away"] == 1:
+                say(f"{self.name} has {MOST_CLIENTS} clients; the one that is silent for longest gives way", "warning")
         client.setblocking(False)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._lines[client] = b""
         selector.register(client, selectors.EVENT_READ)
 
@@ -119,7 +124,7 @@ class _TcpInput:
             return
         except OSError:
             data = b""
-        *lines, rest = (self._lines[client] + data).split(b"\n")
+        *lines, rest = (self._lines.pop(client) + data).split(b"\n")  # put back as the latest
         too_long = len(rest) > MOST_BYTES or any(len(line) > MOST_BYTES for line in lines)
         for line in lines:
             if len(line) > MOST_BYTES:
@@ -151,6 +156,7 @@ class _MqttInput:
         if user is not None:
             self._client.username_pw_set(user, password)
         self._client.on_connect = self._connected
+        self._client.on_connect_fail = lambda *_: self._tell("the broker does not answer")
         self._client.on_disconnect = self._disconnected
         self._client.on_subscribe = self._answered
         self._client.on_message = self._message
@@ -180,9 +186,14 @@ class _MqttInput:
         self._subscribed = not failed
         if failed:
             self._tell(failed[0])
+        elif self._said:
+            self._said = ""
+            say(f"triggers come from {self.name} again")
 
     def _disconnected(self, *_: Any) -> None:
-        self._subscribed = False
+        if self._subscribed:
+            self._subscribed = False
+            self._tell("the connection ended")
 
     def _message(self, _client: Any, _data: Any, message: Any) -> None:
         if message.retain:
@@ -195,5 +206,5 @@ class _MqttInput:
 
     def _tell(self, why: str) -> None:
         if why != self._said:
-            say(f"no triggers come from {self.name}: {why}")
+            say(f"no triggers come from {self.name}: {why}", "warning")
         self._said = why

@@ -67,7 +67,7 @@ def test_the_units_commands_check_and_scan_until_sigterm(
         systemd = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000", "STATE_DIRECTORY": str(state)}
         process = kit.start_scan(file, cwd=state, env={**os.environ, **systemd})
         assert notify.recv(4096).decode().startswith("READY=1")
-        kit.wait_for(lambda: count(state / "events.db") == 4)
+        kit.wait_for(lambda: count(state / "events.db") == 5)  # four pictures and the self-test
         while notify.recv(4096) != b"WATCHDOG=1":
             pass
         process.send_signal(signal.SIGTERM)

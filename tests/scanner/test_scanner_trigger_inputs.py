@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from typing import Any
@@ -12,7 +13,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from edgekit.bundle import Bundle
 from edgekit.errors import DataError, UsageError
-from edgekit.scanner import Scanner
+from edgekit.scanner import Scanner, trigger_inputs
+from edgekit.scanner.assembly import Parts
 from edgekit.scanner.trigger_inputs import MOST_BYTES, open_trigger_input
 
 
@@ -104,3 +106,40 @@ def _sent(port: int, line: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_a_broker_that_is_away_is_told(kit: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = open_trigger_input(f"mqtt://127.0.0.1:{kit.free_port()}/t", lambda source, reference: True)
+    try:
+        said = ""
+
+        def told() -> bool:
+            nonlocal said
+            said += capsys.readouterr().err
+            return "no triggers come from mqtt://127.0.0.1" in said
+
+        kit.wait_for(told)
+        assert "the broker does not answer" in said
+        rows = [{"step": "trigger", "inputs": [taken.status()]}]
+        assert Parts().reasons({"sources": [], "steps": rows}) == [f"no triggers come from {taken.name}"]
+    finally:
+        taken.close()
+
+
+def test_the_client_that_is_silent_for_longest_gives_way(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trigger_inputs, "MOST_CLIENTS", 2)
+    fired: list[str] = []
+    taken = open_trigger_input("tcp://127.0.0.1:0", lambda source, reference: fired.append(reference) is None)
+    try:
+        port = int(taken.status()["input"].rsplit(":", 1)[1])
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(2)]
+            for number, client in enumerate(clients):
+                client.sendall(b"%d\n" % number)
+                kit.wait_for(lambda n=number: len(fired) == n + 1)
+            late = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            late.sendall(b"late\n")
+            kit.wait_for(lambda: fired == ["0", "1", "late"])
+            assert clients[0].recv(1) == b""
+    finally:
+        taken.close()

@@ -39,13 +39,14 @@ TIMEOUT_S = 5.0
 _FORM = "write http://HOST:PORT/PATH; in user and password, write / @ ? # as %2F %40 %3F %23"
 _NEVER = frozenset({400, 413, 422})
 _CONFLICT = 409
-#: Between the two times that a 409 is asked.
-AGAIN_S = 0.5
+#: An event that was answered so often and for so long by 409 is set aside.
+CONFLICTS, CONFLICT_S = 8, 60.0
 _CURES = {
     401: "mend user:password@ in the address",
     403: "give this user the right to post there",
     404: "mend the path in the address",
     405: "mend the path in the address: nothing is posted there",
+    409: "it says that this event is in work; one that it has should be answered by 2xx",
     407: "mend the proxy's password in http_proxy",
     415: "the receiver must take application/json",
 }
@@ -87,29 +88,22 @@ class HttpTransport:
         if user:
             self._headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
         self._opener = urllib.request.build_opener(_NoRedirect)
+        self._conflicts: dict[str, tuple[int, float]] = {}
 
     def deliver(self, event_id: str, event: bytes) -> None:
-        if self._post(event_id, event) == _CONFLICT:
-            time.sleep(AGAIN_S)
-            self._post(event_id, event)
-
-    def _post(self, event_id: str, event: bytes) -> int:
-        """The status where it settles the event: 2xx, or 409 without a time to come again."""
         headers = {**self._headers, "Idempotency-Key": event_id}
         request = urllib.request.Request(self._address, event, headers, method="POST")  # noqa: S310  http(s) only
         try:
-            with self._opener.open(request, timeout=TIMEOUT_S) as answer:
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    answer.read1(1 << 16)
-                return int(answer.status)
+            with (
+                self._opener.open(request, timeout=TIMEOUT_S) as answer,
+                contextlib.suppress(OSError, http.client.HTTPException),
+            ):
+                answer.read1(1 << 16)
         except urllib.error.HTTPError as error:
             with error:
-                after_s = _asked(error.headers)
-                if error.code == _CONFLICT and after_s is None:
-                    return _CONFLICT
-                if error.code in _NEVER:
+                if error.code in _NEVER or (error.code == _CONFLICT and self._contended(event_id)):
                     raise Refused(f"{error.code} {error.reason}") from None
-                raise Undelivered(f"it answered {_said(error)}", after_s or 0.0) from None
+                raise Undelivered(f"it answered {_said(error)}", _asked(error.headers) or 0.0) from None
         except urllib.error.URLError as error:
             raise Undelivered(words(error.reason) if isinstance(error.reason, BaseException) else str(error.reason)) from None
         except (OSError, http.client.HTTPException) as error:
@@ -117,6 +111,13 @@ class HttpTransport:
 
     def close(self) -> None:
         pass
+
+    def _contended(self, event_id: str) -> bool:
+        """Whether to give up after one more 409. It says that the first request with this key is still in work, which may fail
+        (draft-ietf-httpapi-idempotency-key-header, 2.6): no proof that the event is there."""
+        count, since = self._conflicts.get(event_id, (0, time.monotonic()))
+        self._conflicts = {event_id: (count + 1, since)}
+        return count + 1 >= CONFLICTS and time.monotonic() - since >= CONFLICT_S
 
 
 def _asked(headers: Any) -> float | None:

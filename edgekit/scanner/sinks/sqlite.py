@@ -43,7 +43,13 @@ class SqliteSink(LocalSink):
         self._connection = connect(path, _SCHEMA, VERSION)
 
     def _write(self, event: Event) -> None:
-        row = (event["id"], event["time"], event.get("source", ""), event.get("seq", -1), encode(event).decode())
+        row = (
+            event["id"],
+            event["time"],
+            str(event.get("source", "")).encode("utf-8", "backslashreplace").decode(),
+            event.get("seq", -1),
+            encode(event).decode(),
+        )
         with sqlite_errors(self._path):
             self._connection.execute("INSERT OR IGNORE INTO events (id, time, source, seq, event) VALUES (?, ?, ?, ?, ?)", row)
 

@@ -16,7 +16,9 @@ LIVE = frozenset({"camera", "v4l2", "rtsp", "rtsps", "http", "https", "tcp", "ud
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
 #: ``pattern:WIDTHxHEIGHT@FPS``, with ``,FRAMES`` where it should end.
 PATTERN = re.compile(r"^pattern:([1-9]\d{0,4})x([1-9]\d{0,4})@(\d{1,4}(?:\.\d+)?)(?:,(\d{1,9}))?$")
-_SECRET = re.compile(r"(?i)([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig)[^=&;]*=)[^&;#\s]+")
+_SECRET = re.compile(
+    r"(?i)([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig|code|cred|session)[^=&;]*=)[^&;#\s]+|([?&;][^=&;]*=)[^&;#\s]{20,}"
+)
 #: The same without a mark before it: in a path, as some cameras want it, and as a property of GStreamer.
 _NAMED = re.compile(r"(?i)([\w-]{0,40}(?:-pw|passw(?:or)?d|passphrase|secret|token)\s*=\s*)(\"[^\"]*\"|[^\s!&;]+)")
 #: User and password; a password may hold a slash that should have been written %2F.
@@ -43,7 +45,7 @@ def parsed_url(spec: str) -> tuple[urllib.parse.SplitResult, str | None, int | N
 
 def shown(spec: str) -> str:
     """The address without user, password and what looks like a token."""
-    return _NAMED.sub(r"\1...", _SECRET.sub(r"\1...", _USER.sub(r"\1", spec)))
+    return _NAMED.sub(r"\1...", _SECRET.sub(r"\1\2...", _USER.sub(r"\1", spec)))
 
 
 def safe_words(words: str, spec: str) -> str:

@@ -95,6 +95,10 @@ class Camera:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name=f"camera {self.name}"[:60], daemon=True)
 
+    def begin_at(self, seq: int) -> None:
+        """The first frame's number; before it starts."""
+        self._seq = seq
+
     def start(self) -> None:
         self._thread.start()
 
@@ -149,7 +153,8 @@ class Camera:
                     self.state = "ended"
                 break
             self._down(ending.reason or "the stream ended")
-            self._leave.wait(self._backoff.pause(time.monotonic()))
+            pause = self._backoff.pause(time.monotonic())
+            self._leave.wait(max(pause, self.options.retry_most_s) if ending.final else pause)
         self.ended = True
         self._came()
 

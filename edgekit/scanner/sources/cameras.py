@@ -101,6 +101,8 @@ class Cameras:
             if self._closed:
                 raise UsageError("these cameras are closed", "open others")
             self._cameras[camera.name] = camera
+            former = [row["captured"] for row in self._former if row["source"] == camera.name]
+            camera.begin_at(sum(former))  # a number of a frame is its own in a scan
             if self._started:
                 camera.start()
         return camera.name

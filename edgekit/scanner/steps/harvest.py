@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import random
+import re
 import threading
 from collections import deque
 from pathlib import Path
@@ -187,6 +188,10 @@ class Harvest:
                 self._said = True
 
     def _load(self) -> None:
+        for path in Path(self.options.folder).glob(".*.*.*"):  # what a killed scan was writing
+            if re.match(r"^\.\d{8}\.(png|json)\.", path.name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
         for path in sorted(Path(self.options.folder).glob("*.json")):
             with contextlib.suppress(msgspec.DecodeError, OSError, ValueError):
                 facts = msgspec.json.decode(path.read_bytes(), type=Facts)

@@ -289,6 +289,8 @@ class Incidents:
     def _remove_oldest(self, latest: Path) -> None:
         """By the order in which they were written: names begin with the wall clock's time, and that may go back."""
         if self._written is None:
+            for left in latest.parent.glob(f".*{SUFFIX}.*"):  # what a killed scan was writing
+                left.unlink(missing_ok=True)
             self._written = deque(each for each in sorted(latest.parent.glob(f"*{SUFFIX}")) if each != latest)
         self._written.append(latest)
         while len(self._written) > self.options.most_files:

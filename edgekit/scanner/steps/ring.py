@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import queue
 import re
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ __all__ = ["Ring", "RingOptions"]
 
 _NAME = re.compile(r"^(\d{9,})-(no-read|good)\.(png|json)$")
 _TEMPORARY = ".being-written."
+_BACKLOG = 8  # frames that wait to be written
 
 
 class RingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +53,8 @@ class RingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Ring:
     """Keeps frames; their events say under which name (``kept``). What cannot be written is counted, and said once.
 
-    A pair is written to temporary names, then renamed, the JSON last. ``picture`` gives the frame of an event that does
+    A thread of its own writes them; what comes faster than it can is counted (``busy``) and not kept. A pair is written to
+    temporary names, then renamed, the JSON last. ``picture`` gives the frame of an event that does
     not come with its own (`Trigger.picture`). Raises `MissingExtra` without Pillow, `OSError` where the folder cannot be
     made or listed.
     """
@@ -68,7 +72,9 @@ class Ring:
         self._kept: deque[tuple[str, int]] = deque()  # stem, bytes; the oldest first
         self._bytes = self._number = 0
         self._said = False
-        self._counts = {"written": 0, "removed": 0, "failed": 0, "too_large": 0}
+        self._counts = {"written": 0, "removed": 0, "failed": 0, "too_large": 0, "busy": 0}
+        self._jobs: queue.Queue[tuple[str, Frame, Event] | Callable[[], None] | None] = queue.Queue(_BACKLOG)
+        self._thread: threading.Thread | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
         self._take_stock()
 
@@ -84,18 +90,17 @@ class Ring:
         if frame is None:
             return [event]
         stem = f"{self._number:09d}-{kind}"
-        event = {**event, "kept": f"{stem}.png"}
+        kept = {**event, "kept": f"{stem}.png"}
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="ring", daemon=True)
+            self._thread.start()
         try:
-            stored = self._keep(stem, frame, event)
-        except (OSError, InputError) as error:
-            self._counts["failed"] += 1
-            if not self._said:
-                reason = getattr(error, "strerror", None) or str(error)
-                say(f"no frame can be kept in {printable(self._folder)} ({reason}); the scan goes on")
-            self._said, stored = True, False
-        if not stored:
-            del event["kept"]
-        return [event]
+            self._jobs.put_nowait((stem, frame, kept))
+        except queue.Full:
+            self._counts["busy"] += 1
+            return [event]
+        self._number += 1
+        return [kept]
 
     def due(self, monotonic: float, wall: float) -> list[Event]:
         return []
@@ -103,8 +108,34 @@ class Ring:
     def status(self) -> dict[str, Any]:
         return {**self._counts, "frames": len(self._kept), "bytes": self._bytes}
 
+    def flush(self, patience_s: float = 1.0) -> None:
+        """Wait until what was taken is on disk."""
+        done = threading.Event()
+        if self._thread is not None:
+            with contextlib.suppress(queue.Full):
+                self._jobs.put(done.set, timeout=patience_s)
+                done.wait(patience_s)
+
     def close(self) -> None:
-        pass
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with contextlib.suppress(queue.Full):
+                self._jobs.put(None, timeout=1.0)
+                thread.join(1.0)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if callable(job):
+                job()
+                continue
+            try:
+                self._keep(*job)
+            except (OSError, InputError) as error:
+                self._counts["failed"] += 1
+                if not self._said:
+                    reason = getattr(error, "strerror", None) or str(error)
+                    say(f"no frame can be kept in {printable(self._folder)} ({reason}); the scan goes on", "warning")
+                self._said = True
 
     def _kind(self, event: Event) -> str:
         """``no-read``, ``good``, or "" where the event is not of a frame that was read."""
@@ -114,12 +145,12 @@ class Ring:
             return ""
         return "good" if event.get("duplicates") or good(event, self.options.good_score) else "no-read"
 
-    def _keep(self, stem: str, frame: Frame, event: Event) -> bool:
+    def _keep(self, stem: str, frame: Frame, event: Event) -> None:
         files = {".png": _png(frame), ".json": encode(event) + b"\n"}
         size = sum(map(len, files.values()))
         if size > self._limit:
             self._counts["too_large"] += 1
-            return False
+            return
         self._make_room(1, size)
         written: list[Path] = []
         try:
@@ -135,12 +166,10 @@ class Ring:
                 with contextlib.suppress(OSError):
                     path.unlink()
             raise
-        self._number += 1
         self._kept.append((stem, size))
         self._bytes += size
         self._counts["written"] += 1
         self._said = False
-        return True
 
     def _make_room(self, frames: int, size: int) -> None:
         """Remove the oldest until so many more fit. Raises `OSError` where a file cannot be removed."""

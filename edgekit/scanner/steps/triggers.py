@@ -27,6 +27,7 @@ __all__ = ["NO_TRIGGER", "Trigger", "TriggerOptions"]
 
 NO_TRIGGER = "no trigger"  # why a frame outside is dropped
 MOST_FIRES = 10_000  # that wait for the scanning thread
+FORGET_S = 60.0  # a folder without a new file for so long is triggered no more
 PATIENCE_S = 1.0  # frames may wait in a queue for this long before a trigger ends without them
 _DURATIONS = 4096
 _FIRED = ("single", "burst", "external")
@@ -92,6 +93,7 @@ class _Camera:
         self.waiting: deque[_Fire] = deque()
         self.there = False  # a thing, and its presentation has ended: wait until it leaves
         self.there_at = -math.inf
+        self.seen = -math.inf
 
     def state(self) -> dict[str, Any]:
         return {
@@ -101,6 +103,7 @@ class _Camera:
             "waiting": [fire.state() for fire in self.waiting],
             "there": self.there,
             "there_at": None if math.isinf(self.there_at) else self.there_at,  # JSON has no infinity
+            "seen": None if math.isinf(self.seen) else self.seen,
         }
 
     def resume(self, state: Any) -> None:
@@ -109,6 +112,7 @@ class _Camera:
         self.open = None if state["open"] is None else Window.resumed(state["open"])
         self.waiting = deque(_Fire(*fire) for fire in state["waiting"])
         self.there, self.there_at = bool(state["there"]), -math.inf if state["there_at"] is None else state["there_at"]
+        self.seen = -math.inf if state.get("seen") is None else state["seen"]
 
 
 class Trigger:
@@ -143,6 +147,7 @@ class Trigger:
         self._durations = array("d")
         self._causes: dict[str, int] = {}
         self._counts = {"fired": 0, "refused": 0, "triggers": 0, "good": 0, "no_read": 0, "frames": 0, "codes": 0}
+        self.inputs: list[Callable[[], dict[str, Any]]] = []  # what each trigger input says of itself
         self._named = bool(cameras)  # else they are files: a folder is known from its first frame on
         for name in cameras:
             self._camera(name)
@@ -173,6 +178,7 @@ class Trigger:
         self._idle = False
         self._place_fires()
         camera, now = self._camera(camera_of(captured.source)), captured.monotonic
+        camera.seen = now
         self._advance(camera, now)
         if self.options.mode == "presentation":
             self._watch(camera, captured)
@@ -211,6 +217,7 @@ class Trigger:
         if self.options.mode == "continuous":
             return []
         self._owner.clear()  # what was wanted has been read by now, or another step dropped it
+        self._pictures.clear()  # the steps behind have had them
         self._place_fires()
         # Frames that were captured in time may still wait in a queue; none does once the source had nothing to give.
         until = monotonic if self._idle else monotonic - PATIENCE_S
@@ -219,6 +226,8 @@ class Trigger:
             self._advance(camera, until)
         if monotonic == math.inf or (self._unplaced and self._unplaced[0].at + self.options.time_ms / 1e3 < until):
             self._end_unplaced(until)
+        if not self._named and len(self._cameras) > 1:
+            self._forget(until - FORGET_S - PATIENCE_S)
         ended, self._ended = self._ended, []
         return [self._event(window, wall) for window in sorted(ended, key=lambda window: window.number)]
 
@@ -238,6 +247,7 @@ class Trigger:
             "codes_a_frame": round(counts["codes"] / frames, 4) if frames else None,
             "causes": dict(self._causes),
             "duration_ms": {"p50": p50, "p99": p99},
+            **({"inputs": [status() for status in self.inputs]} if self.inputs else {}),
         }
 
     def close(self) -> None:
@@ -261,6 +271,14 @@ class Trigger:
             camera = self._cameras[name] = _Camera(name, self._scene())
             camera.waiting, self._unplaced = self._unplaced, deque()
         return self._cameras[name]
+
+    def _forget(self, before: float) -> None:
+        """Of files each folder is a camera: those that gave nothing for long go, but for the latest."""
+        latest = max(self._cameras.values(), key=lambda camera: camera.seen)
+        idle = [each.name for each in self._cameras.values() if each.seen < before and not each.open and not each.waiting]
+        for name in idle:
+            if name != latest.name:
+                del self._cameras[name]
 
     def _told(self, captured: Captured, event: Event) -> None:
         """A camera that was added is triggered from its first word on; one that was removed, no more."""
@@ -287,8 +305,10 @@ class Trigger:
             elif not self._cameras:
                 self._unplaced.append(fire)
             else:
+                latest = max(camera.seen for camera in self._cameras.values())
                 for camera in self._cameras.values():
-                    camera.waiting.append(fire)
+                    if self._named or camera.seen >= min(latest, fire.at - FORGET_S):
+                        camera.waiting.append(fire)
 
     def _advance(self, camera: _Camera, until: float) -> None:
         """All that happens at a camera by the moment ``until``: triggers run out of time, others begin."""
