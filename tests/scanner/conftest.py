@@ -20,6 +20,8 @@ import pytest
 import zxingcpp
 from PIL import Image
 
+from edgekit.data import load
+
 
 class Kit:
     """What several files of these tests use."""
@@ -177,3 +179,9 @@ def broker(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
     yield start
     for one in running:
         one.close()
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[np.ndarray[Any, Any]]:
+    split = load("digits").test
+    return [split.read(i) for i in range(len(split))]

@@ -146,8 +146,8 @@ def test_what_is_refused_says_why_and_what_to_do_while_the_scan_goes_on(serve: A
         mute.bind(("127.0.0.1", 0))
         mute.listen(8)  # takes calls and never answers
         wrong = {
-            f"rtsp://camera:wr0ng@127.0.0.1:{rtsp.port}/live": "wrong user or password (401): write them into its address",
-            f"http://127.0.0.1:{http.port}/live": "wrong user or password (401): write them into its address",
+            f"rtsp://camera:wr0ng@127.0.0.1:{rtsp.port}/live": "wrong user or password (401): write USER:PASSWORD@",
+            f"http://127.0.0.1:{http.port}/live": "wrong user or password (401): write USER:PASSWORD@",
             f"http://127.0.0.1:{free.port}/missing": "there is no such stream (404): compare the address",
             f"http://127.0.0.1:{free.port}/page": "it is no video: ",
             f"tcp://127.0.0.1:{kit.free_port()}": "the connection was refused: is it switched on",

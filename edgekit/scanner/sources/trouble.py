@@ -11,7 +11,7 @@ from .address import safe_words
 __all__ = ["Trouble", "trouble_of"]
 
 _BY_TYPE = {
-    "HTTPUnauthorizedError": "wrong user or password (401): write them into its address, rtsp://USER:PASSWORD@HOST/...",
+    "HTTPUnauthorizedError": "wrong user or password (401): write USER:PASSWORD@ before the host in its address",
     "HTTPForbiddenError": "this user may not see it (403): allow it in the camera's settings",
     "HTTPNotFoundError": "there is no such stream (404): compare the address with the camera's manual",
     "HTTPTooManyRequestsError": "too many requests (429): fewer programs may look at it at once",

@@ -210,16 +210,18 @@ class Harvest:
         files = {".png": encode_png(frame), ".json": msgspec.json.encode(facts)}
         entry = _Entry(facts, name, sum(map(len, files.values())))
         self._kept.append(entry)
-        while len(self._kept) > self.options.most_frames or sum(e.size for e in self._kept) > self.options.most_megabytes * 1e6:
-            worst = self._worst()
-            self._kept.remove(worst)
-            self._counts["pushed_out"] += 1
-            if worst is entry:
-                return
-            for suffix in (".json", ".png"):
-                (folder / f"{worst.name}{suffix}").unlink(missing_ok=True)
-        self._number += 1
+        most = self.options.most_megabytes * 1e6
         try:
+            while len(self._kept) > self.options.most_frames or sum(e.size for e in self._kept) > most:
+                worst = self._worst()
+                if worst is not entry:
+                    for suffix in (".json", ".png"):
+                        (folder / f"{worst.name}{suffix}").unlink(missing_ok=True)
+                self._kept.remove(worst)
+                self._counts["pushed_out"] += 1
+                if worst is entry:
+                    return
+            self._number += 1
             folder.mkdir(parents=True, exist_ok=True)
             for suffix, data in files.items():
                 atomic_write(folder / f"{name}{suffix}", data)
