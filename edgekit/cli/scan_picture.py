@@ -158,7 +158,8 @@ def _sinks(status: Mapping[str, Any], width: int, room: int) -> Section | None:
         return None
     rows.sort(key=lambda row: not row.get("down"))
     columns = ["sink", "sent", "waiting", "dropped", "state"] if width >= 70 else ["sink", "waiting", "state"]
-    table = _table(columns, right=("sent", "waiting"), most={"sink": max(10, width // 3)})
+    most = {"sink": max(10, width // 3), "state": max(12, width - width // 3 - 34)}  # a long reason takes no figure's place
+    table = _table(columns, right=("sent", "waiting"), most=most)
     kept = rows[: max(1, room - 2)]
     for row in kept:
         problem = row.get("down") or (f"{row['refused']} refused" if row.get("refused") else "")

@@ -104,7 +104,9 @@ class JsonlSink(LocalSink):
         self._lock = threading.Lock()  # the handle changes when the file is rotated
         self._number = 0
         self._stuck = False
+        self._lines: dict[int, int] = {}  # of the rotated files that this scan wrote, all of them
         self._handle = self._open()
+        self._begin()
         self._regular = stat.S_ISREG(os.fstat(self._handle).st_mode)
         try:
             self._look_at_what_is_there()
@@ -136,6 +138,10 @@ class JsonlSink(LocalSink):
     def _open(self) -> int:
         return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
+    def _begin(self) -> None:
+        """Count the lines of the file that is open; one that was there already is not known."""
+        self._written, self._own = 0, os.fstat(self._handle).st_size == 0
+
     def _look_at_what_is_there(self) -> None:
         size = os.fstat(self._handle).st_size
         if self._regular and os.pread(self._handle, 16, 0).startswith(b"SQLite format 3"):
@@ -162,6 +168,7 @@ class JsonlSink(LocalSink):
         if limit and self._regular and (size := os.fstat(self._handle).st_size) > 0 and size + len(line) > limit:
             self._rotate()
         self._append(line)
+        self._written += 1
         if self._regular and self.options.fsync == "always":
             os.fsync(self._handle)
         elif self._syncing:
@@ -191,6 +198,7 @@ class JsonlSink(LocalSink):
             if self.options.fsync != "never":
                 os.fsync(self._handle)
             os.rename(self._path, closed)
+            written = self._written if self._own else None
             try:
                 self._reopen()
             except OSError:
@@ -202,8 +210,10 @@ class JsonlSink(LocalSink):
                 say(f"{self._path} cannot be rotated ({error.strerror}); it grows on")
             return
         self._stuck = False
+        if written is not None:
+            self._lines[self._number] = written
         for number in sorted([*numbers, self._number])[: -self.options.keep]:
-            self._remove(self._numbered(number))
+            self._remove(number)
 
     def _reopen(self) -> None:
         handle = self._open()
@@ -215,6 +225,7 @@ class JsonlSink(LocalSink):
             raise
         with self._lock:
             old, self._handle = self._handle, handle
+        self._begin()
         os.close(old)
         sync_folder(self._path)
 
@@ -225,11 +236,14 @@ class JsonlSink(LocalSink):
         except FileNotFoundError:
             return True
 
-    def _remove(self, path: Path) -> None:
-        """A rotated file beyond ``keep``; its events count as dropped."""
+    def _remove(self, number: int) -> None:
+        """A rotated file beyond ``keep``; its events count as dropped. Only one of an earlier scan has to be read for that."""
+        path = self._numbered(number)
         with contextlib.suppress(OSError):
-            with path.open("rb") as file:
-                lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+            lines = self._lines.pop(number, None)
+            if lines is None:
+                with path.open("rb") as file:
+                    lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
             path.unlink()
             self._dropped["rotated away"] += lines
 

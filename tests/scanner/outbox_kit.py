@@ -1,0 +1,29 @@
+"""Events for an outbox, what waits in it, a disk that is full."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+from edgekit.scanner import Outbox
+
+
+def event(i: int, size: int = 10) -> dict[str, Any]:
+    return {"schema": 1, "id": f"run-{i}", "source": "s", "seq": i, "time": "2026-01-31T12:00:00.000Z", "text": "x" * size}
+
+
+def ids(outbox: Outbox, sink: str = "s") -> list[str]:
+    return [each.id for each in outbox.head(sink, 10**6)]
+
+
+@contextlib.contextmanager
+def full_disk(bytes_: int) -> Iterator[None]:
+    """No file of this process grows beyond ``bytes_``."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
