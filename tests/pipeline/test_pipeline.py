@@ -403,7 +403,7 @@ def test_the_built_in_recipe_reaches_its_figures(cli, tmp_path: Path):
     assert outcome.code == 0, outcome.err
     answer = outcome.json
     top1 = {row["stage"].split()[-1]: row["top1"] for row in answer["table"]}
-    assert top1["textbook"] >= 0.95
+    assert top1["textbook"] >= 0.93
     assert top1["depthwise"] >= 0.98
     assert top1["depthwise"] - top1["depthwise-int8"] <= 0.01 + 1e-9
     pruned = Bundle.open(tmp_path / "out/depthwise-half.edge").last("prune")
