@@ -94,9 +94,7 @@ def scan(
 
     written = bundle is not None and bundle.suffix.lower() == ".toml"
     if example:
-        from edgekit.scanner.example import example_config
-
-        return Answer({"config": (text := example_config())}, text.rstrip())
+        return _example()
     if check:
         return _checked(bundle, written)
     if written and bundle is not None:
@@ -120,6 +118,12 @@ def scan(
                 say(answer.text)
             click.get_current_context().exit(answer.exit_code)
     return answer
+
+
+def _example() -> Answer:
+    from edgekit.scanner.example import example_config
+
+    return Answer({"config": (text := example_config())}, text.rstrip())
 
 
 def _scanned(config: ScanConfig, view: bool) -> tuple[Summary, int]:

@@ -21,6 +21,8 @@ import zxingcpp
 from PIL import Image
 
 from edgekit.data import load
+from edgekit.scanner import Outbox
+from edgekit.scanner.sinks import forward
 
 
 class Kit:
@@ -185,3 +187,17 @@ def broker(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
 def digits() -> list[np.ndarray[Any, Any]]:
     split = load("digits").test
     return [split.read(i) for i in range(len(split))]
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    opened = Outbox(tmp_path / "outbox.sqlite")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def quick_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses between attempts at a sink that is down."""
+    monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.05)

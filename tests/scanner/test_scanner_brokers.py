@@ -19,26 +19,13 @@ from typing import Any
 import pytest
 
 from edgekit.scanner import Outbox, open_sink
-from edgekit.scanner.sinks import forward, mqtt
+from edgekit.scanner.sinks import mqtt
+
+from .outbox_kit import line_event as event
 
 HOST = "127.0.0.1"
 
-
-def event(i: int) -> dict[str, Any]:
-    return {"schema": 1, "id": f"run-{i}", "source": "é", "seq": i, "time": "2026-01-31T12:00:00.000Z"}
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    opened = Outbox(tmp_path / "outbox.sqlite")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.05)
+pytestmark = pytest.mark.usefixtures("quick_delivery")
 
 
 class Proxy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -37,12 +36,8 @@ from edgekit.scanner.sources.gaps import Backoff, GapWatch
 from edgekit.scanner.sources.intake import MOST_NOTICES, Intake, Waiting
 from edgekit.scanner.sources.slots import Link
 
-_spec = importlib.util.spec_from_file_location("camera_kit", Path(__file__).with_name("camera_kit.py"))
-assert _spec is not None
-assert _spec.loader is not None
-camera_kit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(camera_kit)
-until, notices, of = camera_kit.until, camera_kit.notices, camera_kit.of
+from . import camera_kit
+from .camera_kit import notices, of, until
 
 FAST = CameraOptions(stall_s=0.6, retry_s=0.05, retry_most_s=0.1)
 

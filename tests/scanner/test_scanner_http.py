@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,25 +18,14 @@ from edgekit.scanner import Outbox, open_sink
 from edgekit.scanner.sinks import forward, http
 from edgekit.scanner.sinks.forward import Undelivered
 
+from .outbox_kit import line_event as event
+
 HOST = "127.0.0.1"
 
 
-def event(i: int) -> dict[str, Any]:
-    return {"schema": 1, "id": f"run-{i}", "source": "é", "seq": i, "time": "2026-01-31T12:00:00.000Z"}
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    opened = Outbox(tmp_path / "outbox.sqlite")
-    yield opened
-    opened.close()
-
-
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(quick_delivery: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.05)
 
 
 class Moody:

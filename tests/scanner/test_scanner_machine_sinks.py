@@ -20,24 +20,13 @@ import pytest
 
 from edgekit.errors import UsageError
 from edgekit.scanner import Outbox, open_sink
-from edgekit.scanner.sinks import forward, lines
+from edgekit.scanner.sinks import lines
 
-
-def event(i: int) -> dict[str, Any]:
-    return {"schema": 1, "id": f"run-{i}", "source": "Förderband\u20287", "seq": i, "time": "2026-01-31T12:00:00.000Z"}
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    opened = Outbox(tmp_path / "outbox.sqlite")
-    yield opened
-    opened.close()
+from .outbox_kit import line_event as event
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.05)
+def _quick(quick_delivery: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "SETTLE_S", 0.05)
 
 

@@ -7,31 +7,16 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgekit.scanner import Outbox, open_sink
-from edgekit.scanner.sinks import forward, opcua
+from edgekit.scanner.sinks import opcua
 
+from .outbox_kit import line_event as event
 
-def event(i: int) -> dict[str, Any]:
-    return {"schema": 1, "id": f"run-{i}", "source": "Förderband\u20287", "seq": i, "time": "2026-01-31T12:00:00.000Z"}
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    opened = Outbox(tmp_path / "outbox.sqlite")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.05)
+pytestmark = pytest.mark.usefixtures("quick_delivery")
 
 
 class Variables:

@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,6 @@ def figures(sink: Any, **others: int) -> dict[str, Any]:
     """A network sink's status, of an outbox that was empty."""
     none = {"sent": 0, "delivered": 0, "waiting": 0, "unsaved": 0, "refused": 0, "dropped": {}}
     return {"sink": sink.name, **none, **others, "before": {"waiting": 0, "refused": 0, "dropped": {}}}
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    opened = Outbox(tmp_path / "outbox.sqlite")
-    yield opened
-    opened.close()
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import shutil
@@ -22,12 +21,8 @@ from edgekit.scanner import CameraOptions, Cameras, Captured, open_source
 from edgekit.scanner.sources.decode import Picture, Refused, pictures
 from edgekit.scanner.sources.trouble import Trouble
 
-_spec = importlib.util.spec_from_file_location("camera_kit", Path(__file__).with_name("camera_kit.py"))
-assert _spec is not None
-assert _spec.loader is not None
-camera_kit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(camera_kit)
-until, notices, of = camera_kit.until, camera_kit.notices, camera_kit.of
+from . import camera_kit
+from .camera_kit import notices, of, until
 
 EXACT = CameraOptions(queue="wait", depth=32, stall_s=10, open_s=20)
 LOSSY = CameraOptions(queue="wait", depth=32, stall_s=10, open_s=20, transport="udp")
