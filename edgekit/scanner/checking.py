@@ -31,6 +31,8 @@ from .sources.address import kind_of, parsed_url
 from .sources.cameras import Cameras
 from .sources.gstreamer import GST_LAUNCH
 from .sources.opencv import device_of
+from .sources.tls import ANY, SCHEMES, check_certificate
+from .sources.trouble import Trouble
 from .steps.triggers import Trigger
 from .tables import Key, Problem, Tables
 from .trigger_inputs import open_trigger_input
@@ -110,6 +112,11 @@ class _Check:
             else:
                 self._try(at, several.add, source.address, source.name, source.camera())
             self._present(at, source.address)
+            if source.certificate not in ("", ANY) and kind_of(source.address) in SCHEMES:
+                try:
+                    check_certificate(source.certificate)
+                except Trouble as trouble:
+                    self.wrong.add(("source", number, "certificate"), trouble.reason, "the camera gives no pictures without")
 
     def _present(self, at: Key, address: str) -> None:
         kind = kind_of(address)

@@ -278,7 +278,10 @@ def _absolute(config: ScanConfig, base: Path) -> ScanConfig:
 
 def _source_from(source: SourceOptions, base: Path) -> SourceOptions:
     from .sources.address import kind_of
+    from .sources.tls import ANY
 
+    if source.certificate not in ("", ANY):
+        source = msgspec.structs.replace(source, certificate=str((base / source.certificate).absolute()))
     path = base / source.address
     if kind_of(source.address) not in ("", "video") and not os.path.exists(path):
         return source

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from .sources.address import kind_of
+from .sources.tls import SCHEMES
 from .steps.answers import CHECKED, symbology
 from .steps.selftest import ZONES, hottest
 from .tables import Key
@@ -47,6 +49,10 @@ def idle(config: ScanConfig) -> Iterator[Finding]:
         yield Finding(("crosscheck",), "[crosscheck] does nothing: no text is read", "add [text] with a reader of lines")
     if config.shadow is not None and not config.shadow.candidate:
         yield Finding(("shadow",), "[shadow] does nothing: no candidate is named", 'write candidate = "next.edge"')
+    for number, source in enumerate(config.source):
+        if source.certificate and kind_of(source.address) not in SCHEMES:
+            message = "certificate does nothing: it is of https:// and rtsps://"
+            yield Finding(("source", number, "certificate"), message, "leave it out, or mend the address")
     trigger = config.trigger
     if trigger is not None and trigger.mode in ("single", "burst", "external") and not trigger.inputs:
         hint = 'write inputs = ["tcp://:7007"], or call Scanner.fire in an application'

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import socketserver
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -135,15 +136,31 @@ def rtp(count: int, codec: str = "mjpeg") -> list[list[bytes]]:
 
 
 class Server:
-    """Plays ``pieces`` to whoever connects, from the start, `FPS` a second, then keeps silent; ``login`` is USER:PASSWORD."""
+    """Plays ``pieces`` to whoever connects, from the start, `FPS` a second, then keeps silent; ``login`` is USER:PASSWORD,
+    ``tls`` a PEM file with key and certificate."""
 
-    def __init__(self, port: int, pieces: list[Any], login: str = "") -> None:
+    def __init__(self, port: int, pieces: list[Any], login: str = "", tls: Path | None = None) -> None:
         self.pieces, self.login, self.port = pieces, login, port
         self.silent, self._closed = threading.Event(), threading.Event()
         self._open: list[socket.socket] = []
         server = self
 
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
+        if context:
+            context.load_cert_chain(str(tls))
+
         class Handler(socketserver.StreamRequestHandler):
+            def setup(self) -> None:
+                if context:
+                    with contextlib.suppress(OSError):  # a client that does not trust it, and says so
+                        self.request = context.wrap_socket(self.request, server_side=True)
+                super().setup()
+
+            def finish(self) -> None:
+                with contextlib.suppress(OSError):
+                    super().finish()
+                self.request.close()  # the wrapped one is this handler's alone
+
             def handle(self) -> None:
                 server._open.append(self.request)
                 with contextlib.suppress(OSError, ValueError):  # the other end, or this server, is gone

@@ -201,3 +201,28 @@ def quick_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses between attempts at a sink that is down."""
     monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.02)
     monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.05)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A PEM file with a key and a certificate of its own for 127.0.0.1."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - datetime.timedelta(1), now + datetime.timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(key.private_bytes(serialization.Encoding.PEM, *form) + made.public_bytes(serialization.Encoding.PEM))
+    return pem

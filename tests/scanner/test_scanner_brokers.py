@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import datetime
 import hashlib
 import json
 import random
@@ -203,30 +202,6 @@ def test_mqtt_wrong_and_right_credentials(
     said = capfd.readouterr().err
     assert "wr0ng" not in said
     assert "s3same" not in said
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """A PEM file with a key and a certificate of its own for 127.0.0.1."""
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOST)])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1, now - datetime.timedelta(1), now + datetime.timedelta(1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))]), False)
-        .add_extension(x509.BasicConstraints(True, None), True)
-        .sign(key, hashes.SHA256())
-    )
-    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    pem = tmp_path / "server.pem"
-    pem.write_bytes(key.private_bytes(serialization.Encoding.PEM, *form) + made.public_bytes(serialization.Encoding.PEM))
-    return pem
 
 
 @pytest.mark.filterwarnings("ignore:.*unclosed <ssl.SSLSocket.*")  # paho leaves the socket of a failed handshake to Python

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from .address import PATTERN, kind_of
 from .options import CameraOptions
 from .slots import Pixels
+from .tls import tls_options, tls_trouble
 from .trouble import Trouble, trouble_of
 
 __all__ = ["Item", "Picture", "Refused", "check_size", "pictures", "rgb_rows"]
@@ -60,7 +62,7 @@ def pictures(spec: str, options: CameraOptions) -> Iterator[Item]:
 
 
 def _stream_options(kind: str, options: CameraOptions) -> dict[str, str]:
-    found = {"analyzeduration": "1000000"}  # us; the default of 5 s is a long time to be blind
+    found = {"analyzeduration": "1000000", **tls_options(kind, options.certificate)}  # us; the default of 5 s is long
     if kind in ("rtsp", "rtsps"):
         found["rtsp_transport"] = options.transport
     return found
@@ -84,7 +86,8 @@ def stream_pictures(address: str, options: CameraOptions, asked: dict[str, str])
     try:
         container = av.open(address, options=asked, timeout=(options.open_s, None))
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise trouble_of(error, address) from None
+        words = tls_trouble(address, options.certificate) if getattr(error, "errno", 0) == errno.EIO else ""
+        raise Trouble(words) if words else trouble_of(error, address) from None
     with container:
         if not container.streams.video:
             raise Trouble("there is no video in it", final=True)

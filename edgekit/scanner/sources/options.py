@@ -19,7 +19,9 @@ class CameraOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     said), ``wait`` lets the source wait (video files). ``stall_s``: without a picture or data for so long the camera counts as
     down and its process is ended. ``open_s``: how long connecting may take. ``retry_s`` and ``retry_most_s``: the first and
     the longest pause before it is tried again, doubled each time, with jitter. ``loop``: a video file starts again at its end;
-    ``paced``: it comes at its own rate, not as fast as it is read. ``transport``: of RTSP. ``width``, ``height``, ``fps`` and
+    ``paced``: it comes at its own rate, not as fast as it is read. ``transport``: of RTSP. ``certificate``: of https:// and
+    rtsps://, a PEM file with the camera's own or its authority's, "" for the system's authorities; "any": who answers is not
+    checked. ``width``, ``height``, ``fps`` and
     ``format`` (four letters, for example ``MJPG``): what a local camera is asked for, 0 and "" for its own choice.
     ``max_pixels``: larger pictures are refused, before they are decoded where the stream tells their size; of images too.
     ``damaged``: pictures that the decoder found errors in, and those that are built on them, up to the next key frame, are
@@ -35,6 +37,7 @@ class CameraOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     loop: bool = False
     paced: bool = False
     transport: Literal["tcp", "udp"] = "tcp"
+    certificate: str = ""
     width: int = 0
     height: int = 0
     fps: float = 0.0

@@ -20,7 +20,7 @@ _BY_TYPE = {
     "InvalidDataError": "it is no video: play it with another program to see what it is",
     "DecoderNotFoundError": "there is no decoder for its pictures: have the camera send H.264 or MJPEG",
     "DemuxerNotFoundError": "this installation of PyAV cannot read its format",
-    "ProtocolNotFoundError": "this installation of PyAV does not speak its protocol",
+    "ProtocolNotFoundError": "this installation of PyAV does not speak its protocol: read it by a pipeline (gst:)",
     "EOFError": "the connection was closed",
 }
 _BY_NUMBER = {
