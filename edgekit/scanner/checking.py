@@ -55,20 +55,24 @@ class _Sound(Exception):
 
 
 def check_config(path: str | os.PathLike[str]) -> Checked:
-    """Every mistake in a TOML file; in one without, all that this machine lacks of what it names. Nothing is written.
+    """Every mistake in a TOML file, and all that this machine lacks of what its sound tables name. Nothing is written.
 
     Bundles are verified and loaded, extras and folders looked for, and each host is asked once whether it answers.
     """
     config, problems = parse_config(path)
     if config is None:
         return Checked(problems, [])
-    return _Check(config, path).done()
+    found = _Check(config, path, whole=not problems).done()
+    lines = {problem.where for problem in problems}
+    return Checked([*problems, *(each for each in found.problems if each.where not in lines)], found.warnings)
 
 
 class _Check:
-    def __init__(self, config: ScanConfig, path: str | os.PathLike[str]) -> None:
+    """``whole``: no table is missing for a mistake in it, so that what one says can be held against another."""
+
+    def __init__(self, config: ScanConfig, path: str | os.PathLike[str], whole: bool) -> None:
         text = Path(path).read_text(encoding="utf-8")
-        self.config = config
+        self.config, self.whole = config, whole
         self.wrong, self.doubtful = (Tables(os.fspath(path), text) for _ in range(2))
 
     def done(self) -> Checked:
@@ -77,7 +81,7 @@ class _Check:
         self._sinks()
         self._folders()
         self._ports()
-        for finding in idle(self.config):
+        for finding in idle(self.config) if self.whole else ():
             self.doubtful.add(*finding)
         return Checked(self.wrong.problems, self.doubtful.problems)
 
@@ -99,8 +103,9 @@ class _Check:
                 self._try((table, "bundle"), _opened, options, stack) if options else None
                 for table, options in (("model", config.model), ("text", config.text))
             )
-            codes = self._try(("codes",), CodeReader, formats=config.codes.formats or None) if config.codes else None
-            if len(self.wrong.problems) == before:
+            at: Key = ("codes", "formats") if config.codes and config.codes.formats else ("codes",)
+            codes = self._try(at, CodeReader, formats=config.codes.formats or None) if config.codes else None
+            if len(self.wrong.problems) == before and self.whole:
                 self._try(("text" if config.text else "model", "bundle"), Reading, model, codes, text)
 
     def _sources(self) -> None:

@@ -200,7 +200,7 @@ _FILE_SINKS = ("jsonl", "sqlite")
 def read_config(path: str | os.PathLike[str]) -> ScanConfig:
     """Read and check a TOML file. Raises `UsageError` that names the first mistake and says how many more there are."""
     config, problems = parse_config(path)
-    if config is None:
+    if problems or config is None:
         first, *more = problems
         also = f" (and {len(more)} more: edgekit scan --check {os.fspath(path)})" if more else ""
         raise UsageError(f"{first.where}: {first.message}{also}", first.hint)
@@ -215,13 +215,13 @@ def config_of(config: ScanConfig | Mapping[str, Any] | str | os.PathLike[str], *
     if isinstance(config, str | os.PathLike):
         return read_config(config)
     found, problems = _parsed(Tables(), config, Path(), sourced)
-    if found is None:
+    if problems or found is None:
         raise UsageError(problems[0].message, problems[0].hint)
     return found
 
 
 def parse_config(path: str | os.PathLike[str]) -> tuple[ScanConfig | None, list[Problem]]:
-    """The config, or None and every mistake in the file."""
+    """The config and every mistake in the file; with mistakes it is of the sound tables only, or None."""
     file = Path(path)
     name = os.fspath(path)
     try:
@@ -246,7 +246,7 @@ def parse_config(path: str | os.PathLike[str]) -> tuple[ScanConfig | None, list[
 def _parsed(
     tables: Tables, data: Mapping[str, Any], base: Path, sourced: bool = True
 ) -> tuple[ScanConfig | None, list[Problem]]:
-    config = tables.struct(ScanConfig, data)
+    config = tables.struct(ScanConfig, data) or _sound(tables.sound)
     if sourced and "source" not in data:
         tables.add((), "there is no [[source]]", 'write [[source]] and address = "camera:0", a folder or another source')
     if not {"model", "text", "codes"} & set(data):
@@ -259,9 +259,15 @@ def _parsed(
             tables.add(("source", number, "name"), f"two sources are named {worded(name)}", "give each its own name")
     for finding in mistakes(config) if config is not None else ():
         tables.add(*finding)
-    if tables.problems or config is None:
-        return None, tables.problems
-    return _absolute(config, base), []
+    return _absolute(config, base) if config is not None else None, tables.problems
+
+
+def _sound(tables: Mapping[str, Any]) -> ScanConfig | None:
+    """A config of the tables in which no mistake is; None where they make none without the others."""
+    try:
+        return ScanConfig(**tables)
+    except UsageError:
+        return None
 
 
 def _absolute(config: ScanConfig, base: Path) -> ScanConfig:

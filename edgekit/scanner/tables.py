@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -40,6 +40,7 @@ class Tables:
     def __init__(self, file: str = "", text: str = "") -> None:
         self._file, self._text = file, text
         self.problems: list[Problem] = []
+        self.sound: dict[str, Any] = {}  #: what the top could be made of, mistakes left out
 
     def add(self, at: Key, message: str, hint: str = "") -> None:
         message, hint = (" ".join(words.split()) for words in (message, hint))  # words of an error may quote several lines
@@ -60,6 +61,8 @@ class Tables:
         for field in msgspec.structs.fields(kind):
             if field.required and field.name not in data:
                 self.add(at, f"`{shown((*at, field.name))}` is missing")
+        if not at:
+            self.sound = {name: value for name, value in values.items() if value is not None and None not in _listed(value)}
         if len(self.problems) > before:
             return None
         try:
@@ -101,6 +104,10 @@ class Tables:
     def _where(self, at: Key) -> str:
         line = line_of(self._text, at)
         return f"{self._file}:{line}" if line else self._file or "config"
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple) else ()
 
 
 def shown(at: Key) -> str:

@@ -24,7 +24,8 @@ def test_all_mistakes_are_named_at_once_with_their_lines(cli: Cli, tmp_path: Pat
     file = tmp_path / "scan.toml"
     file.write_text(
         '[model]\nbundel = "x"\nthreads = "two"\n[[source]]\naddress = "camera:0"\ndepth = 100\n'
-        '[[source]]\nadress = "in"\n[log]\nformat = "jsn"\n[sourse]\n'
+        '[[source]]\nadress = "in"\n[log]\nformat = "jsn"\n[sourse]\n[text]\nbundle = "none.edge"\n'
+        '[codes]\nformats = ["QR Cod"]\n[[sink]]\naddress = "ftp://x"\n[harvest]\nfolder = "/proc/x"\non = ["no-read"]\n'
     )
     done = cli("scan", "--check", file, "--json")
     assert done.code == 2
@@ -34,6 +35,10 @@ def test_all_mistakes_are_named_at_once_with_their_lines(cli: Cli, tmp_path: Pat
     assert found["8"] == "did you mean `address`?"
     assert found["10"] == "did you mean `json`?"
     assert {"3", "4"} <= set(found)
+    # In the same round: a bundle that is not there, a format, a sink, and an event that no type knows.
+    assert {"13", "15", "17", "20"} <= set(found)
+    assert "QR Code" in found["15"]
+    assert found["20"] == "did you mean `no_read`?"
     with pytest.raises(UsageError, match="more: edgekit scan --check"):
         read_config(file)
 
@@ -102,7 +107,7 @@ def test_what_a_config_names_is_held_against_this_machine(
     wrong = cli("scan", "--check", file, "--json")
     assert wrong.code == 2
     found = [problem["where"].rpartition(":")[2] for problem in wrong.json["problems"]]
-    assert set(found) == {"2", "3", "7", "9", "11", "13", "15", "17", "20"}
+    assert set(found) == {"2", "4", "7", "9", "11", "13", "15", "17", "20"}
     assert "secret" not in wrong.out + wrong.err
     assert not list(tmp_path.glob("*.sqlite"))
 
