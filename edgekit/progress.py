@@ -81,15 +81,17 @@ class Speaker(Protocol):
     def __call__(self, message: str, level: str, **about: Any) -> None: ...
 
 
-_speaker: Speaker | None = None
+#: The last of those whose blocks run says it.
+_speakers: list[Speaker] = []
 
 
 def say(message: str, level: str = "info", **about: Any) -> None:
     """One line for the person who waits. ``level`` and the fields ``about`` it are for logs (`spoken_by`)."""
     if not first():
         return
-    if _speaker is not None:
-        _speaker(message, level, **about)
+    for speaker in _speakers[-1:]:  # another thread may take it away meanwhile
+        speaker(message, level, **about)
+        break
     else:
         # A log on a full disk, or one that nobody takes any more, does not end the work.
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -98,13 +100,12 @@ def say(message: str, level: str = "info", **about: Any) -> None:
 
 @contextlib.contextmanager
 def spoken_by(speaker: Speaker) -> Iterator[None]:
-    """In the block ``speaker`` says what `say` is given, in all threads."""
-    global _speaker
-    before, _speaker = _speaker, speaker
+    """In the block ``speaker`` says what `say` is given, in all threads. Blocks of two threads may end in any order."""
+    _speakers.append(speaker)
     try:
         yield
     finally:
-        _speaker = before
+        _speakers.remove(speaker)
 
 
 def short(value: float, digits: int = 4) -> str:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgekitError
+from edgekit.progress import say
 from edgekit.runtime import Model
 from edgekit.scanner import Reading, Scanner
 from edgekit.scanner.assembly import Parts
@@ -146,6 +147,19 @@ def test_the_model_that_runs_is_told_after_a_promotion(digits_bundle: Bundle) ->
         )
         found = parts.running_model()
     assert found == {**parts.model, "bundle": str(digits_bundle.path), "digest": digits_bundle.digest}
+
+
+def test_two_scans_at_once_leave_no_log_behind(pictures: Path) -> None:
+    """The first to start ends first: the other's lines go on as JSON, and then nobody's do."""
+    tables = {"codes": {"budget_ms": 0}, "source": [{"address": str(pictures)}], "log": {"format": "json"}}
+    first, second = (iter(Scanner(tables)) for _ in range(2))
+    with redirect_stderr(io.StringIO()) as said:
+        next(first), next(second)
+        first.close()
+        second.close()
+        assert [json.loads(line)["life"] for line in said.getvalue().splitlines()].count("ended") == 2
+        say("plain")
+        assert said.getvalue().endswith("\nplain\n")
 
 
 # Signals
