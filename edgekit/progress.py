@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +13,12 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
-__all__ = ["Speaker", "bar", "first", "say", "short", "spoken_by", "track"]
+__all__ = ["Speaker", "bar", "first", "harmless", "say", "short", "spoken_by", "track"]
 
 T = TypeVar("T")
 
 QUIET = 30.0  # seconds
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def first() -> bool:
@@ -95,7 +97,12 @@ def say(message: str, level: str = "info", **about: Any) -> None:
     else:
         # A log on a full disk, or one that nobody takes any more, does not end the work.
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            click.echo(message, err=True)
+            click.echo(harmless(message), err=True)
+
+
+def harmless(text: str) -> str:
+    """Without what steers a terminal or turns the direction of writing: names in files and answers of servers are others'."""
+    return _STEERING.sub("?", text)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from edgekit.errors import BudgetNotMet, EdgekitError, MissingExtra
-from edgekit.progress import first, short
+from edgekit.progress import first, harmless, short
 
 __all__ = [
     "SEED",
@@ -99,7 +99,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., int]:
         if answer.missed is not None and as_json:
             raise answer.missed
         if first():  # of the processes of one torchrun, one answers
-            click.echo(_json(answer.data) if as_json else answer.text or lines(answer.data))
+            click.echo(_json(answer.data) if as_json else harmless(answer.text or lines(answer.data)))
         if answer.missed is not None:
             raise answer.missed
         return answer.exit_code
@@ -194,9 +194,9 @@ def fail(error: BaseException, as_json: bool) -> int:
             click.echo(_json({**result, "error": message, "hint": hint}))
     # The others speak too here: what failed may have failed in one of them only.
     which = "" if first() else f" in process {os.environ['RANK']}"
-    click.echo(f"error{which}: {' '.join(message.split())}", err=True)
+    click.echo(harmless(f"error{which}: {' '.join(message.split())}"), err=True)
     if hint:
-        click.echo(f"hint: {' '.join(hint.split())}", err=True)
+        click.echo(harmless(f"hint: {' '.join(hint.split())}"), err=True)
     return code
 
 

@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from edgekit.progress import say
+
 __all__ = ["HANG_S", "Board"]
 
 #: A loop that has not gone round for so long hangs: sources give a sign four times a second.
 HANG_S = 10.0
+WATCH_S = 1.0
 
 
 class Board:
@@ -77,6 +80,29 @@ class Board:
                 patience = patience_s if self.silent_s() <= HANG_S else 0.0
                 self._news.wait_for(lambda: self._made > made or self.state != "running", patience)
             return self._figures
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """In the block a thread says where the loop hangs, and where it goes round again."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            hangs = False
+            while not ended.wait(WATCH_S):
+                why = self.health()
+                if why and not hangs:
+                    say(f"{why[0]}: a frame or a sink hangs", "error", silent_s=round(self.silent_s(), 1))
+                elif hangs and not why:
+                    say("the scanning thread goes round again", "warning")
+                hangs = bool(why)
+
+        thread = threading.Thread(target=watch, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(1.0)
 
     def health(self) -> list[str]:
         """Why the scan is not alive; empty where it is."""

@@ -193,6 +193,8 @@ class _Check:
         except ValueError:  # whoever opens it has said so
             return
         port = port or _PORTS.get(url.scheme)
+        if url.scheme == "serial" and not os.path.exists(url.path):
+            self.doubtful.add(at, f"there is no {url.path} now", f"plug it in; {meanwhile}")
         if not host or not port:  # a serial line
             return
         try:

@@ -102,7 +102,7 @@ class CodeReader:
 
     def __call__(self, frame: Frame) -> list[Code]:
         """uint8 (H, W), (H, W, 3) RGB -> the codes on it, in the reader's order. Raises `InputError` for what is no frame."""
-        grey = _grey(canonical_frame(frame))
+        grey = grey_of(canonical_frame(frame))
         found = self._read(grey, self._all)
         self.stage = "plain" if found else ""
         if found or self.budget_ms <= 0:
@@ -211,7 +211,7 @@ def _common(zxing: Any, names: str, wanted: Any) -> Any:
     return zxing.BarcodeFormats(sorted(each, key=str)) if each else None
 
 
-def _grey(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def grey_of(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W[, 3]) -> contiguous uint8 (H, W), ITU-R BT.601 luma in 8-bit fixed point."""
     if frame.ndim == 2:
         return np.ascontiguousarray(frame)

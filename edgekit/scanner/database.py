@@ -67,6 +67,8 @@ def connect(path: Path, schema: str, version: int, added: str = "") -> sqlite3.C
 
 def check_database(path: Path, version: int) -> None:
     """Whether `connect` would take the file, without writing anything. Raises `DataError`, `OSError`."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     with (

@@ -22,25 +22,30 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["SCHEMA", "Event", "encode", "rfc3339"]
+__all__ = ["SCHEMA", "Event", "encode", "rfc3339", "whole"]
 
 SCHEMA = 1
 Event = dict[str, Any]
-_encoder = msgspec.json.Encoder()
+_encoder = msgspec.json.Encoder(enc_hook=str)
 
 
-def encode(event: Event) -> bytes:
-    """An event as one line of UTF-8 JSON, without the line's end. Half a character, as a shell or an application may give it,
-    appears as ``\\udcNN``: it ends no scan."""
+def encode(value: Any) -> bytes:
+    """An event, or another struct or object of JSON types, as one line of UTF-8 JSON, without the line's end. Half a character,
+    as a shell, a file name or an application may give it, appears as ``\\udcNN``: it ends no scan."""
     try:
-        return _encoder.encode(event)
+        return _encoder.encode(value)
     except UnicodeEncodeError:
-        return _encoder.encode(_whole(event))
+        return _encoder.encode(_whole(msgspec.to_builtins(value, enc_hook=str)))
+
+
+def whole(text: str) -> str:
+    """A text that every encoding takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _whole(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        return whole(value)
     if isinstance(value, dict):
         return {_whole(key): _whole(each) for key, each in value.items()}
     return [_whole(each) for each in value] if isinstance(value, list | tuple) else value

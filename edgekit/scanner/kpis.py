@@ -19,11 +19,13 @@ _GOOD_SCORE = TriggerOptions().good_score
 #: Cameras that are told of one by one, and latencies of each over which percentiles are taken.
 MOST_CAMERAS = 64
 LATENCIES = 1024
+FORGET_S = 3600.0
 
 
 class _Camera:
     def __init__(self) -> None:
         self.frames = self.good = 0
+        self.seen = 0.0
         self.latencies = array("d")
 
     def figures(self) -> dict[str, Any]:
@@ -54,7 +56,7 @@ class Tally:
         name = camera_of(captured.source)
         camera = self._cameras.get(name)
         if camera is None:
-            if len(self._cameras) >= MOST_CAMERAS:
+            if len(self._cameras) >= MOST_CAMERAS and not self._forget(captured.monotonic):
                 return
             camera = self._cameras[name] = _Camera()
         if len(camera.latencies) < LATENCIES:
@@ -63,6 +65,15 @@ class Tally:
             camera.latencies[camera.frames % LATENCIES] = answer.latency_ms
         camera.frames += 1
         camera.good += well
+        camera.seen = captured.monotonic
+
+    def _forget(self, now: float) -> bool:
+        """The row of whom nothing came for longest goes, if that is long ago: a folder a day has its day."""
+        name = min(self._cameras, key=lambda name: self._cameras[name].seen)
+        gone = now - self._cameras[name].seen > FORGET_S
+        if gone:
+            del self._cameras[name]
+        return gone
 
     def cameras(self) -> list[dict[str, Any]]:
         """A row a camera, stream or folder of pictures: ``source``, ``inferred``, ``good``, ``latency_ms`` p50 and p99 over the

@@ -1,7 +1,8 @@
 """What a scan says of itself on stderr: plain lines, or one JSON object a line for a log collector.
 
 Cameras that come and go, a model's verdict, drift and a failed self-test are said in either form. Only JSON has the whole life,
-a line each with the field ``life``: ``starting``, ``ready``, ``stopping``, then ``ended`` with the figures, or ``failed``.
+a line each with the field ``life``: ``starting``, ``ready``, ``stopping``, then ``ended`` with the figures (with ``forced``
+alone where a frame or a sink hung), or ``failed``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import msgspec
 
-from edgekit.progress import Speaker, say, spoken_by
+from edgekit.progress import Speaker, harmless, say, spoken_by
 from edgekit.version import __version__
 
-from .events import Event, rfc3339
+from .events import Event, encode, rfc3339
 from .sources.address import shown
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class _Log:
         line = shown(" ".join(message.split()))  # one line without a password, whatever a driver's message holds
         if self._json:
             fields = {"time": rfc3339(time.time()), "level": level, "message": line, **about}
-            line = msgspec.json.encode(fields, enc_hook=str).decode()
+            line = encode(fields).decode()
+        else:
+            line = harmless(line)
         stream = self._stream or sys.stderr
         # One write a line, so that two threads' lines do not mix; a log that nobody takes does not end the scan.
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -85,6 +85,7 @@ class Outbox:
         self._moved: dict[int, int] = {}  # places in memory -> on disk, of events in delivery
         self._full = 0.0  # when the disk was last full, on the monotonic clock
         self._locked: OSError | None = None  # by another program
+        self._retry = 0.0  # when the lock is tried again, on the monotonic clock
         self._lost = 0  # events that found no room in memory either, in this outage
         self._unwritten: Counter[tuple[str, str]] = Counter()  # dropped, and not yet in the file
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,13 +111,15 @@ class Outbox:
             self._held_count += 1
             new = Held(-self._held_count, sink, event_id, event)
             try:
-                if self._locked is not None and time.monotonic() - self._full < RETRY_S:
-                    raise self._locked  # each attempt holds the scan up
+                if self._locked is not None and time.monotonic() < self._retry:
+                    raise self._locked.with_traceback(None)  # each attempt holds the scan up
                 self._store(new)
                 self._locked = None
             except OSError as error:
-                self._locked = error if error.errno == errno.EBUSY else None
-                if error.errno not in FULL or self.options.policy == "stop":
+                if error is not self._locked:
+                    self._locked = error if error.errno == errno.EBUSY else None
+                    self._retry = time.monotonic() + RETRY_S
+                if error.errno not in FULL or (self.options.policy == "stop" and error.errno != errno.EBUSY):
                     raise
                 self._hold(new, error)
             self._queue(sink).sent += 1
@@ -130,7 +133,8 @@ class Outbox:
             rows = self._connection.execute(query, (sink, queue.done, limit)).fetchall()
             waiting = [Waiting(*row[:3]) for row in rows]
             queue.handed = {row[0]: row[3] for row in rows}
-            self._moved = {old: new for old, new in self._moved.items() if new in queue.handed}
+            handed = {position for each in self._queues.values() for position in each.handed}
+            self._moved = {old: new for old, new in self._moved.items() if new in handed}
             for each in self._held:
                 if len(waiting) >= limit:
                     break
@@ -218,7 +222,7 @@ class Outbox:
             if self._unsettled():
                 self._try_to_store()
             if self._held:
-                say(f"{len(self._held)} events are lost: there was no room for them in {self.path}")
+                say(f"{len(self._held)} events are lost: there was no room for them in {self.path}", "error")
             with sqlite_errors(self.path):
                 self._connection.close()
             os.close(self._lock_file)
@@ -329,7 +333,7 @@ class Outbox:
             which = (
                 "oldest events make room, and are counted" if self.options.policy == "drop oldest" else "new ones are dropped"
             )
-            say(f"{row.sink}: the outbox is full ({limit}); the {which}")
+            say(f"{row.sink}: the outbox is full ({limit}); the {which}", "warning")
         if self.options.policy == "drop newest":
             return False
         while limit := self._exceeded(queue):
@@ -367,7 +371,10 @@ class Outbox:
         """Keep an event in memory while the disk is full; beyond `MOST_HELD` drop one and count it."""
         quiet, self._full = self._full, time.monotonic()
         if not quiet:
-            say(f"{self.path}: {error.strerror}; new events wait in memory, at most {MOST_HELD}, and a power cut loses them")
+            say(
+                f"{self.path}: {error.strerror}; new events wait in memory, at most {MOST_HELD}, and a power cut loses them",
+                "warning",
+            )
         queue = self._queue(new.sink)
         queue.waiting, queue.bytes = queue.waiting + 1, queue.bytes + new.cost
         self._held.append(new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import uuid
@@ -86,11 +87,11 @@ class Pipeline:
     """Reads the frames of ``source`` with ``model``, ``codes`` or both (or a ``reading``); sends their events to every sink.
 
     Without ``steps`` each captured frame is one event. The source gives `Captured`, `Notice` (sent as an event) or None
-    (nothing came for a while). One that drops frames itself says so in ``counts()`` (`sources.Counting`), one that has more
-    at hand gives it in ``more(n)``; up to ``batch`` frames are read in one go. The source is closed here, the sinks by the
-    caller. Use it from one thread; ``stop`` may be set from any. ``on_round`` hears the monotonic clock each time that the
-    loop went round, ``on_answer`` each captured frame with its answer (None where it was not read); both must be quick.
-    Raises `UsageError` where there is nothing to read with, or the model takes no pictures.
+    (nothing came for a while). One that drops frames itself says so in ``counts()`` (`sources.Counting`), one that has more at
+    hand gives it in ``more(n)``; up to ``batch`` frames are read in one go. The source is closed here, the sinks by the caller.
+    Use it from one thread; ``stop`` may be set from any. ``on_round`` hears the monotonic clock each time that the loop went
+    round, ``on_answer`` each captured frame with its answer (None where it was not read), ``on_last`` that no more come; all
+    must be quick. Raises `UsageError` where there is nothing to read with, or the model takes no pictures.
     """
 
     def __init__(
@@ -108,13 +109,14 @@ class Pipeline:
         on_event: Callable[[Event], None] | None = None,
         on_round: Callable[[float], None] | None = None,
         on_answer: Callable[[Captured, Answer | None], None] | None = None,
+        on_last: Callable[[], None] | None = None,
     ) -> None:
         self.reading = reading or Reading(model, codes)
         self._source, self._steps, self._sinks = source, tuple(steps), tuple(sinks)
         self._batch = batch
         self._stop = stop or Stop()
         self.run_id = run_id or uuid.uuid4().hex
-        self._on_event, self._on_round, self._on_answer = on_event, on_round, on_answer
+        self._on_event, self._on_round, self._on_answer, self._on_last = on_event, on_round, on_answer, on_last
         self._counts = _Counts()
         self._latencies = array("d")
         self._latency_ms = 0.0  # of all
@@ -149,12 +151,18 @@ class Pipeline:
             for _ in self._last():
                 pass
             raise
+        except Exception:
+            with contextlib.suppress(Exception):  # the first is the one that counts; the other sinks still have theirs
+                self._flush(STOPPED_FLUSH_S)
+            raise
         finally:
             for step in self._steps:
                 step.close()
 
     def _last(self) -> Generator[Event, None, None]:
         """What the steps still have is sent first of all; then sinks may take their time, and say what came of it."""
+        if self._on_last:
+            self._on_last()
         yield from self._sent(self._due(math.inf))
         self._flush()
         if late := self._due(math.inf):
@@ -215,11 +223,13 @@ class Pipeline:
                 self._on_event(event)
         return events
 
-    def _flush(self) -> None:
+    def _flush(self, together_s: float = 0.0) -> None:
+        """``together_s``: for all sinks; 0: for those of a scan that was stopped, or was not."""
+        together_s = together_s or (STOPPED_FLUSH_S if self._stop.is_set() else 0.0)
         failed: Exception | None = None
         for sink in self._sinks:
             try:
-                sink.flush(STOPPED_FLUSH_S / len(self._sinks) if self._stop.is_set() else FLUSH_S)
+                sink.flush(together_s / len(self._sinks) if together_s else FLUSH_S)
             except Exception as error:  # noqa: BLE001  the others still have theirs
                 failed = failed or error
         if failed is not None:

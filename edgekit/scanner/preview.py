@@ -82,7 +82,7 @@ class Preview:
         source = captured.source if self.by_source else ""
         if now - self._taken.get(source, -1.0) < PERIOD_S:
             return
-        if source not in self._shots and len(self._shots) >= MOST_SOURCES:
+        if source not in self._shots and len(self._shots) >= MOST_SOURCES and not self._make_room(now):
             return
         self._taken[source] = now
         self._number += 1
@@ -91,6 +91,19 @@ class Preview:
         step = max(1, max(height, width) // (2 * MOST_PIXELS))
         shot = Shot(self._number, np.array(frame[::step, ::step]), step, (width, height), answer, captured.source)
         self._shots[source] = shot
+
+    def forget(self, source: str) -> None:
+        """A camera was removed."""
+        for each in (self._shots, self._pictures, self._taken):
+            each.pop(source, None)
+
+    def _make_room(self, now: float) -> bool:
+        """The picture of the camera that was silent for longest goes, if it was for long enough."""
+        silent = min(self._shots, key=lambda source: self._taken[source])
+        if now - self._taken[silent] < LOOKING_S:
+            return False
+        self.forget(silent)
+        return True
 
     def sources(self) -> list[str]:
         """Who has a picture; asking counts as looking."""

@@ -101,6 +101,8 @@ class Reading:
             reason, why = "unfit", error.message
         except BackendError as error:
             reason, why = "failed", error.message
+        except MemoryError:
+            reason, why = "failed", "it does not fit into memory; scale it down"
         return Answer({} if reason else fields, (perf_counter_ns() - start) / 1e6, reason, why, codes)
 
     def answers(self, frames: Sequence[Frame]) -> list[Answer]:
@@ -115,7 +117,7 @@ class Reading:
         try:
             fields = [_predicted(each) for each in self.model.predict_batch(parts)]
             codes = [self._beside(*each) for each in zip(frames, parts, fields, strict=True)]
-        except EdgekitError:
+        except (EdgekitError, MemoryError):
             return [self.answer(frame) for frame in frames]
         took = (perf_counter_ns() - start) / 1e6
         return [Answer(own, took, codes=each) for own, each in zip(fields, codes, strict=True)]

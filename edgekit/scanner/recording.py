@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import DataError
 
+from .events import encode
 from .png import decode_png
 
 __all__ = [
@@ -42,7 +43,8 @@ __all__ = [
 
 SUFFIX = ".edgekit-incident"
 FRAME = "$frame"
-MAX_TEXT = 64 << 20  # of a JSON member
+MAX_TEXT = 16 << 20  # of a JSON member
+MAX_PARTS = 1_000_000  # lists and objects in one: empty ones take 30 times their text in memory
 MAX_FRAME = 256 << 20
 MAX_ROUNDS = 1_000_000
 _OLD = (1980, 1, 1, 0, 0, 0)
@@ -127,7 +129,7 @@ class Recorded:
             decoder = msgspec.json.Decoder(Round)
             self.rounds = [decoder.decode(line) for line in rounds]
             self.events = self._read("events.jsonl", MAX_TEXT).splitlines()
-        except (zipfile.BadZipFile, msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, RecursionError, ValueError) as error:  # msgspec's are ValueErrors
             raise self._bad(str(error)) from None
 
     def frame(self, number: int) -> NDArray[np.uint8]:
@@ -145,6 +147,8 @@ class Recorded:
             raise self._bad(f"{name}: {error}") from None
         if len(data) > limit:
             raise self._bad(f"{name} is larger than {limit >> 20} MiB")
+        if limit == MAX_TEXT and data.count(b"[") + data.count(b"{") > MAX_PARTS:
+            raise self._bad(f"{name} holds more than {MAX_PARTS} lists and objects")
         return data
 
     def _bad(self, why: str) -> DataError:
@@ -171,8 +175,8 @@ def write_recording(
     try:
         with os.fdopen(handle, "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
-                _add(archive, "incident.json", msgspec.json.format(msgspec.json.encode(about), indent=1) + b"\n")
-                _add(archive, "journal.jsonl", b"".join(msgspec.json.encode(each) + b"\n" for each in rounds))
+                _add(archive, "incident.json", msgspec.json.format(encode(about), indent=1) + b"\n")
+                _add(archive, "journal.jsonl", b"".join(encode(each) + b"\n" for each in rounds))
                 _add(archive, "events.jsonl", b"".join(each + b"\n" for each in events))
                 for number, frame in enumerate(frames):
                     _add(archive, frame_name(number), frame, zipfile.ZIP_STORED)

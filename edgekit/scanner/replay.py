@@ -221,6 +221,9 @@ class _Fires:
         return ""
 
     def frame(self, captured: Captured, event: Event) -> list[Event]:
+        if captured.seq < 0:  # a notice; triggers are taken before a camera that was removed goes
+            self._came += 1
+            self._fire(self._came)
         return [event]
 
     def due(self, monotonic: float, wall: float) -> list[Event]:

@@ -22,6 +22,13 @@ _PARTS = ("-wal", "-shm", "")  # the database last: without its log it is an old
 _HEADER = 100  # bytes (https://sqlite.org/fileformat.html, 1.3)
 _LARGEST = 1 << 40
 KEPT = 3  # old files
+#: Beyond, SQLite would soon have no numbers left, and says that the disk is full.
+LAST = 1 << 62
+_ODD = """SELECT 1 FROM outbox WHERE typeof(sink) <> 'text' OR typeof(id) <> 'text' OR typeof(event) <> 'blob'
+    OR typeof(coalesce(refused, '')) <> 'text' OR position NOT BETWEEN 1 AND :last
+    UNION ALL SELECT 1 FROM dropped WHERE typeof(sink) <> 'text' OR typeof(reason) <> 'text' OR typeof(count) <> 'integer'
+    UNION ALL SELECT 1 FROM sqlite_sequence WHERE seq > :last
+    UNION ALL SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view') LIMIT 1"""
 _ROWS = "SELECT position, sink, id, event, refused FROM outbox WHERE position > ? ORDER BY position"
 
 
@@ -49,7 +56,8 @@ def open_sound(path: Path, schema: str, version: int, added: str) -> sqlite3.Con
     except Damaged as error:
         why = error.message.rpartition(": ")[2]
     old, events = _set_aside(path, schema, version, added)
-    say(f"the outbox {path} cannot be used ({why}); it is kept as {old}, and {events} events read from it go on waiting")
+    words = f"it is kept as {old}, and {events} events read from it go on waiting"
+    say(f"the outbox {path} cannot be used ({why}); {words}", "warning")
     return connect(path, schema, version, added)
 
 
@@ -61,7 +69,24 @@ def _damage(connection: sqlite3.Connection, path: Path) -> str:
         return "its header is damaged"
     with sqlite_errors(path):
         found = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
-    return "" if found == "ok" else found.splitlines()[-1]
+        return _odd(connection) if found == "ok" else found.splitlines()[-1]
+
+
+def _odd(connection: sqlite3.Connection) -> str:
+    """What SQLite takes and no scan has written: a damaged page may be sound for it, and one that somebody changed is."""
+    if connection.execute(_ODD, {"last": LAST}).fetchone():
+        return "there are rows in it that no scan has written"
+    connection.text_factory = bytes
+    try:
+        for row in connection.execute("SELECT sink, id, refused FROM outbox UNION ALL SELECT sink, reason, NULL FROM dropped"):
+            for text in row:
+                if text is not None:
+                    text.decode()
+    except UnicodeDecodeError:
+        return "there are texts in it that are none"
+    finally:
+        connection.text_factory = str
+    return ""
 
 
 def _set_aside(path: Path, schema: str, version: int, added: str) -> tuple[Path, int]:
@@ -122,14 +147,15 @@ def _whole(path: Path) -> Iterator[None]:
     with path.open("r+b") as file:
         header, size = file.read(_HEADER), os.fstat(file.fileno()).st_size
         full = int.from_bytes(header[16:18], "big") * int.from_bytes(header[28:32], "big")
-        if not size < full <= _LARGEST:
-            yield
-            return
-        file.truncate(full)
+        longer = size < full <= _LARGEST
+        with contextlib.suppress(OSError):  # a length that is damaged too
+            if longer:
+                file.truncate(full)
         try:
             yield
         finally:
-            file.truncate(size)
+            if longer:
+                file.truncate(size)
 
 
 def _save(path: Path, into: sqlite3.Connection) -> int:
@@ -160,7 +186,7 @@ def _sound(row: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         found = (position, sink.decode(), event_id.decode(), event, None if refused is None else refused.decode())
         body = msgspec.json.decode(event)
         if isinstance(position, int) and isinstance(body, dict) and body.get("id", found[2]) == found[2]:
-            yield found
+            yield (position if 0 < position <= LAST else None, *found[1:])
 
 
 def _dropped(path: Path) -> Iterator[tuple[Any, ...]]:

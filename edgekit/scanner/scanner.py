@@ -49,8 +49,10 @@ class Scanner:
 
     **Threads.** All about a frame happens in the thread that runs the scan: the caller's, with ``async for`` one of its own. A
     consumer that is slow holds the scan up; its cameras then drop frames by their queue's policy, and count them. Beside it
-    there is one thread a network sink, one a camera, and with [server] one, and one a connection (16 at the most). `stop` and
-    `status` may be called from any thread; SIGTERM is the caller's (`stop_on_signals`). All have ended when the scan has.
+    there is one that says where that one hangs, one a network sink, a jsonl: sink that syncs, a trigger input and a camera, one
+    each for [ring], [incidents], [harvest] and [shadow], and with [server] one, and one a connection (16 at the most). `stop`
+    and `status` may be called from any thread; SIGTERM is the caller's (`stop_on_signals`). All have ended when the scan has,
+    but for a delivery that a receiver does not answer: it is left behind.
 
     **Processes.** Each camera, stream and video file is a process of its own, so that a read that hangs can be ended.
 
@@ -153,6 +155,8 @@ class Scanner:
 
             def heard(event: Event) -> None:
                 life.hear(event)
+                if preview is not None and event.get("event") == "camera" and event["state"] == "removed":
+                    preview.forget(str(event["source"]))
                 self._heard(event)
 
             self._cameras = parts.source
@@ -167,6 +171,7 @@ class Scanner:
                 on_event=heard,
                 on_round=lambda monotonic: self._round(pipeline, life, monotonic),
                 on_answer=answered,
+                on_last=lambda: self._systemd.send("STOPPING=1"),  # no pings are waited for while sinks are flushed
             )
             if preview is not None:
                 preview.by_source = hasattr(parts.source, "counts")
@@ -216,7 +221,7 @@ class Scanner:
         self._systemd.send("READY=1", "STATUS=scanning")
         well = True
         try:
-            with contextlib.closing(pipeline.stream()) as stream:
+            with self._board.watched(), contextlib.closing(pipeline.stream()) as stream:
                 for event in stream:
                     with self._board.resting():
                         yield event

@@ -26,12 +26,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from edgekit.errors import UsageError
 
 from .board import Board
 from .config import ServerOptions
+from .events import encode, whole
 from .metrics import CONTENT_TYPE, metrics_text
 from .preview import Preview
 
@@ -182,13 +181,14 @@ class _Handler(BaseHTTPRequestHandler):
         figures = board.figures()
         reasons = board.readiness(figures)
         if path == "/metrics":
-            return self._send(200, CONTENT_TYPE, metrics_text(figures, board.state, board.silent_s(), not reasons).encode())
+            text = metrics_text(figures, board.state, board.silent_s(), not reasons)
+            return self._send(200, CONTENT_TYPE, whole(text).encode())
         pictures = owner.preview.sources() if owner.preview else []
         answer = {"state": board.state, "ready": not reasons, "reasons": reasons, "pictures": pictures, **figures}
-        return self._send(200, "application/json", msgspec.json.encode(answer, enc_hook=str))
+        return self._send(200, "application/json", encode(answer))
 
     def _verdict(self, reasons: list[str]) -> None:
-        body = msgspec.json.encode({"ok": not reasons, "reasons": reasons})
+        body = encode({"ok": not reasons, "reasons": reasons})
         self._send(503 if reasons else 200, "application/json", body)
 
     def _picture(self, preview: Preview, source: str) -> None:

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from edgekit.progress import say
+
 __all__ = ["STOP_S", "Stop", "stop_on_signals"]
 
 #: From SIGTERM to exit at the latest, in seconds.
 STOP_S = 1.7
 _STEP_S = 0.25
+_LAST_S = 0.1
 
 
 class Stop:
@@ -89,10 +92,17 @@ def _watch(reader: int, stop: Stop) -> None:
     while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
         if os.read(reader, 1) == b"E":
             return
+    # In a thread: stderr may be a pipe that nobody empties, or locked by the thread that hangs.
+    last = threading.Thread(target=_last_words, args=(stop,), name="last words", daemon=True)
+    last.start()
+    last.join(_LAST_S)
+    os._exit(0)
+
+
+def _last_words(stop: Stop) -> None:
     for act in stop.at_force:
         with contextlib.suppress(Exception):
             act()
+    say("stopped while a frame or a sink was still busy", "warning", life="ended", forced=True)
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write("stopped while a frame or a sink was still busy\n")
         sys.stderr.flush()
-    os._exit(0)

@@ -45,9 +45,21 @@ class Disagreement(NamedTuple):
 
 
 class Trial:
-    """Runs two open models on each frame, in changing order. ``examples``: how many disagreements are kept."""
+    """Runs two open models on each frame, in changing order. Answers are alike where they say the same, and both or neither
+    with ``good_score``. ``examples``: how many disagreements are kept."""
 
-    def __init__(self, old: Model, new: Model, frames: int, agreement: float, p99_share: float, examples: int) -> None:
+    def __init__(
+        self,
+        old: Model,
+        new: Model,
+        *,
+        frames: int,
+        agreement: float,
+        p99_share: float,
+        good_score: float = 0.5,
+        examples: int = 20,
+    ) -> None:
+        self.good_score = good_score
         self.wanted, self.agreement, self.p99_share = frames, agreement, p99_share
         self.frames = self.alike = 0
         self.disagreements: list[Disagreement] = []
@@ -73,13 +85,18 @@ class Trial:
             for kept, took in zip(self._times, times, strict=True):
                 kept.append(took)
         self.frames += 1
-        if all(answers[0].get(key) == answers[1].get(key) for key in ("label", "text", "error")):
+        said, sure = zip(*(self._told(answer) for answer in answers), strict=True)
+        if said[0] == said[1] and sure[0] == sure[1]:
             self.alike += 1
             return None
         found = Disagreement(shown, *answers)
         if len(self.disagreements) < self._examples:
             self.disagreements.append(found)
         return found
+
+    def _told(self, answer: dict[str, Any]) -> tuple[tuple[Any, ...], bool]:
+        """What it says, and whether that is a good read."""
+        return tuple(answer.get(key) for key in ("label", "text", "error")), (answer.get("score") or 0.0) >= self.good_score
 
     def verdict(self) -> str | None:
         """None: not yet; "": it has earned the place; else the reason why it has not."""

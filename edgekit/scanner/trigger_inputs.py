@@ -93,7 +93,7 @@ class _TcpInput:
                 for key, _ in selector.select(_STEP_S):
                     if key.fileobj is self._listener:
                         self._accept(selector)
-                    elif isinstance(key.fileobj, socket.socket):
+                    elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._lines:  # else it just gave way
                         self._read(key.fileobj, selector)
             for client in [*self._lines, self._listener]:
                 client.close()

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,6 +230,35 @@ def test_cameras_come_and_go_while_it_runs() -> None:
         assert again[0]["captured"] > was
         assert rows["second"]["captured"] == rows["second"]["given"] + sum(rows["second"]["dropped"].values())
         assert sum(row["captured"] for row in rows.values()) >= before
+
+
+def test_numbers_of_a_camera_go_on_however_many_came_and_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekit.scanner.sources.cameras.FORMER", 1)
+    with Cameras(["pattern:64x48@5"], FAST) as cameras:
+        cameras.add("pattern:32x32@100", "second")
+        last = until_given(cameras, "second").seq
+        cameras.remove("second")
+        for name in ("third", "fourth"):
+            cameras.add("pattern:8x8@1", name)
+            cameras.remove(name)
+        cameras.add("pattern:32x32@100", "second")
+        assert (again := until_given(cameras, "second").seq) > last
+        join = cameras._cameras["second"].join
+        monkeypatch.setattr(cameras._cameras["second"], "join", lambda: (time.sleep(0.5), join()))  # it takes its time to go
+        going = threading.Thread(target=cameras.remove, args=("second",))
+        going.start()
+        while "second" in cameras._cameras:
+            time.sleep(0.01)
+        cameras.add("pattern:32x32@100", "second")
+        going.join()
+        states = []
+        for item in cameras:
+            if isinstance(item, Notice) and item.source == "second":
+                states.append(item.details["state"])
+            elif isinstance(item, Captured) and item.source == "second":
+                assert item.seq > again
+                break
+        assert states[-2:] == ["removed", "up"]
 
 
 def test_a_running_scan_takes_cameras_and_gives_them_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import socket
@@ -18,6 +19,7 @@ from edgekit.scanner import Outbox, open_sink
 from edgekit.scanner.sinks import forward, http
 from edgekit.scanner.sinks.forward import Undelivered
 
+from .outbox_kit import ids
 from .outbox_kit import line_event as event
 
 HOST = "127.0.0.1"
@@ -246,3 +248,28 @@ def test_a_flush_goes_on_while_single_events_arrive_slowly(kit: Any, outbox: Out
     sink.flush(1.0)
     assert sink.status()["waiting"] == 0
     sink.close()
+
+
+def test_an_answer_that_comes_a_byte_at_a_time_is_told(kit: Any, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekit.scanner.sinks.forward.SLOW_S", 0.3)
+    done = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        client, _ = server.accept()
+        with client, contextlib.suppress(OSError):
+            client.recv(1 << 16)
+            for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 1000:
+                client.send(bytes([byte]))
+                if done.wait(0.1):
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, args=(server,))
+        thread.start()
+        sink = open_sink(f"http://127.0.0.1:{server.getsockname()[1]}/x", lambda: outbox)
+        sink.send(event(0))
+        kit.wait_for(lambda: "no answer for" in sink.status().get("down", ""))
+        done.set()
+        thread.join()
+        sink.close()
+    assert ids(outbox, sink.name) == ["run-0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import struct
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from edgekit.errors import DataError, EdgekitError, UsageError
-from edgekit.scanner import CameraOptions, Captured, Stop, open_source
+from edgekit.scanner import CameraOptions, Captured, Notice, Stop, open_source
 from edgekit.scanner.config import config_of
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -288,3 +289,48 @@ def test_a_file_that_is_being_written_is_read_once_it_stands_still(tmp_path: Pat
     assert next(items) is None
     stop.set()
     assert list(items) == []
+
+
+def test_a_folder_that_goes_is_told_and_the_others_are_read(tmp_path: Path) -> None:
+    (inbox := tmp_path / "inbox").mkdir()
+    for name in ("a", "b"):
+        (inbox / name).mkdir()
+        Image.new("L", (3, 2)).save(inbox / name / "1.png")
+    stop = Stop()
+    items = open_source(str(inbox), watch=True, stop=stop)
+
+    def until_frames(count: int) -> list[str]:
+        found: list[str] = []
+        while len(found) < count:
+            item = next(items)
+            if item is not None:
+                state = f" {item.details['state']}" if isinstance(item, Notice) else ""
+                found.append(f"{Path(item.source).relative_to(tmp_path)}{state}")
+        return found
+
+    assert until_frames(2) == ["inbox/a/1.png", "inbox/b/1.png"]
+    inbox.rename(tmp_path / "gone")
+    assert until_frames(1) == ["inbox down"]
+    assert next(items) is None  # the scan goes round
+    (tmp_path / "gone").rename(inbox)
+    assert until_frames(1) == ["inbox up"]
+    Image.new("L", (3, 2)).save(inbox / "a" / "2.png")
+    assert until_frames(1) == ["inbox/a/2.png"]  # and none a second time
+    stop.set()
+
+
+def test_a_folder_that_may_not_be_listed_keeps_nobody_from_the_others(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (3, 2)).save(tmp_path / name / "1.png")
+    (tmp_path / "a").chmod(0)
+    request.getfixturevalue("nobody")
+    try:
+        items = [item for item in itertools.islice(open_source(str(tmp_path), watch=True, stop=Stop()), 4) if item]
+        told, read = items
+        assert isinstance(told, Notice)
+        assert told.details == {"state": "down", "reason": "it cannot be listed: Permission denied"}
+        assert read.source == str(tmp_path / "b" / "1.png")
+    finally:
+        os.seteuid(os.getuid())
+        (tmp_path / "a").chmod(0o755)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,32 @@ def test_events_for_a_sink_that_is_none_any_more_are_spoken_of(cli: Any, picture
         outbox.append("mqtt://gone:1883/t", "run-1", b"{}")
     outcome = cli("scan", "--codes", "--source", pictures, "--sink", "tcp://127.0.0.1:9", "--outbox", path)
     assert f"1 events for mqtt://gone:1883/t, which is no sink of this scan, wait in {path}" in outcome.err
+
+
+def test_a_lock_that_is_gone_is_not_waited_for_any_longer(tmp_path: Path) -> None:
+    """Events come faster than the lock is tried: they must not put the next attempt off for ever."""
+    path = tmp_path / "o.sqlite"
+    with contextlib.closing(Outbox(path)) as outbox:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            outbox.append("s", "run-0", encode(event(0)))
+            assert outbox.unsaved("s") == 1
+            other.execute("ROLLBACK")
+        end, i = time.monotonic() + 10, 0
+        while outbox.unsaved("s"):
+            assert time.monotonic() < end
+            outbox.append("s", f"run-{(i := i + 1)}", encode(event(i)))
+            time.sleep(0.01)
+        assert ids(outbox) == [f"run-{each}" for each in range(i + 1)]
+
+
+def test_what_one_sink_asks_for_leaves_another_ones_deliveries_alone(tmp_path: Path) -> None:
+    with contextlib.closing(Outbox(tmp_path / "o.sqlite")) as outbox:
+        with full_disk(1):
+            outbox.append("b", "run-0", encode(event(0)))
+            (first,) = outbox.head("b", 32)
+        outbox.settle()  # it gets another place, on disk, while it is in delivery
+        assert outbox.head("a", 32) == []
+        outbox.delivered("b", [first.position])
+        assert outbox.head("b", 32) == []
+        assert (outbox.figures("b")["waiting"], outbox.figures("b")["delivered"]) == (0, 1)

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from edgekit.scanner import Captured, Code, Region, Scanner
-from edgekit.scanner.preview import LEAST_PIXELS, MOST_PIXELS, Preview
+from edgekit.scanner.preview import LEAST_PIXELS, MOST_PIXELS, MOST_SOURCES, Preview
 from edgekit.scanner.reading import Answer
 from edgekit.scanner.server import MOST_STREAMS
 
@@ -187,3 +187,20 @@ def test_the_text_of_a_code_that_names_no_place_is_in_the_headline() -> None:
     found = shown(np.zeros((480, 640), np.uint8), [Code("ABC-123", "Code 128", None)])
     words = near(found[-30:], (255, 255, 255)).any(axis=0)
     assert sum(value for value, _ in itertools.groupby(words)) > 15  # letters
+
+
+def test_cameras_that_went_give_their_place() -> None:
+    preview = Preview()
+    preview.by_source = True
+    preview.sources()
+    answer, frame = Answer({}, 1.0), np.zeros((8, 8), np.uint8)
+    for number in range(MOST_SOURCES + 1):
+        preview.show(Captured(frame, f"{number:02}", 0, 0.0, "", 1.0), answer)
+    assert "16" not in preview.sources()
+    preview.forget("03")
+    preview.show(Captured(frame, "16", 1, 0.0, "", 1.0), answer)
+    assert "16" in preview.sources()
+    assert "03" not in preview.sources()
+    preview._taken["00"] -= 60  # nothing came for a minute
+    preview.show(Captured(frame, "17", 0, 0.0, "", 1.0), answer)
+    assert {"00", "17"} & set(preview.sources()) == {"17"}

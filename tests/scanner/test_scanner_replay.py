@@ -154,7 +154,7 @@ def test_a_wall_clock_that_jumps_a_day_changes_the_time_only(
         path = record(digits_bundle.path, shown, tmp_path / str(number), mode, 3, jump_s, 0, seconds=60.0)
         assert replay(path).differences == []
         events = [msgspec.json.decode(line) for line in zipfile.ZipFile(path).read("events.jsonl").splitlines()]
-        told.append([{**event, "time": "", "id": "", "latency_ms": 0} for event in events])
+        told.append([{**event, "time": "", "id": "", "kept": "", "latency_ms": 0} for event in events])
     assert told[0] == told[1] == told[2]
     assert len(told[0]) >= 4
 
@@ -296,3 +296,48 @@ def test_whatever_a_recording_holds_is_replayed_or_refused(
 
 
 RECORDED: list[Any] = []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_triggers_of_a_camera_that_gave_no_frame_and_of_one_that_goes(
+    digits_bundle: Bundle, shown: Frames, tmp_path: Path, late: bool
+) -> None:
+    trigger = Trigger(TriggerOptions("external", time_ms=300), cameras=["dock", "gate"])
+    incidents = Incidents(IncidentOptions(folder=str(tmp_path), on=("gap",), seconds=60))
+    source = Passing(shown, 0, trigger)
+
+    def items() -> Iterator[Any]:
+        for seq in range(8):
+            at = source._later()
+            yield Captured(shown[0], "dock", seq, source.wall(), "", at)
+            if seq == 2:
+                trigger.fire(reference="all")
+        if late:
+            trigger.fire(reference="late")  # it is taken with the notice
+            yield Notice("camera", "gate", source.wall(), source.now, {"state": "removed"})
+        source.now += 5
+        yield None
+        yield Notice("gap", "dock", source.wall(), source.now, {"seconds": 1.0})
+
+    with Model.open(digits_bundle.path) as model, pytest.MonkeyPatch.context() as patch:
+        reading = Reading(model)
+        incidents.watch(reading, [trigger])
+        patch.setattr("edgekit.scanner.pipeline.time", SimpleNamespace(monotonic=lambda: source.now, time=source.wall))
+        Pipeline(source=items(), reading=reading, steps=[incidents, trigger], sinks=[incidents]).run()
+        incidents.close()
+    (path,) = tmp_path.glob("*.edgekit-incident")
+    events = [msgspec.json.decode(line) for line in zipfile.ZipFile(path).read("events.jsonl").splitlines()]
+    assert ("gate", "late" if late else "all") in [
+        (event["source"], event["trigger"]["reference"]) for event in events if "trigger" in event
+    ]
+    assert replay(path).differences == []
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.edgekit-incident"
+    about = b'{"format":1,"edgekit":"0","run_id":"r","first":0,"why":{},"codes":0.0,"config":[' + b"[]," * 2_000_000 + b"[]]}"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in (("incident.json", about), ("journal.jsonl", b""), ("events.jsonl", b"")):
+            file.writestr(name, data)
+    with pytest.raises(DataError, match="holds more than 1000000 lists and objects"):
+        replay(path)

@@ -154,3 +154,31 @@ def test_no_room_for_a_new_outbox_leaves_the_damaged_one_in_its_place(tmp_path: 
     assert path.read_bytes() == cut
     with contextlib.closing(Outbox(path)) as outbox:
         assert outbox.count("s") > 5
+
+
+ODD = {
+    "numbers": "UPDATE sqlite_sequence SET seq = 9223372036854775807",
+    "reason": "INSERT INTO dropped VALUES ('s', CAST(x'ff' AS TEXT), 1)",
+    "sink": "INSERT INTO outbox (sink, id, event) VALUES (CAST(x'ff' AS TEXT), 'a', x'7b7d')",
+    "count": "INSERT INTO dropped VALUES ('s', 'most events', 'many')",
+    "trigger": "CREATE TRIGGER t AFTER INSERT ON outbox BEGIN DELETE FROM outbox WHERE id = new.id; END",
+    "position": "INSERT INTO outbox (position, sink, id, event) VALUES (-5, 's', 'n', x'7b7d')",
+    "kind": "UPDATE outbox SET event = CAST(event AS TEXT) WHERE position = 1",
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_sound_for_sqlite_and_no_outbox_is_salvaged(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "o.sqlite"
+    with contextlib.closing(Outbox(path)) as outbox:
+        for i in range(3):
+            outbox.append("s", f"run-{i}", encode(event(i)))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(ODD[kind])
+    with contextlib.closing(Outbox(path)) as outbox:
+        outbox.append("s", "run-3", encode(event(3)))
+        assert outbox.unsaved("s") == 0
+        assert ids(outbox) == [f"run-{i}" for i in range(4)]
+        outbox.delivered("s", [each.position for each in outbox.head("s", 100)])
+        assert outbox.count("s") == 0
+    assert (tmp_path / "o.sqlite.old-1").exists()

@@ -21,6 +21,7 @@ from edgekit.bundle import Bundle
 from edgekit.runtime.onnxruntime import OnnxRuntimeRunner
 from edgekit.scanner import Scanner, Stop
 from edgekit.scanner.board import HANG_S, Board
+from edgekit.scanner.replay import replay
 from edgekit.scanner.systemd import Systemd
 
 PATIENCE_S = 60.0
@@ -292,3 +293,26 @@ def test_systemd_hears_of_the_loop_itself(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_third_of_the_watchdogs_period(environment: dict[str, str], every_s: float) -> None:
     assert Systemd({"NOTIFY_SOCKET": "/nowhere", **environment}).every_s == every_s
     assert Systemd({**environment, "WATCHDOG_PID": "1"}).every_s == float("inf")
+
+
+def test_a_name_that_is_no_text_ends_neither_scan_nor_scrape(tmp_path: Path) -> None:
+    """Half a character, as a file name of another time gives it: in the log, the figures and the file of an incident."""
+    name = "caf\udce9"
+    tables = {
+        "codes": {"budget_ms": 0},
+        "source": [{"address": "pattern:64x48@30", "name": name}],
+        "trigger": {"mode": "external", "time_ms": 200},
+        "incidents": {"folder": str(tmp_path / name), "on": ["no_read"]},
+        "log": {"format": "json"},
+        "server": {"address": "127.0.0.1:0"},
+    }
+    with running(tables) as (scanner, events, news):
+        with news:
+            assert news.wait_for(lambda: any("codes" in e or e.get("state") == "up" for e in events), PATIENCE_S)
+        assert scanner.fire(reference="x\udce9")
+        with news:
+            assert news.wait_for(lambda: any(e.get("event") == "incident" for e in events), PATIENCE_S)
+        assert value(samples(ask(f"{scanner.url}metrics")[2].decode()), "source_up", source="caf\\udce9") == 1
+        assert json.loads(ask(f"{scanner.url}status")[2])["sources"][0]["source"] == "caf\\udce9"
+    (file,) = (tmp_path / name).iterdir()
+    assert replay(file).differing == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,3 +87,30 @@ def count(path: Path) -> int:
         return 0
     finally:
         connection.close()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pipe_that_nobody_empties_holds_no_stop_up(both: bool) -> None:
+    """stdout is full, and stderr the same pipe: neither events nor last words get through."""
+    reader, writer = os.pipe()
+    words = ["scan", "--codes", "--code-budget-ms", "0", "--source", "pattern:64x48@0"]
+    command = [sys.executable, "-c", "from edgekit.cli import main; main()", *words]
+    with subprocess.Popen(command, stdout=writer, stderr=writer if both else subprocess.DEVNULL) as scan:
+        try:
+            assert os.read(reader, 1)
+            os.set_blocking(writer, False)  # of the scan too: one description
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writer, b"." * 4096)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writer, b".")
+            os.set_blocking(writer, True)
+            start = time.monotonic()
+            scan.send_signal(signal.SIGTERM)
+            assert scan.wait(20) == 0
+            assert time.monotonic() - start < 4.0  # 2 s, and a busy machine
+        finally:
+            scan.kill()
+            os.close(reader)
+            os.close(writer)

@@ -13,10 +13,12 @@ import msgspec
 import pytest
 
 from edgekit.bundle import Bundle
-from edgekit.runtime import Model
+from edgekit.runtime import Model, Prediction
+from edgekit.runtime.golden import Golden
 from edgekit.runtime.onnxruntime import OnnxRuntimeRunner
 from edgekit.scanner import Captured, Pipeline, Scanner
 from edgekit.scanner.steps.shadow import Shadow, ShadowedModel, ShadowOptions
+from edgekit.scanner.trial import Shown, Trial
 
 from .digit_frames import frames, renamed
 
@@ -197,3 +199,31 @@ def test_several_cameras_in_batches_miss_nothing_at_the_switch(
     assert summary.captured == summary.inferred == source.seq
     assert (model.promoted, model.bundle.digest) == (1, Bundle.open(new).digest)
     model.close()
+
+
+def test_a_bundle_that_does_not_open_here_is_given_up(
+    digits_bundle: Bundle, digits: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It did in a process of its own; what is offered after it has its trial."""
+    stuck, golden = threading.Event(), Golden.check
+    model = ShadowedModel(Model.open(digits_bundle.path).__enter__(), ShadowOptions(frames=20, p99_share=50, open_s=0.5))
+    step = Shadow(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("edgekit.scanner.steps.shadow.probe", lambda *about: None)
+        patch.setattr(Golden, "check", lambda self, runner: (stuck.wait(60), golden(self, runner))[1])
+        model.offer(renamed(digits_bundle, tmp_path / "hangs.edge"))
+        events = wait_for(ended, model, step, digits)
+        assert "did not open here for 0.5 s" in events[-1]["reason"]
+    model.offer(tmp_path / "none.edge")
+    assert "no bundle" in wait_for(ended, model, step, digits)[-1]["reason"]
+    stuck.set()
+    model.close()
+
+
+def test_answers_that_are_no_good_reads_any_more_are_not_alike(digits: list[Any]) -> None:
+    old, new = ((lambda frame, score=score: Prediction("7", score, (), None, 1.0)) for score in (0.9, 0.3))
+    for good_score, alike in ((0.5, 0), (0.2, 3), (0.95, 3)):
+        trial = Trial(old, new, frames=3, agreement=0.5, p99_share=50, good_score=good_score)  # type: ignore[arg-type]
+        for seq in range(3):
+            trial.run(Shown("c", seq, digits[seq]))
+        assert trial.alike == alike

@@ -15,6 +15,7 @@ from edgekit.bundle import Bundle
 from edgekit.errors import DataError, UsageError
 from edgekit.scanner import Scanner, trigger_inputs
 from edgekit.scanner.assembly import Parts
+from edgekit.scanner.steps.triggers import Trigger, TriggerOptions
 from edgekit.scanner.trigger_inputs import MOST_BYTES, open_trigger_input
 
 
@@ -143,3 +144,40 @@ def test_the_client_that_is_silent_for_longest_gives_way(kit: Any, monkeypatch: 
             assert clients[0].recv(1) == b""
     finally:
         taken.close()
+
+
+def test_a_client_that_gives_way_in_the_moment_in_which_it_speaks(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trigger_inputs, "MOST_CLIENTS", 2)
+    fired: list[str] = []
+    go_on = threading.Event()
+
+    def fire(source: str | None, reference: str) -> bool:
+        fired.append(reference)
+        return reference != "slow" or go_on.wait(20)
+
+    with contextlib.closing(open_trigger_input("tcp://127.0.0.1:0", fire)) as taken, contextlib.ExitStack() as stack:
+        at = ("127.0.0.1", int(taken.status()["input"].rsplit(":", 1)[1]))
+        oldest, slow = (stack.enter_context(socket.create_connection(at)) for _ in range(2))
+        kit.wait_for(lambda: taken.status()["clients"] == 2)
+        slow.sendall(b"slow\n")
+        kit.wait_for(lambda: fired == ["slow"])
+        late = stack.enter_context(socket.create_connection(at))
+        oldest.sendall(b"too late\n")
+        go_on.set()
+        late.sendall(b"late\n")
+        kit.wait_for(lambda: "late" in fired)
+
+
+def test_no_more_triggers_wait_than_a_scan_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the scanning thread has placed count too."""
+    monkeypatch.setattr("edgekit.scanner.steps.triggers.MOST_FIRES", 10)
+    now = 0.0
+    trigger = Trigger(TriggerOptions("external", delay_ms=1000), cameras=["a", "b"], clock=lambda: now)
+    taken = 0
+    for _ in range(5):
+        taken += sum(trigger.fire() for _ in range(8))
+        trigger.due(now, now)
+    assert taken == 10
+    now = 5.0
+    assert len(trigger.due(now, now)) > 0
+    assert trigger.fire()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -269,3 +270,15 @@ def test_a_harvest_without_a_place_says_so_once_and_goes_on(digits: list[Any], t
     other.frame(next(frames(digits, 1, 40)), {"source": "cam", "seq": 40, "time": "t", "score": 0.0, "label": "3"})
     other.close()
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 3000
+
+
+def test_a_harvested_frame_whose_facts_are_damaged_stops_no_harvest(digits: list[Any], tmp_path: Path) -> None:
+    facts = {"why": "score", "value": 1.0, "source": "s", "seq": 0, "time": "t", "hash": "0xyz"}
+    (tmp_path / "00000000.json").write_text(json.dumps(facts))
+    (tmp_path / "00000000.png").write_bytes(b"x")
+    harvest = Harvest(HarvestOptions(folder=str(tmp_path)))
+    for captured in frames(digits, 2):
+        harvest.frame(captured, {"source": "c", "seq": captured.seq, "time": "t", "score": 0.1, "label": "a"})
+        harvest.flush()
+    assert harvest.status()["kept"] > 0
+    harvest.close()

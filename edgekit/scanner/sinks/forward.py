@@ -28,6 +28,8 @@ LONGEST_PAUSE_S = 30.0
 #: A sink that asks for a longer pause is tried again after this one: a wrong clock there must not stop the line here.
 LONGEST_ASKED_S = 300.0
 HURRY_S = 1.0
+#: An answer that takes longer is told: a receiver may send it a byte at a time.
+SLOW_S = 12.0
 #: Between two words about a sink that flaps, or that refuses one event after another.
 QUIET_S = 10.0
 
@@ -63,6 +65,7 @@ class ForwardSink:
         self._moves = 0  # deliveries and refusals, as `flush` sees them: at once, not a batch at a time
         self._failure: Exception | None = None
         self._problem = ""
+        self._asked: float | None = None  # since when it is asked for an answer
         self._told: set[str] = set()  # problems of this outage
         self._next_word = self._next_refusal = 0.0
         self._wake = threading.Event()  # there may be something to do
@@ -101,8 +104,10 @@ class ForwardSink:
 
     def status(self) -> dict[str, Any]:
         """`Outbox.figures`; ``unsaved``: those that wait in memory only. ``down``, while it is: why, and what mends it."""
-        down = {"down": self._problem} if self._problem else {}
-        return {"sink": self.name, **self._outbox.figures(self.name), **down}
+        problem = self._problem
+        if not problem and (asked := self._asked) is not None and (waited := time.monotonic() - asked) > SLOW_S:
+            problem = f"no answer for {waited:.0f} s"
+        return {"sink": self.name, **self._outbox.figures(self.name), **({"down": problem} if problem else {})}
 
     def close(self) -> None:
         """Stop delivering. A delivery that hangs is left behind: its event is still in the outbox."""
@@ -160,7 +165,7 @@ class ForwardSink:
         if problem not in self._told and time.monotonic() >= self._next_word and len(self._told) < 10:
             self._told.add(problem)
             self._next_word = time.monotonic() + QUIET_S
-            say(f"{self.name} is down: {problem}; events wait in {self._outbox.path}")
+            say(f"{self.name} is down: {problem}; events wait in {self._outbox.path}", "warning")
 
     def _moved(self) -> None:
         """It answered for an event."""
@@ -178,7 +183,7 @@ class ForwardSink:
             self._next_refusal = time.monotonic() + QUIET_S
             count = self._outbox.count(self.name, refused=True)
             others = f", {count} in all" if count > 1 else ""
-            say(f"{self.name} refuses event {entry.id}: {reason}; it is kept in {self._outbox.path}{others}")
+            say(f"{self.name} refuses event {entry.id}: {reason}; it is kept in {self._outbox.path}{others}", "warning")
 
     def _deliver(self, waiting: list[Waiting]) -> tuple[str, float]:
         """Deliver in order; returns why it stopped early ("" if it did not) and the pause that the sink asks for."""
@@ -187,6 +192,7 @@ class ForwardSink:
             for entry in waiting:
                 if self._closing.is_set():
                     break
+                self._asked = time.monotonic()
                 try:
                     self._transport.deliver(entry.id, entry.event)
                 except Refused as error:
@@ -201,6 +207,7 @@ class ForwardSink:
                 raise
             return str(error), 0.0
         finally:
+            self._asked = None
             if done:
                 self._outbox.delivered(self.name, done)
         return "", 0.0

@@ -3,7 +3,7 @@
 | answer | what becomes of the event |
 |---|---|
 | 2xx | delivered; what the body says, or that it breaks off, does not matter |
-| 409 | asked again after half a second: the same answer says that this id is there already, so it is delivered; with ``Retry-After`` it is still in work there, so later |
+| 409 | later: it says that this id is in work there; set aside once it was answered so 8 times and for a minute |
 | 400, 413, 422 | refused for good: set aside, in the outbox |
 | 3xx | later, and never followed: urllib would turn the POST into a GET and lose the event, and elsewhere is not who was trusted |
 | 401, 403, 404, ... | later, and said with what mends it |

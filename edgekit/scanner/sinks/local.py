@@ -92,7 +92,8 @@ class LocalSink(ABC):
     def _hold(self, problem: OSError) -> None:
         if not self._full:
             self._full = True
-            say(f"{self._path}: {problem.strerror}; new events wait in memory, at most {MOST_HELD}, and a crash loses them")
+            words = f"new events wait in memory, at most {MOST_HELD}, and a crash loses them"
+            say(f"{self._path}: {problem.strerror}; {words}", "warning")
         self._bytes += (size := len(encode(self._held[-1])))
         if len(self._held) > MOST_HELD or self._bytes > MOST_HELD_BYTES:
             self._held.pop()

@@ -27,6 +27,8 @@ __all__ = ["FORMER", "IDLE_S", "Cameras", "open_camera"]
 IDLE_S = 0.25
 #: Rows of removed cameras in `counts`; older ones are added up in one.
 FORMER = 32
+#: Names of removed cameras whose numbers go on where they are added again.
+NAMES = 10_000
 _LONGEST_SPEC = 2048
 _NETWORK = LIVE - {"camera", "v4l2", "gst"}
 
@@ -60,6 +62,7 @@ class Cameras:
         self._something = threading.Condition()
         self._cameras: dict[str, Camera] = {}
         self._former: list[dict[str, Any]] = []
+        self._numbers: dict[str, int] = {}  # frames that the removed ones gave, by name
         self._leaving: list[Camera] = []
         self._notices: deque[Notice] = deque()
         self._turn = 0
@@ -96,13 +99,14 @@ class Cameras:
         _check(spec)
         camera = Camera(spec, name, options or self._options, self._came)
         with self._something:
+            while any(each.name == camera.name for each in self._leaving) and not self._closed:
+                self._something.wait(IDLE_S)  # its last number is not known yet
             if camera.name in self._cameras:
                 raise UsageError(f"there are two sources {camera.name}", "give each a name of its own")
             if self._closed:
                 raise UsageError("these cameras are closed", "open others")
             self._cameras[camera.name] = camera
-            former = [row["captured"] for row in self._former if row["source"] == camera.name]
-            camera.begin_at(sum(former))  # a number of a frame is its own in a scan
+            camera.begin_at(self._numbers.get(camera.name, 0))  # a number of a frame is its own in a scan
             if self._started:
                 camera.start()
         return camera.name
@@ -118,7 +122,11 @@ class Cameras:
         camera.join()
         with self._something:
             self._leaving.remove(camera)
-            self._former.append({**camera.counts(), "state": "removed", "reason": ""})
+            row = camera.counts()
+            self._former.append({**row, "state": "removed", "reason": ""})
+            self._numbers[name] = self._numbers.pop(name, 0) + row["captured"]
+            if len(self._numbers) > NAMES:
+                del self._numbers[next(iter(self._numbers))]
             if len(self._former) > FORMER:
                 self._former[:2] = [_added_up(*self._former[:2], name="removed cameras")]
             self._notices.append(Notice("camera", name, time.time(), time.monotonic(), {"state": "removed"}))
@@ -191,6 +199,8 @@ class Cameras:
 def _check(spec: str) -> None:
     """Whether there can be such a camera, before its process starts."""
     kind = kind_of(spec)
+    if spec and not kind and os.path.exists(spec):
+        raise UsageError(f"{shown(spec)} cannot be one of several sources", "scan images and folders on their own")
     if not spec or kind not in SOURCES or not kind:
         raise UsageError(f"{shown(spec) or 'an empty address'} is no camera, stream or video file", "see edgekit scan --help")
     if len(spec) > _LONGEST_SPEC:

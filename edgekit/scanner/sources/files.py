@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgekit.errors import DataError, MissingExtra, UsageError
 from edgekit.files import printable
 from edgekit.preprocess import IMAGE_SUFFIXES, MAX_PIXELS, read_image
-from edgekit.progress import say
 from edgekit.scanner.stop import Stop
 
-from . import Captured
+from . import Captured, Notice
 from .options import CameraOptions
 
 __all__ = ["POLL_S", "open_files"]
@@ -27,7 +26,9 @@ _SHOWN = 200
 _Stamp = tuple[int, int, int]  # inode, bytes, modification time in ns
 
 
-def open_files(target: str, watch: bool, stop: Stop, options: CameraOptions | None = None) -> Iterator[Captured | None]:
+def open_files(
+    target: str, watch: bool, stop: Stop, options: CameraOptions | None = None
+) -> Iterator[Captured | Notice | None]:
     """The image at ``target``, or every image below the folder ``target``, sorted by path; hidden files are left out.
 
     With ``watch``, files that appear or change later follow until ``stop`` is set. Of ``options`` only ``max_pixels`` counts.
@@ -57,7 +58,7 @@ def open_files(target: str, watch: bool, stop: Stop, options: CameraOptions | No
 
 def _listed(folder: Path) -> list[Path]:
     try:
-        paths = sorted(_stamps(folder))
+        paths = sorted(_stamps(folder, _raise))
     except OSError as error:
         raise DataError(f"{printable(error.filename or folder)} cannot be listed: {error.strerror}", _cure(error)) from None
     if not paths:
@@ -71,10 +72,10 @@ def _cure(error: OSError) -> str:
     return "give this user the right to read it" if isinstance(error, PermissionError) else "check --source"
 
 
-def _stamps(folder: Path) -> dict[Path, _Stamp]:
-    """Every image below ``folder`` with what changes when it is written. Raises `OSError` where a folder cannot be listed."""
+def _stamps(folder: Path, unlisted: Callable[[OSError], None]) -> dict[Path, _Stamp]:
+    """Every image below ``folder`` with what changes when it is written; ``unlisted`` hears of folders that cannot be read."""
     found: dict[Path, _Stamp] = {}
-    for root, folders, names in os.walk(folder, onerror=_raise):
+    for root, folders, names in os.walk(folder, onerror=unlisted):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(root, name)
@@ -99,21 +100,24 @@ def _captured(paths: list[Path], stop: Stop, most: int) -> Iterator[Captured]:
         yield _capture(path, seq, most)
 
 
-def _watched(folder: Path, stop: Stop, most: int) -> Iterator[Captured | None]:
-    """Polling, not inotify: it also works on network shares, where cameras drop their pictures."""
+def _watched(folder: Path, stop: Stop, most: int) -> Iterator[Captured | Notice | None]:
+    """Polling, not inotify: it also works on network shares, where cameras drop their pictures.
+
+    A folder that cannot be listed is said in a ``camera`` event, and once it can again: a share that went away comes back. What
+    lies in the others is read meanwhile, and what was read in it is not read again.
+    """
     done: dict[Path, _Stamp] = {}
     before: dict[Path, _Stamp] = {}
-    seq, unlisted = 0, False
+    seq, down = 0, set[str]()
     while not stop.is_set():
-        try:
-            now = _stamps(folder)
-            unlisted = False
-        except OSError as error:  # a share that went away comes back
-            if not unlisted:
-                say(f"{folder} cannot be listed ({error.strerror}); waiting for it")
-            unlisted = True
-            stop.wait(POLL_S)
-            continue
+        unlisted: list[OSError] = []
+        now = _stamps(folder, unlisted.append)
+        away = {printable(error.filename or folder): error.strerror or str(error) for error in unlisted}
+        for name in sorted(away.keys() ^ down):
+            reason = {"reason": f"it cannot be listed: {away[name]}"} if name in away else {}
+            details = {"state": "down" if name in away else "up", **reason}
+            yield Notice("camera", name, time.time(), time.monotonic(), details)
+        down = set(away)
         ready = [path for path, stamp in now.items() if before.get(path) == stamp and done.get(path) != stamp]
         for path in sorted(ready, key=lambda path: (now[path][2], path)):
             if stop.is_set():
@@ -121,7 +125,8 @@ def _watched(folder: Path, stop: Stop, most: int) -> Iterator[Captured | None]:
             yield _capture(path, seq, most)
             seq += 1
             done[path] = now[path]
-        done = {path: stamp for path, stamp in done.items() if path in now}  # forget what was removed: memory stays bounded
+        if not down:  # what was removed is forgotten: memory stays bounded
+            done = {path: stamp for path, stamp in done.items() if path in now}
         before = now
         if not ready:
             yield None  # steps may have something due

@@ -32,7 +32,7 @@ from edgekit.scanner.events import Event, rfc3339
 from edgekit.scanner.reading import FrameModel, Region
 from edgekit.scanner.sources import Captured
 
-from .answers import require
+from .answers import camera_of, require
 
 __all__ = ["Drift", "DriftOptions", "measured"]
 
@@ -128,7 +128,8 @@ class Drift:
             return [event]
         if self._model.bundle is not self._bundle:  # swapped: another model has another baseline
             self._begin()
-        watch = self._watch(captured.source)
+        source = camera_of(captured.source) if self.options.by_source else ""
+        watch = self._watch(source)
         watch.frames += 1
         if watch.frames % self.options.every_frames:
             return [event]
@@ -138,7 +139,6 @@ class Drift:
         self._add(watch, x, event.get("score"))
         made = [event]
         if watch.measured % max(1, self.options.window_frames // 4) == 0:
-            source = captured.source if self.options.by_source else ""
             made += [{**found, "source": source, "time": rfc3339(captured.time)} for found in self._judged(watch)]
         return made
 
@@ -169,13 +169,12 @@ class Drift:
         self._kept = self._read_kept()
 
     def _watch(self, source: str) -> _Watch:
-        key = source if self.options.by_source else ""
-        watch = self._watches.get(key)
+        watch = self._watches.get(source)
         if watch is None:
             if len(self._watches) >= _SOURCES:
                 self._watches.pop(next(iter(self._watches)))
-            known = {**self._kept.get(key, {}), **self._given}
-            watch = self._watches[key] = _Watch(known, self.options.window_frames)
+            known = {**self._kept.get(source, {}), **self._given}
+            watch = self._watches[source] = _Watch(known, self.options.window_frames)
         return watch
 
     def _add(self, watch: _Watch, x: NDArray[np.float32], score: Any) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgekit.bundle import refuse_inside_bundle
 from edgekit.files import atomic_write, printable
 from edgekit.progress import say
-from edgekit.scanner.events import Event, rfc3339
+from edgekit.scanner.events import Event, encode, rfc3339
 from edgekit.scanner.png import encode_png
 from edgekit.scanner.reading import Region
 from edgekit.scanner.sources import Captured
@@ -180,10 +180,11 @@ class Harvest:
                 continue
             try:
                 self._keep(*job)
-            except OSError as error:  # a full disk must not stop the scan
+            except (OSError, MemoryError) as error:  # a full disk must not stop the scan
                 self._counts["failed"] += 1
                 if not self._said:
-                    why = f"no frame can be kept in {printable(self.options.folder)} ({error.strerror or error})"
+                    reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
+                    why = f"no frame can be kept in {printable(self.options.folder)} ({reason})"
                     say(f"{why}; the scan goes on", level="warning")
                 self._said = True
 
@@ -195,6 +196,7 @@ class Harvest:
         for path in sorted(Path(self.options.folder).glob("*.json")):
             with contextlib.suppress(msgspec.DecodeError, OSError, ValueError):
                 facts = msgspec.json.decode(path.read_bytes(), type=Facts)
+                int(facts.hash or "0", 16)
                 size = path.stat().st_size + path.with_suffix(".png").stat().st_size
                 self._kept.append(_Entry(facts, path.stem, size))
                 self._number = max(self._number, int(path.stem) + 1)
@@ -207,7 +209,7 @@ class Harvest:
             return
         facts = msgspec.structs.replace(facts, hash=f"{own:016x}")
         folder, name = Path(self.options.folder), f"{self._number:08d}"
-        files = {".png": encode_png(frame), ".json": msgspec.json.encode(facts)}
+        files = {".png": encode_png(frame), ".json": encode(facts)}
         entry = _Entry(facts, name, sum(map(len, files.values())))
         self._kept.append(entry)
         most = self.options.most_megabytes * 1e6

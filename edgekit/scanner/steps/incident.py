@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import re
@@ -28,13 +29,14 @@ __all__ = ["IncidentOptions", "Incidents"]
 
 _CHUNKS = 4  # of the wanted seconds: whole ones go, so that a file begins where the steps' state is known
 _ROUND = 256  # bytes of a round beside its events, about
+_FILES = 2  # that are written, or wait for it
 _BACKLOG = 64  # frames that wait to be packed; beyond, they stay as they are
 
 
 class IncidentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``folder``: where files go. ``seconds`` before an event that is one of ``on`` (its ``event``; of a cross-check
     ``conflict`` and ``doubtful``); frames beyond ``most_megabytes``, in memory or in a file, are left out, the oldest first.
-    No second file within ``cooldown_s``; of more than ``most_files`` the oldest is removed."""
+    No second file within ``cooldown_s``, nor while two are being written; of more than ``most_files`` the oldest is removed."""
 
     folder: str
     seconds: float = 10.0
@@ -76,7 +78,8 @@ class Incidents:
         self._why: Event | None = None
         self._on = ""
         self._quiet_until = -math.inf
-        self._counts = {"files": 0, "cooled": 0, "failed": 0}
+        self._counts = {"files": 0, "cooled": 0, "busy": 0, "failed": 0}
+        self._pending = 0  # files that are being written, or wait for it
         self._done: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ending = False
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -223,6 +226,10 @@ class Incidents:
         if now < self._quiet_until:
             self._counts["cooled"] += 1
             return
+        if self._pending >= _FILES:  # each holds its frames
+            self._counts["busy"] += 1
+            return
+        self._pending += 1
         if math.isfinite(now):
             self._quiet_until = now + self.options.cooldown_s
         turns = [turn for chunk in self._chunks for turn in chunk.turns]
@@ -262,7 +269,8 @@ class Incidents:
         while (job := self._jobs.get()) is not None:
             if isinstance(job, Kept):
                 if not self._ending:  # a file packs what it needs
-                    job.pack()
+                    with contextlib.suppress(MemoryError):
+                        job.pack()
             elif callable(job):
                 job()
             else:
@@ -281,9 +289,10 @@ class Incidents:
             self._counts["files"] += 1
             self._remove_oldest(path)
             event |= {"file": str(path), "frames": about.frames, "seconds": about.seconds, "bytes": size}
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._counts["failed"] += 1
-            event["reason"] = f"{self.options.folder}: {error.strerror}"
+            event["reason"] = f"{self.options.folder}: {getattr(error, 'strerror', None) or 'it does not fit into memory'}"
+        self._pending -= 1
         self._done.put(event)
 
     def _remove_oldest(self, latest: Path) -> None:
@@ -291,7 +300,8 @@ class Incidents:
         if self._written is None:
             for left in latest.parent.glob(f".*{SUFFIX}.*"):  # what a killed scan was writing
                 left.unlink(missing_ok=True)
-            self._written = deque(each for each in sorted(latest.parent.glob(f"*{SUFFIX}")) if each != latest)
+            found = sorted(each for each in latest.parent.glob(f"*{SUFFIX}") if each != latest and not each.is_dir())
+            self._written = deque(found)
         self._written.append(latest)
         while len(self._written) > self.options.most_files:
             self._written.popleft().unlink(missing_ok=True)

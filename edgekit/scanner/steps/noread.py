@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.preprocess import Frame, canonical_frame
-from edgekit.scanner.codes import _grey
+from edgekit.scanner.codes import grey_of
 from edgekit.scanner.estimates import blur_sigma, noise_sigma
 
 from .answers import require, symbology, valid
@@ -85,7 +85,7 @@ def cause(frame: Frame, event: Mapping[str, Any] | None = None, options: NoReadO
     Raises `InputError` for what is no frame.
     """
     options = options or NoReadOptions()
-    grey = _grey(canonical_frame(frame))
+    grey = grey_of(canonical_frame(frame))
     if wrong := _bad_check(grey, event or {}):
         return Cause("bad check digit", wrong)
     brightest = float(np.percentile(grey[::2, ::2], 99.5))

@@ -27,7 +27,7 @@ from .answers import good, require
 
 __all__ = ["Ring", "RingOptions"]
 
-_NAME = re.compile(r"^(\d{9,})-(no-read|good)\.(png|json)$")
+_NAME = re.compile(r"^(\d{9,})-(?:[0-9a-f]{8}-)?(no-read|good)\.(png|json)$")
 _TEMPORARY = ".being-written."
 _BACKLOG = 8  # frames that wait to be written
 
@@ -51,7 +51,8 @@ class RingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ring:
-    """Keeps frames; their events say under which name (``kept``). What cannot be written is counted, and said once.
+    """Keeps frames; their events say under which name (``kept``). What cannot be written (``failed``, ``too_large``) is
+    counted, and said once; then there is no file of that name.
 
     A thread of its own writes them; what comes faster than it can is counted (``busy``) and not kept. A pair is written to
     temporary names, then renamed, the JSON last. ``picture`` gives the frame of an event that does
@@ -71,6 +72,7 @@ class Ring:
         self._limit = int(options.most_megabytes * 1e6)
         self._kept: deque[tuple[str, int]] = deque()  # stem, bytes; the oldest first
         self._bytes = self._number = 0
+        self._run = os.urandom(4).hex()  # a name that an event was given and no file got is never another frame's
         self._said = False
         self._counts = {"written": 0, "removed": 0, "failed": 0, "too_large": 0, "busy": 0}
         self._jobs: queue.Queue[tuple[str, Frame, Event] | Callable[[], None] | None] = queue.Queue(_BACKLOG)
@@ -89,7 +91,7 @@ class Ring:
         frame = captured.frame if own else self._picture(event)
         if frame is None:
             return [event]
-        stem = f"{self._number:09d}-{kind}"
+        stem = f"{self._number:09d}-{self._run}-{kind}"
         kept = {**event, "kept": f"{stem}.png"}
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="ring", daemon=True)

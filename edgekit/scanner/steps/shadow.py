@@ -39,11 +39,12 @@ _JOIN_S = 1.0  # a bundle that is just being opened must not hold up the end of 
 class ShadowOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``candidate``: where new bundles appear, a bundle's path or an install's ROOT/current; "" for `offer` alone.
 
-    After ``frames`` frames a candidate is promoted where the share of like answers is ``agreement`` or more and no more than 1%
-    of its frames take longer than ``p99_share`` times the old one's p99 (more than chance gives). ``busy_share``: of one core's
-    time, what the comparison may take. ``open_s``: how long it may take to open and to pass its golden check, and to answer a
-    frame. ``report``: a JSON file for each verdict, "" for none. ``kept``: where it is written down what was promoted, so that
-    a restarted scan begins with it; "" for a file in the state folder.
+    After ``frames`` frames a candidate is promoted where the share of like answers (the same label or text, and both or neither
+    with ``good_score``) is ``agreement`` or more and no more than 1% of its frames take longer than ``p99_share`` times the old
+    one's p99 (more than chance gives). ``busy_share``: of one core's time, what the comparison may take. ``open_s``: how long
+    it may take to open and to pass its golden check, and to answer a frame. ``report``: a JSON file for each verdict, "" for
+    none. ``kept``: where it is written down what was promoted, so that a restarted scan begins with it; "" for a file in the
+    state folder.
     """
 
     candidate: str = ""
@@ -53,6 +54,7 @@ class ShadowOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     busy_share: float = 0.25
     poll_s: float = 2.0
     examples: int = 20
+    good_score: float = 0.5
     open_s: float = 60.0
     report: str = ""
     kept: str = ""
@@ -60,6 +62,7 @@ class ShadowOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def __post_init__(self) -> None:
         require(1 <= self.frames <= 10_000_000, f"frames: 1 to 10000000, not {self.frames}")
         require(0 <= self.examples <= 10_000, f"examples: 0 to 10000, not {self.examples}")
+        require(0 <= self.good_score <= 1, f"good_score: 0 to 1, not {self.good_score:g}")
         require(0 <= self.agreement <= 1, f"agreement: 0 to 1, not {self.agreement:g}")
         require(0 < self.busy_share <= 1, f"busy_share: above 0 and up to 1, not {self.busy_share:g}")
         require(0 < self.p99_share <= 1e6, f"p99_share: above 0, for example 1.2, not {self.p99_share:g}")
@@ -98,7 +101,7 @@ class ShadowedModel:
         self._ready: tuple[Model, Verdict] | None = None
         self._adopted, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._running: tuple[float, Verdict] | None = None  # since when, a frame in trial
+        self._running: tuple[float, Verdict, str] | None = None  # since when, and what it has not done then
         self._stamp: Any = None  # of the candidate that was tried last
         self._look = 0.0
         if self.options.candidate:
@@ -153,13 +156,14 @@ class ShadowedModel:
         self._adopted.set()
 
     def unstick(self) -> None:
-        """Give a candidate up that has not answered for ``open_s``, and the thread that waits for it; from the scanning one."""
+        """Give a candidate up that has not opened or answered for ``open_s``, and the thread that waits for it; from the
+        scanning one."""
         running = self._running  # its thread may end it at any moment
         if running is None or time.monotonic() - running[0] < self.options.open_s:
             return
         verdict, self._running = running[1], None
         self.wants_frame, self.state, self._thread = False, "idle", None
-        self._say(verdict.refused(f"it gave no answer to a frame for {self.options.open_s:g} s"))
+        self._say(verdict.refused(f"it {running[2]} for {self.options.open_s:g} s"))
         self._start()
 
     def take_events(self) -> list[Event]:
@@ -221,10 +225,14 @@ class ShadowedModel:
                 _check_kind(bundle, self.bundle)
                 backend, precision, threads = self._how
                 probe(os.fspath(bundle.path), backend, precision, threads, self.options.open_s, self._stopping)
+                self._running = time.monotonic(), verdict, "did not open here"
                 candidate = stack.enter_context(Model.open(bundle, backend, precision=precision, threads=threads))
                 golden = Golden.of(candidate.runner)
                 error = golden.check(candidate.runner).relative
                 old = stack.enter_context(self._model.share())
+                if self._ends():
+                    return
+                self._running = None
                 verdict = self._compare(verdict, old, candidate, error)
                 if verdict.state == "promoted":
                     self._adopted.clear()
@@ -247,7 +255,8 @@ class ShadowedModel:
     def _compare(self, verdict: Verdict, old: Model, new: Model, golden_error: float) -> Verdict:
         """Both on live frames until the verdict is clear, or something ends it."""
         options = self.options
-        trial = Trial(old, new, options.frames, options.agreement, options.p99_share, options.examples)
+        names = ("frames", "agreement", "p99_share", "good_score", "examples")
+        trial = Trial(old, new, **{name: getattr(options, name) for name in names})
         self.state, start = "compared", time.monotonic()
         while not self._ends():
             if self._offers or self._changed(verdict.path):
@@ -259,7 +268,7 @@ class ShadowedModel:
                 continue
             self.wants_frame = False
             begin = time.monotonic()
-            self._running = begin, verdict
+            self._running = begin, verdict, "gave no answer to a frame"
             disagreement = trial.run(shown)
             if self._ends():
                 break

@@ -26,7 +26,7 @@ from .window import Window
 __all__ = ["NO_TRIGGER", "Trigger", "TriggerOptions"]
 
 NO_TRIGGER = "no trigger"  # why a frame outside is dropped
-MOST_FIRES = 10_000  # that wait for the scanning thread
+MOST_FIRES = 10_000  # that wait, of a camera
 FORGET_S = 60.0  # a folder without a new file for so long is triggered no more
 PATIENCE_S = 1.0  # frames may wait in a queue for this long before a trigger ends without them
 _DURATIONS = 4096
@@ -157,7 +157,9 @@ class Trigger:
         such camera is known."""
         with self._lock:
             known = source is None or not self._named or source in self._cameras
-            fits = known and self.options.mode in _FIRED and len(self._fires) < MOST_FIRES
+            placed = max((len(camera.waiting) for camera in list(self._cameras.values())), default=0)
+            waiting = len(self._fires) + len(self._unplaced) + placed
+            fits = known and self.options.mode in _FIRED and waiting < MOST_FIRES
             self._counts["fired" if fits else "refused"] += 1
             if fits:
                 self._fires.append(_Fire(source, reference, self._clock() + self.options.delay_ms / 1e3))
@@ -256,10 +258,12 @@ class Trigger:
     def state(self) -> dict[str, Any]:
         cameras = [camera.state() for camera in self._cameras.values()]
         unplaced = [fire.state() for fire in self._unplaced]
-        return {"idle": self._idle, "triggers": self._counts["triggers"], "unplaced": unplaced, "cameras": cameras}
+        known = {"named": self._named, "unplaced": unplaced, "cameras": cameras}
+        return {"idle": self._idle, "triggers": self._counts["triggers"], **known}
 
     def resume(self, state: Any) -> None:
         self._idle, self._counts["triggers"] = bool(state["idle"]), int(state["triggers"])
+        self._named = bool(state.get("named"))
         self._unplaced = deque(_Fire(*fire) for fire in state["unplaced"])
         self._cameras = {}
         for each in state["cameras"]:
@@ -300,7 +304,9 @@ class Trigger:
             fire = self._fires.popleft()
             if self._heard is not None:
                 self._heard(fire.source, fire.reference, fire.at)
-            if fire.source is not None:
+            if fire.source is not None and self._named and fire.source not in self._cameras:
+                self._counts["refused"] += 1  # it was removed meanwhile
+            elif fire.source is not None:
                 self._camera(fire.source).waiting.append(fire)
             elif not self._cameras:
                 self._unplaced.append(fire)
