@@ -73,7 +73,8 @@ def canonical_frame(frame: Frame) -> NDArray[np.uint8]:
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode an image file with Pillow into uint8 (H, W) or (H, W, 3), turned upright by its EXIF orientation.
+    """Decode an image file with Pillow into uint8 (H, W) or (H, W, 3), turned upright by its EXIF orientation, on white
+    where it is transparent.
 
     Raises `DataError` where the file is no image, is truncated, or has more than ``max_pixels`` (checked before decoding).
     """
@@ -96,7 +97,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
                     array = np.asarray(image)
                     array = array.astype(np.uint16) if array.dtype.itemsize == 2 else array
                 else:
-                    array = np.asarray(image.convert("L" if image.mode in ("1", "LA") else "RGB"))
+                    array = np.asarray(_opaque(image))
     except DataError:
         raise
     except Image.DecompressionBombError:
@@ -104,6 +105,19 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
     except Exception as error:  # noqa: BLE001  decoders raise anything on hostile bytes
         raise _unreadable(name, error) from None
     return canonical_frame(array)
+
+
+def _opaque(image: Any) -> Any:
+    """Mode L or RGB; what is transparent shows white, as on a page: most files have black there, and so are labels."""
+    from PIL import Image
+
+    mode = "L" if image.mode in ("1", "LA") else "RGB"
+    if not image.has_transparency_data:
+        return image.convert(mode)
+    layer = image if image.mode == "LA" else image.convert("RGBA")
+    page = Image.new(mode, image.size, "white")
+    page.paste(layer.convert(mode), mask=layer.getchannel("A"))
+    return page
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

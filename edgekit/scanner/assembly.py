@@ -170,9 +170,12 @@ def _promoted(config: ScanConfig, options: ModelOptions, stack: contextlib.ExitS
     bundle, why = read_promoted(kept, Bundle.open(options.bundle, verify=False))
     if bundle is not None:
         try:
-            return stack.enter_context(_of(options, bundle))
+            model = stack.enter_context(_of(options, bundle))
         except EdgekitError as error:
             why = error.message
+        else:
+            say(f"the scan begins with {bundle.path}, which was promoted in the place of {options.bundle}")
+            return model
     if why:
         say(f"the bundle that was promoted cannot run ({why}); the scan begins with {options.bundle}", level="warning")
     return None

@@ -64,6 +64,15 @@ def until(cameras: Cameras, done: Callable[[list[Any]], Any], seconds: float = 6
     return items
 
 
+def until_given(cameras: Cameras, name: str) -> Captured:
+    end = time.monotonic() + 30
+    for item in cameras:
+        if isinstance(item, Captured) and item.source == name:
+            return item
+        assert time.monotonic() < end
+    raise AssertionError("it ended")
+
+
 def notices(items: list[Any], kind: str, source: str = "", **details: Any) -> list[Notice]:
     found = [item for item in items if isinstance(item, Notice) and item.kind == kind and source in ("", item.source)]
     return [each for each in found if details.items() <= each.details.items()]

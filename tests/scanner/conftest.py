@@ -226,3 +226,19 @@ def certificate(tmp_path: Path) -> Path:
     pem = tmp_path / "server.pem"
     pem.write_bytes(key.private_bytes(serialization.Encoding.PEM, *form) + made.public_bytes(serialization.Encoding.PEM))
     return pem
+
+
+@pytest.fixture
+def serve(kit: Any) -> Iterator[Callable[..., Any]]:
+    """Start a server of `camera_kit`: ``serve("RtspServer", pieces, login, port, tls)``."""
+    from . import camera_kit
+
+    running: list[Any] = []
+
+    def start(kind: str, pieces: list[Any], login: str = "", port: int = 0, tls: Path | None = None) -> Any:
+        running.append(getattr(camera_kit, kind)(port or kit.free_port(), pieces, login, tls))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()

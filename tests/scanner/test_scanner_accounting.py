@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,21 @@ from PIL import Image
 from edgekit.bundle import Bundle
 from edgekit.errors import BackendError, UsageError
 from edgekit.runtime import Model
-from edgekit.scanner import Captured, Code, Pipeline, Stop, Summary, frames_of, open_source, scan
+from edgekit.scanner import (
+    CameraOptions,
+    Cameras,
+    Captured,
+    Code,
+    Notice,
+    Pipeline,
+    Stop,
+    Summary,
+    frames_of,
+    open_source,
+    scan,
+)
+
+from .camera_kit import until_given
 
 
 class Memory:
@@ -165,3 +181,32 @@ def test_the_last_line_names_events_that_a_sink_lost() -> None:
     none: Any = {"p50": None, "p99": None}
     summary = Summary(9, 9, 0, {}, 9, 0, sinks, [], [], none)
     assert summary.line() == "9 captured, 9 read, 0 codes; of the events for http://a/ 5 dropped and 2 refused"
+
+
+def test_numbers_of_a_camera_go_on_however_many_came_and_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekit.scanner.sources.cameras.FORMER", 1)
+    with Cameras(["pattern:64x48@5"], CameraOptions(stall_s=0.6)) as cameras:
+        cameras.add("pattern:32x32@100", "second")
+        last = until_given(cameras, "second").seq
+        cameras.remove("second")
+        for name in ("third", "fourth"):
+            cameras.add("pattern:8x8@1", name)
+            cameras.remove(name)
+        cameras.add("pattern:32x32@100", "second")
+        assert (again := until_given(cameras, "second").seq) > last
+        join = cameras._cameras["second"].join
+        monkeypatch.setattr(cameras._cameras["second"], "join", lambda: (time.sleep(0.5), join()))  # it takes its time to go
+        going = threading.Thread(target=cameras.remove, args=("second",))
+        going.start()
+        while "second" in cameras._cameras:
+            time.sleep(0.01)
+        cameras.add("pattern:32x32@100", "second")
+        going.join()
+        states = []
+        for item in cameras:
+            if isinstance(item, Notice) and item.source == "second":
+                states.append(item.details["state"])
+            elif isinstance(item, Captured) and item.source == "second":
+                assert item.seq > again
+                break
+        assert states[-2:] == ["removed", "up"]

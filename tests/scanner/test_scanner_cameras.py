@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ from edgekit.scanner.sources.intake import MOST_NOTICES, Intake, Waiting
 from edgekit.scanner.sources.slots import Link
 
 from . import camera_kit
-from .camera_kit import notices, of, until
+from .camera_kit import notices, of, until, until_given
 
 FAST = CameraOptions(stall_s=0.6, retry_s=0.05, retry_most_s=0.1)
 
@@ -232,35 +231,6 @@ def test_cameras_come_and_go_while_it_runs() -> None:
         assert sum(row["captured"] for row in rows.values()) >= before
 
 
-def test_numbers_of_a_camera_go_on_however_many_came_and_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekit.scanner.sources.cameras.FORMER", 1)
-    with Cameras(["pattern:64x48@5"], FAST) as cameras:
-        cameras.add("pattern:32x32@100", "second")
-        last = until_given(cameras, "second").seq
-        cameras.remove("second")
-        for name in ("third", "fourth"):
-            cameras.add("pattern:8x8@1", name)
-            cameras.remove(name)
-        cameras.add("pattern:32x32@100", "second")
-        assert (again := until_given(cameras, "second").seq) > last
-        join = cameras._cameras["second"].join
-        monkeypatch.setattr(cameras._cameras["second"], "join", lambda: (time.sleep(0.5), join()))  # it takes its time to go
-        going = threading.Thread(target=cameras.remove, args=("second",))
-        going.start()
-        while "second" in cameras._cameras:
-            time.sleep(0.01)
-        cameras.add("pattern:32x32@100", "second")
-        going.join()
-        states = []
-        for item in cameras:
-            if isinstance(item, Notice) and item.source == "second":
-                states.append(item.details["state"])
-            elif isinstance(item, Captured) and item.source == "second":
-                assert item.seq > again
-                break
-        assert states[-2:] == ["removed", "up"]
-
-
 def test_a_running_scan_takes_cameras_and_gives_them_back() -> None:
     heard: list[dict[str, Any]] = []
     scanner = Scanner({"codes": {"budget_ms": 0}, "source": [{"address": "pattern:32x32@40", "name": "first"}]})
@@ -294,15 +264,6 @@ def test_a_running_scan_takes_cameras_and_gives_them_back() -> None:
     assert summary.inferred == sum("codes" in each for each in heard)
     with pytest.raises(UsageError, match="does not run"):
         scanner.remove("second")
-
-
-def until_given(cameras: Cameras, name: str) -> Captured:
-    end = time.monotonic() + 30
-    for item in cameras:
-        if isinstance(item, Captured) and item.source == name:
-            return item
-        assert time.monotonic() < end
-    raise AssertionError("it ended")
 
 
 def test_what_is_left_is_found() -> None:

@@ -334,3 +334,18 @@ def test_a_folder_that_may_not_be_listed_keeps_nobody_from_the_others(tmp_path: 
     finally:
         os.seteuid(os.getuid())
         (tmp_path / "a").chmod(0o755)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
+    """A label, black on nothing: below what is transparent most programs leave black."""
+    alpha = Image.new("L", (4, 2))
+    alpha.paste(255, (0, 0, 2, 2))
+    label = Image.new("LA" if mode == "LA" else "RGBA", (4, 2))
+    label.putalpha(alpha)
+    (label.quantize() if mode == "P" else label).save(tmp_path / "a.png")
+    frame = one(tmp_path / "a.png").frame
+    assert frame is not None
+    assert frame.shape == ((2, 4) if mode == "LA" else (2, 4, 3))
+    assert frame[:, :2].max() == 0
+    assert frame[:, 2:].min() == 255

@@ -9,13 +9,12 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from msgspec.structs import replace
 
 from edgekit.errors import UsageError
 from edgekit.scanner import CameraOptions, Cameras, Captured, open_source
@@ -35,20 +34,6 @@ def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("no_proxy", "*")
     yield
     assert not camera_kit.left_over()
-
-
-@pytest.fixture
-def serve(kit: Any) -> Iterator[Callable[..., Any]]:
-    """Start a server of `camera_kit`: ``serve("RtspServer", pieces, login, port)``."""
-    running: list[Any] = []
-
-    def start(kind: str, pieces: list[Any], login: str = "", port: int = 0, tls: Path | None = None) -> Any:
-        running.append(getattr(camera_kit, kind)(port or kit.free_port(), pieces, login, tls))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.close()
 
 
 def needed(program: str, packages: str) -> str:
@@ -165,44 +150,6 @@ def test_what_is_refused_says_why_and_what_to_do_while_the_scan_goes_on(serve: A
         assert told(items)[str(i)].startswith(reason), (spec, told(items)[str(i)])
         assert "wr0ng" not in told(items)[str(i)]
         assert "\n" not in told(items)[str(i)]
-
-
-def test_streams_over_tls_come_only_from_whom_the_certificate_names(
-    serve: Any, certificate: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = serve("MjpegServer", camera_kit.multipart(30), tls=certificate)
-    rtsp = serve("RtspServer", camera_kit.rtp(30), "camera:s3cret", tls=certificate)
-    plain = serve("Server", camera_kit.multipart(30))
-    secure = f"https://127.0.0.1:{page.port}/video"
-    names = {
-        "page": secure,
-        "rtsp": f"rtsps://camera:s3cret@127.0.0.1:{rtsp.port}/live",
-        "anybody": secure.replace("127.0.0.1", "localhost"),
-        "stranger": secure,
-        "elsewhere": f"https://localhost:{page.port}/video",
-        "plain": f"https://127.0.0.1:{plain.port}/video",
-    }
-
-    def reason(items: list[Any], name: str) -> str:
-        words = [str(each.details["reason"]) for each in notices(items, "camera", name, state="down")]
-        return words[-1] if words and "still connecting" not in words[-1] else ""
-
-    own = CameraOptions(depth=64, stall_s=10, open_s=20, certificate=str(certificate))
-    options = dict.fromkeys(names, own) | {"anybody": replace(own, certificate="any"), "stranger": replace(own, certificate="")}
-    well, wrong = ("page", "rtsp", "anybody"), ("stranger", "elsewhere", "plain")
-    with Cameras(names, options) as cameras:
-        items = until(
-            cameras,
-            lambda items: all(len(of(items, name)) >= 30 for name in well) and all(reason(items, name) for name in wrong),
-        )
-    assert not any(of(items, name) for name in wrong)
-    assert "self-signed certificate" in reason(items, "stranger")
-    assert 'certificate = "camera.pem"' in reason(items, "stranger")
-    assert "localhost" in reason(items, "elsewhere")
-    assert "no TLS" in reason(items, "plain")
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    with Cameras({"page": secure}, EXACT) as cameras:
-        until(cameras, lambda items: len(of(items, "page")) >= 5)
 
 
 @pytest.mark.parametrize(("address", "device"), [("camera:99", "/dev/video99"), ("v4l2:/nonexistent", "/nonexistent")])

@@ -100,7 +100,8 @@ class ForwardSink:
         if unsaved := self._outbox.unsaved(self.name):
             raise OSError(errno.ENOSPC, f"No space left for {unsaved} events", str(self._outbox.path))
         if waiting := self._outbox.count(self.name):
-            say(f"{self.name}: {waiting} events wait in {self._outbox.path}; the next scan with this --outbox sends them")
+            what = f"{waiting} events wait in {self._outbox.path}"
+            say(f"{self.name}: {what}; the next scan with this --outbox sends them", "warning")
 
     def status(self) -> dict[str, Any]:
         """`Outbox.figures`; ``unsaved``: those that wait in memory only. ``down``, while it is: why, and what mends it."""
