@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -244,6 +245,28 @@ def test_a_harvest_is_trained_on_once_what_has_no_label_lies_beside(digits: list
     assert [row["why"] for row in rows if not row["label"]] == ["no_read", "conflict"]
     again = cli("harvest", tmp_path / "kept", "--out", tmp_path / "set")
     assert (again.code, "exists" in again.err) == (2, True)
+
+
+def test_of_frames_that_come_faster_than_they_are_kept_the_least_telling_go(
+    digits: list[Any], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("edgekit.scanner.steps.harvest._BACKLOG", 8)
+    harvest, go_on, keep = (
+        Harvest(HarvestOptions(folder=str(tmp_path), score=1.0, near_bits=0)),
+        threading.Event(),
+        Harvest._keep,
+    )
+    monkeypatch.setattr(Harvest, "_keep", lambda self, *job: (go_on.wait(20), keep(self, *job)))
+    for captured in frames(digits, 30):
+        score = (captured.seq * 7 % 30) / 30
+        harvest.frame(captured, {"source": "cam", "seq": captured.seq, "time": "t", "score": score, "label": "3"})
+    go_on.set()
+    harvest.close()
+    kept = sorted(json.loads(file.read_bytes())["score"] for file in tmp_path.glob("*.json"))
+    status = harvest.status()
+    assert len(kept) + status["busy"] + status["near"] == 30
+    assert kept[:7] == sorted(seq / 30 for seq in range(7))
+    assert f"{status['busy']} frames came faster than they can be kept" in capsys.readouterr().err
 
 
 def test_a_harvest_without_a_place_says_so_once_and_goes_on(digits: list[Any], tmp_path: Path, capsys: Any) -> None:

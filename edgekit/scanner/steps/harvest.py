@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import random
 import re
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from .shadow import ShadowedModel
 __all__ = ["Facts", "Harvest", "HarvestOptions", "near_hash"]
 
 _RECENT = 8  # frames that an event without one may be about
+_BACKLOG, _BACKLOG_BYTES = 64, 64 << 20  # that wait to be written
 _RANDOM_PART = 0.2  # of most_frames, at least, for the random ones
 
 
@@ -81,7 +82,8 @@ class _Entry(NamedTuple):
 class Harvest:
     """A `Step`, before those that hold events back, and a `Sink`, for events that later steps make.
 
-    ``shadow``: the model whose disagreements are harvested as well. Hashing and writing are done by a thread of its own.
+    ``shadow``: the model whose disagreements are harvested as well. Hashing and writing are done by a thread of its own, the
+    most telling frame first; what comes faster than it can is counted (``busy``), the least telling left out.
     """
 
     name = "harvest"
@@ -92,7 +94,9 @@ class Harvest:
         self._shadow, self._region = shadow, region
         self._recent: deque[tuple[Captured, Event]] = deque(maxlen=_RECENT)
         self._random = random.Random(0)  # noqa: S311  which frames, not which keys
-        self._jobs: queue.Queue[Any] = queue.Queue(4)
+        self._news = threading.Condition()
+        self._waiting: list[tuple[NDArray[np.uint8], Facts]] = []
+        self._ended = self._working = False
         self._thread: threading.Thread | None = None
         self._kept: list[_Entry] = []
         self._number = 0
@@ -138,22 +142,22 @@ class Harvest:
 
     def flush(self, patience_s: float = 2.0) -> None:
         """Wait until what was taken is on disk."""
-        if self._thread is not None and self._thread.is_alive():
-            done = threading.Event()
-            with contextlib.suppress(queue.Full):
-                self._jobs.put(done.set, timeout=patience_s)
-                done.wait(patience_s)
+        with self._news:
+            self._news.wait_for(lambda: not self._waiting and not self._working, patience_s)
 
     def status(self) -> dict[str, Any]:
         return {"sink": self.name, "sent": self._sent, "kept": len(self._kept), **self._counts}
 
     def close(self) -> None:
         self.flush()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
         if self._thread is not None:
-            with contextlib.suppress(queue.Full):
-                self._jobs.put(None, timeout=1.0)
             self._thread.join(1.0)
             self._thread = None
+        if lost := self._counts["busy"] + len(self._waiting):
+            say(f"harvest: {lost} frames came faster than they can be kept; they were the least telling ones")
 
     def _take(
         self, frame: NDArray[Any], event: Event, why: str, value: float, other: str | None = None, whole: bool = False
@@ -167,17 +171,30 @@ class Harvest:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="harvest", daemon=True)
             self._thread.start()
-        try:
-            self._jobs.put_nowait((part, facts))
-        except queue.Full:
-            self._counts["busy"] += 1
+        with self._news:
+            self._waiting.append((part, facts))
+            while len(self._waiting) > 1 and (
+                len(self._waiting) > _BACKLOG or sum(each.nbytes for each, _ in self._waiting) > _BACKLOG_BYTES
+            ):
+                self._pick(min)
+                self._counts["busy"] += 1
+            self._news.notify_all()
+
+    def _pick(self, which: Callable[..., int]) -> tuple[NDArray[np.uint8], Facts]:
+        """Take out what waits and tells least (``min``) or most (``max``); of equals the first."""
+        return self._waiting.pop(which(range(len(self._waiting)), key=lambda place: self._waiting[place][1].value))
+
+    def _next(self) -> tuple[NDArray[np.uint8], Facts] | None:
+        with self._news:
+            self._working = False
+            self._news.notify_all()
+            self._news.wait_for(lambda: self._waiting or self._ended)
+            self._working = not self._ended
+            return None if self._ended else self._pick(max)
 
     def _work(self) -> None:
         self._load()
-        while (job := self._jobs.get()) is not None:
-            if callable(job):
-                job()
-                continue
+        while (job := self._next()) is not None:
             try:
                 self._keep(*job)
             except (OSError, MemoryError) as error:  # a full disk must not stop the scan
