@@ -227,7 +227,7 @@ def _answer(summary: Summary, source: str, interrupted: int, config: ScanConfig)
     some unread."""
     figures = summary.figures()
     text = summary.line()
-    if interrupted == signal.SIGINT and not any(map(_goes_on, config.source)):
+    if interrupted == signal.SIGINT and not summary.complete and not any(map(_goes_on, config.source)):
         error = {"error": "interrupted, some of the pictures are not read", "hint": "the same command reads all of them again"}
         return Answer({**figures, **error}, text, exit_code=1)
     came = summary.captured - summary.dropped.get("no trigger", 0)  # a trigger that did not come is no fault of the images

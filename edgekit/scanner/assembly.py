@@ -22,6 +22,7 @@ from .outbox import Outbox, default_outbox
 from .promotion import keep_promoted, promoted_file, read_promoted
 from .reading import FrameModel, Reading
 from .sinks import Sink, open_sink
+from .sinks.forward import ForwardSink
 from .sources import open_source, open_sources
 from .sources.address import LIVE, kind_of, shown
 from .sources.frames import frames_of
@@ -100,7 +101,7 @@ def assemble(config: ScanConfig, stack: contextlib.ExitStack, stop: Stop, frames
     parts.source = frames_of(frames) if frames is not None else _source(config, stop)
     if close := getattr(parts.source, "close", None):
         stack.callback(close)
-    parts.sinks = _sinks(config, stack, parts)
+    parts.sinks = _sinks(config, stack, parts, stop)
     parts.steps = _steps(config, parts, model, cameras)
     if config.incidents is not None:  # first to see what comes, last to see what is sent
         incidents = Incidents(config.incidents)
@@ -203,10 +204,11 @@ def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel 
     if found := config.text:
         text = Model.open(found.bundle, found.backend, precision=found.precision, threads=found.threads, beam=found.beam)
         refuse_fixed_batch(stack.enter_context(text))
-    return Reading(model, codes, text, config.region.region() if config.region else None)
+    line = config.text.line() if config.text else None
+    return Reading(model, codes, text, config.region.region() if config.region else None, line)
 
 
-def _sinks(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> list[Sink]:
+def _sinks(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts, stop: Stop) -> list[Sink]:
     def the_outbox() -> Outbox:
         if parts.outbox is None:
             parts.outbox = Outbox(config.outbox.path or default_outbox(), config.outbox.limits())
@@ -216,6 +218,8 @@ def _sinks(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> lis
     targets: list[Sink] = []
     for options in config.sink:
         sink = open_sink(options.address, the_outbox)
+        if isinstance(sink, ForwardSink):
+            sink.stop = stop
         stack.callback(sink.close)
         if any(_place(sink) == _place(other) for other in targets):
             raise UsageError(f"the sink {sink.name} is named twice", "name each sink once")

@@ -63,16 +63,6 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: Threads = 1
 
 
-class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A text reader beside the model. ``beam``: readings weighed at each step, 1 is greedy."""
-
-    bundle: str
-    backend: str = "auto"
-    precision: Literal["auto", "float", "int8"] = "auto"
-    threads: Threads = 1
-    beam: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
-
-
 class CodeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``budget_ms``: so long after the plain reading of a frame no further attempt is started, 0 reads plainly only; where it
     is not set 300 for files and 100 where a source is live. ``formats``: those that are read, as `CodeReader` takes them; none
@@ -99,6 +89,20 @@ class RegionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def region(self) -> Region:
         return Region(self.left, self.top, self.right, self.bottom)
+
+
+class TextOptions(RegionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A text reader beside the model. ``beam``: readings weighed at each step, 1 is greedy. It reads one line: name the part of
+    the frame that has it, where that is not [region]'s."""
+
+    bundle: str
+    backend: str = "auto"
+    precision: Literal["auto", "float", "int8"] = "auto"
+    threads: Threads = 1
+    beam: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
+
+    def line(self) -> Region | None:
+        return None if self.region() == Region(0.0, 0.0, 1.0, 1.0) else self.region()
 
 
 class SourceOptions(CameraOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -39,6 +39,7 @@ class Summary:
     ``in_flight``: captured by a camera and not yet read, 0 once a scan has ended. ``sinks``, ``steps`` and ``sources``:
     each one's `status`. ``latency_ms``: p50 and p99 over the last 65,536 inferred frames, None without any. ``model``: the
     bundle, its digest, the backend, and the ``batch`` that measured fastest; empty without one. ``kpis``: `Tally.figures`.
+    ``complete``: the source was read to its own end.
     """
 
     captured: int
@@ -53,6 +54,7 @@ class Summary:
     latency_ms: dict[str, float | None]
     model: dict[str, Any] = field(default_factory=dict)
     kpis: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
 
     def figures(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,6 +120,7 @@ class Pipeline:
         self.run_id = run_id or uuid.uuid4().hex
         self._on_event, self._on_round, self._on_answer, self._on_last = on_event, on_round, on_answer, on_last
         self._counts = _Counts()
+        self._complete = False
         self._latencies = array("d")
         self._latency_ms = 0.0  # of all
         self._buckets = array("Q", bytes(8 * (len(BUCKETS_MS) + 1)))
@@ -141,6 +144,7 @@ class Pipeline:
                         self._on_round(time.monotonic())
                     if self._stop.is_set():
                         break
+                self._complete = not self._stop.is_set()
                 yield from self._sent(self._due(math.inf))  # before a camera is waited for that does not go
             finally:
                 if close := getattr(self._source, "close", None):
@@ -209,6 +213,7 @@ class Pipeline:
             steps=[{"step": step.name, **step.status()} for step in self._steps],
             sources=sources,
             latency_ms={"p50": p50, "p99": p99},
+            complete=self._complete,
         )
 
     def latencies(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Answer(NamedTuple):
 
 class Reading:
     """``model`` answers with a label or text, ``text`` reads a line beside a classifier, ``codes`` reads codes; on ``region``.
+    ``line``: the part of the frame that ``text`` reads, where it is another one.
 
     ``codes`` is a `CodeReader` or any function frame -> list of `Code`. Models are open (entered); the caller closes them.
     Raises `UsageError` where there is nothing to read with, or a model takes no pictures.
@@ -72,6 +73,7 @@ class Reading:
         codes: CodeReader | Callable[[Any], Sequence[Any]] | None = None,
         text: FrameModel | None = None,
         region: Region | None = None,
+        line: Region | None = None,
     ) -> None:
         if model is None and codes is None and text is None:
             raise UsageError("there is nothing to read with", "name a bundle, or add --codes")
@@ -84,7 +86,7 @@ class Reading:
                 )
         if text is not None and text.bundle.manifest.task != "text-recognition":
             raise UsageError(f"{text.bundle.path} reads no text", "name a bundle trained to read lines, for example on labels")
-        self.model, self.codes, self.text, self.region = model, codes, text, region
+        self.model, self.codes, self.text, self.region, self.line = model, codes, text, region, line
 
     def answer(self, frame: Frame) -> Answer:
         """What one frame says. A frame that the model does not take, and one it breaks down on, give the reason."""
@@ -125,8 +127,8 @@ class Reading:
     def _beside(self, frame: Frame, part: Frame, fields: dict[str, Any]) -> Sequence[Any]:
         """Text and codes into ``fields``; the codes as the reader gave them, but where they are on the whole frame."""
         if self.text is not None:
-            line = self.text(part)
-            fields["text"], fields["text_score"] = line.text, round(line.score, 6)
+            read = self.text(part if self.line is None else self.line.of(frame))
+            fields["text"], fields["text_score"] = read.text, round(read.score, 6)
         if self.codes is None:
             return ()
         codes = self.codes(part)

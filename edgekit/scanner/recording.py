@@ -109,6 +109,7 @@ class Recording(msgspec.Struct, frozen=True):
     codes: float | None = None
     formats: tuple[str, ...] = ()
     region: tuple[float, float, float, float] | None = None
+    line: tuple[float, float, float, float] | None = None
     steps: tuple[StepState, ...] = ()
     config: Any = None
     seconds: float = 0.0

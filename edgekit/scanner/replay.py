@@ -251,6 +251,7 @@ class _Replayed:
         self.recorded: dict[int, Event] = {}
         self.given_codes = 0
         self.model, self.codes, self.text, self.region = reading.model, reading.codes, reading.text, reading.region
+        self.line = reading.line
 
     def answer(self, frame: Any) -> Answer:
         return self._as_recorded(frame, self._reading.answer(frame))
@@ -286,7 +287,8 @@ def _reading(about: Recording, bundle: Any, backend: str | None, stack: contextl
         codes = _NoCodes() if about.codes < 0 else CodeReader(0, about.formats or None)
     if model is None and text is None and codes is None:
         raise UsageError("the recording does not say what the scan read with", "record with Incidents.watch(reading, steps)")
-    return Reading(model, codes, text, Region(*about.region) if about.region else None)
+    region, line = (Region(*part) if part else None for part in (about.region, about.line))
+    return Reading(model, codes, text, region, line)
 
 
 def _opened(record: RecordedModel, bundle: Any, backend: str | None, stack: contextlib.ExitStack) -> Model:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -226,6 +227,38 @@ def test_ctrl_c_in_a_folder_says_that_pictures_are_left(kit: Any, tmp_path: Path
     assert process.returncode == 1
     assert "error: interrupted, some of the pictures are not read\nhint: the same command reads all of them again" in stderr
     assert re.match(r"\d+ captured, \d+ read", stdout)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_a_sink_that_is_down_is_waited_for_says_what_waits(
+    kit: Any, pictures: Path, tmp_path: Path, number: int
+) -> None:
+    """All pictures are read: nothing is left for another time, and nothing hangs."""
+    events, dead = tmp_path / "e.jsonl", f"tcp://127.0.0.1:{kit.free_port()}"
+    words = [
+        "scan",
+        "--codes",
+        "--source",
+        pictures,
+        "--sink",
+        f"jsonl:{events}",
+        "--sink",
+        dead,
+        "--outbox",
+        tmp_path / "o.db",
+    ]
+    command = [sys.executable, "-c", "from edgekit.cli import main; main()", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as scan:
+        kit.wait_for(lambda: events.exists() and kit.lines_of(events) == 4)
+        time.sleep(0.3)  # it is in its flush
+        start = time.monotonic()
+        scan.send_signal(number)
+        out, err = scan.communicate(timeout=30)
+    assert time.monotonic() - start < 4.0
+    assert scan.returncode == 0, err
+    assert out.startswith("4 captured, 3 read")
+    assert "4 events wait in" in err
+    assert "busy" not in err
 
 
 # Passwords and the log

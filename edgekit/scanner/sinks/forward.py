@@ -16,6 +16,7 @@ from edgekit.progress import say
 from edgekit.scanner.database import FULL
 from edgekit.scanner.events import Event, encode
 from edgekit.scanner.outbox import Outbox, Waiting
+from edgekit.scanner.stop import Stop
 
 from . import FLUSH_S
 from .words import plain
@@ -28,6 +29,7 @@ LONGEST_PAUSE_S = 30.0
 #: A sink that asks for a longer pause is tried again after this one: a wrong clock there must not stop the line here.
 LONGEST_ASKED_S = 300.0
 HURRY_S = 1.0
+STOPPED_S = 0.3
 #: An answer that takes longer is told: a receiver may send it a byte at a time.
 SLOW_S = 12.0
 #: Between two words about a sink that flaps, or that refuses one event after another.
@@ -61,6 +63,7 @@ class ForwardSink:
 
     def __init__(self, name: str, transport: Transport, outbox: Outbox) -> None:
         self.name = name
+        self.stop: Stop | None = None  #: once it is set, a flush takes no more than `STOPPED_S`
         self._transport, self._outbox = transport, outbox
         self._moves = 0  # deliveries and refusals, as `flush` sees them: at once, not a batch at a time
         self._failure: Exception | None = None
@@ -92,6 +95,8 @@ class ForwardSink:
         progress, moved = time.monotonic(), self._moves
         while self._outbox.count(self.name) and time.monotonic() - progress < patience_s:
             self._check()
+            if patience_s > STOPPED_S and self.stop is not None and self.stop.is_set():
+                progress, patience_s = time.monotonic(), STOPPED_S
             if self._moves != moved and patience_s >= HURRY_S:
                 progress, moved = time.monotonic(), self._moves
             time.sleep(0.01)

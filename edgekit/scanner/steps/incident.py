@@ -251,6 +251,7 @@ class Incidents:
             codes=codes,
             formats=getattr(reading.codes, "formats", ()) if reading is not None else (),
             region=tuple(reading.region) if reading and reading.region is not None else None,  # type: ignore[arg-type]
+            line=tuple(reading.line) if reading and reading.line is not None else None,  # type: ignore[arg-type]
             steps=first.states,
             config=self._config,
             seconds=round(now - first.begin, 3) if math.isfinite(now) and first.begin else 0.0,
