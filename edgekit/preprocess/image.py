@@ -93,7 +93,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
                     if image.mode == "F" or opened.format not in ("PNG", "PPM"):
                         raise DataError(f"{name} has 32-bit pixels, whose range is not known", "convert it to 8 or 16 bits")
                     array = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
-                elif image.mode in ("L", "I;16", "I;16B", "I;16L"):
+                elif image.mode in ("I;16", "I;16B", "I;16L") or (image.mode == "L" and not image.has_transparency_data):
                     array = np.asarray(image)
                     array = array.astype(np.uint16) if array.dtype.itemsize == 2 else array
                 else:
@@ -111,7 +111,7 @@ def _opaque(image: Any) -> Any:
     """Mode L or RGB; what is transparent shows white, as on a page: most files have black there, and so are labels."""
     from PIL import Image
 
-    mode = "L" if image.mode in ("1", "LA") else "RGB"
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
     if not image.has_transparency_data:
         return image.convert(mode)
     layer = image if image.mode == "LA" else image.convert("RGBA")

@@ -25,7 +25,7 @@ class Board:
         self._clock = clock
         self._make: Callable[[], dict[str, Any]] | None = None
         self._reasons: Callable[[dict[str, Any]], list[str]] = lambda figures: []
-        self._asked = self._resting = False
+        self._asked = self._resting = self._finishing = False
         self._made = self._thread = 0
         self._news = threading.Condition()
         self._figures: dict[str, Any] = {}
@@ -54,6 +54,10 @@ class Board:
         finally:
             with self._news:  # figures that are being made are of a scan that stands still
                 self._resting = False
+
+    def finish(self) -> None:
+        """No frames come any more; sinks are waited for as long as they take something."""
+        self._finishing = True
 
     def stop(self, well: bool = True) -> None:
         """The last figures stand; where the scan did not end ``well``, those of before."""
@@ -91,7 +95,8 @@ class Board:
             while not ended.wait(WATCH_S):
                 why = self.health()
                 if why and not hangs:
-                    say(f"{why[0]}: a frame or a sink hangs", "error", silent_s=round(self.silent_s(), 1))
+                    where = "the application holds an event" if self._resting else "a frame or a sink hangs"
+                    say(f"{why[0]}: {where}", "error", silent_s=round(self.silent_s(), 1))
                 elif hangs and not why:
                     say("the scanning thread goes round again", "warning")
                 hangs = bool(why)
@@ -106,7 +111,7 @@ class Board:
 
     def health(self) -> list[str]:
         """Why the scan is not alive; empty where it is."""
-        silent = self.silent_s()
+        silent = 0.0 if self._finishing else self.silent_s()
         return [f"the scanning thread has been busy for {silent:.0f} s"] if silent > HANG_S else []
 
     def readiness(self, figures: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -59,20 +59,23 @@ def check_config(path: str | os.PathLike[str]) -> Checked:
 
     Bundles are verified and loaded, extras and folders looked for, and each host is asked once whether it answers.
     """
-    config, problems = parse_config(path)
+    config, problems, places = parse_config(path)
     if config is None:
         return Checked(problems, [])
-    found = _Check(config, path, whole=not problems).done()
+    found = _Check(config, path, places, whole=not problems).done()
     lines = {problem.where for problem in problems}
     return Checked([*problems, *(each for each in found.problems if each.where not in lines)], found.warnings)
 
 
 class _Check:
-    """``whole``: no table is missing for a mistake in it, so that what one says can be held against another."""
+    """``places``: which entries of the file's arrays the config's are. ``whole``: no table is missing for a mistake in it, so
+    that what one says can be held against another."""
 
-    def __init__(self, config: ScanConfig, path: str | os.PathLike[str], whole: bool) -> None:
+    def __init__(
+        self, config: ScanConfig, path: str | os.PathLike[str], places: Mapping[str, Sequence[int]], whole: bool
+    ) -> None:
         text = Path(path).read_text(encoding="utf-8")
-        self.config, self.whole = config, whole
+        self.config, self.places, self.whole = config, places, whole
         self.wrong, self.doubtful = (Tables(os.fspath(path), text) for _ in range(2))
 
     def done(self) -> Checked:
@@ -95,6 +98,11 @@ class _Check:
             self.wrong.add(at, f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return None
 
+    def _at(self, table: str, number: int, key: str) -> Key:
+        """The place in the file of an entry of the config's."""
+        places = self.places.get(table)
+        return table, places[number] if places else number, key
+
     def _readers(self) -> None:
         config = self.config
         before = len(self.wrong.problems)
@@ -111,7 +119,7 @@ class _Check:
     def _sources(self) -> None:
         sources, several = self.config.source, Cameras([])
         for number, source in enumerate(sources):
-            at = ("source", number, "address")
+            at = self._at("source", number, "address")
             if len(sources) == 1 and (not source.name or not kind_of(source.address)):
                 self._try(at, open_source, source.address, watch=source.watch, options=source.camera())
             else:
@@ -121,7 +129,7 @@ class _Check:
                 try:
                     check_certificate(source.certificate)
                 except Trouble as trouble:
-                    self.wrong.add(("source", number, "certificate"), trouble.reason, "the camera gives no pictures without")
+                    self.wrong.add(self._at("source", number, "certificate"), trouble.reason, "it gives no pictures without")
 
     def _present(self, at: Key, address: str) -> None:
         kind = kind_of(address)
@@ -135,7 +143,7 @@ class _Check:
     def _sinks(self) -> None:
         forwards = False
         for number, sink in enumerate(self.config.sink):
-            at, kind = ("sink", number, "address"), sink.address.partition(":")[0].lower()
+            at, kind = self._at("sink", number, "address"), sink.address.partition(":")[0].lower()
             if sink in self.config.sink[:number]:
                 self.wrong.add(at, "the same sink is named above", "name each sink once")
             if kind in ("jsonl", "sqlite") and sink.address.partition(":")[2].strip("/"):

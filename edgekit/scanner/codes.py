@@ -29,8 +29,8 @@ RATE = 5e-5  # ms a pixel, until a stage has been measured
 LINEAR = "Code128,Code93,Code39,Codabar,EANUPC,DataBar"
 MATRIX = "QRCode,MicroQRCode,RMQRCode,DataMatrix,Aztec,PDF417,MicroPDF417,MaxiCode"
 KINDS = {"any": f"{LINEAR},{MATRIX}", "linear": LINEAR, "matrix": MATRIX}
-#: Names of formats with few or no check digits: an enhanced picture must give the same twice.
-WEAK = frozenset({"EAN-8", "UPC-E", "Codabar", "Micro QR Code", "rMQR Code"})
+#: Names of formats with one check digit or none: an enhanced picture must give the same twice.
+WEAK = frozenset({"EAN-13", "UPC-A", "EAN-8", "UPC-E", "Codabar", "Micro QR Code", "rMQR Code"})
 #: The same, whose rows also join to codes that nobody printed; what they carry must be GS1 data without an error.
 STACKED = frozenset({"DataBar Expanded", "DataBar Expanded Stacked", "DataBar Stacked", "DataBar Stacked Omni"})
 #: Formats with error correction: one read is proof, however the picture was made.
@@ -108,7 +108,7 @@ class CodeReader:
         if found or self.budget_ms <= 0:
             return found
         start = perf_counter()
-        votes: dict[tuple[str, str], int] = {}
+        votes: list[Code] = []
         for attempt in attempts(grey):
             before = perf_counter()
             left_ms = self.budget_ms - (before - start) * 1e3
@@ -125,8 +125,9 @@ class CodeReader:
                 return believed
         return []
 
-    def _believed(self, attempt: Attempt, votes: dict[tuple[str, str], int]) -> list[Code]:
-        """What an attempt reads, if it can be believed alone or an earlier attempt read the same."""
+    def _believed(self, attempt: Attempt, votes: list[Code]) -> list[Code]:
+        """What an attempt reads, if it can be believed alone or an earlier attempt read the same, and more often than others
+        read something else in its place. ``votes``: what all attempts read."""
         if attempt.stage == "inverted":
             return self._read(attempt.make(), self._all, try_invert=False)
         believed = []
@@ -144,10 +145,11 @@ class CodeReader:
         ):
             if code.format in STACKED and "error" in (code.gs1 or {}):
                 continue
-            key = (code.text, code.format)
-            votes[key] = votes.get(key, 0) + 1
+            votes.append(code)
+            alike = sum((each.text, each.format) == (code.text, code.format) for each in votes)
+            others = sum(each.format == code.format and each.text != code.text and _overlap(each, code) for each in votes)
             needed = 2 if code.format in WEAK | STACKED or (attempt.guess and code.format not in STRONG) else 1
-            if votes[key] >= needed:
+            if alike >= needed + others:
                 believed.append(code)
         return believed
 
@@ -184,6 +186,14 @@ def _corners(seen: Any, linear: bool) -> Sequence[tuple[float, float]]:
         # Bars that were read from right to left have top and bottom exchanged; a matrix code was seen in a mirror.
         a, b, c, d = (d, c, b, a) if linear else (a, d, c, b)
     return a, b, c, d
+
+
+def _overlap(one: Code, other: Code) -> bool:
+    """Whether they lie in one place, by the boxes around them."""
+    sides = [zip(*code.position, strict=True) for code in (one, other) if code.position]
+    if len(sides) < 2:
+        return True
+    return all(min(a) <= max(b) and min(b) <= max(a) for a, b in zip(*sides, strict=True))
 
 
 def _formats(zxing: Any, names: Sequence[str]) -> Any:

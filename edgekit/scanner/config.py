@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -91,18 +91,27 @@ class RegionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Region(self.left, self.top, self.right, self.bottom)
 
 
-class TextOptions(RegionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A text reader beside the model. ``beam``: readings weighed at each step, 1 is greedy. It reads one line: name the part of
-    the frame that has it, where that is not [region]'s."""
+class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A text reader beside the model. ``beam``: readings weighed at each step, 1 is greedy. ``left``, ``top``, ``right``,
+    ``bottom``: the part of the frame that has its line, in shares; where none is set, [region]'s."""
 
     bundle: str
     backend: str = "auto"
     precision: Literal["auto", "float", "int8"] = "auto"
     threads: Threads = 1
     beam: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
+    left: Share | None = None
+    top: Share | None = None
+    right: Share | None = None
+    bottom: Share | None = None
+
+    def __post_init__(self) -> None:
+        self.line()
 
     def line(self) -> Region | None:
-        return None if self.region() == Region(0.0, 0.0, 1.0, 1.0) else self.region()
+        """Raises `UsageError` where it is empty."""
+        sides = {name: side for name in ("left", "top", "right", "bottom") if (side := getattr(self, name)) is not None}
+        return RegionOptions(**sides).region() if sides else None
 
 
 class SourceOptions(CameraOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -203,7 +212,7 @@ _FILE_SINKS = ("jsonl", "sqlite")
 
 def read_config(path: str | os.PathLike[str]) -> ScanConfig:
     """Read and check a TOML file. Raises `UsageError` that names the first mistake and says how many more there are."""
-    config, problems = parse_config(path)
+    config, problems, _ = parse_config(path)
     if problems or config is None:
         first, *more = problems
         also = f" (and {len(more)} more: edgekit scan --check {os.fspath(path)})" if more else ""
@@ -218,38 +227,45 @@ def config_of(config: ScanConfig | Mapping[str, Any] | str | os.PathLike[str], *
         return config
     if isinstance(config, str | os.PathLike):
         return read_config(config)
-    found, problems = _parsed(Tables(), config, Path(), sourced)
+    found, problems, _ = _parsed(Tables(), config, Path(), sourced)
     if problems or found is None:
         raise UsageError(problems[0].message, problems[0].hint)
     return found
 
 
-def parse_config(path: str | os.PathLike[str]) -> tuple[ScanConfig | None, list[Problem]]:
-    """The config and every mistake in the file; with mistakes it is of the sound tables only, or None."""
+class Parsed(NamedTuple):
+    """A ``config`` and every mistake; with ``problems`` it is of the sound tables only, or None. ``places``: which entries of
+    the file's arrays of tables its own are."""
+
+    config: ScanConfig | None
+    problems: list[Problem]
+    places: Mapping[str, Sequence[int]] = {}
+
+
+def parse_config(path: str | os.PathLike[str]) -> Parsed:
+    """The config in a TOML file, and what is wrong in it."""
     file = Path(path)
     name = os.fspath(path)
     try:
         with file.open("rb") as handle:
             raw = handle.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            return None, [Problem(name, f"it is larger than {MAX_BYTES >> 20} MiB", "a config is a few tables of text")]
+            return Parsed(None, [Problem(name, f"it is larger than {MAX_BYTES >> 20} MiB", "a config is a few tables of text")])
         text = raw.decode()
         data = tomllib.loads(text)
     except FileNotFoundError:
-        return None, [Problem(name, "there is no such file", "docs/scan.md has an example to start from")]
+        return Parsed(None, [Problem(name, "there is no such file", "docs/scan.md has an example to start from")])
     except OSError as error:
-        return None, [Problem(name, error.strerror or str(error), "name a TOML file that can be read")]
+        return Parsed(None, [Problem(name, error.strerror or str(error), "name a TOML file that can be read")])
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        return None, [Problem(f"{name}:{line}", "this is no UTF-8 text", "save the file as UTF-8")]
+        return Parsed(None, [Problem(f"{name}:{line}", "this is no UTF-8 text", "save the file as UTF-8")])
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        return None, [Problem(name, f"this is no TOML: {error}", "strings need quotes, tables [brackets]")]
+        return Parsed(None, [Problem(name, f"this is no TOML: {error}", "strings need quotes, tables [brackets]")])
     return _parsed(Tables(name, text), data, file.parent)
 
 
-def _parsed(
-    tables: Tables, data: Mapping[str, Any], base: Path, sourced: bool = True
-) -> tuple[ScanConfig | None, list[Problem]]:
+def _parsed(tables: Tables, data: Mapping[str, Any], base: Path, sourced: bool = True) -> Parsed:
     config = tables.struct(ScanConfig, data) or _sound(tables.sound)
     if sourced and "source" not in data:
         tables.add((), "there is no [[source]]", 'write [[source]] and address = "camera:0", a folder or another source')
@@ -263,7 +279,7 @@ def _parsed(
             tables.add(("source", number, "name"), f"two sources are named {worded(name)}", "give each its own name")
     for finding in mistakes(config) if config is not None else ():
         tables.add(*finding)
-    return _absolute(config, base) if config is not None else None, tables.problems
+    return Parsed(_absolute(config, base) if config is not None else None, tables.problems, tables.places)
 
 
 def _sound(tables: Mapping[str, Any]) -> ScanConfig | None:

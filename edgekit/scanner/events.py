@@ -22,11 +22,11 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["SCHEMA", "Event", "encode", "rfc3339", "whole"]
+__all__ = ["SCHEMA", "Event", "encode", "encode_any", "rfc3339", "whole"]
 
 SCHEMA = 1
 Event = dict[str, Any]
-_encoder = msgspec.json.Encoder(enc_hook=str)
+_encoder = msgspec.json.Encoder()
 
 
 def encode(value: Any) -> bytes:
@@ -35,7 +35,12 @@ def encode(value: Any) -> bytes:
     try:
         return _encoder.encode(value)
     except UnicodeEncodeError:
-        return _encoder.encode(_whole(msgspec.to_builtins(value, enc_hook=str)))
+        return _encoder.encode(_whole(msgspec.to_builtins(value)))
+
+
+def encode_any(value: Any) -> bytes:
+    """`encode`, with whatever has no form in JSON as text: for people."""
+    return encode(msgspec.to_builtins(value, enc_hook=str))
 
 
 def whole(text: str) -> str:

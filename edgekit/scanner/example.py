@@ -22,6 +22,8 @@ _NEEDED = {
     "folder": {"ring": "no-reads", "incidents": "incidents", "harvest": "kept"},
     "candidate": "next.edge",
 }
+#: What fits a key whose default is none.
+_SAMPLES = {"budget_ms": 100.0, "left": 0.0, "top": 0.5, "right": 1.0, "bottom": 1.0}
 _ON = ("model", "source", "sink")
 _HEAD = """\
 # Every setting of a scan. Tables behind a # are off, keys behind one stand at their defaults: take the # away to change them.
@@ -52,7 +54,8 @@ def _table(name: str, kind: type[msgspec.Struct], many: bool) -> Iterator[str]:
         else:
             value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
         if value is None:
-            yield f"#{field.name} = {'true' if bool in get_args(hints[field.name]) else '100.0'}  # by default not set"
+            sample = "true" if bool in get_args(hints[field.name]) else _SAMPLES[field.name]
+            yield f"#{field.name} = {sample}  # by default not set"
         else:
             yield f"{off if needed else '#'}{field.name} = {json.dumps(value, ensure_ascii=False)}"
 

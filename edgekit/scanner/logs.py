@@ -18,7 +18,7 @@ import msgspec
 from edgekit.progress import Speaker, harmless, say, spoken_by
 from edgekit.version import __version__
 
-from .events import Event, encode, rfc3339
+from .events import Event, encode_any, rfc3339
 from .sources.address import shown
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class _Log:
         line = shown(" ".join(message.split()))  # one line without a password, whatever a driver's message holds
         if self._json:
             fields = {"time": rfc3339(time.time()), "level": level, "message": line, **about}
-            line = encode(fields).decode()
+            line = encode_any(fields).decode()
         else:
             line = harmless(line)
         stream = self._stream or sys.stderr

@@ -28,7 +28,7 @@ from edgekit.errors import DataError
 from edgekit.progress import say
 
 from .database import FULL, sqlite_errors
-from .outbox_options import OutboxOptions
+from .outbox_options import OutboxOptions, default_outbox
 from .outbox_queue import Held, Queue, Waiting
 from .salvage import open_sound
 
@@ -58,14 +58,6 @@ _ADDED = """CREATE TABLE IF NOT EXISTS dropped (
 CREATE INDEX IF NOT EXISTS outbox_refused ON outbox (sink, position) WHERE refused IS NOT NULL"""
 #: What a row takes in the file beside its event: id and sink stand in the row and in the indices.
 _ROW_COST = "length(event) + 2 * (length(id) + length(sink)) + 64"
-
-
-def default_outbox() -> Path:
-    """systemd's ``StateDirectory``, else the user's state folder (XDG base directory specification)."""
-    if state := os.environ.get("STATE_DIRECTORY"):
-        return Path(state.split(":")[0]) / "outbox.sqlite"
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "edgekit" / "outbox.sqlite"
 
 
 class Outbox:
@@ -219,14 +211,16 @@ class Outbox:
         with self._lock:
             if self._lock_file < 0:
                 return
-            if self._unsettled():
-                self._try_to_store()
-            if self._held:
-                say(f"{len(self._held)} events are lost: there was no room for them in {self.path}", "error")
-            with sqlite_errors(self.path):
-                self._connection.close()
-            os.close(self._lock_file)
-            self._lock_file = -1
+            try:
+                if self._unsettled():
+                    self._try_to_store()
+                if self._held:
+                    say(f"{len(self._held)} events are lost: there was no room for them in {self.path}", "error")
+            finally:
+                os.close(self._lock_file)
+                self._lock_file = -1
+                with sqlite_errors(self.path):
+                    self._connection.close()
 
     def _queue(self, sink: str) -> Queue:
         return self._queues.setdefault(sink, Queue())
@@ -256,7 +250,7 @@ class Outbox:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._forget_done()
                 for each in self._held:
-                    self._insert(each, unwritten)
+                    self._insert(each, unwritten, accepted=True)
                 if new:
                     queue = self._queue(new.sink)
                     queue.waiting, queue.bytes = queue.waiting + 1, queue.bytes + new.cost
@@ -295,10 +289,11 @@ class Outbox:
                 )
                 queue.done = 0
 
-    def _insert(self, row: Held, unwritten: Counter[tuple[str, str]]) -> None:
-        """Store a row that its queue's figures count already, or drop what the limits ask for."""
+    def _insert(self, row: Held, unwritten: Counter[tuple[str, str]], accepted: bool = False) -> None:
+        """Store a row that its queue's figures count already, or drop what the limits ask for; under the policy ``stop`` none
+        that was ``accepted``."""
         queue = self._queue(row.sink)
-        limit = self._exceeded(queue)
+        limit = "" if accepted and self.options.policy == "stop" else self._exceeded(queue)
         if limit and not self._known(row) and not self._make_room(row, queue, limit, unwritten):
             self._drop(row.sink, limit, row.cost, unwritten)
             return
@@ -316,18 +311,16 @@ class Outbox:
         found = self._connection.execute("SELECT 1 FROM outbox WHERE sink = ? AND id = ?", (row.sink, row.id))
         return found.fetchone() is not None
 
-    def _exceeded(self, queue: Queue) -> str:
-        if queue.waiting + queue.refused > self.options.most_events:
+    def _exceeded(self, queue: Queue, more: int = 0) -> str:
+        """Which limit it is above, with an event of ``more`` bytes that it does not count yet."""
+        if queue.waiting + queue.refused + bool(more) > self.options.most_events:
             return "most events"
-        return "most megabytes" if queue.bytes > self.options.most_megabytes * 1e6 else ""
+        return "most megabytes" if queue.bytes + more > self.options.most_megabytes * 1e6 else ""
 
     def _make_room(self, row: Held, queue: Queue, limit: str, unwritten: Counter[tuple[str, str]]) -> bool:
         """Drop older events as the policy allows. False where the new one has to go."""
         if self.options.policy == "stop":
-            raise DataError(
-                f"the outbox {self.path} is full: {queue.waiting - 1} events wait for {row.sink} ({limit})",
-                "bring the sink up, allow more, or choose another outbox policy",
-            )
+            raise self._full_error(row.sink, queue.waiting - 1, limit)
         if not queue.said:
             queue.said = True
             which = (
@@ -351,6 +344,10 @@ class Outbox:
             self._drop(row.sink, limit, cost, unwritten, refused=bool(refused))
         return True
 
+    def _full_error(self, sink: str, waiting: int, limit: str) -> DataError:
+        words = f"the outbox {self.path} is full: {waiting} events wait for {sink} ({limit})"
+        return DataError(words, "bring the sink up, allow more, or choose another outbox policy")
+
     def _oldest(self, sink: str, which: str, after: int) -> tuple[int, int, int] | None:
         query = f"""SELECT position, {_ROW_COST}, refused IS NOT NULL FROM outbox
             WHERE sink = ? AND {which} AND position > ? ORDER BY position LIMIT 1"""  # noqa: S608
@@ -368,14 +365,20 @@ class Outbox:
         unwritten[sink, reason] += 1
 
     def _hold(self, new: Held, error: OSError) -> None:
-        """Keep an event in memory while the disk is full; beyond `MOST_HELD` drop one and count it."""
+        """Keep an event in memory while the disk is full, or locked; beyond `MOST_HELD` drop one and count it. Under the policy
+        ``stop`` it is refused then: raises ``error``, or `DataError` for the limits."""
+        queue = self._queue(new.sink)
+        if self.options.policy == "stop":
+            if len(self._held) >= MOST_HELD or self._held_bytes + new.cost > MOST_HELD_BYTES:
+                raise error
+            if limit := self._exceeded(queue, new.cost):
+                raise self._full_error(new.sink, queue.waiting, limit)
         quiet, self._full = self._full, time.monotonic()
         if not quiet:
             say(
                 f"{self.path}: {error.strerror}; new events wait in memory, at most {MOST_HELD}, and a power cut loses them",
                 "warning",
             )
-        queue = self._queue(new.sink)
         queue.waiting, queue.bytes = queue.waiting + 1, queue.bytes + new.cost
         self._held.append(new)
         self._held_bytes += new.cost
@@ -383,7 +386,7 @@ class Outbox:
             order = self._held if self.options.policy == "drop oldest" else reversed(self._held)
             gone = next(each for each in order if each.position not in self._queue(each.sink).handed)
             self._unhold({gone.position})
-            self._drop(gone.sink, "disk full", gone.cost, self._unwritten)
+            self._drop(gone.sink, "file locked" if error.errno == errno.EBUSY else "disk full", gone.cost, self._unwritten)
             if not self._lost:
                 say(f"{self.path}: no more events fit into memory; they are dropped, and counted", "warning")
             self._lost += 1

@@ -1,14 +1,16 @@
-"""The limits of an outbox, as a configuration names them."""
+"""The limits of an outbox, as a configuration names them, and where it lies."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from edgekit.errors import UsageError
 
-__all__ = ["OutboxOptions"]
+__all__ = ["OutboxOptions", "default_outbox"]
 
 LEAST_EVENTS = 100  # a batch in delivery is never dropped, so there must be room beside it
 
@@ -33,3 +35,11 @@ class OutboxOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.policy not in ("drop oldest", "drop newest", "stop"):
             raise UsageError(f"there is no outbox policy {self.policy!r}", "choose: drop oldest, drop newest, stop")
+
+
+def default_outbox() -> Path:
+    """systemd's ``StateDirectory``, else the user's state folder (XDG base directory specification)."""
+    if state := os.environ.get("STATE_DIRECTORY"):
+        return Path(state.split(":")[0]) / "outbox.sqlite"
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "edgekit" / "outbox.sqlite"

@@ -120,7 +120,7 @@ class Pipeline:
         self.run_id = run_id or uuid.uuid4().hex
         self._on_event, self._on_round, self._on_answer, self._on_last = on_event, on_round, on_answer, on_last
         self._counts = _Counts()
-        self._complete = False
+        self._complete = self._ending = False
         self._latencies = array("d")
         self._latency_ms = 0.0  # of all
         self._buckets = array("Q", bytes(8 * (len(BUCKETS_MS) + 1)))
@@ -156,8 +156,9 @@ class Pipeline:
                 pass
             raise
         except Exception:
-            with contextlib.suppress(Exception):  # the first is the one that counts; the other sinks still have theirs
-                self._flush(STOPPED_FLUSH_S)
+            if not self._ending:
+                with contextlib.suppress(Exception):  # the first is the one that counts; the other sinks still have theirs
+                    self._flush(STOPPED_FLUSH_S)
             raise
         finally:
             for step in self._steps:
@@ -168,6 +169,7 @@ class Pipeline:
         if self._on_last:
             self._on_last()
         yield from self._sent(self._due(math.inf))
+        self._ending = True
         self._flush()
         if late := self._due(math.inf):
             yield from self._sent(late)
@@ -229,12 +231,14 @@ class Pipeline:
         return events
 
     def _flush(self, together_s: float = 0.0) -> None:
-        """``together_s``: for all sinks; 0: for those of a scan that was stopped, or was not."""
-        together_s = together_s or (STOPPED_FLUSH_S if self._stop.is_set() else 0.0)
-        failed: Exception | None = None
-        for sink in self._sinks:
+        """``together_s``: for all sinks; 0: each has its own time, until the scan is stopped."""
+        end, failed = math.inf, None
+        for number, sink in enumerate(self._sinks):
+            if end == math.inf and (together_s or self._stop.is_set()):
+                end = time.monotonic() + (together_s or STOPPED_FLUSH_S)
+            left = max(0.0, end - time.monotonic()) / (len(self._sinks) - number)
             try:
-                sink.flush(together_s / len(self._sinks) if together_s else FLUSH_S)
+                sink.flush(min(left, FLUSH_S))
             except Exception as error:  # noqa: BLE001  the others still have theirs
                 failed = failed or error
         if failed is not None:

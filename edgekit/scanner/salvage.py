@@ -170,13 +170,18 @@ def _save(path: Path, into: sqlite3.Connection) -> int:
 
 def _rows(path: Path) -> Iterator[tuple[Any, ...]]:
     """Events from the first on, up to a page that cannot be read, then from the last on, down to one."""
-    last = 0
-    for row in _read(path, _ROWS, 0):
+    last = -1 << 63
+    odd: list[tuple[Any, ...]] = []  # without a place of their own: they get one behind all others
+    for row in _read(path, _ROWS, last):
         if isinstance(row[0], int) and row[0] > last:
             last = row[0]
-            yield from _sound(row)
+            if 0 < last <= LAST:
+                yield from _sound(row)
+            else:
+                odd += _sound(row)
     for row in _read(path, f"{_ROWS} DESC", last):
         yield from _sound(row)
+    yield from odd
 
 
 def _sound(row: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:

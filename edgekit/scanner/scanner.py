@@ -38,6 +38,8 @@ __all__ = ["Scanner"]
 RECENT = 20
 #: Between two status lines for systemd.
 STATUS_S = 10.0
+#: For the sinks of a source that has ended.
+FINISH_S = 600
 
 
 class Scanner:
@@ -171,7 +173,7 @@ class Scanner:
                 on_event=heard,
                 on_round=lambda monotonic: self._round(pipeline, life, monotonic),
                 on_answer=answered,
-                on_last=lambda: self._systemd.send("STOPPING=1"),  # no pings are waited for while sinks are flushed
+                on_last=self._finish,
             )
             if preview is not None:
                 preview.by_source = hasattr(parts.source, "counts")
@@ -238,6 +240,11 @@ class Scanner:
         self._recent.append(event)
         if self._on_event:
             self._on_event(event)
+
+    def _finish(self) -> None:
+        """No pings come while sinks are flushed: systemd is told to wait for the end, and longer than for a stop."""
+        self._board.finish()
+        self._systemd.send("STOPPING=1", *([] if self._stop.is_set() else [f"EXTEND_TIMEOUT_USEC={FINISH_S * 10**6}"]))
 
     def _round(self, pipeline: Pipeline, life: Life, monotonic: float) -> None:
         self._board.round(monotonic)

@@ -30,7 +30,7 @@ from edgekit.errors import UsageError
 
 from .board import Board
 from .config import ServerOptions
-from .events import encode, whole
+from .events import encode, encode_any, whole
 from .metrics import CONTENT_TYPE, metrics_text
 from .preview import Preview
 
@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, CONTENT_TYPE, whole(text).encode())
         pictures = owner.preview.sources() if owner.preview else []
         answer = {"state": board.state, "ready": not reasons, "reasons": reasons, "pictures": pictures, **figures}
-        return self._send(200, "application/json", encode(answer))
+        return self._send(200, "application/json", encode_any(answer))
 
     def _verdict(self, reasons: list[str]) -> None:
         body = encode({"ok": not reasons, "reasons": reasons})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -41,6 +41,7 @@ class Tables:
         self._file, self._text = file, text
         self.problems: list[Problem] = []
         self.sound: dict[str, Any] = {}  #: what the top could be made of, mistakes left out
+        self.places: dict[str, list[int]] = {}  #: which entries of its arrays are in it
 
     def add(self, at: Key, message: str, hint: str = "") -> None:
         message, hint = (" ".join(words.split()) for words in (message, hint))  # words of an error may quote several lines
@@ -62,7 +63,7 @@ class Tables:
             if field.required and field.name not in data:
                 self.add(at, f"`{shown((*at, field.name))}` is missing")
         if not at:
-            self.sound = {name: value for name, value in values.items() if value is not None and None not in _listed(value)}
+            self._keep_sound(values)
         if len(self.problems) > before:
             return None
         try:
@@ -72,6 +73,14 @@ class Tables:
         except ValueError as error:
             self.add(at, f"[{shown(at)}] {error}")
         return None
+
+    def _keep_sound(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                self.places[name] = [place for place, each in enumerate(value) if each is not None]
+                self.sound[name] = tuple(each for each in value if each is not None)
+            elif value is not None:
+                self.sound[name] = value
 
     def _value(self, hint: Any, value: Any, at: Key) -> Any:
         kind, many = _tables_in(hint)
@@ -104,10 +113,6 @@ class Tables:
     def _where(self, at: Key) -> str:
         line = line_of(self._text, at)
         return f"{self._file}:{line}" if line else self._file or "config"
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, tuple) else ()
 
 
 def shown(at: Key) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from edgekit.errors import UsageError
 from edgekit.scanner import Code, CodeReader
-from edgekit.scanner.cascade import attempts
+from edgekit.scanner.cascade import Attempt, attempts
 from edgekit.scanner.estimates import bars, blur_sigma, motion, orientation
 from edgekit.scanner.gs1 import parse_gs1
 from edgekit.scanner.regions import regions
@@ -198,3 +198,21 @@ def test_an_enhanced_databar_is_believed_only_with_sound_gs1_data(kit: Any) -> N
     code = Code("01106435615207736273108", "DataBar Expanded Stacked", parse_gs1("01106435615207736273108"))
     reader._read = lambda picture, *rest, **options: [code] if rest[1:] else []  # type: ignore[method-assign]
     assert reader(turned(kit.code_picture("ABC1234567", "Code128"), 31)) == []
+
+
+@pytest.mark.parametrize(
+    ("reads", "believed"),
+    [
+        (["2818832473941", "0810131413941", "0810131413941", "2818832473941"], None),  # a half-size EAN-13 once gave the second
+        (["2818832473941", "2818832473941"], "2818832473941"),
+        (["2818832473941", "0810131413941", "2818832473941", "2818832473941"], "2818832473941"),
+    ],
+)
+def test_what_enhanced_pictures_read_otherwise_in_one_place_is_not_believed(
+    kit: Any, monkeypatch: pytest.MonkeyPatch, reads: list[str], believed: str | None
+) -> None:
+    pictures = [kit.code_picture(text, "EAN13") for text in reads]
+    tries = [Attempt("enlarged", picture.size, lambda picture=picture: picture, "linear", upright=True) for picture in pictures]
+    monkeypatch.setattr("edgekit.scanner.codes.attempts", lambda grey: tries)
+    found = CodeReader(60_000)(np.full_like(pictures[0], 128))
+    assert [code.text for code in found] == ([believed] if believed else [])

@@ -112,6 +112,15 @@ def test_what_a_config_names_is_held_against_this_machine(
     assert not list(tmp_path.glob("*.sqlite"))
 
 
+def test_the_sound_entries_of_an_array_are_looked_at_beside_a_wrong_one(cli: Cli, tmp_path: Path) -> None:
+    (file := tmp_path / "scan.toml").write_text(
+        '[codes]\n[[source]]\nname = "a"\nadress = "x"\n[[source]]\nname = "b"\naddress = "nofilm.mp4"\n'
+        '[[sink]]\naddres = "x"\n[[sink]]\naddress = "ftp://x"\n'
+    )
+    found = {each["where"].rpartition(":")[2] for each in cli("scan", "--check", file, "--json").json["problems"]}
+    assert {"4", "7", "9", "11"} <= found
+
+
 def test_a_model_is_asked_for_by_what_watches_it(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "scan.toml"
     file.write_text('[codes]\n[drift]\n[[source]]\naddress = "pattern:8x8@1"\n')
@@ -146,7 +155,7 @@ def test_the_example_says_every_key_and_its_default(cli: Any, tmp_path: Path) ->
     assert [source.address for source in plain.source] == ["camera:0"]
     assert plain == read_config(file)
     file.write_text(re.sub(r"(?m)^#(?=\[|\w+ = )", "", text).replace('candidate = ""', 'candidate = "next.edge"'))
-    config, problems = parse_config(file)
+    config, problems, _ = parse_config(file)
     assert config is not None, problems
     for name in config.__struct_fields__:
         table = getattr(config, name)

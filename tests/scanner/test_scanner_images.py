@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 from edgekit.errors import DataError, EdgekitError, UsageError
 from edgekit.scanner import CameraOptions, Captured, Notice, Stop, open_source
 from edgekit.scanner.config import config_of
+from edgekit.scanner.sources import files
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
@@ -349,3 +351,37 @@ def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
     assert frame.shape == ((2, 4) if mode == "LA" else (2, 4, 3))
     assert frame[:, :2].max() == 0
     assert frame[:, 2:].min() == 255
+
+
+def test_what_is_remembered_of_a_watched_folder_is_bounded_where_a_part_of_it_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a folder that goes while its parent is walked is no camera that is down."""
+    stamps, shut = files._stamps, OSError(errno.EACCES, "Permission denied", str(tmp_path / "lost+found"))
+    gone = OSError(errno.ENOENT, "No such file or directory", str(tmp_path / "gone"))
+
+    def walked(folder: Path, unlisted: Any) -> Any:
+        unlisted(shut), unlisted(gone)
+        return stamps(folder, unlisted)
+
+    monkeypatch.setattr(files, "_stamps", walked)
+    stop = Stop()
+    items = open_source(str(tmp_path), watch=True, stop=stop)
+    told = []
+    for number in range(3):
+        Image.new("L", (3, 2)).save(tmp_path / f"{number}.png")
+        while not isinstance(item := next(items), Captured):
+            told += [item] if item else []
+        (tmp_path / f"{number}.png").unlink()
+    for _ in range(3):
+        assert next(items) is None
+    assert [each.source for each in told] == [str(tmp_path / "lost+found")]
+    assert items.gi_frame.f_locals["done"] == {}  # type: ignore[attr-defined]
+    stop.set()
+
+
+def test_a_grey_level_may_be_the_transparent_one(tmp_path: Path) -> None:
+    Image.new("L", (4, 2), 0).save(tmp_path / "a.png", transparency=0)
+    frame = one(tmp_path / "a.png").frame
+    assert frame is not None
+    assert (frame.shape, frame.min()) == ((2, 4), 255)

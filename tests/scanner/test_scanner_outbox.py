@@ -357,3 +357,26 @@ def test_what_one_sink_asks_for_leaves_another_ones_deliveries_alone(tmp_path: P
         outbox.delivered("b", [first.position])
         assert outbox.head("b", 32) == []
         assert (outbox.figures("b")["waiting"], outbox.figures("b")["delivered"]) == (0, 1)
+
+
+def test_the_policy_stop_drops_nothing_while_the_file_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was accepted into memory goes to disk whatever the limit says; what does not fit there is refused."""
+    path = tmp_path / "o.sqlite"
+    monkeypatch.setattr("edgekit.scanner.outbox.MOST_HELD", 3)
+    with contextlib.closing(Outbox(path, OutboxOptions(policy="stop", most_events=100))) as outbox:
+        for i in range(98):
+            outbox.append("s", f"run-{i}", encode(event(i)))
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for i in (98, 99):
+                outbox.append("s", f"run-{i}", encode(event(i)))
+            with pytest.raises(DataError, match="is full: 100 events wait"):
+                outbox.append("s", "run-100", encode(event(100)))
+            outbox.append("other", "run-0", encode(event(0)))
+            with pytest.raises(OSError, match="holds a lock"):
+                outbox.append("other", "run-1", encode(event(1)))
+            other.execute("ROLLBACK")
+        outbox.settle()
+        assert (outbox.unsaved("s"), outbox.count("s"), outbox.count("other"), outbox.dropped("s")) == (0, 100, 1, {})
+    with contextlib.closing(Outbox(path)) as outbox:
+        assert len(ids(outbox)) == 100

@@ -333,6 +333,13 @@ def test_triggers_of_a_camera_that_gave_no_frame_and_of_one_that_goes(
     assert replay(path).differences == []
 
 
+def test_brackets_in_a_code_are_none_of_the_files_lists() -> None:
+    from edgekit.scanner.recording import MAX_PARTS, _parts
+
+    text = "[" * (MAX_PARTS + 1)
+    assert _parts(msgspec.json.encode([{"text": text, "more": '"' + text}])) == 2
+
+
 def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.edgekit-incident"
     about = b'{"format":1,"edgekit":"0","run_id":"r","first":0,"why":{},"codes":0.0,"config":[' + b"[]," * 2_000_000 + b"[]]}"

@@ -178,7 +178,8 @@ def test_what_is_sound_for_sqlite_and_no_outbox_is_salvaged(tmp_path: Path, kind
     with contextlib.closing(Outbox(path)) as outbox:
         outbox.append("s", "run-3", encode(event(3)))
         assert outbox.unsaved("s") == 0
-        assert ids(outbox) == [f"run-{i}" for i in range(4)]
+        odd = ["n"] if kind == "position" else []  # it gets a place behind the others
+        assert ids(outbox) == ["run-0", "run-1", "run-2", *odd, "run-3"]
         outbox.delivered("s", [each.position for each in outbox.head("s", 100)])
         assert outbox.count("s") == 0
     assert (tmp_path / "o.sqlite.old-1").exists()

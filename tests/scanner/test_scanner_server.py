@@ -316,3 +316,21 @@ def test_a_name_that_is_no_text_ends_neither_scan_nor_scrape(tmp_path: Path) -> 
         assert json.loads(ask(f"{scanner.url}status")[2])["sources"][0]["source"] == "caf\\udce9"
     (file,) = (tmp_path / name).iterdir()
     assert replay(file).differing == 0
+
+
+def test_who_holds_the_scan_up_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The application with an event in hand, not a frame; and sinks that are waited for at the end are no hang."""
+    monkeypatch.setattr("edgekit.scanner.board.HANG_S", 0.1)
+    monkeypatch.setattr("edgekit.scanner.board.WATCH_S", 0.02)
+    board = Board()
+    board.start(dict, lambda figures: [])
+    with board.watched():
+        with board.resting():
+            time.sleep(0.4)
+        board.round(time.monotonic())
+        time.sleep(0.08)
+        board.finish()
+        time.sleep(0.4)
+    said = capsys.readouterr().err
+    assert "the application holds an event" in said
+    assert said.count("has been busy") == 1

@@ -77,7 +77,7 @@ def test_any_table_is_a_config_or_its_mistakes_in_a_line_each(tmp_path: Path, ta
         assert "\n" not in error.message + error.hint  # noqa: PT017
     file = tmp_path / "scan.toml"
     file.write_text("".join(f"{toml(k)} = {toml(v)}\n" for k, v in tables.items() if v is not None), encoding="utf-8")
-    config, problems = parse_config(file)
+    config, problems, _ = parse_config(file)
     assert problems or config is not None
     for problem in problems:
         assert "\n" not in str(problem)
@@ -124,7 +124,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, table: str, line: 
     file = tmp_path / "scan.toml"
     rest = '[model]\nbundle = "b"\n[codes]\n' + ("" if "source" in table else '[[source]]\naddress = "in"\n')
     file.write_text(f"{table}\n{rest}")
-    _, problems = parse_config(file)
+    problems = parse_config(file).problems
     found = [problem for problem in problems if cause in problem.message]
     assert [problem.where for problem in found] == [f"{file}:{line}"], problems
     assert cure in found[0].hint

@@ -7,13 +7,14 @@ import socket
 import threading
 from typing import Any
 
+import numpy as np
 import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edgekit.bundle import Bundle
 from edgekit.errors import DataError, UsageError
-from edgekit.scanner import Scanner, trigger_inputs
+from edgekit.scanner import Captured, Scanner, trigger_inputs
 from edgekit.scanner.assembly import Parts
 from edgekit.scanner.steps.triggers import Trigger, TriggerOptions
 from edgekit.scanner.trigger_inputs import MOST_BYTES, open_trigger_input
@@ -181,3 +182,13 @@ def test_no_more_triggers_wait_than_a_scan_can_hold(monkeypatch: pytest.MonkeyPa
     now = 5.0
     assert len(trigger.due(now, now)) > 0
     assert trigger.fire()
+
+
+def test_a_folder_that_tells_something_takes_no_trigger() -> None:
+    """Of files a camera is a folder that gave a frame."""
+    trigger = Trigger(TriggerOptions("external", time_ms=1000), clock=lambda: 10.0)
+    assert trigger.fire(reference="box 1")
+    trigger.due(10.0, 10.0)
+    notice = Captured(None, "/in/lost+found", -1, 10.1, "camera", 10.1)
+    trigger.frame(notice, {"event": "camera", "state": "down", "source": "/in/lost+found"})
+    assert trigger.wants(Captured(np.zeros((4, 4), np.uint8), "/in/a.png", 0, 10.2, "", 10.2)) == ""

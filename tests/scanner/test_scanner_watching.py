@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -305,3 +306,18 @@ def test_a_harvested_frame_whose_facts_are_damaged_stops_no_harvest(digits: list
         harvest.flush()
     assert harvest.status()["kept"] > 0
     harvest.close()
+
+
+def test_a_harvest_that_was_waited_for_in_vain_is_not_waited_for_again(
+    digits: list[Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    go_on = threading.Event()
+    harvest = Harvest(HarvestOptions(folder=str(tmp_path), score=1.0))
+    monkeypatch.setattr(Harvest, "_keep", lambda self, *job: go_on.wait(20))
+    for captured in frames(digits, 3):
+        harvest.frame(captured, {"source": "cam", "seq": captured.seq, "time": "t", "score": 0.1, "label": "3"})
+    start = time.monotonic()
+    harvest.flush(0.1)
+    harvest.close()
+    assert time.monotonic() - start < 1.5  # it is 0.4 s
+    go_on.set()

@@ -95,7 +95,7 @@ class ForwardSink:
         progress, moved = time.monotonic(), self._moves
         while self._outbox.count(self.name) and time.monotonic() - progress < patience_s:
             self._check()
-            if patience_s > STOPPED_S and self.stop is not None and self.stop.is_set():
+            if patience_s > HURRY_S and self.stop is not None and self.stop.is_set():
                 progress, patience_s = time.monotonic(), STOPPED_S
             if self._moves != moved and patience_s >= HURRY_S:
                 progress, moved = time.monotonic(), self._moves
@@ -120,7 +120,7 @@ class ForwardSink:
         self._closing.set()
         self._wake.set()
         self._hurry.set()
-        self._thread.join(0.3)
+        self._thread.join(0.05 if self.stop is not None and self.stop.is_set() else 0.3)
 
     def _check(self) -> None:
         if self._failure:

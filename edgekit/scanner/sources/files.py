@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -89,6 +90,11 @@ def _stamps(folder: Path, unlisted: Callable[[OSError], None]) -> dict[Path, _St
     return found
 
 
+def _went(error: OSError, folder: Path) -> bool:
+    """A folder below ``folder`` that was removed between its parent's listing and its own."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR) and os.fspath(error.filename or folder) != os.fspath(folder)
+
+
 def _raise(error: OSError) -> None:
     raise error
 
@@ -112,11 +118,13 @@ def _watched(folder: Path, stop: Stop, most: int) -> Iterator[Captured | Notice 
     while not stop.is_set():
         unlisted: list[OSError] = []
         now = _stamps(folder, unlisted.append)
-        away = {printable(error.filename or folder): error.strerror or str(error) for error in unlisted}
+        away = {os.fspath(each.filename or folder): each for each in unlisted if not _went(each, folder)}
         for name in sorted(away.keys() ^ down):
-            reason = {"reason": f"it cannot be listed: {away[name]}"} if name in away else {}
-            details = {"state": "down" if name in away else "up", **reason}
-            yield Notice("camera", name, time.time(), time.monotonic(), details)
+            if name in away:
+                details = {"state": "down", "reason": f"it cannot be listed: {away[name].strerror or away[name]}"}
+            else:
+                details = {"state": "up" if os.path.isdir(name) else "removed"}
+            yield Notice("camera", printable(name), time.time(), time.monotonic(), details)
         down = set(away)
         ready = [path for path, stamp in now.items() if before.get(path) == stamp and done.get(path) != stamp]
         for path in sorted(ready, key=lambda path: (now[path][2], path)):
@@ -125,8 +133,9 @@ def _watched(folder: Path, stop: Stop, most: int) -> Iterator[Captured | Notice 
             yield _capture(path, seq, most)
             seq += 1
             done[path] = now[path]
-        if not down:  # what was removed is forgotten: memory stays bounded
-            done = {path: stamp for path, stamp in done.items() if path in now}
+        below = tuple(os.path.join(name, "") for name in down)
+        # What was removed is forgotten: memory stays bounded.
+        done = {path: stamp for path, stamp in done.items() if path in now or os.fspath(path).startswith(below)}
         before = now
         if not ready:
             yield None  # steps may have something due

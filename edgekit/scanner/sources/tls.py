@@ -19,6 +19,7 @@ SCHEMES = {"https": 443, "rtsps": 322}
 #: Where systems keep those of all authorities in one file; FFmpeg takes no folder.
 _BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 _CURE = 'write certificate = "camera.pem", its own or its authority\'s, or "any" to check nobody'
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
 _PATIENCE_S = 2.0
 
 
@@ -56,6 +57,8 @@ def tls_trouble(spec: str, certificate: str) -> str:
     if url.scheme.lower() not in SCHEMES:
         return ""
     context = ssl.create_default_context(cafile=None if certificate in ("", ANY) else certificate)
+    context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED  # FFmpeg speaks to old cameras too; this is but a look
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
     if certificate == ANY:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -63,8 +66,10 @@ def tls_trouble(spec: str, certificate: str) -> str:
             return ""
     except ssl.SSLCertVerificationError as error:
         return f"its certificate: {error.verify_message} ({_CURE})"
-    except ssl.SSLError:
-        return "it speaks no TLS at this port: mend the port, or write the address without the s"
+    except ssl.SSLError as error:
+        if error.reason in _NO_TLS:
+            return "it speaks no TLS at this port: mend the port, or write the address without the s"
+        return f"its TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
     except OSError:
         return ""
 

@@ -30,6 +30,7 @@ __all__ = ["Facts", "Harvest", "HarvestOptions", "near_hash"]
 
 _RECENT = 8  # frames that an event without one may be about
 _BACKLOG, _BACKLOG_BYTES = 64, 64 << 20  # that wait to be written
+_JOIN_S = 0.3
 _RANDOM_PART = 0.2  # of most_frames, at least, for the random ones
 
 
@@ -96,7 +97,7 @@ class Harvest:
         self._random = random.Random(0)  # noqa: S311  which frames, not which keys
         self._news = threading.Condition()
         self._waiting: list[tuple[NDArray[np.uint8], Facts]] = []
-        self._ended = self._working = False
+        self._ended = self._working = self._late = False
         self._thread: threading.Thread | None = None
         self._kept: list[_Entry] = []
         self._number = 0
@@ -143,18 +144,19 @@ class Harvest:
     def flush(self, patience_s: float = 2.0) -> None:
         """Wait until what was taken is on disk."""
         with self._news:
-            self._news.wait_for(lambda: not self._waiting and not self._working, patience_s)
+            self._late = not self._news.wait_for(lambda: not self._waiting and not self._working, patience_s)
 
     def status(self) -> dict[str, Any]:
         return {"sink": self.name, "sent": self._sent, "kept": len(self._kept), **self._counts}
 
     def close(self) -> None:
-        self.flush()
+        if not self._late:  # else there is no more time: it was waited for in vain
+            self.flush()
         with self._news:
             self._ended = True
             self._news.notify_all()
         if self._thread is not None:
-            self._thread.join(1.0)
+            self._thread.join(_JOIN_S)
             self._thread = None
         if lost := self._counts["busy"] + len(self._waiting):
             say(f"harvest: {lost} frames came faster than they can be kept; they were the least telling ones")

@@ -112,6 +112,7 @@ class Incidents:
         for came in self._turn.came:
             if came["seq"] == captured.seq and came["source"] == captured.source and "answer" not in came:
                 came["answer"] = dict(event)
+                self._chunks[-1].text += _ROUND + _ROUND * len(event.get("codes", ()))
                 break
         return [event]
 
@@ -131,7 +132,7 @@ class Incidents:
         self._number = int(number) + 1 if number.isdigit() else self._number + 1
         self._turn.events.append(line := encode(event))
         if self._chunks:
-            self._chunks[-1].text += 2 * len(line) + _ROUND  # the event, and the answer that it came of
+            self._chunks[-1].text += len(line) + _ROUND
         if self._why is None and (found := which(event, self.options.on)):
             self._why, self._on = event, found
             if math.isinf((self._turn.due or (0.0,))[0]):

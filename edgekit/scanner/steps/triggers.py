@@ -287,7 +287,8 @@ class Trigger:
     def _told(self, captured: Captured, event: Event) -> None:
         """A camera that was added is triggered from its first word on; one that was removed, no more."""
         if event.get("state") != "removed":
-            self._camera(captured.source)
+            if self._named:  # of files: a folder has something to tell, and gives no frame
+                self._camera(captured.source)
         elif (camera := self._cameras.get(captured.source)) is not None:
             self._place_fires()
             self._advance(camera, captured.monotonic)
@@ -305,7 +306,8 @@ class Trigger:
             if self._heard is not None:
                 self._heard(fire.source, fire.reference, fire.at)
             if fire.source is not None and self._named and fire.source not in self._cameras:
-                self._counts["refused"] += 1  # it was removed meanwhile
+                self._counts["fired"] -= 1  # it was removed meanwhile
+                self._counts["refused"] += 1
             elif fire.source is not None:
                 self._camera(fire.source).waiting.append(fire)
             elif not self._cameras:
