@@ -24,6 +24,12 @@ Array = np.ndarray[Any, Any]
 SIZES = [(31, 17), (33, 97), (1, 1), (5, 211), (32, 32), (64, 48)]  # (height, width)
 
 
+def on_white(image: Array) -> Array:
+    """uint8 (H, W, C) whose last channel is alpha -> uint8 (H, W, C - 1), as a page shows it; rounded."""
+    values, alpha = image[:, :, :-1].astype(int), image[:, :, -1:].astype(int)
+    return ((values * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
 def picture(kind: str, height: int, width: int) -> tuple[Image.Image, Array]:
     """An image of a kind, and the uint8 frame that it must be read as."""
     rng = np.random.default_rng(height * 1000 + width)
@@ -38,10 +44,10 @@ def picture(kind: str, height: int, width: int) -> tuple[Image.Image, Array]:
         return Image.fromarray(bits), bits.astype(np.uint8) * 255
     if kind == "grey with alpha":
         pair = rng.integers(0, 256, (height, width, 2), np.uint8)
-        return Image.fromarray(pair), pair[:, :, 0]
+        return Image.fromarray(pair), on_white(pair)[:, :, 0]
     if kind == "RGBA":
         four = rng.integers(0, 256, (height, width, 4), np.uint8)
-        return Image.fromarray(four), four[:, :, :3]
+        return Image.fromarray(four), on_white(four)
     frame = rng.integers(0, 256, (height, width, 3), np.uint8)
     if kind == "palette":
         few = Image.fromarray(frame).quantize(16)
