@@ -100,7 +100,11 @@ class Tables:
     def _wrong(self, hint: Any, value: Any, at: Key, message: str) -> None:
         choices = _choices(hint)
         if choices and isinstance(value, str):
-            self.add(at, f"`{shown(at)}` is {worded(value)}", _near(value, choices) or f"choose one of: {', '.join(choices)}")
+            self.add(
+                at,
+                f"`{shown(at)}` is {worded(value)}",
+                _near(value, choices) or f"choose one of: {', '.join(filter(None, choices))}",
+            )
         else:
             what, _, where = message.partition(" - at `$")
             place = where.rstrip("`") if "[...]" not in where else ""  # msgspec's word for a key of a table
