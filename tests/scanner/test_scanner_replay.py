@@ -337,7 +337,8 @@ def test_brackets_in_a_code_are_none_of_the_files_lists() -> None:
     from edgekit.scanner.recording import MAX_PARTS, _parts
 
     text = "[" * (MAX_PARTS + 1)
-    assert _parts(msgspec.json.encode([{"text": text, "more": '"' + text}])) == 2
+    assert _parts(msgspec.json.encode([{"text": text, "more": '"\\' + text}])) == 2
+    assert _parts(b'"' + b'\\"' * 4_000_000 + b"[" * (MAX_PARTS + 1)) == 0  # a string without an end
 
 
 def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class Incidents:
         self._on = ""
         self._quiet_until = -math.inf
         self._counts = {"files": 0, "cooled": 0, "busy": 0, "failed": 0}
-        self._pending = 0  # files that are being written, or wait for it
+        self._begun = self._finished = 0  # files: each counted by one thread
         self._done: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ending = False
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -227,10 +227,10 @@ class Incidents:
         if now < self._quiet_until:
             self._counts["cooled"] += 1
             return
-        if self._pending >= _FILES:  # each holds its frames
+        if self._begun - self._finished >= _FILES:  # each holds its frames
             self._counts["busy"] += 1
             return
-        self._pending += 1
+        self._begun += 1
         if math.isfinite(now):
             self._quiet_until = now + self.options.cooldown_s
         turns = [turn for chunk in self._chunks for turn in chunk.turns]
@@ -276,7 +276,10 @@ class Incidents:
             elif callable(job):
                 job()
             else:
-                self._write(*job)
+                try:
+                    self._write(*job)
+                finally:
+                    self._finished += 1
 
     def _write(self, about: Recording, on: str, before: list[Kept], turns: list[Turn], wall: float) -> None:
         event: Event = {"event": "incident", "source": str(about.why.get("source", "")), "time": rfc3339(wall)}
@@ -294,7 +297,6 @@ class Incidents:
         except (OSError, MemoryError) as error:
             self._counts["failed"] += 1
             event["reason"] = f"{self.options.folder}: {getattr(error, 'strerror', None) or 'it does not fit into memory'}"
-        self._pending -= 1
         self._done.put(event)
 
     def _remove_oldest(self, latest: Path) -> None:

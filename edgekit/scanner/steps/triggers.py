@@ -306,8 +306,9 @@ class Trigger:
             if self._heard is not None:
                 self._heard(fire.source, fire.reference, fire.at)
             if fire.source is not None and self._named and fire.source not in self._cameras:
-                self._counts["fired"] -= 1  # it was removed meanwhile
-                self._counts["refused"] += 1
+                with self._lock:  # it was removed meanwhile
+                    self._counts["fired"] -= 1
+                    self._counts["refused"] += 1
             elif fire.source is not None:
                 self._camera(fire.source).waiting.append(fire)
             elif not self._cameras:
