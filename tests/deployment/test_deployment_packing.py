@@ -24,8 +24,11 @@ from hypothesis import strategies as st
 from edgekit.bundle import CALIBRATION, EXAMPLES, FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle
 from edgekit.deployment import archive as archive_module
 from edgekit.deployment import contents, keygen, pack, verify
-from edgekit.deployment.signing import TRAILER_BYTES, sign_file
+from edgekit.deployment.signing import TRAILER_BYTES, Statement, blank_trailer, sign_file
 from edgekit.errors import BundleError, EdgekitError, OutputExists, SignatureError, UsageError
+
+
+BLANK = blank_trailer(Statement(1))
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def signed(tmp_path: Path, tiny_bundle: Bundle, keys) -> Path:
 def resign(path: Path, keys) -> Path:
     """Sign whatever a test has made of a zip: a signer who is trusted but whose tool is not ours."""
     with zipfile.ZipFile(path, "a") as archive:
-        archive.comment = b" " * TRAILER_BYTES
+        archive.comment = BLANK
     with path.open("r+b") as file:
         sign_file(file, keys.key)
     return path
@@ -205,8 +208,11 @@ def test_unsigned_foreign_and_stripped_packs_are_refused(tmp_path: Path, tiny_bu
     other = keygen(tmp_path / "other")
     with pytest.raises(SignatureError, match=keys.key_id):
         verify(signed, pub=other["pub"])
-    stripped = signed.read_bytes()[: -TRAILER_BYTES - 2] + b"\0\0"
-    assert stripped == unsigned.read_bytes()  # a signature adds its trailer and nothing else
+    line = len(BLANK.splitlines()[1]) + 1
+    at = len(BLANK.splitlines()[0]) + 1 - TRAILER_BYTES  # of the first signature, from the end
+    stripped = bytearray(signed.read_bytes())
+    stripped[at : at + line] = BLANK.splitlines()[1] + b"\n"
+    assert stripped == unsigned.read_bytes()  # a signature is its line and nothing else
     with pytest.raises(BundleError, match="no packed bundle"):
         verify(tmp_path / "none.zip", pub=keys.pub)
     with pytest.raises(BundleError, match="no packed bundle"):
@@ -282,7 +288,7 @@ def test_duplicates_missing_files_and_wrong_hashes_are_refused_though_signed(tmp
 
 def test_a_signed_file_that_is_no_zip(tmp_path: Path, keys) -> None:
     path = tmp_path / "no.zip"
-    path.write_bytes(b"anything" * 99 + b" " * TRAILER_BYTES)
+    path.write_bytes(b"anything" * 99 + BLANK)
     with path.open("r+b") as file:
         sign_file(file, keys.key)
     with pytest.raises(BundleError, match="no sound zip"):
@@ -299,7 +305,7 @@ def test_a_name_cut_short_by_a_null_is_refused(tmp_path: Path, signed: Path, key
     path = rewritten(signed, tmp_path / "bad.zip", lambda a: a.writestr("modelXonnx", b"x"))
     path.write_bytes(path.read_bytes().replace(b"modelXonnx", b"model\0onnx"))
     with path.open("ab") as file:
-        file.write(b" " * TRAILER_BYTES)
+        file.write(BLANK)
     with path.open("r+b") as file:
         file.seek(-TRAILER_BYTES - 2, os.SEEK_END)
         file.write(TRAILER_BYTES.to_bytes(2, "little"))
@@ -318,7 +324,7 @@ def test_overlapping_entries_are_refused(signed: Path, keys) -> None:
             other.CRC = info.CRC
             archive.filelist.append(other)
         archive._didModify = True
-        archive.comment = b" " * TRAILER_BYTES
+        archive.comment = BLANK
     with signed.open("r+b") as file:
         sign_file(file, keys.key)
     with pytest.raises(BundleError, match=r"more bytes than the pack|no sound zip"):
