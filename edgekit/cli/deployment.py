@@ -101,7 +101,8 @@ def verify(pack: Path, pub: tuple[Path, ...], revoked: tuple[Path, ...], sbom: P
 def revoke(ids: tuple[str, ...], out: Path, key: Path) -> Answer:
     """List keys and packs that devices must no longer believe.
 
-    ID is a key id (16 hex digits, from keygen) or the digest of a pack or a bundle (64, from verify --json). What a device has once read in such a list stays revoked there.
+    ID is a key id (16 hex digits, from keygen) or the digest of a pack or a bundle (64, from verify --json). What a device has
+    once read in such a list stays revoked there.
 
     \b
     Example:

@@ -50,8 +50,8 @@ def pack(
     bundle's last change as YYYYMMDDhhmmss. ``expires``: a day (2027-12-31, to its end in UTC), or ``90d`` after
     that last change. The same bundle, keys and words give the same bytes, on any machine and at any time.
 
-    Raises `OutputExists` where ``out`` is there, `BundleError` for a damaged bundle, `SignatureError` for a bad key, `UsageError` for a release or a day that is
-    none; on any error nothing is left at ``out``.
+    Raises `OutputExists` where ``out`` is there, `BundleError` for a damaged bundle, `SignatureError` for a bad key,
+    `UsageError` for a release or a day that is none; on any error nothing is left at ``out``.
     """
     opened = Bundle.open(bundle.path if isinstance(bundle, Bundle) else bundle)
     target = Path(out)

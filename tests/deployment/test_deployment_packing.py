@@ -27,7 +27,6 @@ from edgekit.deployment import contents, keygen, pack, verify
 from edgekit.deployment.signing import TRAILER_BYTES, Statement, blank_trailer, sign_file
 from edgekit.errors import BundleError, EdgekitError, OutputExists, SignatureError, UsageError
 
-
 BLANK = blank_trailer(Statement(1))
 
 
