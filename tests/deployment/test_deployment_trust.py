@@ -455,8 +455,8 @@ def test_the_way_of_a_key_on_the_command_line(tmp_path: Path, tiny_bundle: Bundl
 
     def edgekit(*args: object, code: int = 0) -> dict:
         done = cli(*args, "--json")
-        assert done.code == code, done.stderr
-        return done.json()
+        assert done.code == code, done.err
+        return done.json
 
     old, new = (edgekit("keygen", "--out", name) for name in ("old", "new"))
     packed = edgekit("pack", tiny_bundle.path, "--out", "t.zip", "--key", old["key"], "--release", 7, "--expires", "2099-12-31")
