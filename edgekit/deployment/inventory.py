@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, TOKENIZER
+from edgekit.bundle import CALIBRATION, FLOAT_GRAPH, GOLDEN, INT8_GRAPH, TOKENIZER, refuse_inside_bundle
 from edgekit.errors import OutputExists
 from edgekit.files import atomic_write, check_new
 from edgekit.manifest import History, Manifest
@@ -91,6 +91,7 @@ def write_sbom(path: Path, manifest: Manifest, listing: Mapping[str, Any]) -> No
 
     Raises `OutputExists` where ``path`` is there.
     """
+    refuse_inside_bundle(path)
     check_new(path)
     if path.exists() or path.is_symlink():
         raise OutputExists(path)

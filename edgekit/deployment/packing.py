@@ -104,7 +104,7 @@ def sign(pack: str | os.PathLike[str], *, key: PathOrPaths) -> dict[str, Any]:
         with open_archive(source, os.fspath(path)) as archive:
             archive.check()
         source.seek(0)
-        with _beside(path) as file:
+        with _beside(Path(os.path.realpath(path))) as file:
             shutil.copyfileobj(source, file, 1 << 20)
             for one in as_paths(key):
                 sign_file(file, one)
@@ -181,9 +181,12 @@ def verify(
     keys is enough. ``revoked``: signed lists of `revoke`; ``revoked.txt`` beside the pack is looked at too. ``sbom``: write the
     list of what is inside there, as CycloneDX 1.6 JSON.
 
-    Nothing is parsed before the signature holds; memory stays flat. Returns ``verified`` (True), ``key_id``, ``key_ids`` (of
-    the good signatures) and what `contents` says. Raises `SignatureError` for an unsigned, changed, foreign, revoked or expired
-    pack, `BundleError` for a signed pack that breaks the format.
+    Nothing is parsed before the signature holds; memory stays flat. The file is read twice, and a stick may answer otherwise
+    the second time: `install` checks a copy of its own.
+
+    Returns ``verified`` (True), ``key_id``, ``key_ids`` (of the good signatures), ``pack_digest`` and what `contents` says. Raises
+    `SignatureError` for an unsigned, changed, foreign, revoked or expired pack, `BundleError` for a signed pack that breaks the
+    format.
     """
     from .inventory import write_sbom
 

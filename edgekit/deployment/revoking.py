@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import SignatureError, UsageError
 from edgekit.files import atomic_write, check_new
 
@@ -87,6 +88,7 @@ def revoke(ids: Iterable[str], *, out: str | os.PathLike[str], key: str | os.Pat
             f"{bad[0]!r} is no id", "give key ids (16 hex digits) or digests (64), as edgekit verify F.zip --json says them"
         )
     path, secret = Path(out), private_key(Path(key))
+    refuse_inside_bundle(path)
     check_new(path)
     before = Revoked()
     if path.exists():

@@ -25,7 +25,7 @@ from edgekit.progress import say
 from .revoking import REVOKED, Revoked, read_list
 from .signing import NEVER, Checked, PathOrPaths, as_paths, check_signature, public_keys
 
-__all__ = ["TRUST", "Trust", "admit", "believe", "remember"]
+__all__ = ["TRUST", "State", "Trust", "admit", "believe", "memory", "remember"]
 
 TRUST = "trust.json"
 #: No clock that shows less is right: this was written later.
@@ -91,7 +91,7 @@ def believe(
     trusted key signed and somebody changed, and where ``trust.json`` is damaged.
     """
     keys = public_keys(pub)
-    state = _read_state(root) if root else State()
+    state = memory(root) if root else State()
     found = Revoked()
     for path in as_paths(revoked):
         listed = _believed(path, keys, state.revoked)
@@ -105,7 +105,7 @@ def believe(
         found |= listed or Revoked()
     if root is not None and root.is_dir() and state.revoked | found != state.revoked:
         with locked(root):
-            state = _read_state(root)
+            state = memory(root)
             state = msgspec.structs.replace(state, revoked=state.revoked | found)
             _write_state(root, state)
     clock = _clock()
@@ -129,7 +129,7 @@ def admit(root: Path, signed: Checked, name: str, *, allow_older: bool = False) 
 
     Raises `SignatureError` where it is older, unless ``allow_older``, and where ``trust.json`` is damaged.
     """
-    highest = _read_state(root).releases.get(name, -1)
+    highest = memory(root).releases.get(name, -1)
     if signed.statement.release < highest and not allow_older:
         raise SignatureError(
             f"release {signed.statement.release} of {name} is older than {highest}, which this device has accepted: "
@@ -145,7 +145,7 @@ def remember(root: Path, trust: Trust, signed: Checked, name: str) -> None:
     it takes when it comes again. The other way round an older pack would be accepted.
     """
     (root / f".{TRUST}.new").unlink(missing_ok=True)  # left by a crash
-    before = _read_state(root)
+    before = memory(root)
     releases = {**before.releases, name: max(before.releases.get(name, 0), signed.statement.release)}
     seen = max(before.time, trust.now)
     state = State(releases=releases, revoked=before.revoked | trust.revoked, time=seen)
@@ -160,8 +160,11 @@ def _clock() -> str:
 # trust.json
 
 
-def _read_state(root: Path) -> State:
-    """The state under a root, empty where there is none. Raises `SignatureError` where it is damaged: nothing is guessed."""
+def memory(root: Path) -> State:
+    """What ``trust.json`` under a root says; empty where there is none.
+
+    Raises `SignatureError` where it is damaged: nothing is guessed.
+    """
     path = root / TRUST
     try:
         with path.open("rb") as file:

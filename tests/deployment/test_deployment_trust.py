@@ -398,10 +398,10 @@ def test_killed_anywhere_the_memory_is_whole(
             with pytest.raises(Killed):
                 trusted.remember(root, trust, signed, "tiny")
             monkeypatch.setattr(os, name, genuine)
-            found = trusted._read_state(root).releases
+            found = trusted.memory(root).releases
             assert found in (before, {"tiny": 3})
     trusted.remember(root, trust, signed, "tiny")
-    assert trusted._read_state(root).releases == {"tiny": 3}
+    assert trusted.memory(root).releases == {"tiny": 3}
     assert [path.name for path in root.glob(".trust*")] == []
 
 
