@@ -184,9 +184,9 @@ def verify(
     Nothing is parsed before the signature holds; memory stays flat. The file is read twice, and a stick may answer otherwise
     the second time: `install` checks a copy of its own.
 
-    Returns ``verified`` (True), ``key_id``, ``key_ids`` (of the good signatures), ``pack_digest`` and what `contents` says. Raises
-    `SignatureError` for an unsigned, changed, foreign, revoked or expired pack, `BundleError` for a signed pack that breaks the
-    format.
+    Returns ``verified`` (True), ``key_id``, ``key_ids`` (of the good signatures), ``pack_digest`` and what `contents` says.
+    Raises `SignatureError` for an unsigned, changed, foreign, revoked or expired pack, `BundleError` for a signed pack that
+    breaks the format.
     """
     from .inventory import write_sbom
 

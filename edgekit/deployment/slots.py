@@ -13,6 +13,7 @@ rollback cannot lead to the bundle that the first one left.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import time
@@ -91,9 +92,8 @@ def install(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "name a folder: --root DIR")
     trust = None if pub is None else believe(pub, root=folder, revoked=revoked, pack=pack)
-    with open_pack(pack) as file, _checked(file, os.fspath(pack), trust) as (archive, signed):
-        if signed is not None:
-            admit(folder, signed, archive.manifest.name, allow_older=allow_older)
+    check = functools.partial(_checked, where=os.fspath(pack), trust=trust, root=folder, allow_older=allow_older)
+    with open_pack(pack) as file, check(file) as (archive, signed):
         archive.check()
         needed = os.fstat(file.fileno()).st_size + archive.total_bytes + RESERVE
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,13 +107,10 @@ def install(
         copy = work / "pack.zip"
         with open_pack(pack) as file, copy.open("xb") as target:
             shutil.copyfileobj(file, target, 1 << 20)
-        with open_pack(copy) as file, _checked(file, os.fspath(pack), trust) as (archive, signed):
-            running, name = _current(folder), archive.manifest.name
-            if signed is not None:
-                admit(folder, signed, name, allow_older=allow_older)
+        with open_pack(copy) as file, check(file) as (archive, signed):
+            running = _current(folder)
             if running and _same(folder / CURRENT, archive.manifest_bytes):
-                if trust is not None and signed is not None:
-                    remember(folder, trust, signed, name)
+                _remember(folder, trust, signed, archive.manifest.name)
                 return {**_answer(folder, running, _state(folder).slots.get(running)), "unchanged": True}
             fresh = work / "bundle"
             fresh.mkdir()
@@ -122,8 +119,7 @@ def install(
         golden = _self_test(fresh, backend)
         slot: Slot = "b" if running == "a" else "a"
         record = _place(folder, fresh, slot, signed.key_ids[0] if signed else None)
-        if trust is not None and signed is not None:
-            remember(folder, trust, signed, name)
+        _remember(folder, trust, signed, record.name)  # before the switch: killed between, the device asks for no less
         _switch(folder, slot)
     return {**_answer(folder, slot, record), "golden": golden, "unchanged": False}
 
@@ -177,14 +173,22 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _checked(file: Any, where: str, trust: Trust | None) -> Iterator[tuple[Archive, Checked | None]]:
+def _checked(
+    file: Any, *, where: str, trust: Trust | None, root: Path, allow_older: bool
+) -> Iterator[tuple[Archive, Checked | None]]:
     """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
     if trust is None:
         with open_archive(file, where) as archive:
             yield archive, None
     else:
-        with checked(file, where, trust) as found:
-            yield found
+        with checked(file, where, trust) as (archive, signed):
+            admit(root, signed, archive.manifest.name, allow_older=allow_older)
+            yield archive, signed
+
+
+def _remember(root: Path, trust: Trust | None, signed: Checked | None, name: str) -> None:
+    if trust is not None and signed is not None:
+        remember(root, trust, signed, name)
 
 
 @contextlib.contextmanager

@@ -30,11 +30,6 @@ from edgekit.errors import BundleError, EdgekitError, OutputExists, SignatureErr
 BLANK = blank_trailer(Statement(1))
 
 
-@pytest.fixture
-def signed(tmp_path: Path, tiny_bundle: Bundle, keys) -> Path:
-    return pack(tiny_bundle, out=tmp_path / "t.edge.zip", key=keys.key)
-
-
 def resign(path: Path, keys) -> Path:
     """Sign whatever a test has made of a zip: a signer who is trusted but whose tool is not ours."""
     with zipfile.ZipFile(path, "a") as archive:
@@ -165,11 +160,14 @@ def test_verify_tells_what_is_inside(signed: Path, tiny_bundle: Bundle, keys) ->
 
 
 def test_every_flip_is_refused_before_any_parser_sees_it(signed: Path, keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte of the trailer and of the zip's directory with each of its bits, and 600 places elsewhere."""
-    monkeypatch.setattr(archive_module.zipfile, "ZipFile", lambda *_: pytest.fail("parsed before it was verified"))
+    """What is stated and signed, and the zip's end, with each of its bits; each byte of the free lines; 600 places elsewhere."""
+    for place, parser in ((archive_module.zipfile, "ZipFile"), (archive_module, "decode_manifest")):
+        monkeypatch.setattr(place, parser, lambda *_: pytest.fail("parsed before it was verified"))
     good = signed.read_bytes()
     tail = len(good) - TRAILER_BYTES
-    places = [(at, bit) for at in range(tail - 60, len(good)) for bit in range(8)]
+    said = tail + sum(len(line) + 1 for line in BLANK.splitlines()[:2])
+    places = [(at, bit) for at in range(tail - 60, said) for bit in range(8)]
+    places += [(at, at % 8) for at in range(said, len(good))]
     random = np.random.default_rng(0)
     places += [(int(random.integers(0, tail)), int(random.integers(0, 8))) for _ in range(600)]
     with signed.open("r+b", buffering=0) as file:
