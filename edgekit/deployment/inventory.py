@@ -142,8 +142,8 @@ def _model(manifest: Manifest, listing: Mapping[str, Any]) -> dict[str, Any]:
         rows.append(("edgekit:stage", f"{entry.stage} {entry.time}"))
         if isinstance(entry.commit, str):
             rows.append(("edgekit:commit", f"{entry.stage} {entry.commit}"))
-        if entry.stage == "import":  # the file that a foreign model was
-            rows.append(("edgekit:source", f"{entry.config.get('model')} sha256 {entry.config.get('sha256')}"))
+        if "sha256" in entry.config:  # of an import: the file that a foreign model was
+            rows.append(("edgekit:source", f"{entry.config.get('model')} sha256 {entry.config['sha256']}"))
     return {
         "type": "machine-learning-model",
         "bom-ref": "pack",

@@ -160,7 +160,7 @@ def test_verify_tells_what_is_inside(signed: Path, tiny_bundle: Bundle, keys) ->
 
 
 def test_every_flip_is_refused_before_any_parser_sees_it(signed: Path, keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is stated and signed, and the zip's end, with each of its bits; each byte of the free lines; 600 places elsewhere."""
+    """What is stated and signed, and the zip's end, with each of its bits; the free lines; 600 places elsewhere."""
     for place, parser in ((archive_module.zipfile, "ZipFile"), (archive_module, "decode_manifest")):
         monkeypatch.setattr(place, parser, lambda *_: pytest.fail("parsed before it was verified"))
     good = signed.read_bytes()
