@@ -25,13 +25,12 @@ exclude_patterns = ["images"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 suppress_warnings = ["toc.empty_glob"]
-highlight_language = "console"
+highlight_language = "sh"
+smartquotes = False  # --json is no dash
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 
 html_theme = "furo"
 html_title = f"edgekit {release}"
-html_static_path = ["site"]
-html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": False}
 
@@ -56,6 +55,8 @@ def linked(text: str, folder: Path, page_folder: Path) -> str:
         target = (folder / path).resolve()
         if target.is_dir():
             target /= "README.md"
+        if target == ROOT / "README.md":  # the start page says the same, and has other headings
+            target, anchor = HERE / "index.md", ""
         if target in _PAGE_OF:
             target = HERE / f"{_PAGE_OF[target]}.md"
         return relative(target, page_folder) + anchor

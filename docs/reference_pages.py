@@ -14,7 +14,7 @@ import msgspec
 
 from edgekit.cli import COMMANDS, cli
 
-__all__ = ["MODULES", "PAGES", "command_pages", "commands_page", "public_names"]
+__all__ = ["MODULES", "PAGES", "commands_page", "public_names"]
 
 #: The public modules, in the order of the page.
 MODULES = {
@@ -46,7 +46,7 @@ def _command(name: str, command: click.Command) -> str:
     rows = [_option(parameter, context) for parameter in command.get_params(context) if isinstance(parameter, click.Option)]
     parts.append("\n".join(["| option | what it does |", "|---|---|", *rows]))
     if examples:
-        parts.append("```console\n" + "\n".join(examples) + "\n```")
+        parts.append("```sh\n" + "\n".join(examples) + "\n```")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -99,7 +99,7 @@ def api_page() -> str:
 
 
 def _name(module: str, name: str, thing: Any) -> str:
-    parts = [f"### {module}.{name}"]
+    parts = [f"### {module}.{name}".replace("__", r"\_\_")]
     if inspect.isclass(thing):
         parts += [_signature(name, thing, "class "), _docstring(thing), _fields(thing), *_methods(name, thing)]
     elif callable(thing):
@@ -112,28 +112,44 @@ def _name(module: str, name: str, thing: Any) -> str:
 
 
 def _signature(name: str, thing: Any, kind: str) -> str:
+    if inspect.isclass(thing) and issubclass(thing, Exception) and "__init__" not in vars(thing):
+        return ""
     try:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return ""
-    own = inspect.isclass(thing) and "__init__" not in vars(thing) and issubclass(thing, Exception)
-    shown = [str(p).replace("'", "") for p in signature.parameters.values() if p.name not in ("self", "cls")]
-    keyword = next((i for i, p in enumerate(signature.parameters.values()) if p.kind is p.KEYWORD_ONLY), None)
-    if keyword is not None and not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        first = next(p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY)
-        shown.insert(next(i for i, text in enumerate(shown) if re.match(rf"{first}\b", text)), "*")
-    returns = "" if signature.return_annotation is signature.empty else f" -> {_annotation(signature.return_annotation)}"
-    if inspect.isclass(thing):
-        returns = ""
+    shown: list[str] = []
+    starred = False
+    for p in signature.parameters.values():
+        if p.name in ("self", "cls") or p.name.startswith("_"):
+            continue
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            shown.append("*")
+        starred = starred or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
+        shown.append(_parameter(p))
+    typed = signature.return_annotation is not signature.empty and not inspect.isclass(thing)
+    returns = f" -> {_annotation(signature.return_annotation)}" if typed else ""
     line = f"{kind}{name}({', '.join(shown)}){returns}"
     if len(line) > 88:
         line = f"{kind}{name}(\n    " + ",\n    ".join(shown) + f",\n){returns}"
-    return "" if own else f"```python\n{line}\n```"
+    return f"```python\n{line}\n```"
+
+
+def _parameter(p: inspect.Parameter) -> str:
+    stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+    typed = "" if p.annotation is p.empty else f": {_annotation(p.annotation)}"
+    default = "" if p.default is p.empty else f"{' = ' if typed else '='}{_default(p.default)}"
+    return f"{stars}{p.name}{typed}{default}"
+
+
+def _default(value: Any) -> str:
+    shown = repr(value)
+    return "..." if shown.startswith("<") or value is msgspec.NODEFAULT else shown
 
 
 def _annotation(annotation: Any) -> str:
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    return text.replace("'", "")
+    """As it is written in code: names without their modules."""
+    return annotation if isinstance(annotation, str) else _type(annotation)
 
 
 def _docstring(thing: Any) -> str:
@@ -155,12 +171,16 @@ def _fields(thing: type) -> str:
         rows = [(f.name, _type(f.type), msgspec.NODEFAULT) for f in thing.__dataclass_fields__.values()]
     else:
         return ""
+    rows = [row for row in rows if not row[0].startswith("_")]
+    if not rows:
+        return ""
+    if all(default is msgspec.NODEFAULT for *_, default in rows):
+        return "\n".join(["| field | type |", "|---|---|", *(f"| `{name}` | `{_cell(kind)}` |" for name, kind, _ in rows)])
     lines = [
         f"| `{name}` | `{_cell(kind)}` | {'' if default is msgspec.NODEFAULT else f'`{_cell(repr(default))}`'} |"
         for name, kind, default in rows
-        if not name.startswith("_")
     ]
-    return "\n".join(["| field | type | default |", "|---|---|---|", *lines]) if lines else ""
+    return "\n".join(["| field | type | default |", "|---|---|---|", *lines])
 
 
 def _type(kind: Any) -> str:
@@ -213,7 +233,7 @@ def _schema(schema: dict[str, Any]) -> str:
         needed = form.get("required", ())
         rows = [
             f"| `{key}`{'' if key in needed else ' (may be absent)'} | {_kind(value)} | {_cell(_said(value))} |"
-                for key, value in form.get("properties", {}).items()
+            for key, value in form.get("properties", {}).items()
         ]
         if rows:
             parts.append("\n".join(["| key | type | what |", "|---|---|---|", *rows]))
