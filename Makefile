@@ -25,7 +25,7 @@ imports: $(INSTALLED)
 
 # Warnings are errors: a link that leads nowhere is one. The tests build it too.
 docs: $(INSTALLED)
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	$(BIN)/python -m sphinx --fresh-env --quiet --fail-on-warning --keep-going --builder html docs build/docs
 	@echo "open build/docs/index.html"
 
 # A process a core, a file at a time: most of the time is Python's, so torch's threads would only get in each other's way.

@@ -112,8 +112,10 @@ def _name(module: str, name: str, thing: Any) -> str:
 
 
 def _signature(name: str, thing: Any, kind: str) -> str:
-    if inspect.isclass(thing) and issubclass(thing, Exception) and "__init__" not in vars(thing):
-        return ""
+    if inspect.isclass(thing):
+        made_by_base = issubclass(thing, Exception) and "__init__" not in vars(thing)
+        if made_by_base or getattr(thing, "_is_protocol", False):
+            return ""
     try:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
@@ -231,12 +233,18 @@ def _schema(schema: dict[str, Any]) -> str:
         if about := form.get("description"):
             parts.append(re.sub(r"\s+", " ", about) if "|" not in about else about)
         needed = form.get("required", ())
-        rows = [
-            f"| `{key}`{'' if key in needed else ' (may be absent)'} | {_kind(value)} | {_cell(_said(value))} |"
-            for key, value in form.get("properties", {}).items()
-        ]
+        given = {key: value for key, value in form.get("properties", {}).items() if value is not False}
+        rows = [(f"`{key}`{'' if key in needed else ', optional'}", _kind(value), _said(value)) for key, value in given.items()]
+        if any(said for *_, said in rows):
+            lines = [
+                "| key | type | what |",
+                "|---|---|---|",
+                *(f"| {key} | {kind} | {_cell(said)} |" for key, kind, said in rows),
+            ]
+        else:
+            lines = ["| key | type |", "|---|---|", *(f"| {key} | {kind} |" for key, kind, _ in rows)]
         if rows:
-            parts.append("\n".join(["| key | type | what |", "|---|---|---|", *rows]))
+            parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -268,7 +276,7 @@ def _said(value: Any) -> str:
         for key, word in (("minimum", "from"), ("maximum", "to"), ("exclusiveMinimum", "above"), ("pattern", "like"))
         if key in value and key != "pattern"
     ]
-    default = f"default {value['default']!r}" if value.get("default") not in (None, "", [], {}) else ""
+    default = f"default {value['default']!r}" if value.get("default") not in (None, "", [], {}, ()) else ""
     return _plain("; ".join(filter(None, [value.get("description", ""), " ".join(bounds), default])))
 
 
