@@ -120,9 +120,9 @@ def _power_mode(tree: Path) -> str | None:
     return name or f"mode {int(number)}"
 
 
-def resident_mb(root: str | os.PathLike[str] = "/") -> float | None:
+def resident_mb() -> float | None:
     """This process's resident memory (VmRSS) in MB (10^6 bytes)."""
-    kilobytes = _found(r"^VmRSS:\s*(\d+) kB", read_text(Path(root), "proc/self/status"))
+    kilobytes = _found(r"^VmRSS:\s*(\d+) kB", read_text(Path("/"), "proc/self/status"))
     return int(kilobytes) * 1024 / 1e6 if kilobytes else None
 
 

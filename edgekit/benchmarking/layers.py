@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
-from edgekit.errors import BackendError, BundleError, GraphError
+from edgekit.errors import BackendError, BundleError, GraphError, first_line
 from edgekit.graphs.editing import exposed, reads
 from edgekit.progress import track
 from edgekit.runtime.golden import decibel
@@ -235,8 +235,9 @@ def _open(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
-        reason = str(error).splitlines()[0]
-        raise BackendError(f"ONNX Runtime cannot load the graph with its layers exposed: {reason}", "make it again") from None
+        raise BackendError(
+            f"ONNX Runtime cannot load the graph with its layers exposed: {first_line(error)}", "make the bundle again"
+        ) from None
 
 
 def _run(
@@ -252,7 +253,7 @@ def _run(
         try:
             parts.append(opened.run(None, part))
         except Exception as error:  # noqa: BLE001  ONNX Runtime raises many types of its own
-            raise BackendError(f"ONNX Runtime failed: {str(error).splitlines()[0]}", "check the input values") from None
+            raise BackendError(f"ONNX Runtime failed: {first_line(error)}", "check the input values") from None
     if len(parts) == 1:
         return dict(zip(tensors, parts[0], strict=True))
     return {name: np.concatenate([np.atleast_1d(part[i]) for part in parts]) for i, name in enumerate(tensors)}

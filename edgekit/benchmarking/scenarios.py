@@ -93,11 +93,11 @@ def no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def stretch(call: Call, seconds: float, least: int, patience: float = PATIENCE) -> list[int]:
-    """Call until ``seconds`` and ``least`` calls are reached, or ``patience`` times the seconds; ns of each call."""
+def stretch(call: Call, seconds: float, least: int) -> list[int]:
+    """Call until ``seconds`` and ``least`` calls are reached, or `PATIENCE` times the seconds; ns of each call."""
     samples: list[int] = []
     start = perf_counter_ns()
-    enough, late = start + int(seconds * 1e9), start + int(seconds * patience * 1e9)
+    enough, late = start + int(seconds * 1e9), start + int(seconds * PATIENCE * 1e9)
     now = start
     while now < enough or (len(samples) < least and now < late):
         before = perf_counter_ns()

@@ -107,9 +107,9 @@ def answers(function: Callable[..., Answer]) -> Callable[..., int]:
     return wrapper
 
 
-def bundle_argument(name: str = "bundle") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def bundle_argument() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A positional bundle, shown as B."""
-    return click.argument(name, metavar="B", type=click.Path(path_type=Path))
+    return click.argument("bundle", metavar="B", type=click.Path(path_type=Path))
 
 
 def out_option(what: str, metavar: str = "B") -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""Commands of the compiler room: import, build, inspect, targets, estimate."""
+"""``edgekit import``, ``build``, ``inspect``, ``targets`` and ``estimate``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgekit.cli.common import Answer, answers, bundle_argument, lines, out_option, table, targets_option
+from .common import Answer, answers, bundle_argument, lines, out_option, table, targets_option
 
 __all__ = ["build", "estimate", "import_", "inspect", "targets"]
 
@@ -23,29 +23,21 @@ target_option = click.option("--target", required=True, metavar="NAME", help="A 
 @click.option("--name", help="The model's name; the file's if not given.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=600, show_default=True, help="Seconds at most.")
 @answers
-def import_(
-    model: Path,
-    out: Path,
-    shape: tuple[str, ...],
-    dynamic: tuple[str, ...],
-    constants: tuple[str, ...],
-    name: str | None,
-    timeout_s: float,
-) -> Answer:
+def import_(model: Path, **options: Any) -> Answer:
     """Take a foreign ONNX file into a bundle.
 
     Reads it safely, binds shapes, raises old opsets, folds constants, and keeps the result only where ONNX Runtime gives
     the same outputs as for the original.
 
     \b
-    Example:
+    Examples:
       edgekit import ocr.onnx --out ocr.edge --shape x:1x3x48x320
       edgekit import ocr.onnx --out ocr.edge --dynamic x:1..8x3x48x320
       edgekit import pool.onnx --out pool.edge --constant axes:2,3
     """
     from edgekit.compiler import import_onnx
 
-    bundle = import_onnx(model, out=out, shape=shape, dynamic=dynamic, constants=constants, name=name, timeout_s=timeout_s)
+    bundle = import_onnx(model, **options)
     entry = bundle.manifest.history[-1]
     inputs = {spec.name: f"{spec.dtype} {'x'.join(map(str, spec.shape))}" for spec in bundle.manifest.inputs}
     return Answer({"bundle": str(bundle.path), "inputs": inputs, **entry.figures})
@@ -95,7 +87,7 @@ def build(bundle: Path, target: str, **options: Any) -> Answer:
     by the script inside. With nothing changed, a second build answers from the cache.
 
     \b
-    Example:
+    Examples:
       edgekit build digits.edge --target rtx-ada
       edgekit build digits.edge --target jetson-orin-nano --precision fp16 --batch 1..8 --workspace-mb 512
       edgekit build digits.edge --target jetson-agx-orin --dla 1 --timing-cache timings
@@ -120,7 +112,7 @@ def inspect(path: Path, layers: bool, shape: tuple[str, ...]) -> Answer:
     whether it builds, by which TensorRT, and what stands against it. Nothing is built or written for that.
 
     \b
-    Example:
+    Examples:
       edgekit inspect digits.edge
       edgekit inspect digits.edge --layers --json
       edgekit inspect model.onnx --shape x:1x3x224x224
@@ -148,7 +140,7 @@ def targets() -> Answer:
     A file of your own adds targets, or replaces shipped ones, which is said below the table; docs/targets.md has one to copy.
 
     \b
-    Example:
+    Examples:
       edgekit targets
       edgekit targets --json
       edgekit targets --targets my-boards.toml
@@ -201,7 +193,7 @@ def estimate(bundle: Path, target: str, precision: str, batch: int | None) -> An
     quantized counts its layers as if they were.
 
     \b
-    Example:
+    Examples:
       edgekit estimate digits.edge --target jetson-orin-nano
       edgekit estimate digits.edge --target jetson-orin-nano --precision int8
     """

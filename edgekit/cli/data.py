@@ -1,4 +1,4 @@
-"""data, augment."""
+"""``edgekit data`` and ``augment``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pipeline."""
+"""``edgekit pipeline``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prune."""
+"""``edgekit prune``."""
 
 from __future__ import annotations
 

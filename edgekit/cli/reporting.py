@@ -1,4 +1,4 @@
-"""``report`` and ``explain``."""
+"""``edgekit report`` and ``explain``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from edgekit.errors import UsageError
 from .common import Answer, answers, bundle_argument, table
 
 __all__ = ["explain", "report"]
+
+SHOWN_WORDS = 8
 
 
 class _Serving(click.Command):
@@ -124,16 +126,7 @@ def _refuse_with_serve(explanations: tuple[Path, ...]) -> None:
     help="occlusion, lime: the float graph's map beside the int8 graph's, with the rank correlation of the two.",
 )
 @answers
-def explain(
-    bundle: Path,
-    images: tuple[str, ...],
-    out: Path,
-    method: str,
-    label: str | None,
-    precision: str,
-    samples: int,
-    compare: bool,
-) -> Answer:
+def explain(bundle: Path, images: tuple[str, ...], **options: Any) -> Answer:
     """Show what the model looks at, one picture a sample.
 
     A sample is an image; a text (itself, or a .txt file); a sensor series, .csv with a row a time step and a column a
@@ -151,20 +144,20 @@ def explain(
     """
     from edgekit.explanation import explain as run
 
-    data = run(bundle, images, out=out, method=method, label=label, precision=precision, samples=samples, compare=compare)
+    data = run(bundle, images, **options)
     columns = ["source", "label", "score", "overlay", "deletion_auc", "misplaced_auc"]
     columns += ["insertion_auc", "misplaced_insertion_auc"]
     if any(image.get("explained", image.get("label")) != image.get("label") for image in data["images"]):
         columns.insert(2, "explained")  # another class than the answer was asked about
     rows = [{k: image[k] for k in columns if k in image} for image in data["images"]]
     text = table(rows)
-    if compare:
+    if options["compare"]:
         text += f"\n\n{table([_compared(image) for image in data['images']])}"
     if "layers" in data:
         columns = ["name", "op", "shape", "low", "high", "zeros", "dead", "channels", "saturated", "beyond"]
         text += "\n\n" + table(data["layers"], columns)
         text += "".join(f"\n{layer['name']}: {layer['note']}" for layer in data["layers"] if layer["note"])
-    text += "".join(f"\n\n{_words(image, method != 'rollout')}" for image in data["images"] if "words" in image)
+    text += "".join(f"\n\n{_words(image, options['method'] != 'rollout')}" for image in data["images"] if "words" in image)
     for image in data["images"]:
         if image.get("unread"):
             read = len(image["time_steps"])
@@ -186,9 +179,9 @@ def _word(word: str) -> str:
     return word if word.isalnum() else repr(word)  # a comma is a word, too
 
 
-def _words(image: dict[str, Any], signed: bool, most: int = 8) -> str:
+def _words(image: dict[str, Any], signed: bool) -> str:
     """The words of one text that say most, for and against."""
-    ranked = sorted(image["words"], key=lambda word: -abs(word["weight"]))[:most]
+    ranked = sorted(image["words"], key=lambda word: -abs(word["weight"]))[:SHOWN_WORDS]
     sides = [[f"{_word(w['word'])} {w['weight']:+.2f}" for w in ranked if (w["weight"] > 0) is side] for side in (True, False)]
     if not signed:  # attention has no class
         return f"attended to: {', '.join(sides[0])}  ({image['source']})"

@@ -1,4 +1,4 @@
-"""search."""
+"""``edgekit search``."""
 
 from __future__ import annotations
 

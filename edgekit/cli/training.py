@@ -1,4 +1,4 @@
-"""train, eval."""
+"""``edgekit train`` and ``eval``."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from edgekit.errors import DataError
 from edgekit.files import printable
-from edgekit.manifest import Preprocessing, SeriesPreprocessing, Task, TextPreprocessing
+from edgekit.manifest import Preprocessing, Task, TextPreprocessing
 
-from .dataset import Dataset, Split, digest_of, one_group_out, stratified
+from .dataset import Dataset, Split, digest_of, normalised, one_group_out, stratified
 
 __all__ = ["MAX_STEPS", "TEST_SHARE", "is_number", "load", "read_series"]
 
@@ -133,7 +133,8 @@ def _dataset(path: str, table: _Table, samples: _Samples, values: Sequence[str] 
     task: Task = "text-classification"
     arrays = [value for value in values if not isinstance(value, str)]
     if arrays:
-        preprocessing, task = _normalisation(arrays, inside), "series-classification"
+        length = min(MAX_STEPS, -(-max(map(len, arrays)) // 8) * 8)
+        preprocessing, task = normalised([arrays[i] for i in inside], length), "series-classification"
     return Dataset(
         spec=f"csv:{path}",
         labels=labels,
@@ -182,19 +183,6 @@ def _check_sides(table: _Table, samples: _Samples, inside: list[int], outside: l
         if samples.labels[i] not in known:
             message = f"the class {samples.labels[i][:40]!r} is held out, but not in train"
             raise table.error(samples.lines[i], message, "add other samples of this class to train, or leave it out")
-
-
-def _normalisation(series: list[NDArray[np.float32]], inside: list[int]) -> SeriesPreprocessing:
-    """Mean and standard deviation of each channel over the steps of the training series; 1 for a channel that stands still."""
-    steps = np.concatenate([series[i] for i in inside]).astype(np.float64)
-    std = steps.std(0)
-    longest = max(map(len, series))
-    return SeriesPreprocessing(
-        length=min(MAX_STEPS, -(-longest // 8) * 8),
-        channels=steps.shape[1],
-        mean=tuple(float(np.float32(value)) for value in steps.mean(0)),
-        std=tuple(float(np.float32(value)) if value > 1e-30 else 1.0 for value in std),
-    )
 
 
 def _texts(table: _Table) -> tuple[list[str], _Samples]:

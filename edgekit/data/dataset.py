@@ -11,12 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
-from edgekit.manifest import Preprocessing, Task
+from edgekit.manifest import Preprocessing, SeriesPreprocessing, Task
 from edgekit.preprocess import Preprocess, make_preprocessor
 
 from .tensors import KEEP_BYTES, Tensors, read_tensors
 
-__all__ = ["MAX_DAMAGED_SHARE", "Dataset", "Split", "check_damaged", "digest_of", "encode_lines", "one_group_out", "stratified"]
+__all__ = [
+    "MAX_DAMAGED_SHARE",
+    "Dataset",
+    "Split",
+    "check_damaged",
+    "digest_of",
+    "encode_lines",
+    "normalised",
+    "one_group_out",
+    "stratified",
+]
 
 #: Above this share of undecodable samples a data set is refused: it is not a few bad files but a wrong folder.
 MAX_DAMAGED_SHARE = 0.05
@@ -126,6 +136,18 @@ def encode_lines(lines: Sequence[str], labels: Sequence[str]) -> NDArray[np.int6
     for row, line in zip(out, lines, strict=True):
         row[: len(line)] = [index[c] for c in line]
     return out
+
+
+def normalised(series: Sequence[NDArray[np.float32]], length: int) -> SeriesPreprocessing:
+    """By mean and standard deviation of each channel over the steps of training ``series``, each (T, channels); 1 for a
+    channel that stands still. ``length``: steps that a model sees."""
+    steps = np.concatenate(series, dtype=np.float64)
+    return SeriesPreprocessing(
+        length,
+        steps.shape[1],
+        mean=tuple(float(np.float32(value)) for value in steps.mean(0)),
+        std=tuple(float(np.float32(value)) if value > 1e-30 else 1.0 for value in steps.std(0)),
+    )
 
 
 def stratified(

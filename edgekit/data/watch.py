@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from edgekit.errors import DataError, MissingExtra
 from edgekit.files import printable
-from edgekit.manifest import SeriesPreprocessing
 
-from .dataset import Dataset, Split, digest_of
+from .dataset import Dataset, Split, digest_of, normalised
 
 __all__ = ["HELD_OUT", "LENGTH", "STEP", "load"]
 
@@ -63,10 +62,6 @@ def load(path: str = "") -> Dataset:
         (test if people[i] in HELD_OUT else train).append(index)
     if not train or not test:
         raise DataError(f"{printable(file)} holds the people {sorted(set(people))}, wanted are 1 to 10", _HINT)
-    steps = np.concatenate(
-        [x for x, person in zip(recordings.x, people, strict=True) if person not in HELD_OUT], dtype=np.float64
-    )
-    std = steps.std(0)
     return Dataset(
         spec=f"watch:{path}" if path else "watch",
         labels=labels,
@@ -74,12 +69,7 @@ def load(path: str = "") -> Dataset:
         train=every.take(train),
         test=every.take(test),
         all=every,
-        preprocessing=SeriesPreprocessing(
-            LENGTH,
-            CHANNELS,
-            mean=tuple(float(np.float32(value)) for value in steps.mean(0)),
-            std=tuple(float(np.float32(value)) if value > 1e-30 else 1.0 for value in std),
-        ),
+        preprocessing=normalised([x for x, person in zip(recordings.x, people, strict=True) if person not in HELD_OUT], LENGTH),
         augmentation="series",
         task="series-classification",
     )

@@ -39,11 +39,13 @@ OF_WEIGHTS = ("gradcam", "rollout")
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, checked against the bundle. ``target``: the class, None for the predicted one."""
+    """What was asked for, checked against the bundle. ``graph``: the file of that ``precision``. ``target``: the class, None
+    for the predicted one."""
 
     modality: type[Modality]
     method: str
     precision: Any
+    graph: str
     target: int | None
     samples: int
     compare: bool
@@ -86,12 +88,11 @@ def explain(
     _check_pillow()
     pictures = Pictures(folder, method, [source.file for source in sources if source.file])
     rows, skipped, rest = _rows(opened, settings, sources, pictures)
-    graph = {"auto": opened.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
     result = {
         "method": method,
         "bundle": printable(opened.path),
         "digest": opened.digest,
-        "graph": WEIGHTS if method in OF_WEIGHTS else graph,
+        "graph": WEIGHTS if method in OF_WEIGHTS else settings.graph,
         "images": rows,
         "skipped": skipped,
         **rest,
@@ -160,11 +161,12 @@ def _settings(bundle: Bundle, method: str, label: str | None, precision: str, sa
     if compare:
         _check_compare(bundle, method, precision)
         precision = "int8"
+    graph = {"auto": bundle.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[precision]
     if precision != "auto":
-        bundle.file(FLOAT_GRAPH if precision == "float" else INT8_GRAPH)
+        bundle.file(graph)
     if type(samples) is not int or not 50 <= samples <= 20_000:
         raise UsageError(f"samples: {samples!r} is no number from 50 to 20000", "choose another: --samples 1000")
-    return Settings(kind, method, precision, None if label is None else labels.index(label), samples, compare)
+    return Settings(kind, method, precision, graph, None if label is None else labels.index(label), samples, compare)
 
 
 def _check_pillow() -> None:
@@ -194,8 +196,7 @@ class _Judge:
         self._modality = settings.modality(model)
         self._probe: Any = None
         if settings.method == "activations":
-            graph = {"auto": model.bundle.graph, "float": FLOAT_GRAPH, "int8": INT8_GRAPH}[settings.precision]
-            self._probe = importlib.import_module(".activations", __package__).Probe(model.bundle, graph)
+            self._probe = importlib.import_module(".activations", __package__).Probe(model.bundle, settings.graph)
         else:
             attribute = importlib.import_module(f".{settings.method}", __package__).attribute
             self._attribute = functools.partial(attribute, samples=settings.samples) if settings.method == "lime" else attribute

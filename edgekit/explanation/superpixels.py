@@ -14,11 +14,11 @@ COLOUR = 3.0  # weight of colour against place
 ROUNDS = 5
 
 
-def superpixels(image: Float, wanted: int = SEGMENTS) -> NDArray[np.int64]:
-    """float32 (C, H, W) -> int64 (H, W): about ``wanted`` segments, numbered from 0 without gaps."""
+def superpixels(image: Float) -> NDArray[np.int64]:
+    """float32 (C, H, W) -> int64 (H, W): about `SEGMENTS`, numbered from 0 without gaps."""
     _, height, width = image.shape
-    rows = max(1, min(height, round(np.sqrt(wanted * height / width))))
-    columns = max(1, min(width, round(wanted / rows)))
+    rows = max(1, min(height, round(np.sqrt(SEGMENTS * height / width))))
+    columns = max(1, min(width, round(SEGMENTS / rows)))
     y, x = np.mgrid[:height, :width]
     row, column = y * rows // height, x * columns // width
     scale = float(image.std()) or 1.0

@@ -121,8 +121,8 @@ def inline_constant_branches(model: onnx.ModelProto) -> bool:
     return inliner.replaced(taken)
 
 
-def _branch(inliner: _Inliner, node: onnx.NodeProto, which: str, prefix: str = "") -> Nodes:
-    nodes, outputs = _body(inliner, node, which, prefix or node.name or node.output[0])
+def _branch(inliner: _Inliner, node: onnx.NodeProto, which: str) -> Nodes:
+    nodes, outputs = _body(inliner, node, which, node.name or node.output[0])
     return nodes + _bound(outputs, list(node.output))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgekit.errors import DataError, MissingExtra, UsageError
+from edgekit.errors import DataError, MissingExtra, UsageError, first_line
 from edgekit.progress import say
 
 try:
@@ -93,7 +93,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         try:
             config = _essential(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict())
         except Exception as error:  # noqa: BLE001  the library raises what it likes
-            raise DataError(f"{path / 'config.json'} is not valid: {_line(error)}", "copy the checkpoint again") from None
+            raise DataError(f"{path / 'config.json'} is not valid: {first_line(error)}", "copy the checkpoint again") from None
     _refuse_foreign(config, str(path))
     tokenizer = _tokenizer(path)
     settings = _json(path / "tokenizer_config.json", needed=False)
@@ -137,7 +137,7 @@ class Pretrained(nn.Module):
                     AutoConfig.for_model(**config), attn_implementation="eager", dtype=torch.float32
                 )
             except Exception as error:  # noqa: BLE001  the library raises what it likes
-                raise UsageError(f"this config makes no encoder: {_line(error)}", "read the checkpoint again") from None
+                raise UsageError(f"this config makes no encoder: {first_line(error)}", "read the checkpoint again") from None
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # unused here
         known = inspect.signature(self.encoder.forward).parameters
@@ -208,7 +208,7 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
             )
         except Exception as error:  # noqa: BLE001  the library raises what it likes
             raise DataError(
-                f"the weights in {path} do not fit {module.family}: {_line(error)}",
+                f"the weights in {path} do not fit {module.family}: {first_line(error)}",
                 "use the config.json that came with them, or copy the checkpoint again",
             ) from None
     wanted = module.encoder.state_dict()
@@ -244,10 +244,6 @@ def _offline() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _json(path: Path, needed: bool = True) -> dict[str, Any]:
     if not path.is_file():
         if not needed:
@@ -256,7 +252,7 @@ def _json(path: Path, needed: bool = True) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {_line(error)}", "copy the checkpoint again") from None
+        raise DataError(f"{path} is no JSON: {first_line(error)}", "copy the checkpoint again") from None
     if not isinstance(found, dict):
         raise DataError(f"{path} holds no JSON object", "copy the checkpoint again")
     return found
@@ -328,7 +324,7 @@ def _check_weights(path: Path) -> None:
                 with safe_open(path / name, "pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                raise DataError(f"{path / name} is damaged: {_line(error)}", "copy the checkpoint again") from None
+                raise DataError(f"{path / name} is damaged: {first_line(error)}", "copy the checkpoint again") from None
 
 
 def _tokenizer(path: Path) -> bytes:
@@ -340,7 +336,7 @@ def _tokenizer(path: Path) -> bytes:
         try:
             Tokenizer.from_buffer(data)
         except Exception as error:  # noqa: BLE001  the library raises bare Exception
-            raise DataError(f"{file} cannot be read: {_line(error)}", "copy the checkpoint again") from None
+            raise DataError(f"{file} cannot be read: {first_line(error)}", "copy the checkpoint again") from None
         return data
     if not any((path / name).is_file() for name in _VOCABULARIES):
         raise DataError(f"{path} has no tokenizer.json", mend)
@@ -349,7 +345,7 @@ def _tokenizer(path: Path) -> bytes:
             made = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, use_fast=True)
             converted: str = made.backend_tokenizer.to_str()
         except Exception as error:  # noqa: BLE001  the library raises what it likes
-            raise DataError(f"{path} has no tokenizer.json, and none can be made: {_line(error)}", mend) from None
+            raise DataError(f"{path} has no tokenizer.json, and none can be made: {first_line(error)}", mend) from None
     return converted.encode()
 
 

@@ -16,7 +16,7 @@ import msgspec
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.manifest import is_safe_name
 
-from .stages import Bench, Build, Eval, Explain, Prune, Quantize, Report, Samples, Scan, Seed, Train
+from .stages import Bench, Build, Eval, Explain, Making, Prune, Quantize, Report, Samples, Scan, Seed, Train
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -127,10 +127,10 @@ def _check_names(recipe: Recipe, file: Path) -> None:
                 raise UsageError(f"{where} writes {out!r}", "out is a plain name inside the output folder")
             if out in outputs:
                 raise UsageError(f"{where} writes {out!r} again", "give each output its own name")
-            if not isinstance(stage, Train | Prune | Quantize) and out.endswith((".edge", ".checkpoint")):
+            if not isinstance(stage, Making) and out.endswith((".edge", ".checkpoint")):
                 raise UsageError(f"{where} writes {out!r}", "names that end so are for bundles; choose another")
             outputs.add(out)
-            kind = bundles if isinstance(stage, Train | Prune | Quantize) else pictures
+            kind = bundles if isinstance(stage, Making) else pictures
             kind.add(out)
         if isinstance(stage, Quantize):
             quantized.add(stage.out)

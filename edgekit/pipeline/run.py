@@ -20,7 +20,7 @@ from edgekit.version import __version__
 
 from .recipe import STATE, Recipe, read_recipe
 from .stage import Context, Made, Stage
-from .stages import Bench, Build, Eval, Explain, Prune, Quantize, Report, Samples, Scan, Train
+from .stages import Bench, Build, Eval, Explain, Making, Report, Samples, Scan
 from .state import Done, State
 
 __all__ = ["pipeline"]
@@ -146,7 +146,7 @@ class _Run:
                 latency |= self.finished[stage.label()].figures
         rows = []
         for stage in self.recipe.stage:
-            if not isinstance(stage, Train | Prune | Quantize):
+            if not isinstance(stage, Making):
                 continue
             bundle = self.context.bundle(stage.out)
             figures = [entry.figures for entry in reversed(bundle.manifest.history)]

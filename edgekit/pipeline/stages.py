@@ -27,6 +27,7 @@ __all__ = [
     "Build",
     "Eval",
     "Explain",
+    "Making",
     "Prune",
     "Quantize",
     "Report",
@@ -48,8 +49,19 @@ def _check_data(spec: str | None) -> None:
     find(spec)
 
 
-class Train(Stage, frozen=True):
+class Making(Stage, frozen=True):
+    """A stage that makes the bundle ``out``."""
+
     out: str
+
+    def label(self) -> str:
+        return f"{type(self).__name__.lower()} {self.out}"
+
+    def claims(self) -> tuple[str, ...]:
+        return (f"{self.out}.edge",)
+
+
+class Train(Making, frozen=True):
     data: str | None = None
     model: str | None = None
     epochs: Positive | None = None
@@ -66,12 +78,6 @@ class Train(Stage, frozen=True):
     patience: Annotated[int, Meta(ge=0)] | None = None
     balance: bool | None = None
     teacher: str | None = None
-
-    def label(self) -> str:
-        return f"train {self.out}"
-
-    def claims(self) -> tuple[str, ...]:
-        return (f"{self.out}.edge",)
 
     def bundles_read(self) -> tuple[str, ...]:
         return (self.teacher,) if self.teacher else ()
@@ -99,9 +105,8 @@ class Train(Stage, frozen=True):
         return Made([f"{self.out}.edge"], {"top1": made.manifest.history[-1].figures["top1"]})
 
 
-class Prune(Stage, frozen=True):
+class Prune(Making, frozen=True):
     bundle: str
-    out: str
     keep: Annotated[float, Meta(gt=0, le=1)] | None = None
     speedup: Annotated[float, Meta(gt=1, le=100)] | None = None
     latency_ms: Annotated[float, Meta(gt=0)] | None = None
@@ -116,12 +121,6 @@ class Prune(Stage, frozen=True):
     data: str | None = None
     epochs: Positive | None = None
     seed: Seed | None = None
-
-    def label(self) -> str:
-        return f"prune {self.out}"
-
-    def claims(self) -> tuple[str, ...]:
-        return (f"{self.out}.edge",)
 
     def bundles_read(self) -> tuple[str, ...]:
         return (self.bundle,)
@@ -142,9 +141,8 @@ class Prune(Stage, frozen=True):
         return Made([f"{self.out}.edge"], {"top1": made.manifest.history[-1].figures["top1"]})
 
 
-class Quantize(Stage, frozen=True):
+class Quantize(Making, frozen=True):
     bundle: str
-    out: str
     calib: str | None = None
     max_drop: Annotated[float, Meta(ge=0, le=100)] | None = None
     min_snr: Annotated[float, Meta(ge=0, le=200)] | None = None
@@ -153,9 +151,6 @@ class Quantize(Stage, frozen=True):
     samples: Positive | None = None
     data: str | None = None
     seed: Seed | None = None
-
-    def label(self) -> str:
-        return f"quantize {self.out}"
 
     def check(self, data: str | None) -> None:
         if sum(value is not None for value in (self.max_drop, self.min_snr, self.share)) > 1:
@@ -166,9 +161,6 @@ class Quantize(Stage, frozen=True):
 
     def paths_read(self) -> tuple[str | None, ...]:
         return (None if self.calib is None or self.calib.partition(":")[0] in SOURCES else self.calib,)
-
-    def claims(self) -> tuple[str, ...]:
-        return (f"{self.out}.edge",)
 
     def bundles_read(self) -> tuple[str, ...]:
         return (self.bundle,)

@@ -38,6 +38,7 @@ HEALING, HEALED, HEALING_RATE = 24, 32, 1e-3  # steps after each cut, of so many
 LARGE = 4  # a step takes a part of this of a wide group, at least
 CAPACITY = 1.0  # nats that all MACs and weights count for: what fine-tuning cannot bring back is missing capacity
 SHORTLIST = 2  # cuts of channels that are compared after healing, beside one block
+_POINTS = 4  # of a group's sensitivity, beside the uncut one
 
 
 class Step(NamedTuple):
@@ -338,7 +339,7 @@ def narrowest(network: Network, unit: int = 16) -> Network:
     return network
 
 
-def sensitivity(network: Network, judge: Judge, unit: int = 16, points: int = 4) -> dict[str, list[tuple[float, float]]]:
+def sensitivity(network: Network, judge: Judge, unit: int = 16) -> dict[str, list[tuple[float, float]]]:
     """Group -> (share of its channels that is left, KL in nats), each group cut alone."""
     weights = judge.weights(network.module)
     found: dict[str, list[tuple[float, float]]] = {}
@@ -347,7 +348,7 @@ def sensitivity(network: Network, judge: Judge, unit: int = 16, points: int = 4)
             continue
         width, step = network.width(group), _unit(group, network, unit)
         smallest = max(min(step, width), group.least)
-        widths = sorted({max(round(width * k / (points + 1) / step) * step, smallest) for k in range(1, points + 1)})
+        widths = sorted({max(round(width * k / (_POINTS + 1) / step) * step, smallest) for k in range(1, _POINTS + 1)})
         curve = [(1.0, 0.0)]
         for left in reversed([w for w in widths if w < width]):
             cut = network.without(network.weakest(group, weights, width - left))

@@ -22,6 +22,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from edgekit.files import atomic_write
+from edgekit.runtime.onnxruntime import session
 
 from .coupling import Operation
 
@@ -146,18 +147,13 @@ def _measure(model: onnx.ModelProto) -> Timed:
     An empty kernel in the same graph shows what the profiler itself takes, and a known one how slow the machine is at that
     moment: others may be using it.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.enable_profiling = True
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = os.path.join(folder, "p")
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        feeds = {i.name: rng.standard_normal(i.shape, np.float32) for i in session.get_inputs()}
+        layer = session(model.SerializeToString(), profile=os.path.join(folder, "p"))
+        feeds = {i.name: rng.standard_normal(i.shape, np.float32) for i in layer.get_inputs()}
         for _ in range(RUNS):
-            session.run(None, feeds)
-        events = json.loads(Path(session.end_profiling()).read_bytes())
+            layer.run(None, feeds)
+        events = json.loads(Path(layer.end_profiling()).read_bytes())
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in events:
         name = event["name"]

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -59,23 +59,23 @@ def check_config(path: str | os.PathLike[str]) -> Checked:
 
     Bundles are verified and loaded, extras and folders looked for, and each host is asked once whether it answers.
     """
-    config, problems, places = parse_config(path)
+    config, problems, places, wrong = parse_config(path)
     if config is None:
         return Checked(problems, [])
-    found = _Check(config, path, places, whole=not problems).done()
+    found = _Check(config, path, places, wrong).done()
     lines = {problem.where for problem in problems}
     return Checked([*problems, *(each for each in found.problems if each.where not in lines)], found.warnings)
 
 
 class _Check:
-    """``places``: which entries of the file's arrays the config's are. ``whole``: no table is missing for a mistake in it, so
-    that what one says can be held against another."""
+    """``places``: which entries of the file's arrays the config's are. ``wrong``: the tables that it lacks for a mistake in
+    them, against which nothing can be held."""
 
     def __init__(
-        self, config: ScanConfig, path: str | os.PathLike[str], places: Mapping[str, Sequence[int]], whole: bool
+        self, config: ScanConfig, path: str | os.PathLike[str], places: Mapping[str, Sequence[int]], wrong: Set[str]
     ) -> None:
         text = Path(path).read_text(encoding="utf-8")
-        self.config, self.places, self.whole = config, places, whole
+        self.config, self.places, self.broken = config, places, wrong
         self.wrong, self.doubtful = (Tables(os.fspath(path), text) for _ in range(2))
 
     def done(self) -> Checked:
@@ -84,8 +84,8 @@ class _Check:
         self._sinks()
         self._folders()
         self._ports()
-        for finding in idle(self.config) if self.whole else ():
-            self.doubtful.add(*finding)
+        for finding in idle(self.config, self.broken):
+            self.doubtful.add(self._placed(finding.at), finding.message, finding.hint)
         return Checked(self.wrong.problems, self.doubtful.problems)
 
     def _try(self, at: Key, look: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -98,10 +98,10 @@ class _Check:
             self.wrong.add(at, f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return None
 
-    def _at(self, table: str, number: int, key: str) -> Key:
-        """The place in the file of an entry of the config's."""
-        places = self.places.get(table)
-        return table, places[number] if places else number, key
+    def _placed(self, at: Key) -> Key:
+        """The place in the file of what stands at ``at`` in the config."""
+        places = self.places.get(str(at[0]))
+        return (at[0], places[number], *at[2:]) if places and len(at) > 1 and isinstance(number := at[1], int) else at
 
     def _readers(self) -> None:
         config = self.config
@@ -113,13 +113,13 @@ class _Check:
             )
             at: Key = ("codes", "formats") if config.codes and config.codes.formats else ("codes",)
             codes = self._try(at, CodeReader, formats=config.codes.formats or None) if config.codes else None
-            if len(self.wrong.problems) == before and self.whole:
+            if len(self.wrong.problems) == before and self.broken.isdisjoint(("model", "text", "codes")):
                 self._try(("text" if config.text else "model", "bundle"), Reading, model, codes, text)
 
     def _sources(self) -> None:
         sources, several = self.config.source, Cameras([])
         for number, source in enumerate(sources):
-            at = self._at("source", number, "address")
+            at = self._placed(("source", number, "address"))
             if len(sources) == 1 and (not source.name or not kind_of(source.address)):
                 self._try(at, open_source, source.address, watch=source.watch, options=source.camera())
             else:
@@ -129,7 +129,9 @@ class _Check:
                 try:
                     check_certificate(source.certificate)
                 except Trouble as trouble:
-                    self.wrong.add(self._at("source", number, "certificate"), trouble.reason, "it gives no pictures without")
+                    self.wrong.add(
+                        self._placed(("source", number, "certificate")), trouble.reason, "it gives no pictures without"
+                    )
 
     def _present(self, at: Key, address: str) -> None:
         kind = kind_of(address)
@@ -143,7 +145,7 @@ class _Check:
     def _sinks(self) -> None:
         forwards = False
         for number, sink in enumerate(self.config.sink):
-            at, kind = self._at("sink", number, "address"), sink.address.partition(":")[0].lower()
+            at, kind = self._placed(("sink", number, "address")), sink.address.partition(":")[0].lower()
             if sink in self.config.sink[:number]:
                 self.wrong.add(at, "the same sink is named above", "name each sink once")
             if kind in ("jsonl", "sqlite") and sink.address.partition(":")[2].strip("/"):

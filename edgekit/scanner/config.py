@@ -161,6 +161,10 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return host, int(port)
 
 
+#: Tables that watch a model.
+_WATCHING = ("shadow", "drift", "selftest")
+
+
 class ScanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of a scan. A table that is not there is off; `source` is all that must be, and something to read with.
 
@@ -188,7 +192,7 @@ class ScanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     log: LogOptions = LogOptions()
 
     def __post_init__(self) -> None:
-        for name in ("shadow", "drift", "selftest"):
+        for name in _WATCHING:
             if getattr(self, name) is not None and self.model is None:
                 raise UsageError(f"[{name}] wants a model", "add [model] with a bundle, or leave it out")
 
@@ -212,7 +216,7 @@ _FILE_SINKS = ("jsonl", "sqlite")
 
 def read_config(path: str | os.PathLike[str]) -> ScanConfig:
     """Read and check a TOML file. Raises `UsageError` that names the first mistake and says how many more there are."""
-    config, problems, _ = parse_config(path)
+    config, problems, *_ = parse_config(path)
     if problems or config is None:
         first, *more = problems
         also = f" (and {len(more)} more: edgekit scan --check {os.fspath(path)})" if more else ""
@@ -227,7 +231,7 @@ def config_of(config: ScanConfig | Mapping[str, Any] | str | os.PathLike[str], *
         return config
     if isinstance(config, str | os.PathLike):
         return read_config(config)
-    found, problems, _ = _parsed(Tables(), config, Path(), sourced)
+    found, problems, *_ = _parsed(Tables(), config, Path(), sourced)
     if problems or found is None:
         raise UsageError(problems[0].message, problems[0].hint)
     return found
@@ -235,11 +239,12 @@ def config_of(config: ScanConfig | Mapping[str, Any] | str | os.PathLike[str], *
 
 class Parsed(NamedTuple):
     """A ``config`` and every mistake; with ``problems`` it is of the sound tables only, or None. ``places``: which entries of
-    the file's arrays of tables its own are."""
+    the file's arrays of tables its own are. ``wrong``: the tables that it lacks for a mistake in them, or in their name."""
 
     config: ScanConfig | None
     problems: list[Problem]
     places: Mapping[str, Sequence[int]] = {}
+    wrong: frozenset[str] = frozenset()
 
 
 def parse_config(path: str | os.PathLike[str]) -> Parsed:
@@ -266,7 +271,10 @@ def parse_config(path: str | os.PathLike[str]) -> Parsed:
 
 
 def _parsed(tables: Tables, data: Mapping[str, Any], base: Path, sourced: bool = True) -> Parsed:
-    config = tables.struct(ScanConfig, data) or _sound(tables.sound)
+    config: ScanConfig = tables.struct(ScanConfig, data) or _sound(tables.sound)
+    wrong = frozenset(data) - tables.sound.keys()
+    if not wrong <= set(ScanConfig.__struct_fields__):  # whatever it was meant to be
+        wrong = frozenset(ScanConfig.__struct_fields__)
     if sourced and "source" not in data:
         tables.add((), "there is no [[source]]", 'write [[source]] and address = "camera:0", a folder or another source')
     if not {"model", "text", "codes"} & set(data):
@@ -277,17 +285,14 @@ def _parsed(tables: Tables, data: Mapping[str, Any], base: Path, sourced: bool =
     for number, name in enumerate(names):
         if name and name in names[:number]:
             tables.add(("source", number, "name"), f"two sources are named {worded(name)}", "give each its own name")
-    for finding in mistakes(config) if config is not None else ():
+    for finding in mistakes(config):
         tables.add(*finding)
-    return Parsed(_absolute(config, base) if config is not None else None, tables.problems, tables.places)
+    return Parsed(_absolute(config, base), tables.problems, tables.places, wrong)
 
 
-def _sound(tables: Mapping[str, Any]) -> ScanConfig | None:
-    """A config of the tables in which no mistake is; None where they make none without the others."""
-    try:
-        return ScanConfig(**tables)
-    except UsageError:
-        return None
+def _sound(tables: Mapping[str, Any]) -> ScanConfig:
+    """A config of the tables in which no mistake is, without those that watch a model where there is none."""
+    return ScanConfig(**{name: each for name, each in tables.items() if "model" in tables or name not in _WATCHING})
 
 
 def _absolute(config: ScanConfig, base: Path) -> ScanConfig:

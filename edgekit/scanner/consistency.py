@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from .sources.address import kind_of
@@ -40,12 +40,16 @@ def mistakes(config: ScanConfig) -> Iterator[Finding]:
         )
 
 
-def idle(config: ScanConfig) -> Iterator[Finding]:
-    """What is there and does nothing."""
+def idle(config: ScanConfig, wrong: Container[str] = ()) -> Iterator[Finding]:
+    """What is there and does nothing. ``wrong``: tables that are not in the config, but were meant to be."""
+
+    def missing(*tables: str) -> bool:
+        return all(getattr(config, table) is None and table not in wrong for table in tables)
+
     for table in ("votes", "duplicates", "crosscheck"):
-        if getattr(config, table) is not None and config.codes is None:
+        if getattr(config, table) is not None and missing("codes"):
             yield Finding((table,), f"[{table}] does nothing: no codes are read", "add [codes]")
-    if config.crosscheck is not None and config.text is None and config.model is None:
+    if config.crosscheck is not None and missing("text", "model"):
         yield Finding(("crosscheck",), "[crosscheck] does nothing: no text is read", "add [text] with a reader of lines")
     if config.shadow is not None and not config.shadow.candidate:
         yield Finding(("shadow",), "[shadow] does nothing: no candidate is named", 'write candidate = "next.edge"')

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import DataError
+from edgekit.files import sync_path
 
 __all__ = ["FULL", "Damaged", "OtherVersion", "check_database", "connect", "sqlite_errors", "sync_folder"]
 
@@ -105,11 +106,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, schema: str, version: i
 def sync_folder(path: Path) -> None:
     """Make the name of a new file outlive a power cut; where a file system cannot, it stays as it is."""
     with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_path(path.parent)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from edgekit.progress import Speaker, harmless, say, spoken_by
+from edgekit.progress import harmless, say, spoken_by
 from edgekit.version import __version__
 
 from .events import Event, encode_any, rfc3339
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .config import ScanConfig
     from .pipeline import Summary
 
-__all__ = ["LEVELS", "Life", "LogOptions", "logger", "logging"]
+__all__ = ["LEVELS", "Life", "LogOptions", "logging"]
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -38,10 +38,9 @@ class LogOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Log:
-    def __init__(self, options: LogOptions, stream: TextIO | None) -> None:
+    def __init__(self, options: LogOptions) -> None:
         self._json = options.format == "json"
         self._least = LEVELS.index(options.level)
-        self._stream = stream
 
     def __call__(self, message: str, level: str = "info", **about: Any) -> None:
         if LEVELS.index(level) < self._least:
@@ -52,22 +51,16 @@ class _Log:
             line = encode_any(fields).decode()
         else:
             line = harmless(line)
-        stream = self._stream or sys.stderr
         # One write a line, so that two threads' lines do not mix; a log that nobody takes does not end the scan.
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.write(line + "\n")
-            stream.flush()
-
-
-def logger(options: LogOptions, stream: TextIO | None = None) -> Speaker:
-    """Says lines as ``options`` ask, to ``stream`` or stderr."""
-    return _Log(options, stream)
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
 
 
 @contextlib.contextmanager
-def logging(options: LogOptions, stream: TextIO | None = None) -> Iterator[None]:
-    """In the block all lines that edgekit says go out as ``options`` ask, to ``stream`` or stderr."""
-    with spoken_by(logger(options, stream)):
+def logging(options: LogOptions) -> Iterator[None]:
+    """In the block all lines that edgekit says go out on stderr as ``options`` ask."""
+    with spoken_by(_Log(options)):
         yield
 
 

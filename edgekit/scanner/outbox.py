@@ -18,7 +18,6 @@ import fcntl
 import os
 import sqlite3
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -28,17 +27,13 @@ from edgekit.errors import DataError
 from edgekit.progress import say
 
 from .database import FULL, sqlite_errors
+from .outage import MOST_HELD, MOST_HELD_BYTES, Outage, drop_reason
 from .outbox_options import OutboxOptions, default_outbox
 from .outbox_queue import Held, Queue, Waiting
 from .salvage import open_sound
 
 __all__ = ["Outbox", "OutboxOptions", "Waiting", "default_outbox"]
 
-#: Events, and bytes, that wait in memory while the disk is full.
-MOST_HELD = 1000
-MOST_HELD_BYTES = 16 << 20
-QUIET_S = 10.0
-RETRY_S = 0.25  # after a lock of another program
 _VERSION = 0x65640002
 _SCHEMA = """CREATE TABLE outbox (
     position INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -75,10 +70,7 @@ class Outbox:
         self._held: deque[Held] = deque()
         self._held_bytes = self._held_count = 0
         self._moved: dict[int, int] = {}  # places in memory -> on disk, of events in delivery
-        self._full = 0.0  # when the disk was last full, on the monotonic clock
-        self._locked: OSError | None = None  # by another program
-        self._retry = 0.0  # when the lock is tried again, on the monotonic clock
-        self._lost = 0  # events that found no room in memory either, in this outage
+        self._outage = Outage(self.path)
         self._unwritten: Counter[tuple[str, str]] = Counter()  # dropped, and not yet in the file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Not on the database itself: SQLite places its own locks there.
@@ -103,14 +95,11 @@ class Outbox:
             self._held_count += 1
             new = Held(-self._held_count, sink, event_id, event)
             try:
-                if self._locked is not None and time.monotonic() < self._retry:
-                    raise self._locked.with_traceback(None)  # each attempt holds the scan up
+                if problem := self._outage.locked():
+                    raise problem
                 self._store(new)
-                self._locked = None
             except OSError as error:
-                if error is not self._locked:
-                    self._locked = error if error.errno == errno.EBUSY else None
-                    self._retry = time.monotonic() + RETRY_S
+                self._outage.failed(error)
                 if error.errno not in FULL or (self.options.policy == "stop" and error.errno != errno.EBUSY):
                     raise
                 self._hold(new, error)
@@ -268,10 +257,7 @@ class Outbox:
             raise
         self._unwritten.clear()
         self._unhold({each.position for each in self._held})
-        if self._full and time.monotonic() - self._full > QUIET_S:  # a disk at its brink would say it at every event
-            self._full = 0.0
-            lost, self._lost = f"; {self._lost} events were dropped" if self._lost else "", 0
-            say(f"there is room again for {self.path}{lost}")
+        self._outage.over()
 
     def _try_to_store(self) -> None:
         """`_store`, except that a full disk leaves things as they are."""
@@ -373,12 +359,7 @@ class Outbox:
                 raise error
             if limit := self._exceeded(queue, new.cost):
                 raise self._full_error(new.sink, queue.waiting, limit)
-        quiet, self._full = self._full, time.monotonic()
-        if not quiet:
-            say(
-                f"{self.path}: {error.strerror}; new events wait in memory, at most {MOST_HELD}, and a power cut loses them",
-                "warning",
-            )
+        self._outage.waits(error)
         queue.waiting, queue.bytes = queue.waiting + 1, queue.bytes + new.cost
         self._held.append(new)
         self._held_bytes += new.cost
@@ -386,10 +367,8 @@ class Outbox:
             order = self._held if self.options.policy == "drop oldest" else reversed(self._held)
             gone = next(each for each in order if each.position not in self._queue(each.sink).handed)
             self._unhold({gone.position})
-            self._drop(gone.sink, "file locked" if error.errno == errno.EBUSY else "disk full", gone.cost, self._unwritten)
-            if not self._lost:
-                say(f"{self.path}: no more events fit into memory; they are dropped, and counted", "warning")
-            self._lost += 1
+            self._drop(gone.sink, drop_reason(error), gone.cost, self._unwritten)
+            self._outage.drops()
 
     def _unhold(self, positions: set[int]) -> None:
         if self._held:

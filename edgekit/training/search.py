@@ -187,6 +187,7 @@ def _attempt(journal: Journal, space: _Space, trainer: _Trainer, trials: int) ->
         outcome = f"given up after {epochs} of {config.epochs} epochs"
     except (EdgekitError, torch.OutOfMemoryError) as error:
         if isinstance(error, UsageError | DataError):
+            journal.tell(trial, "FAIL")  # it does not count: what is wrong is the call
             raise
         reason = first_line(error)
         journal.tell(trial, "FAIL", reason=reason)

@@ -121,6 +121,24 @@ def test_the_sound_entries_of_an_array_are_looked_at_beside_a_wrong_one(cli: Cli
     assert {"4", "7", "9", "11"} <= found
 
 
+def test_tables_are_held_against_each_other_beside_a_wrong_one(cli: Cli, tmp_path: Path) -> None:
+    """What a wrong or misspelt table may have been meant to say is held against nothing."""
+    (file := tmp_path / "scan.toml").write_text(
+        '[model]\nbundel = "x"\n[drift]\nframes = 9\n[codes]\n[crosscheck]\n[trigger]\nmode = "external"\n'
+        '[harvest]\nfolder = "h"\non = ["no_raed"]\n[[source]]\nadress = "x"\n'
+        '[[source]]\naddress = "pattern:8x8@1"\ncertificate = "any"\n'
+    )
+    found = cli("scan", "--check", file, "--json").json
+    lines = {each["where"].rpartition(":")[2] for each in found["problems"]}
+    assert "11" in lines  # there is no such event
+    assert {each["where"].rpartition(":")[2] for each in found["warnings"]} == {"7", "16"}  # the trigger, the certificate
+
+    file.write_text('[code]\n[votes]\n[[source]]\naddress = "pattern:8x8@1"\n')
+    found = cli("scan", "--check", file, "--json").json
+    assert ["unknown key `code`" in each["error"] for each in found["problems"]] == [True, False]
+    assert found["warnings"] == []
+
+
 def test_a_model_is_asked_for_by_what_watches_it(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "scan.toml"
     file.write_text('[codes]\n[drift]\n[[source]]\naddress = "pattern:8x8@1"\n')
@@ -155,7 +173,7 @@ def test_the_example_says_every_key_and_its_default(cli: Any, tmp_path: Path) ->
     assert [source.address for source in plain.source] == ["camera:0"]
     assert plain == read_config(file)
     file.write_text(re.sub(r"(?m)^#(?=\[|\w+ = )", "", text).replace('candidate = ""', 'candidate = "next.edge"'))
-    config, problems, _ = parse_config(file)
+    config, problems, *_ = parse_config(file)
     assert config is not None, problems
     for name in config.__struct_fields__:
         table = getattr(config, name)

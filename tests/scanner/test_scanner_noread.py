@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zxingcpp
 
-from edgekit.scanner.steps.noread import CAUSES, NoReadOptions, cause
+from edgekit.scanner.steps.noread import CAUSES, cause
 
 Picture = np.ndarray[Any, Any]
 HEIGHT, WIDTH = 240, 320
@@ -118,10 +118,3 @@ def test_a_bad_check_digit_of_what_was_read_is_named() -> None:
 def test_any_frame_has_a_cause(shape: tuple[int, ...]) -> None:
     for picture in (np.zeros(shape, np.uint8), np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)):
         assert cause(picture).cause in CAUSES
-
-
-def test_limits_are_options() -> None:
-    picture = unreadable("too dark", "QRCode", np.random.default_rng(0))
-    assert cause(picture, options=NoReadOptions(dark_level=0)).cause != "too dark"
-    with pytest.raises(ValueError, match="dark_level"):
-        NoReadOptions(dark_level=-1)

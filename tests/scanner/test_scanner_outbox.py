@@ -175,6 +175,7 @@ def test_a_disk_full_and_freed_loses_nothing(
     kit: Any, disk: Any, up: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The sink is down, or up, while the disk is full; the local sinks beside it wait too."""
+    monkeypatch.setattr("edgekit.scanner.outage.QUIET_S", 0.0)
     monkeypatch.setattr(forward, "FIRST_PAUSE_S", 0.02)
     monkeypatch.setattr(forward, "LONGEST_PAUSE_S", 0.05)
     folder, full = disk
@@ -273,8 +274,9 @@ def test_two_scans_with_one_outbox_are_told_apart(cli: Any, pictures: Path, tmp_
 
 
 def test_a_disk_that_fills_again_and_again_drops_nothing_while_there_is_room_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And says it once."""
     monkeypatch.setattr(local, "MOST_HELD_BYTES", 2000)
     sink = open_sink(f"jsonl:{tmp_path}/e.jsonl", lambda: pytest.fail("no outbox"))
     write, full = type(sink)._write, [False]
@@ -289,6 +291,7 @@ def test_a_disk_that_fills_again_and_again_drops_nothing_while_there_is_room_in_
     for i in range(200):
         sink.send(event(i, 40))
     assert sink.status()["dropped"] == {}
+    assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.undo()
     sink.close()
 

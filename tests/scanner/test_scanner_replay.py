@@ -333,6 +333,44 @@ def test_triggers_of_a_camera_that_gave_no_frame_and_of_one_that_goes(
     assert replay(path).differences == []
 
 
+class _Closed:
+    """A gate that lets no frame in."""
+
+    name = "closed"
+
+    def wants(self, captured: Captured) -> str:
+        return "closed"
+
+    def frame(self, captured: Captured, event: Any) -> list[Any]:
+        return [event]
+
+    def due(self, monotonic: float, wall: float) -> list[Any]:
+        return []
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("step", [_Closed(), Duplicates(DuplicateOptions(ONCE))], ids=["gate", "duplicates"])
+def test_a_file_never_holds_more_text_than_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Any) -> None:
+    """Of frames that nobody read, and of long codes that were held back, no event tells the size."""
+    for module in ("recording", "steps.incident"):
+        monkeypatch.setattr(f"edgekit.scanner.{module}.MAX_TEXT", 1 << 17)
+    code = SimpleNamespace(figures=lambda: {"text": "9" * 2000, "format": "QR Code"})
+    incidents = Incidents(IncidentOptions(folder=str(tmp_path), on=("gap",), seconds=3600))
+    frames = (Captured(np.zeros((4, 4), np.uint8), "dock", seq, 1e9, "", float(seq)) for seq in range(1500))
+    source = itertools.chain(frames, [Notice("gap", "dock", 1e9, 1500.0, {}), None])
+    Pipeline(source=source, codes=lambda frame: [code], steps=[incidents, step], sinks=[incidents]).run()
+    incidents.close()
+    (path,) = tmp_path.glob("*.edgekit-incident")
+    recorded = open_recording(path)
+    assert len(recorded.rounds) > 30
+    recorded.close()
+
+
 def test_brackets_in_a_code_are_none_of_the_files_lists() -> None:
     from edgekit.scanner.recording import MAX_PARTS, _parts
 

@@ -77,7 +77,7 @@ def test_any_table_is_a_config_or_its_mistakes_in_a_line_each(tmp_path: Path, ta
         assert "\n" not in error.message + error.hint  # noqa: PT017
     file = tmp_path / "scan.toml"
     file.write_text("".join(f"{toml(k)} = {toml(v)}\n" for k, v in tables.items() if v is not None), encoding="utf-8")
-    config, problems, _ = parse_config(file)
+    config, problems, *_ = parse_config(file)
     assert problems or config is not None
     for problem in problems:
         assert "\n" not in str(problem)

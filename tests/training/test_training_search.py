@@ -15,8 +15,9 @@ import pytest
 
 from edgekit.bundle import Bundle
 from edgekit.data import Dataset, load
-from edgekit.errors import EdgekitError, MissingExtra, UsageError
+from edgekit.errors import DataError, EdgekitError, MissingExtra, UsageError
 from edgekit.training import plan as planning
+from edgekit.training.journal import Journal
 from edgekit.training.search import search
 
 LOOP = sys.modules["edgekit.training.search"]
@@ -125,10 +126,13 @@ def test_where_every_trial_fails_the_reason_is_said(options: dict[str, Any], scr
         search(**options, trials=2)
 
 
-def test_an_interrupted_trial_does_not_count(options: dict[str, Any], scripted: list[Any]):
-    scripted += [0.5, KeyboardInterrupt()]
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DataError("a file is gone")], ids=["interrupted", "wrong"])
+def test_a_trial_that_ends_the_search_does_not_count(options: dict[str, Any], scripted: list[Any], error: BaseException):
+    scripted += [0.5, error]
+    with pytest.raises(type(error)):
         search(**options, trials=3)
+    trials = Journal(Path(options["study"]), {}).trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL"]
     scripted += [0.5, 0.5]
     answer = search(**options, trials=3)
     assert (answer["trials"], answer["failed"]) == (3, 0)

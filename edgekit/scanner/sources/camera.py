@@ -73,7 +73,6 @@ class Camera:
         came: Callable[[], None] = lambda: None,
         *,
         wall: Callable[[], float] = time.time,
-        chance: Callable[[], float] = random.random,
     ) -> None:
         self.spec, self.name, self.options = spec, name or shown(spec), options or CameraOptions()
         self._kind = kind_of(spec)
@@ -87,7 +86,7 @@ class Camera:
         self.state, self.reason = "connecting", ""
         self._came, self._wall = came, wall
         self._leave = threading.Event()
-        self._backoff = Backoff(self.options.retry_s, self.options.retry_most_s, chance)
+        self._backoff = Backoff(self.options.retry_s, self.options.retry_most_s, random.random)
         self._gaps = GapWatch()
         self._attempts = self._seq = self._damaged = 0
         self._refused = self._refused_told = 0

@@ -44,7 +44,7 @@ class Cameras:
     """``specs``: addresses, or name -> address; ``options`` for all of them, or name -> options.
 
     An iterator of `Captured`, `Notice` and, at least four times a second, None. Cameras take turns, frame by frame. It ends
-    once all of them have (video files do), or ``stop`` is set; with ``stay`` only then. Their processes start with the first
+    once all of them have (video files do), or ``stop`` is set. Their processes start with the first
     item asked for; `close` ends them. Iterate in one thread. Raises `UsageError`, `DataError`, `MissingExtra`; so does the
     iterator where the only source is a file that cannot be read.
     """
@@ -54,10 +54,8 @@ class Cameras:
         specs: Sequence[str] | Mapping[str, str],
         options: CameraOptions | Mapping[str, CameraOptions] | None = None,
         stop: Stop | None = None,
-        *,
-        stay: bool = False,
     ) -> None:
-        self._stop, self._stay = stop or Stop(), stay
+        self._stop = stop or Stop()
         self._options = options if isinstance(options, CameraOptions) else None
         self._something = threading.Condition()
         self._cameras: dict[str, Camera] = {}
@@ -82,7 +80,7 @@ class Cameras:
         with self._something:
             self._start()
             while not self._closed and not self._stop.is_set():
-                ended = not self._stay and all(camera.ended for camera in self._cameras.values())
+                ended = all(camera.ended for camera in self._cameras.values())
                 if (item := self._taken(frames_only=False)) is not None:
                     return item
                 if ended:

@@ -19,7 +19,7 @@ from edgekit.scanner.codes import CodeReader
 from edgekit.scanner.events import Event, encode, rfc3339
 from edgekit.scanner.journal import Chunk, Kept, Turn, model_of, plain, recordable, rounds_of, state_of
 from edgekit.scanner.reading import Reading
-from edgekit.scanner.recording import MAX_ROUNDS, MAX_TEXT, SUFFIX, Recording, write_recording
+from edgekit.scanner.recording import MAX_PARTS, MAX_ROUNDS, MAX_TEXT, SUFFIX, Recording, write_recording
 from edgekit.scanner.sources import Captured
 from edgekit.version import __version__
 
@@ -28,7 +28,8 @@ from .answers import require, which
 __all__ = ["IncidentOptions", "Incidents"]
 
 _CHUNKS = 4  # of the wanted seconds: whole ones go, so that a file begins where the steps' state is known
-_ROUND = 256  # bytes of a round beside its events, about
+_ROUND = 256  # bytes of a round, of what came in it and of a trigger, each beside its event, about
+_PART = -(-MAX_TEXT // MAX_PARTS)  # bytes that a list or an object counts as, so that a bound on bytes is one on these
 _FILES = 2  # that are written, or wait for it
 _BACKLOG = 64  # frames that wait to be packed; beyond, they stay as they are
 
@@ -102,17 +103,19 @@ class Incidents:
         if frame is not None and recordable(frame):
             came["frame"] = self._keep(kept, frame)
         self._turn.came.append({**came, "error": captured.error})
+        self._chunks[-1].text += _ROUND
         return ""
 
     def frame(self, captured: Captured, event: Event) -> list[Event]:
         if captured.frame is None and captured.seq < 0:
             came = {"source": captured.source, "seq": -1, "time": captured.time, "monotonic": captured.monotonic}
             self._opened().came.append({**came, "kind": captured.error, "event": dict(event)})
+            self._chunks[-1].text += _ROUND + _weight(encode(event))
             return [event]
         for came in self._turn.came:
             if came["seq"] == captured.seq and came["source"] == captured.source and "answer" not in came:
                 came["answer"] = dict(event)
-                self._chunks[-1].text += _ROUND + _ROUND * len(event.get("codes", ()))
+                self._chunks[-1].text += _weight(encode(event))
                 break
         return [event]
 
@@ -132,7 +135,7 @@ class Incidents:
         self._number = int(number) + 1 if number.isdigit() else self._number + 1
         self._turn.events.append(line := encode(event))
         if self._chunks:
-            self._chunks[-1].text += len(line) + _ROUND
+            self._chunks[-1].text += _weight(line)
         if self._why is None and (found := which(event, self.options.on)):
             self._why, self._on = event, found
             if math.isinf((self._turn.due or (0.0,))[0]):
@@ -165,14 +168,18 @@ class Incidents:
         if self._turn.due is None:
             if not self._chunks:
                 self._begin(0.0)
-                self._chunks[-1].turns.append(self._turn)
+                self._add(self._turn)
             return self._turn
         self._finish()
         now = self._turn.due[0]
         self._turn = Turn()
         self._trim(now)
-        self._chunks[-1].turns.append(self._turn)
+        self._add(self._turn)
         return self._turn
+
+    def _add(self, turn: Turn) -> None:
+        self._chunks[-1].turns.append(turn)
+        self._chunks[-1].text += _ROUND
 
     def _begin(self, now: float) -> None:
         reading = self._reading
@@ -193,6 +200,8 @@ class Incidents:
     def _fired(self, source: str | None, reference: str, at: float) -> None:
         turn = self._turn
         turn.fires.append((len(turn.came) if turn.due is None else -1, source, reference, at))
+        if self._chunks:
+            self._chunks[-1].text += _ROUND + len(reference)
 
     def _running(self) -> Any:
         return self._reading.model.bundle if self._reading is not None and self._reading.model is not None else None
@@ -207,7 +216,7 @@ class Incidents:
         elif (
             now - last.begin < self.options.seconds / _CHUNKS
             and last.size() < most / _CHUNKS
-            and last.text < MAX_TEXT / 2 / _CHUNKS
+            and last.text < MAX_TEXT / 3 / _CHUNKS  # a file holds twice as many chunks, and each may end with something long
             and len(last.turns) < MAX_ROUNDS / 2 / _CHUNKS
         ):
             return
@@ -309,3 +318,8 @@ class Incidents:
         self._written.append(latest)
         while len(self._written) > self.options.most_files:
             self._written.popleft().unlink(missing_ok=True)
+
+
+def _weight(line: bytes) -> int:
+    """Of JSON, towards the text that a file may hold."""
+    return max(len(line), _PART * (line.count(b"[") + line.count(b"{")))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,9 +17,9 @@ from edgekit.preprocess import Frame, canonical_frame
 from edgekit.scanner.codes import grey_of
 from edgekit.scanner.estimates import blur_sigma, noise_sigma
 
-from .answers import require, symbology, valid
+from .answers import symbology, valid
 
-__all__ = ["CAUSES", "Cause", "NoReadOptions", "cause"]
+__all__ = ["CAUSES", "Cause", "cause"]
 
 CAUSES = ("bad check digit", "too dark", "low contrast", "glare", "nothing there", "cut off", "too small", "blur", "unclear")
 #: Symbologies with a check digit. In the others, zxing-cpp's checksum error is one of error correction.
@@ -40,36 +39,16 @@ _SPECK = 48  # pixels a side: a code of this size has hardly two pixels a module
 _WIDEST_BLUR = 8.0  # pixels
 _ALL_OVER = 0.9  # of an edge is busy: the grain of cardboard
 _BLUR_MODULES = 0.1  # of a module as it is measured: a blur that joins bars makes modules look wide
+_DARK_LEVEL = 40.0  # too dark where 99.5% of the picture are below
+_CONTRAST_LEVEL = 24.0  # between the dark and the light of a code: what zxing-cpp's binarizer wants
+_GLARE_SHARE = 0.025  # of a code's cells are white all over
+_CUT_SHARE = 0.15  # of the cells along an edge of the picture are the code's
+_LEAST_EDGES = 4.0  # cross a line over a code
+_MODULE_PX = 2.6  # of the narrowest bar, as it is measured: bars that fall between pixels look wider than they are
+_BLUR_PX = 1.3  # the sigma of the Gaussian that blurs a sharp edge so
 _RUN = 1.8  # modules a bar or space is wide in the mean: 1.6 in EAN, 1.8 in Code 128, 2 in QR codes
 
 Grey = NDArray[np.uint8]
-
-
-class NoReadOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The limits between causes, in grey levels of 255, pixels, or shares.
-
-    ``dark_level``: too dark where 99.5% of the picture are below. ``contrast_level``: between the dark and the light of a
-    code; zxing-cpp's binarizer wants 24. ``glare_share`` of a code's cells are white all over. ``cut_share`` of the cells
-    along an edge of the picture are the code's. ``least_edges`` cross a line over a code. ``module_px``: of the narrowest bar,
-    as it is measured: bars that fall between pixels look wider than they are.
-    ``blur_px``: the sigma of the Gaussian that blurs a sharp edge so.
-    """
-
-    dark_level: float = 40.0
-    contrast_level: float = 24.0
-    glare_share: float = 0.025
-    cut_share: float = 0.15
-    least_edges: float = 4.0
-    module_px: float = 2.6
-    blur_px: float = 1.3
-
-    def __post_init__(self) -> None:
-        for name in ("dark_level", "contrast_level"):
-            require(0 <= getattr(self, name) <= 255, f"{name}: 0 to 255 grey levels, not {getattr(self, name):g}")
-        for name in ("glare_share", "cut_share"):
-            require(0 <= getattr(self, name) <= 1, f"{name}: 0 to 1, not {getattr(self, name):g}")
-        for name in ("least_edges", "module_px", "blur_px"):
-            require(0 <= getattr(self, name) <= 100, f"{name}: 0 to 100, not {getattr(self, name):g}")
 
 
 class Cause(NamedTuple):
@@ -79,44 +58,43 @@ class Cause(NamedTuple):
     figure: dict[str, Any]
 
 
-def cause(frame: Frame, event: Mapping[str, Any] | None = None, options: NoReadOptions | None = None) -> Cause:
+def cause(frame: Frame, event: Mapping[str, Any] | None = None) -> Cause:
     """Why the frame, (H, W[, 3]) uint8, gave no read; ``event`` says which codes were read and are not valid.
 
     Raises `InputError` for what is no frame.
     """
-    options = options or NoReadOptions()
     grey = grey_of(canonical_frame(frame))
     if wrong := _bad_check(grey, event or {}):
         return Cause("bad check digit", wrong)
     brightest = float(np.percentile(grey[::2, ::2], 99.5))
-    if brightest < options.dark_level:
-        return _because("too dark", "brightest_level", brightest, options.dark_level, 1)
+    if brightest < _DARK_LEVEL:
+        return _because("too dark", "brightest_level", brightest, _DARK_LEVEL, 1)
     found = _busiest(grey)
     if found is None:
         return Cause("nothing there", {})
-    if found.contrast < options.contrast_level:
-        return _because("low contrast", "contrast_level", found.contrast, options.contrast_level, 1)
-    if (glare := found.saturated_share) > options.glare_share:
-        return _because("glare", "saturated_share", glare, options.glare_share, 3)
-    return _of_edges(found, options)
+    if found.contrast < _CONTRAST_LEVEL:
+        return _because("low contrast", "contrast_level", found.contrast, _CONTRAST_LEVEL, 1)
+    if (glare := found.saturated_share) > _GLARE_SHARE:
+        return _because("glare", "saturated_share", glare, _GLARE_SHARE, 3)
+    return _of_edges(found)
 
 
-def _of_edges(found: _Part, options: NoReadOptions) -> Cause:
+def _of_edges(found: _Part) -> Cause:
     """A blur first: it spreads a code to the picture's edge and leaves of its bars a few wide ones. No camera's is as wide as
     the waves of an empty wall."""
     sigma = blur_sigma(found.crop)
-    if options.blur_px < sigma < _WIDEST_BLUR and (found.edges < _FEW or sigma > _BLUR_MODULES * found.module_px):
-        return _because("blur", "blur_px", sigma, options.blur_px, 2)
+    if _BLUR_PX < sigma < _WIDEST_BLUR and (found.edges < _FEW or sigma > _BLUR_MODULES * found.module_px):
+        return _because("blur", "blur_px", sigma, _BLUR_PX, 2)
     small = max(found.crop.shape) <= _SPECK and found.fill >= _DENSE
-    if found.edges < options.least_edges or (found.edges < _FEW and (found.fill < _OUTLINE or found.module_px > _WIDE)):
+    if found.edges < _LEAST_EDGES or (found.edges < _FEW and (found.fill < _OUTLINE or found.module_px > _WIDE)):
         what = "unclear" if small else "nothing there"  # a tiny code may have lost its inside
-        return _because(what, "edges", found.edges, options.least_edges, 1)
+        return _because(what, "edges", found.edges, _LEAST_EDGES, 1)
     if found.edge_share > _ALL_OVER:
         return _because("nothing there", "edge_share", found.edge_share, _ALL_OVER, 3)
-    if found.edge_share > options.cut_share:
-        return _because("cut off", "edge_share", found.edge_share, options.cut_share, 3)
-    if found.module_px < options.module_px or (small and found.module_px < 2 * options.module_px):
-        return _because("too small", "module_px", found.module_px, options.module_px, 2)
+    if found.edge_share > _CUT_SHARE:
+        return _because("cut off", "edge_share", found.edge_share, _CUT_SHARE, 3)
+    if found.module_px < _MODULE_PX or (small and found.module_px < 2 * _MODULE_PX):
+        return _because("too small", "module_px", found.module_px, _MODULE_PX, 2)
     return Cause("unclear", {})
 
 
