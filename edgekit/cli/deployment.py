@@ -44,12 +44,18 @@ def pack(bundle: Path, out: Path, key: Path | None) -> Answer:
 @click.option("--pub", required=True, metavar="P", type=_FILE, help="The public key of who may sign (edgekit.pub).")
 @answers
 def verify(pack: Path, pub: Path) -> Answer:
-    """Check a packed bundle's signature, then all names, sizes and hashes in it.
+    """Check a packed bundle's signature, then all names, sizes and hashes in it; or that of a report of doctor --chaos.
 
     \b
     Example:
       edgekit verify parcel.edge.zip --pub keys/edgekit.pub
     """
+    from edgekit.chaos.report import check_report, is_report
+
+    if is_report(pack):
+        report = check_report(pack, pub)
+        counts = f"{report['passed']} passed, {report['failed']} failed, {report['not_run']} not run"
+        return Answer(report, f"{pack}: report of {report['ended']}, {counts}, signed by key {report['key_id']}")
     from edgekit.deployment import verify as run
 
     data = run(pack, pub=pub)
