@@ -16,7 +16,7 @@ CASES: tuple[Case, ...] = (
         "a running scan (camera process, model, outbox, HTTP and JSON lines) is killed by SIGKILL at random moments",
         f"events lost 0, repeats have the same id, order kept; {_EXACT} in the life that ends in order; no process is left",
         "killed:scan_killed",
-        2,
+        1,
         20,
     ),
     Case(
@@ -180,6 +180,15 @@ CASES: tuple[Case, ...] = (
         "updates:slot_damaged",
         2,
         20,
+    ),
+    Case(
+        "starts-fail",
+        "update",
+        "a new bundle is installed, and each scan that starts with it is killed before it gives an event",
+        "after a few starts the older bundle runs again by itself, and a scan with it gives events",
+        "updates:starts_fail",
+        1,
+        3,
     ),
     Case(
         "pack-damaged",

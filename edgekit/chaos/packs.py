@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
-from edgekit.bundle import Bundle
+from edgekit.bundle import MANIFEST, Bundle
 from edgekit.deployment import keygen, verify
 from edgekit.errors import BundleError, SignatureError
 from edgekit.runtime import Model
 
-from .case import Bench, Broken, NotHere
+from .case import Bench, Broken
 from .stage import bundle_of
-from .updates import Site
+from .updates import Site, flip
 
 __all__ = ["bundle_damaged", "pack_damaged", "pack_foreign"]
 
 
 def _signed(bench: Bench) -> Site:
     site = Site(bench)
-    if site.pub is None:
-        raise NotHere("cryptography is not installed: pip install 'edgekit[sign]'")
+    site.public()
     return site
 
 
@@ -37,22 +38,33 @@ def _refused(bench: Bench, site: Site, path: Path, what: str) -> None:
 
 
 def pack_damaged(bench: Bench) -> None:
+    """The pack is damaged in place and mended again: a thousand copies of a large one would wear a flash disk."""
     site = _signed(bench)
-    sound = site.packs["chaos-a"]
-    data, path = sound.read_bytes(), bench.folder / "damaged.zip"
+    path = bench.folder / "damaged.zip"
+    shutil.copy(site.packs["chaos-a"], path)
+    size = path.stat().st_size
     for number in bench.each():
         if number % 10 == 8:
-            path.write_bytes(data[: bench.rng.randrange(len(data))])
-            what = "a pack that is cut short"
+            keep = max(bench.rng.randrange(size), size - (1 << 16))
+            tail = path.read_bytes()[keep:]
+            os.truncate(path, keep)
+            _refused(bench, site, path, f"a pack that is cut short by {size - keep} bytes")
+            _append(path, tail)
         elif number % 10 == 9:
-            path.write_bytes(data + bench.rng.randbytes(bench.rng.randrange(1, 200)))
-            what = "a pack with bytes added"
+            _append(path, bench.rng.randbytes(bench.rng.randrange(1, 200)))
+            _refused(bench, site, path, "a pack with bytes added")
+            os.truncate(path, size)
         else:
-            at, bit = bench.rng.randrange(len(data)), bench.rng.randrange(8)
-            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
-            what = f"a pack with bit {bit} of byte {at} flipped"
-        _refused(bench, site, path, what)
-    verify(sound, pub=site.pub)  # type: ignore[arg-type]  # the sound one is still taken
+            at, bit = bench.rng.randrange(size), bench.rng.randrange(8)
+            flip(path, at, bit)
+            _refused(bench, site, path, f"a pack with bit {bit} of byte {at} flipped")
+            flip(path, at, bit)
+    verify(path, pub=site.public())  # mended, it is taken
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
 
 
 def pack_foreign(bench: Bench) -> None:
@@ -67,17 +79,16 @@ def pack_foreign(bench: Bench) -> None:
 
 def bundle_damaged(bench: Bench) -> None:
     path = bundle_of(bench, "offered")
-    names = [*sorted(Bundle.open(path).manifest.files), "manifest.json"]
+    names = [*sorted(Bundle.open(path).manifest.files), MANIFEST]
     for _ in bench.each():
         file = path / bench.rng.choice(names)
-        data = file.read_bytes()
-        at, bit = bench.rng.randrange(len(data)), bench.rng.randrange(8)
-        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+        at, bit = bench.rng.randrange(file.stat().st_size), bench.rng.randrange(8)
+        flip(file, at, bit)
         try:
             with Model.open(path):
                 raise Broken(f"a bundle with bit {bit} of byte {at} of {file.name} flipped was opened")
         except BundleError:
             bench.count("refused")
-        file.write_bytes(data)
-    with Model.open(path):  # the sound one is still taken
+        flip(file, at, bit)
+    with Model.open(path):  # mended, it is taken
         pass

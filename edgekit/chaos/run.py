@@ -76,7 +76,7 @@ def run_cases(
     place = Path(work) if work is not None else default_outbox().parent
     place.mkdir(parents=True, exist_ok=True)
     copied = _size(Path(root)) if root is not None else 0
-    _check_room(place, 12 * (given.size_bytes() if given else 0) + copied)
+    _check_room(place, 12 * (_size(given.path) if given else 0) + copied)
     seed = secrets.randbelow(2**31) if seed is None else seed
     started = _now()
     where = {"folder": str(place.absolute()), **filesystem(place), "free_bytes": shutil.disk_usage(place).free}

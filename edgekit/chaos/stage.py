@@ -26,6 +26,7 @@ from edgekit.runtime.golden import save_golden
 from .case import Bench, Broken
 
 __all__ = [
+    "SCANNED",
     "Receiver",
     "bundle_of",
     "cameras_of",
@@ -38,6 +39,8 @@ __all__ = [
     "start_scan",
 ]
 
+#: Tasks of bundles that a scan can use.
+SCANNED = ("image-classification", "text-recognition")
 #: x (n, 3, 8, 8) -> GlobalAveragePool -> Flatten -> y (n, 3), float32. 111 bytes by ``onnx.helper``, opset 13, IR 7, kept so
 #: that onnx is not needed.
 _AVERAGE = b64decode(
@@ -259,7 +262,7 @@ def bundle_of(bench: Bench, name: str, change: Callable[[str, bytes], bytes] | N
 def scan_bundle(bench: Bench) -> Path:
     """The user's bundle where a scan can use it, else the built-in one."""
     if bench.bundle is not None:
-        if Bundle.open(bench.bundle).manifest.task in ("image-classification", "text-recognition"):
+        if Bundle.open(bench.bundle).manifest.task in SCANNED:
             bench.figures["model"] = "the bundle"
             return bench.bundle
         bench.figures["model"] = "built-in: the bundle takes no pictures"

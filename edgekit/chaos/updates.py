@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,12 +23,23 @@ from edgekit.errors import BundleError, EdgekitError, GoldenError, MissingExtra
 from edgekit.runtime import Model
 from edgekit.runtime.golden import parse_golden, save_golden
 
-from .case import Bench, Broken
-from .stage import bundle_of, forked
+from .case import Bench, Broken, NotHere
+from .stage import SCANNED, bundle_of, forked, start_scan
 
-__all__ = ["Site", "golden_fails", "install_disk_full", "install_killed", "rollback_killed", "slot_damaged"]
+__all__ = [
+    "Site",
+    "flip",
+    "golden_fails",
+    "install_disk_full",
+    "install_killed",
+    "rollback_killed",
+    "slot_damaged",
+    "starts_fail",
+]
 
 _FULL = 7  # the exit code of an install that was refused
+#: Starts after which a way back should long have been taken.
+_MOST_STARTS = 10
 _CHANGES = frozenset({"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.chmod", "shutil.rmtree"})
 
 
@@ -48,6 +62,12 @@ class Site:
         self.packs = {name: self.packed(bundle_of(bench, name), self.key) for name in names}
         for name in names:
             self.apart(partial(self.install, name))
+
+    def public(self) -> Path:
+        """The public key. Raises `NotHere` where nothing can be signed here."""
+        if self.pub is None:
+            raise NotHere("cryptography is not installed: pip install 'edgekit[sign]'")
+        return self.pub
 
     def packed(self, bundle: Path, key: Path | None) -> Path:
         return pack(bundle, out=bundle.with_suffix(".zip"), key=key)
@@ -238,7 +258,8 @@ def slot_damaged(bench: Bench) -> None:
             site.apart(partial(site.install, wanted))
         name = site.running()
         files = sorted(Bundle.open(site.root / "current").manifest.files)
-        _flip(bench, site.root / "current" / bench.rng.choice(files))
+        file = site.root / "current" / bench.rng.choice(files)
+        flip(file, bench.rng.randrange(file.stat().st_size), bench.rng.randrange(8))
         bench.count("flips")
         bench.check(not status(site.root)["healthy"], "status does not see a flipped bit in the running slot")
         try:
@@ -250,10 +271,53 @@ def slot_damaged(bench: Bench) -> None:
         bench.check(site.running() != name, "rollback did not lead to the older bundle")
 
 
-def _flip(bench: Bench, path: Path) -> None:
+def starts_fail(bench: Bench) -> None:
+    """A start counts once it is noted under the root, so it is killed no earlier than that."""
+    if importlib.util.find_spec("edgekit.installed") is None:
+        raise NotHere("this edgekit does not count failed starts: it has no automatic way back")
+    if bench.bundle is not None and Bundle.open(bench.bundle).manifest.task not in SCANNED:
+        raise NotHere("the bundle takes no pictures, so no scan starts with it")
+    site = Site(bench)
+    for number in bench.each():
+        old, new = site.running(), site.other()
+        if number == 0:
+            _healthy_scan(bench, site, old, number)
+        site.apart(partial(site.install, new))
+        starts = 0
+        while site.running() != old and starts < _MOST_STARTS:
+            starts += 1
+            before = (site.root / "state.json").read_bytes()
+            process = _scan(bench, site, "pattern:64x48@50")
+            with contextlib.suppress(Broken):
+                bench.wait_for(partial(_noted, site, before), "a start is not noted", 15)
+            process.kill()
+            process.communicate()
+        bench.longest("starts_until_back", starts)
+        bench.check(site.running() == old, f"after {starts} failed starts the bundle that never worked still runs")
+        _healthy_scan(bench, site, old, number + 1)
+
+
+def _scan(bench: Bench, site: Site, source: str) -> subprocess.Popen[bytes]:
+    lines, outbox = bench.folder / "events.jsonl", bench.folder / "outbox.sqlite"
+    return start_scan(site.root / "current", source, [f"jsonl:{lines}"], outbox)
+
+
+def _noted(site: Site, before: bytes) -> bool:
+    return (site.root / "state.json").read_bytes() != before
+
+
+def _healthy_scan(bench: Bench, site: Site, name: str, number: int) -> None:
+    process = _scan(bench, site, "pattern:64x48@50,60")
+    out, _ = process.communicate(timeout=120)
+    bench.check(process.returncode == 0, f"a scan with {name} ended with exit code {process.returncode}")
+    bench.check(json.loads(out)["inferred"], f"a scan with {name} read nothing")
+    bench.check(site.running() == name, f"a healthy scan has changed what runs, in round {number}")
+
+
+def flip(path: Path, at: int, bit: int) -> None:
+    """Turn one bit of a file over, in place."""
     with path.open("r+b") as file:
-        at = bench.rng.randrange(path.stat().st_size)
         file.seek(at)
         old = file.read(1)[0]
         file.seek(at)
-        file.write(bytes([old ^ 1 << bench.rng.randrange(8)]))
+        file.write(bytes([old ^ 1 << bit]))

@@ -1,0 +1,149 @@
+"""Every case passes here, and fails where what it looks for is broken on purpose."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekit.chaos import list_cases, run_cases
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Python that every process started from now on runs first."""
+
+    def write(code: str) -> None:
+        folder = tmp_path / "broken"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(textwrap.dedent(code))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+
+    return write
+
+
+def run(work: Path, **options: Any) -> dict[str, Any]:
+    found = run_cases(work=work, quick=True, seed=7, **options)
+    assert list(work.iterdir()) == []  # nothing is left behind
+    return found
+
+
+def test_every_case_passes_or_says_why_it_cannot_run(tmp_path: Path) -> None:
+    """Three at a time: most of it is waiting."""
+    names = [case.name for case in list_cases()]
+
+    def some(first: int) -> list[dict[str, Any]]:
+        (work := tmp_path / f"{first}").mkdir()
+        rows: list[dict[str, Any]] = run(work, only=names[first::3])["cases"]
+        return rows
+
+    with ThreadPoolExecutor(3) as threads:
+        rows = [row for part in threads.map(some, range(3)) for row in part]
+    bad = {row["name"]: row["reason"] for row in rows if row["outcome"] == "failed"}
+    assert not bad
+    assert sorted(row["name"] for row in rows) == sorted(names)
+    for row in rows:
+        assert (row["outcome"], bool(row["reason"])) in (("passed", False), ("not run", True))
+        if row["outcome"] == "passed":
+            assert row["rounds"] >= 1
+            assert row["figures"].get("events_lost", 0) == 0
+    allowed = (
+        {"broker-flaps", "camera-damage", "starts-fail", "power-cut"} if os.environ.get("CI") != "true" else {"starts-fail"}
+    )
+    assert {row["name"] for row in rows if row["outcome"] == "not run"} <= allowed
+
+
+#: case -> (what is broken, a part of the reason that the case then gives)
+MUTATIONS = {
+    "receiver-flaps": (
+        """
+        from edgekit.scanner.sinks.http import HttpTransport
+        deliver, count = HttpTransport.deliver, iter(range(10**9))
+        HttpTransport.deliver = lambda self, *event: None if next(count) == 7 else deliver(self, *event)
+        """,
+        "1 of 40 events are lost",
+    ),
+    "power-cut": (
+        """
+        from edgekit.scanner import outbox
+        sound = outbox.open_sound
+        def careless(*arguments):
+            connection = sound(*arguments)
+            connection.execute("PRAGMA synchronous = NORMAL")
+            return connection
+        outbox.open_sound = careless
+        """,
+        "events that were acknowledged are lost in a power cut",
+    ),
+    "camera-unplugged": (
+        """
+        from edgekit.scanner.sources.cameras import Cameras
+        counts = Cameras.counts
+        Cameras.counts = lambda self: [{**row, "in_flight": row["in_flight"] + 1} for row in counts(self)]
+        from edgekit.scanner.pipeline import Pipeline
+        summary = Pipeline.summary
+        import dataclasses
+        Pipeline.summary = lambda self: dataclasses.replace(found := summary(self), captured=found.captured - 1)
+        """,
+        "the count is not exact",
+    ),
+    "install-killed": (
+        """
+        import pathlib
+        import edgekit.deployment
+        install = edgekit.deployment.install
+        def careless(*arguments, root, **options):
+            done = install(*arguments, root=root, **options)
+            graph = pathlib.Path(root) / "current" / "model.onnx"
+            data = graph.read_bytes()
+            graph.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
+            return done
+        edgekit.deployment.install = careless
+        """,
+        "what runs is not whole",
+    ),
+    "pack-damaged": (
+        """
+        from edgekit.deployment import signing
+        signing.check_signature = lambda file, pub: "0123456789abcdef"
+        """,
+        "was not refused by its signature",
+    ),
+    "golden-fails": (
+        """
+        import types
+        import edgekit.runtime
+        edgekit.runtime.check_golden = lambda *a, **b: types.SimpleNamespace(relative=0.0, snr_db=99.0)
+        """,
+        "a bundle that answers otherwise was installed",
+    ),
+    "bundle-damaged": (
+        """
+        from edgekit.chaos import packs
+        import subprocess
+        damaged = packs.bundle_damaged
+        def leaves(bench):
+            subprocess.Popen(["sleep", "60"], start_new_session=True)
+            damaged(bench)
+        packs.bundle_damaged = leaves
+        """,
+        "it passed; processes were left",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_case_fails_where_what_it_looks_for_is_broken(tmp_path: Path, broken: Callable[[str], None], name: str) -> None:
+    code, reason = MUTATIONS[name]
+    broken(code)
+    (tmp_path / "work").mkdir()
+    found = run(tmp_path / "work", only=[name])
+    (row,) = found["cases"]
+    assert row["outcome"] == "failed", row
+    assert reason in row["reason"]
+    assert (found["passed"], found["failed"], found["not_run"]) == (0, 1, 0)
