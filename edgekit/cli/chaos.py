@@ -43,7 +43,8 @@ def chaos(
     data = {**written, **found}
     code = 1 if found["failed"] or not found["passed"] or not found["complete"] else 0
     if code:
-        data |= {"error": _error(found), "hint": "the report says what was seen; docs/chaos.md what each case means"}
+        hint = "the report says what was seen; docs/chaos.md what each case means"
+        data |= {"error": _error(found), "hint": hint if found["complete"] else "the same command runs all of them again"}
     elif require_all and found["not_run"]:
         code = 3
         first = next(case for case in found["cases"] if case["outcome"] == "not run")
@@ -105,11 +106,11 @@ def _signed(written: dict[str, Any]) -> str:
 
 def _error(found: dict[str, Any]) -> str:
     if not found["complete"]:
-        return f"interrupted; {_line(found)}"
+        return _line(found)
     if not found["failed"]:
         return "not one case could run"
     first = next(case for case in found["cases"] if case["outcome"] == "failed")
-    return f"{found['failed']} cases failed, first {first['name']}: {first['reason']}"
+    return f"{found['failed']} of {len(found['cases'])} cases failed, first {first['name']}: {first['reason']}"
 
 
 def _say_error(data: dict[str, Any]) -> None:
