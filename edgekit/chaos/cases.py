@@ -35,7 +35,7 @@ CASES: tuple[Case, ...] = (
         "every event that was acknowledged before the cut is there; the SQLite file is sound; order kept",
         "killed:power_cut",
         20,
-        200,
+        600,
     ),
     Case(
         "receiver-down",
@@ -207,5 +207,23 @@ CASES: tuple[Case, ...] = (
         "packs:pack_foreign",
         1,
         1,
+    ),
+    Case(
+        "pack-older",
+        "update",
+        "an older, well-signed release is offered again after a newer one, as who records old packs would",
+        "it is refused, also after a rollback; nothing under the root has changed",
+        "packs:pack_older",
+        1,
+        3,
+    ),
+    Case(
+        "pack-expired",
+        "update",
+        "a well-signed pack whose last day is over",
+        "it is refused; nothing under the root has changed",
+        "packs:pack_expired",
+        1,
+        3,
     ),
 )

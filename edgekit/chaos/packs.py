@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.deployment import keygen, verify
+from edgekit.deployment import keygen, pack, rollback, verify
 from edgekit.errors import BundleError, SignatureError
 from edgekit.runtime import Model
 
-from .case import Bench, Broken
+from .case import Bench, Broken, NotHere
 from .stage import bundle_of
 from .updates import Site, flip
 
-__all__ = ["bundle_damaged", "pack_damaged", "pack_foreign"]
+__all__ = ["bundle_damaged", "pack_damaged", "pack_expired", "pack_foreign", "pack_older"]
 
 
 def _signed(bench: Bench) -> Site:
@@ -75,6 +78,31 @@ def pack_foreign(bench: Bench) -> None:
     for _ in bench.each():
         _refused(bench, site, unsigned, "a pack without a signature")
         _refused(bench, site, other, "a pack of another key")
+
+
+def _packed(bench: Bench, site: Site, version: str, option: str, value: Any) -> Path:
+    """A pack of the version, made with an option that older editions of edgekit lack. Raises `NotHere` there."""
+    if option not in inspect.signature(pack).parameters:
+        raise NotHere(f"packs of this edgekit have no {option}")
+    bundle = bundle_of(bench, "chaos-c", version=version)
+    return pack(bundle, out=bundle.with_suffix(".zip"), key=site.key, **{option: value})
+
+
+def pack_older(bench: Bench) -> None:
+    site = _signed(bench)
+    old, new = (_packed(bench, site, f"{release}", "release", release) for release in (4, 5))
+    site.apart(partial(site.install_pack, new))
+    for _ in bench.each():
+        _refused(bench, site, old, "an older release")
+    rollback(site.root)
+    _refused(bench, site, old, "an older release after a rollback")
+
+
+def pack_expired(bench: Bench) -> None:
+    site = _signed(bench)
+    path = _packed(bench, site, "1", "expires", "2020-01-01")
+    for _ in bench.each():
+        _refused(bench, site, path, "a pack whose last day is over")
 
 
 def bundle_damaged(bench: Bench) -> None:

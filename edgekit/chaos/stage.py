@@ -242,20 +242,21 @@ def _built_in(path: Path, name: str) -> Path:
     return path
 
 
-def bundle_of(bench: Bench, name: str, change: Callable[[str, bytes], bytes] | None = None) -> Path:
+def bundle_of(bench: Bench, name: str, change: Callable[[str, bytes], bytes] | None = None, version: str = "") -> Path:
     """A copy of the user's bundle (or the built-in one) under another name, so that its digest differs; ``change`` gets each
-    file's name and bytes."""
-    path = bench.folder / f"{name}.edge"
+    file's name and bytes. A ``version`` stands in its history: two of one name differ by it."""
+    path = bench.folder / f"{name}{version}.edge"
     source = bench.bundle
     if source is None:
-        source = _built_in(bench.folder / f".{name}.edge", name)
+        source = _built_in(bench.folder / f".{path.name}", name)
     opened = Bundle.open(source)
     keep = [each for each in opened.manifest.files if each not in ("weights.safetensors", "report.html")]
     with Bundle.create(path) as draft:
         for each in keep:
             data = opened.file(each).read_bytes()
             draft.write(each, change(each, data) if change else data)
-        draft.manifest = msgspec.structs.replace(opened.manifest, name=name)
+        history = (*opened.manifest.history, opened.entry("chaos", {"version": version}, {}))
+        draft.manifest = msgspec.structs.replace(opened.manifest, name=name, history=history)
     return path
 
 

@@ -33,9 +33,19 @@ def run(work: Path, **options: Any) -> dict[str, Any]:
     return found
 
 
+def test_200_kills_and_a_power_cut_at_each_sync_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    """Both at their full length; the first says in its figures how far a slow machine came in a minute."""
+    found = run_cases(work=tmp_path, only=["outbox-killed", "power-cut"])
+    killed, cut = found["cases"]
+    assert (killed["outcome"], killed["reason"]) == ("passed", None)
+    assert killed["figures"]["kills"] == killed["rounds"] > 100
+    assert killed["figures"]["events"] > 200
+    assert cut["outcome"] == "passed" or (cut["outcome"] == "not run" and os.environ.get("CI") != "true"), cut["reason"]
+
+
 def test_every_case_passes_or_says_why_it_cannot_run(tmp_path: Path) -> None:
     """Three at a time: most of it is waiting."""
-    names = [case.name for case in list_cases()]
+    names = [case.name for case in list_cases() if case.name not in ("outbox-killed", "power-cut")]
 
     def some(first: int) -> list[dict[str, Any]]:
         (work := tmp_path / f"{first}").mkdir()
@@ -52,9 +62,9 @@ def test_every_case_passes_or_says_why_it_cannot_run(tmp_path: Path) -> None:
         if row["outcome"] == "passed":
             assert row["rounds"] >= 1
             assert row["figures"].get("events_lost", 0) == 0
-    allowed = (
-        {"broker-flaps", "camera-damage", "starts-fail", "power-cut"} if os.environ.get("CI") != "true" else {"starts-fail"}
-    )
+    allowed = {"starts-fail", "pack-older", "pack-expired"}  # what this edgekit does not have yet
+    if os.environ.get("CI") != "true":
+        allowed |= {"broker-flaps", "camera-damage", "power-cut"}
     assert {row["name"] for row in rows if row["outcome"] == "not run"} <= allowed
 
 
@@ -79,6 +89,19 @@ MUTATIONS = {
         outbox.open_sound = careless
         """,
         "events that were acknowledged are lost in a power cut",
+    ),
+    "outbox-killed": (
+        """
+        import os, sqlite3
+        from edgekit.scanner import Outbox
+        append, pid = Outbox.append, os.getpid()
+        def late(self, sink, event_id, event):  # acknowledged first, stored with the next one
+            held, self.held = getattr(self, "held", None), (sink, event_id, event)
+            if held:
+                append(self, *held)
+        Outbox.append = late
+        """,
+        "events are lost",
     ),
     "camera-unplugged": (
         """
@@ -110,7 +133,7 @@ MUTATIONS = {
     "pack-damaged": (
         """
         from edgekit.deployment import signing
-        signing.check_signature = lambda file, pub: "0123456789abcdef"
+        signing._hash = lambda file, end: b"nobody looks at the bytes any more"
         """,
         "was not refused by its signature",
     ),
