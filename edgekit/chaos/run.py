@@ -32,6 +32,8 @@ _LEAST_FREE = 256 << 20
 #: Beyond its share of the time, what a case may take to end by itself, in seconds.
 _GRACE_S = 180.0
 _SECONDS, _QUICK_SECONDS = 60.0, 10.0
+#: What the processes of a case have to be gone in once it is over, in seconds.
+_GO_S = 3.0
 _MARK = "EDGEKIT_CHAOS"
 #: What would tie a case to the service or the session that started it.
 _NOT_PASSED = ("STATE_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "RANK", "WORLD_SIZE")
@@ -191,7 +193,7 @@ def _listen(process: subprocess.Popen[bytes], seconds: float, row: dict[str, Any
 
 def _left_over(token: str) -> list[str]:
     """Processes of a case that is over, after a moment to go; they are killed."""
-    end = time.monotonic() + 3.0
+    end = time.monotonic() + _GO_S
     while (found := list(_marked(token))) and time.monotonic() < end:
         time.sleep(0.05)
     for pid in found:

@@ -269,4 +269,5 @@ def scan_bundle(bench: Bench) -> Path:
         bench.figures["model"] = "built-in: the bundle takes no pictures"
     else:
         bench.figures["model"] = "built-in"
-    return _built_in(bench.folder / "built-in.edge", "built-in")
+    path = bench.folder / "built-in.edge"
+    return path if path.exists() else _built_in(path, "built-in")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from edgekit.chaos import list_cases, run_cases
+from edgekit.chaos import run as module
 
 
 @pytest.fixture
@@ -41,6 +44,25 @@ def test_200_kills_and_a_power_cut_at_each_sync_lose_nothing_acknowledged(tmp_pa
     assert killed["figures"]["kills"] == killed["rounds"] > 100
     assert killed["figures"]["events"] > 200
     assert cut["outcome"] == "passed" or (cut["outcome"] == "not run" and os.environ.get("CI") != "true"), cut["reason"]
+
+
+TWICE = """
+import sys
+from pathlib import Path
+from edgekit.chaos.case import Bench
+from edgekit.chaos.child import judge
+found = judge(sys.argv[1], Bench(Path(sys.argv[2]), rounds=2, seconds=60, quick=True))
+print(found["outcome"], found["reason"], found["rounds"], flush=True)
+import os
+os._exit(0)
+"""
+
+
+def test_a_second_round_starts_like_the_first(tmp_path: Path) -> None:
+    """Once it fell over what the first had left."""
+    command = [sys.executable, "-c", TWICE, "clock-jumps", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip() == "passed None 2", done.stdout + done.stderr
 
 
 def test_every_case_passes_or_says_why_it_cannot_run(tmp_path: Path) -> None:
@@ -161,9 +183,12 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_case_fails_where_what_it_looks_for_is_broken(tmp_path: Path, broken: Callable[[str], None], name: str) -> None:
+def test_a_case_fails_where_what_it_looks_for_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Callable[[str], None], name: str
+) -> None:
     code, reason = MUTATIONS[name]
     broken(code)
+    monkeypatch.setattr(module, "_GO_S", 0.3)
     (tmp_path / "work").mkdir()
     found = run(tmp_path / "work", only=[name])
     (row,) = found["cases"]
