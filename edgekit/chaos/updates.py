@@ -286,7 +286,7 @@ def starts_fail(bench: Bench) -> None:
         starts = 0
         while site.running() != old and starts < _MOST_STARTS:
             starts += 1
-            before = (site.root / "state.json").read_bytes()
+            before = _marks(site)
             process = _scan(bench, site, "pattern:64x48@50")
             with contextlib.suppress(Broken):
                 bench.wait_for(partial(_noted, site, before), "a start is not noted", 15)
@@ -302,8 +302,14 @@ def _scan(bench: Bench, site: Site, source: str) -> subprocess.Popen[bytes]:
     return start_scan(site.root / "current", source, [f"jsonl:{lines}"], outbox)
 
 
-def _noted(site: Site, before: bytes) -> bool:
-    return (site.root / "state.json").read_bytes() != before
+def _marks(site: Site) -> tuple[int, int, str]:
+    """What a start changes: it notes itself, or goes back."""
+    about = (site.root / "state.json").stat()
+    return about.st_ino, about.st_mtime_ns, os.readlink(site.root / "current")
+
+
+def _noted(site: Site, before: tuple[int, int, str]) -> bool:
+    return _marks(site) != before
 
 
 def _healthy_scan(bench: Bench, site: Site, name: str, number: int) -> None:

@@ -12,7 +12,19 @@ from .common import Answer, table
 __all__ = ["chaos"]
 
 #: Figures that the table shows, where a case has them.
-_SHOWN = ("events", "events_lost", "duplicates", "kills", "cuts", "refused", "flips", "recovery_s", "noticed_s", "jumps")
+_SHOWN = (
+    "events",
+    "events_lost",
+    "duplicates",
+    "kills",
+    "cuts",
+    "refused",
+    "flips",
+    "recovery_s",
+    "noticed_s",
+    "damaged",
+    "jumps",
+)
 _MOST = 4
 
 
