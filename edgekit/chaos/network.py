@@ -21,7 +21,7 @@ from edgekit.scanner import Outbox, Scanner, open_sink
 from .case import Bench, NotHere
 from .stage import Receiver, check_arrivals, check_summary, free_port, ids_in, scan_bundle
 
-__all__ = ["broker_flaps", "disk_full", "receiver_down", "receiver_flaps"]
+__all__ = ["Proxy", "broker_flaps", "disk_full", "receiver_down", "receiver_flaps"]
 
 _HOST = "127.0.0.1"
 _SOURCE = "pattern:64x48@200"
@@ -135,44 +135,47 @@ def disk_full(bench: Bench) -> None:
 
 
 class Proxy:
-    """Between a client and the broker. ``fate(kind)`` says what becomes of a packet ("publish" or "ack"): "" passes, "drop",
-    "cut" ends the connection before it, "cut after" behind it."""
+    """Between a client and the MQTT broker at the port ``to``, 0 while there is none. ``fate(kind)`` says what becomes of a
+    packet ("publish" or "ack"): "" passes, "drop", "cut" ends the connection before it, "cut after" behind it. ``silent``:
+    nothing passes, and nothing ends."""
 
-    def __init__(self, fate: Callable[[str], str]) -> None:
-        self.to, self._fate = 0, fate
+    def __init__(self, to: int, fate: Callable[[str], str]) -> None:
+        self.to, self._fate = to, fate
+        self.silent = False
         self.fates = {"drop": 0, "cut": 0, "cut after": 0}
         self._server = socket.create_server((_HOST, 0))
         self.port = int(self._server.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
+        for thread in self._threads:
+            thread.join()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client = self._server.accept()[0]
                 try:
-                    broker = socket.create_connection((_HOST, self.to)) if self.to else None
+                    broker = socket.create_connection((_HOST, self.to))
                 except OSError:
-                    broker = None
-                if broker is None:
                     client.close()
                     continue
                 for pair in ((client, broker, 3, "publish"), (broker, client, 4, "ack")):
-                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
+                    self._threads.append(threading.Thread(target=self._pass, args=pair, daemon=True))
+                    self._threads[-1].start()
 
     def _pass(self, come: socket.socket, go: socket.socket, kind: int, name: str) -> None:
         with contextlib.suppress(OSError), come.makefile("rb") as stream:
             while packet := _packet(stream):
-                fate = self._fate(name) if packet[0] >> 4 == kind else ""
+                fate = self._fate(name) if packet[0] >> 4 == kind and not self.silent else ""
                 if fate:
                     self.fates[fate] += 1
                 if fate == "cut":
                     break
-                if fate != "drop":
+                if fate != "drop" and not self.silent:
                     go.sendall(packet)
                 if fate == "cut after":
                     break
@@ -254,7 +257,7 @@ def broker_flaps(bench: Bench) -> None:
 
 def _through_a_line_that_flaps(bench: Bench, number: int, count: int) -> None:
     fates = iter(["", "drop", "", "cut after", "", "", "cut", *([""] * 20)] * 1000)
-    proxy = Proxy(lambda kind: next(fates))
+    proxy = Proxy(0, lambda kind: next(fates))
     outbox = Outbox(bench.folder / f"outbox{number}.sqlite")
     sink = open_sink(f"mqtt://{_HOST}:{proxy.port}/chaos", lambda: outbox)
     ids = [f"{number}-{i}" for i in range(count)]

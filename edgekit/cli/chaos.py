@@ -13,6 +13,7 @@ __all__ = ["chaos"]
 
 #: Figures that the table shows, where a case has them.
 _SHOWN = (
+    "starts_until_back",
     "events",
     "events_lost",
     "duplicates",
