@@ -80,17 +80,22 @@ def pack_foreign(bench: Bench) -> None:
         _refused(bench, site, other, "a pack of another key")
 
 
-def _packed(bench: Bench, site: Site, version: str, option: str, value: Any) -> Path:
-    """A pack of the version, made with an option that older editions of edgekit lack. Raises `NotHere` there."""
+def _needs(option: str) -> None:
+    """Raises `NotHere` where `pack` has no such option."""
     if option not in inspect.signature(pack).parameters:
         raise NotHere(f"packs of this edgekit have no {option}")
+
+
+def _packed(bench: Bench, site: Site, version: str, **stated: Any) -> Path:
+    """A signed pack of the version, and what it states."""
     bundle = bundle_of(bench, "chaos-c", version=version)
-    return pack(bundle, out=bundle.with_suffix(".zip"), key=site.key, **{option: value})
+    return pack(bundle, out=bundle.with_suffix(".zip"), key=site.key, **stated)
 
 
 def pack_older(bench: Bench) -> None:
+    _needs("release")
     site = _signed(bench)
-    old, new = (_packed(bench, site, f"{release}", "release", release) for release in (4, 5))
+    old, new = (_packed(bench, site, f"{release}", release=release) for release in (4, 5))
     site.apart(partial(site.install_pack, new))
     for _ in bench.each():
         _refused(bench, site, old, "an older release")
@@ -99,8 +104,9 @@ def pack_older(bench: Bench) -> None:
 
 
 def pack_expired(bench: Bench) -> None:
+    _needs("expires")
     site = _signed(bench)
-    path = _packed(bench, site, "1", "expires", "2020-01-01")
+    path = _packed(bench, site, "1", expires="2020-01-01")
     for _ in bench.each():
         _refused(bench, site, path, "a pack whose last day is over")
 
