@@ -34,7 +34,7 @@ def _scanner(bench: Bench, bundle: Path, source: str, number: int, address: str)
     lines = folder / "events.jsonl"
     config = {
         "model": {"bundle": str(bundle)},
-        "source": [{"address": source, "name": "camera"}],
+        "source": [{"address": source, "name": "camera", "queue": "wait"}],  # a slow model is to meet as many faults
         "sink": [{"address": address}, {"address": f"jsonl:{lines}"}],
         "outbox": {"path": str(folder / "outbox.sqlite")},
     }

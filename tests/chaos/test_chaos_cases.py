@@ -98,7 +98,7 @@ MUTATIONS = {
         deliver, count = HttpTransport.deliver, iter(range(10**9))
         HttpTransport.deliver = lambda self, *event: None if next(count) == 7 else deliver(self, *event)
         """,
-        "1 of 40 events are lost",
+        "1 of 40 events are lost, first ",
     ),
     "power-cut": (
         """
