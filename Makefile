@@ -1,9 +1,10 @@
 # make demo   the whole way on real digits; make test   everything CI runs; make check   lint, types, architecture
+# make docs   the documentation site, in build/docs
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check lint types imports pytest clean
+.PHONY: demo test check lint types imports pytest docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgekit pipeline
@@ -21,6 +22,11 @@ types: $(INSTALLED)
 
 imports: $(INSTALLED)
 	$(BIN)/lint-imports
+
+# Warnings are errors: a link that leads nowhere is one. The tests build it too.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fresh-env --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	@echo "open build/docs/index.html"
 
 # A process a core, a file at a time: most of the time is Python's, so torch's threads would only get in each other's way.
 # tests/conftest.py says which files come first.

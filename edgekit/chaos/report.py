@@ -1,6 +1,6 @@
 """The report of a run: JSON with its signature as the last line, and the same as a page to read.
 
-What counts is the signed file: the page beside it names its sha256. ``head -n -1 REPORT`` is the JSON alone.
+What counts is the signed file: the page beside it names its sha256. ``head -n -5 REPORT`` is the JSON alone.
 """
 
 from __future__ import annotations
@@ -62,12 +62,10 @@ def write_report(found: dict[str, Any], path: Path, key: str | os.PathLike[str] 
 
 
 def _signed(body: bytes, key: str | os.PathLike[str]) -> tuple[bytes, str]:
-    from edgekit.deployment import signing
+    from edgekit.deployment.signing import Statement, blank_trailer, sign_file
 
-    # A trailer states a release where this edgekit's packs have one; of a report it says nothing.
-    blank: Any = getattr(signing, "blank_trailer", None)
-    file = io.BytesIO(body + (blank(vars(signing)["Statement"](0)) if blank else b" " * signing.TRAILER_BYTES))
-    key_id = signing.sign_file(file, key)
+    file = io.BytesIO(body + blank_trailer(Statement(0)))  # a release, which says nothing of a report
+    key_id = sign_file(file, key)
     return file.getvalue(), key_id
 
 
@@ -91,12 +89,11 @@ def check_report(path: str | os.PathLike[str], pub: Any) -> dict[str, Any]:
     Raises `SignatureError` where it is not signed, was signed by another key, or differs by one bit; `DataError` for a signed
     file that is no report.
     """
-    from edgekit.deployment import signing
+    from edgekit.deployment.signing import check_signature, public_keys
 
-    keys: Any = getattr(signing, "public_keys", lambda one: one)
     with open(path, "rb") as file:
         try:
-            signed: Any = signing.check_signature(file, keys(pub))
+            signed = check_signature(file, public_keys(pub))
         except SignatureError as error:
             words = error.message.replace("the pack", "the report")
             raise SignatureError(words, "it proves nothing; run again: edgekit doctor --chaos --key K") from None
@@ -110,7 +107,7 @@ def check_report(path: str | os.PathLike[str], pub: Any) -> dict[str, Any]:
             raise ValueError("it has another format")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{os.fspath(path)} is signed, but no report: {error}", "name the file of doctor --chaos") from None
-    return {"verified": True, "key_id": signed if isinstance(signed, str) else signed.key_ids[0], **found}
+    return {"verified": True, "key_id": signed.key_ids[0], **found}
 
 
 def _page(found: dict[str, Any], name: str, sha256: str, key_id: str | None) -> str:

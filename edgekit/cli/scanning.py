@@ -135,16 +135,17 @@ def _scanned(config: ScanConfig, view: bool) -> tuple[Summary, int]:
 
     from .scan_view import viewed
 
-    with stop_on_signals() as stop:
-        scanner = Scanner(config, stop=stop)
-        try:
-            with viewed(scanner, stop) if view else contextlib.nullcontext():
-                return scanner.run(), stop.signal
-        except EdgekitError as error:
-            context = click.get_current_context()
-            if config.log.format == "json" and not context.params["as_json"]:  # the log has ended with it, and stays JSON
-                context.exit(error.exit_code)
-            raise
+    context = click.get_current_context()
+    # Until the answer is out: stdout and stderr may be pipes that nobody empties.
+    stop = context.with_resource(stop_on_signals())
+    scanner = Scanner(config, stop=stop)
+    try:
+        with viewed(scanner, stop) if view else contextlib.nullcontext():
+            return scanner.run(), stop.signal
+    except EdgekitError as error:
+        if config.log.format == "json" and not context.params["as_json"]:  # the log has ended with it, and stays JSON
+            context.exit(error.exit_code)
+        raise
 
 
 def _can_show() -> bool:

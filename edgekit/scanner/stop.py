@@ -20,6 +20,8 @@ __all__ = ["STOP_S", "Stop", "stop_on_signals"]
 STOP_S = 1.7
 _STEP_S = 0.25
 _LAST_S = 0.1
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+_END = b"E"  # above every signal's number
 
 
 class Stop:
@@ -61,36 +63,51 @@ def stop_on_signals() -> Iterator[Stop]:
         yield stop
         return
     reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     watchdog = threading.Thread(target=_watch, args=(reader, stop), name="stop watchdog", daemon=True)
     watchdog.start()
 
+    handled: list[int] = []  # the watchdog may have set the flag before the first signal is handled here
+
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stop.is_set():
+        if number == signal.SIGINT and (handled or (stop.is_set() and not stop.signal)):
             raise KeyboardInterrupt
-        if not stop.signal:
-            os.write(writer, b"T")
+        if not handled:
+            os.write(writer, bytes([number]))
+        handled.append(number)
         stop.signal = stop.signal or number
         stop.set()
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Python's handler waits for the main thread, which may have gone into a write that never returns: the interpreter's own
+    # note of the signal does not. An event loop that takes these notes already keeps them.
+    notes = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if notes != -1:
+        signal.set_wakeup_fd(notes)
+    before = {number: signal.signal(number, on_signal) for number in _ENDING}
     try:
         yield stop
     finally:
+        if notes == -1:
+            signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.write(writer, b"E")
+        os.write(writer, _END)
         watchdog.join()
         os.close(reader)
         os.close(writer)
 
 
 def _watch(reader: int, stop: Stop) -> None:
-    """Wait for the block's end (E) or a signal (T); after T, give the block `STOP_S` seconds."""
-    if os.read(reader, 1) == b"E":
+    """Wait for the block's end or a signal, a byte of its number; after one, give the block `STOP_S` seconds."""
+    while (note := os.read(reader, 1)) != _END and note[0] not in _ENDING:
+        pass
+    if note == _END:
         return
+    stop.signal = stop.signal or note[0]
+    stop.set()
     end = time.monotonic() + STOP_S
     while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
-        if os.read(reader, 1) == b"E":
+        if os.read(reader, 1) == _END:
             return
     # In a thread: stderr may be a pipe that nobody empties, or locked by the thread that hangs.
     last = threading.Thread(target=_last_words, args=(stop,), name="last words", daemon=True)

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -208,23 +207,6 @@ def test_help_lists_what_there_is(command: str, option: str, names: list[str]) -
     parameters = group.get_command(click.Context(group), command).params
     (found,) = [p for p in parameters if option in p.opts]
     assert [part.strip().partition(":")[0] for part in found.help.split("|")] == names
-
-
-def documented() -> list[str]:
-    """Every line of the documents that starts with ``edgekit``, comments and prompts taken off."""
-    texts = [(CLI.parents[1] / file).read_text(encoding="utf-8") for file in ("README.md", "deploy/README.md")]
-    return [line.strip() for text in texts for line in text.splitlines() if line.strip().startswith("edgekit ")]
-
-
-def test_the_documents_name_commands_and_options_that_exist() -> None:
-    lines = documented()
-    assert len(lines) > 15
-    for line in lines:
-        _, name, *words = shlex.split(line, comments=True)
-        command = group.get_command(click.Context(group), name)
-        assert command is not None, line
-        options = {opt for p in command.params for opt in (*p.opts, *p.secondary_opts)}
-        assert {word for word in words if word.startswith("--")} <= options, line
 
 
 def test_recipes_know_every_backend() -> None:

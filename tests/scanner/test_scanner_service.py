@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -98,18 +99,41 @@ def test_a_pipe_that_nobody_empties_holds_no_stop_up(both: bool) -> None:
     with subprocess.Popen(command, stdout=writer, stderr=writer if both else subprocess.DEVNULL) as scan:
         try:
             assert os.read(reader, 1)
-            os.set_blocking(writer, False)  # of the scan too: one description
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writer, b"." * 4096)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writer, b".")
-            os.set_blocking(writer, True)
+            fill(writer)  # not to block holds for the scan too: one description
             start = time.monotonic()
             scan.send_signal(signal.SIGTERM)
             assert scan.wait(20) == 0
             assert time.monotonic() - start < 4.0  # 2 s, and a busy machine
+        finally:
+            scan.kill()
+            os.close(reader)
+            os.close(writer)
+
+
+def fill(pipe: int) -> None:
+    os.set_blocking(pipe, False)
+    for block in (b"." * 4096, b"."):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(pipe, block)
+    os.set_blocking(pipe, True)
+
+
+def test_an_answer_that_nobody_takes_holds_no_stop_up(tmp_path: Path) -> None:
+    """The scan itself ends in order, for its sink is a file; its last line goes into a full pipe."""
+    reader, writer = os.pipe()
+    fill(writer)
+    events = tmp_path / "events.jsonl"
+    words = ["scan", "--codes", "--code-budget-ms", "0", "--source", "pattern:64x48@30", "--sink", f"jsonl:{events}"]
+    command = [sys.executable, "-c", "from edgekit.cli import main; main()", *words]
+    with subprocess.Popen(command, stdout=writer, stderr=subprocess.DEVNULL) as scan:
+        try:
+            end = time.monotonic() + 20
+            while not (events.is_file() and events.stat().st_size) and time.monotonic() < end:
+                time.sleep(0.02)
+            scan.send_signal(signal.SIGTERM)
+            assert scan.wait(20) == 0
+            assert json.loads(events.read_text().splitlines()[-1])
         finally:
             scan.kill()
             os.close(reader)
