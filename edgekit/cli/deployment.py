@@ -80,13 +80,19 @@ def _stated(held: dict[str, Any]) -> str:
 @click.option("--sbom", metavar="F.json", type=_FILE, help="Write the list of what is inside here (CycloneDX 1.6).")
 @answers
 def verify(pack: Path, pub: tuple[Path, ...], revoked: tuple[Path, ...], sbom: Path | None) -> Answer:
-    """Check a packed bundle's signature, then all names, sizes and hashes in it.
+    """Check a packed bundle's signature, then all names, sizes and hashes in it; or that of a report of doctor --chaos.
 
     \b
     Example:
       edgekit verify parcel.edge.zip --pub keys/edgekit.pub
       edgekit verify parcel.edge.zip --pub keys/ --revoked revoked.txt --sbom parcel.cdx.json
     """
+    from edgekit.chaos.report import check_report, is_report
+
+    if is_report(pack):
+        report = check_report(pack, pub)
+        counts = f"{report['passed']} passed, {report['failed']} failed, {report['not_run']} not run"
+        return Answer(report, f"{pack}: report of {report['ended']}, {counts}, signed by key {report['key_id']}")
     from edgekit.deployment import verify as run
 
     data = run(pack, pub=pub, revoked=revoked, sbom=sbom)

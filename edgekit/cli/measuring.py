@@ -126,18 +126,44 @@ def compare(bundle: Path, **options: Any) -> Answer:
 
 
 @click.command("doctor")
+@click.argument("bundle", metavar="[B]", required=False, type=click.Path(path_type=Path))
 @click.option("--selftest", metavar="FILE", type=click.Path(path_type=Path), help="Also write all of it to this JSON file.")
+@click.option("--chaos", is_flag=True, help="Break things on purpose, and write a report of what still held.")
+@click.option("--quick", is_flag=True, help="Of --chaos: few rounds, about half a minute.")
+@click.option("--minutes", type=float, metavar="M", help="Of --chaos: go on for about so long, instead of set rounds.")
+@click.option("--only", multiple=True, metavar="NAME", help="Of --chaos: this case or group (scan, update); may be repeated.")
+@click.option("--list", "listing", is_flag=True, help="Of --chaos: show the cases, run none.")
+@click.option("--root", metavar="DIR", type=click.Path(path_type=Path), help="Of --chaos: try updates on a copy of this root.")
+@click.option(
+    "--work", metavar="DIR", type=click.Path(path_type=Path), help="Of --chaos: the disk to try; else the state folder's."
+)
+@click.option(
+    "--out", metavar="FILE|DIR", type=click.Path(path_type=Path), help="Of --chaos: the report; else chaos-TIME.json here."
+)
+@click.option("--key", metavar="K", type=click.Path(path_type=Path), help="Of --chaos: sign the report with this private key.")
+@click.option("--require-all", is_flag=True, help="Of --chaos: exit with 3 where a case could not run here.")
 @answers
-def doctor(selftest: Path | None) -> Answer:
+def doctor(bundle: Path | None, selftest: Path | None, chaos: bool, listing: bool, **options: Any) -> Answer:
     """Show what works on this machine, what is missing, and the command that installs it.
 
     Each backend runs a tiny model, on a GPU an engine compiled on the spot, and is held to its golden output.
+
+    --chaos kills scans and installs, takes receivers, cameras and disk space away, and offers damaged packs, all in a
+    folder of its own: nothing that runs is touched. With B it uses copies of your bundle.
 
     \b
     Example:
       edgekit doctor
       edgekit doctor --selftest machine.json
+      edgekit doctor parcel.edge --chaos --out report.json --key device.key
     """
+    if chaos:
+        from .chaos import chaos as run
+        from .chaos import listed
+
+        return listed(options["only"]) if listing else run(bundle, **options)
+    if bundle is not None or listing or any(options.values()):
+        raise click.UsageError("these options belong to --chaos: edgekit doctor [B] --chaos")
     from edgekit.benchmarking import doctor as look_over
 
     result = look_over()

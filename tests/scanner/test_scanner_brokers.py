@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import random
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from edgekit.chaos.network import Proxy
 from edgekit.scanner import Outbox, open_sink
 from edgekit.scanner.sinks import mqtt
 
@@ -25,73 +25,6 @@ from .outbox_kit import line_event as event
 HOST = "127.0.0.1"
 
 pytestmark = pytest.mark.usefixtures("quick_delivery")
-
-
-class Proxy:
-    """Between a client and the broker. ``fate(kind)`` says what becomes of a packet ("publish" or "ack"): "" passes, "drop",
-    "cut" ends the connection before it, "cut after" behind it."""
-
-    def __init__(self, to: int, fate: Callable[[str], str]) -> None:
-        self.to, self._fate = to, fate
-        self._server = socket.create_server((HOST, 0))
-        self.port = self._server.getsockname()[1]
-        self.silent = False
-        self.fates = {"drop": 0, "cut": 0, "cut after": 0}
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    def close(self) -> None:
-        self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        for thread in self._threads:
-            thread.join()
-
-    def _accept(self) -> None:
-        try:
-            while True:
-                client = self._server.accept()[0]
-                try:
-                    broker = socket.create_connection((HOST, self.to))
-                except OSError:
-                    client.close()
-                    continue
-                for pair in ((client, broker, 3, "publish"), (broker, client, 4, "ack")):
-                    self._threads.append(threading.Thread(target=self._pass, args=pair, daemon=True))
-                    self._threads[-1].start()
-        except OSError:
-            return
-
-    def _pass(self, come: socket.socket, go: socket.socket, kind: int, name: str) -> None:
-        try:
-            with come.makefile("rb") as stream:
-                while packet := _packet(stream):
-                    fate = self._fate(name) if packet[0] >> 4 == kind and not self.silent else ""
-                    if fate:
-                        self.fates[fate] += 1
-                    if fate == "cut":
-                        break
-                    if fate != "drop" and not self.silent:
-                        go.sendall(packet)
-                    if fate == "cut after":
-                        break
-        except OSError:
-            pass
-        for each in (come, go):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        come.close()
-
-
-def _packet(stream: Any) -> bytes:
-    """One MQTT packet, b"" at the end."""
-    head, length, shift = stream.read(1), 0, 0
-    while head and (byte := stream.read(1)):
-        head += byte
-        length |= (byte[0] & 127) << shift
-        shift += 7
-        if byte[0] < 128:
-            return bytes(head + stream.read(length))
-    return b""
 
 
 @pytest.fixture

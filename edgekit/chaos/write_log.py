@@ -75,7 +75,7 @@ class Log:
     def _table(self, methods: int) -> Any:
         """A copy of a file's methods in which xWrite (3), xTruncate (4) and xSync (5) say what they do."""
         table = (_P * _METHODS).from_buffer_copy((ctypes.c_char * (8 * _METHODS)).from_address(methods))
-        do_write, do_truncate, do_sync = _WRITE(table[3]), _TRUNCATE(table[4]), _SYNC(table[5])
+        do_write, do_truncate, do_sync = _WRITE(table[3] or 0), _TRUNCATE(table[4] or 0), _SYNC(table[5] or 0)
 
         def write(file: int, data: int, size: int, offset: int) -> int:
             self.steps.append(("write", self._names[file], offset, ctypes.string_at(data, size)))
