@@ -1,4 +1,4 @@
-"""The Dockerfiles: linted; and the install lines of the slim one run here, for no Docker engine does, in a fresh environment."""
+"""The Dockerfiles: linted; and what the slim one installs is installed here, for no Docker engine runs, and scans."""
 
 from __future__ import annotations
 
@@ -38,12 +38,6 @@ def stages(dockerfile: Path) -> list[list[tuple[str, str]]]:
     return found
 
 
-def interpreter(version: str) -> str | None:
-    """A Python of this version: on the path, or pyenv's."""
-    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    return shutil.which(f"python{version}") if shutil.which(f"python{version}") and not pyenv else str(pyenv[-1]) if pyenv else None
-
-
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 def test_hadolint_has_nothing_to_say(dockerfile: Path) -> None:
     hadolint = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -71,13 +65,13 @@ def test_the_last_stage_runs_as_a_user_and_builds_nothing(dockerfile: Path) -> N
     assert "tensorrt" not in " ".join(rest for word, rest in first if word == "RUN")  # whose licence forbids an image
 
 
-def built(work: Path) -> Path:
+def built(work: Path, python: str) -> Path:
     """Run the first stage's COPY and RUN lines below ``work``; returns its /opt/edgekit/venv."""
     source, venv = work / "src", work / "venv"
     source.mkdir()
     here = {"/wheels": work / "wheels", "/opt/edgekit/venv": venv, " --no-cache-dir": ""}  # the cache spares the download
     (bin_ := work / "bin").mkdir()
-    (bin_ / "python").symlink_to(interpreter("3.12") or sys.executable)
+    (bin_ / "python").symlink_to(python)
     (bin_ / "pip").write_text(f'#!/bin/sh\nexec {bin_}/python -m pip "$@"\n')
     (bin_ / "pip").chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -101,8 +95,8 @@ def built(work: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_what_the_image_installs_scans_a_signed_pack(tmp_path: Path, digits_bundle: Bundle, keys: Any) -> None:
-    venv = built(tmp_path)
+def test_what_the_image_installs_scans_a_signed_pack(tmp_path: Path, digits_bundle: Bundle, keys: Any, python_of: Any) -> None:
+    venv = built(tmp_path, python_of("3.12"))
     packed = pack(digits_bundle, out=tmp_path / "digits.edge.zip", key=keys.key)
     state, inbox = tmp_path / "state", tmp_path / "inbox"
     state.mkdir()
@@ -111,7 +105,9 @@ def test_what_the_image_installs_scans_a_signed_pack(tmp_path: Path, digits_bund
     environment = {"PATH": f"{venv}/bin", "STATE_DIRECTORY": str(state), "HOME": str(state)}
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([venv / "bin" / "edgekit", *map(str, words)], env=environment, cwd=state, capture_output=True, text=True)
+        return subprocess.run(
+            [venv / "bin" / "edgekit", *map(str, words)], env=environment, cwd=state, capture_output=True, text=True
+        )
 
     done = run("install", packed, "--root", state / "models" / "digits", "--pub", keys.pub)
     assert done.returncode == 0, done.stderr
@@ -119,7 +115,11 @@ def test_what_the_image_installs_scans_a_signed_pack(tmp_path: Path, digits_bund
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = (ROOT / "deploy" / "scanner" / "scan.toml").read_text()
-    ours = {"/var/lib/edgekit/models/parcel": state / "models" / "digits", "/var/lib/edgekit": state, "/srv/edgekit/inbox": inbox}
+    ours = {
+        "/var/lib/edgekit/models/parcel": state / "models" / "digits",
+        "/var/lib/edgekit": state,
+        "/srv/edgekit/inbox": inbox,
+    }
     for theirs, mine in {**ours, ":9110": f":{port}"}.items():
         settings = settings.replace(theirs, str(mine))
     (file := tmp_path / "scan.toml").write_text(settings)
@@ -143,7 +143,7 @@ def test_what_the_image_installs_scans_a_signed_pack(tmp_path: Path, digits_bund
 
 def events(port: int) -> float:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
             text = answer.read().decode()
     except urllib.error.URLError:
         return 0

@@ -46,7 +46,12 @@ def test_systemd_accepts_the_unit(tmp_path: Path, with_devices: bool) -> None:
 def settings(folder: Path, bundle: Bundle, pictures: Path) -> Path:
     """The settings of the unit, with this machine's paths and a free port."""
     text = (DEPLOY / "scan.toml").read_text()
-    ours = {"/var/lib/edgekit/models/parcel/current": bundle.path, "/srv/edgekit/inbox": pictures, "/var/lib/edgekit": folder, ":9110": ":0"}
+    ours = {
+        "/var/lib/edgekit/models/parcel/current": bundle.path,
+        "/srv/edgekit/inbox": pictures,
+        "/var/lib/edgekit": folder,
+        ":9110": ":0",
+    }
     for theirs, mine in ours.items():
         assert theirs in text
         text = text.replace(theirs, str(mine))
