@@ -13,6 +13,7 @@ rollback cannot lead to the bundle that the first one left.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import time
@@ -30,7 +31,9 @@ from edgekit.runtime import check_golden
 from edgekit.trust import trust_engine
 
 from .archive import Archive, open_archive
-from .packing import open_pack
+from .packing import checked, open_pack
+from .signing import Checked, PathOrPaths
+from .trusted import Trust, admit, believe, remember
 
 __all__ = ["CURRENT", "install", "rollback", "status"]
 
@@ -64,13 +67,16 @@ def install(
     pack: str | os.PathLike[str],
     *,
     root: str | os.PathLike[str],
-    pub: str | os.PathLike[str] | None = None,
+    pub: PathOrPaths | None = None,
     unsigned: bool = False,
+    revoked: PathOrPaths | None = None,
+    allow_older: bool = False,
     backend: str = "auto",
 ) -> dict[str, Any]:
     """Put a packed bundle into the free slot under ``root``, test it there, then switch ``current`` to it.
 
-    In order: signature by ``pub`` (or, with ``unsigned``, hashes only), disk space, a private copy that is checked
+    In order: signature by ``pub`` (or, with ``unsigned``, hashes only), expiry, lists of what is ``revoked`` (as `verify`),
+    releases accepted before (``allow_older``: take an older one all the same), disk space, a private copy that is checked
     again (a stick may answer otherwise the second time), extraction, the golden outputs on ``backend`` on this very
     device, and only then the switch. Installing what runs already changes nothing (``"unchanged": True``).
 
@@ -85,7 +91,9 @@ def install(
     folder = Path(root)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "name a folder: --root DIR")
-    with open_pack(pack) as file, _checked(file, os.fspath(pack), pub) as (archive, _):
+    trust = None if pub is None else believe(pub, root=folder, revoked=revoked, pack=pack)
+    check = functools.partial(_checked, where=os.fspath(pack), trust=trust, root=folder, allow_older=allow_older)
+    with open_pack(pack) as file, check(file) as (archive, signed):
         archive.check()
         needed = os.fstat(file.fileno()).st_size + archive.total_bytes + RESERVE
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +107,10 @@ def install(
         copy = work / "pack.zip"
         with open_pack(pack) as file, copy.open("xb") as target:
             shutil.copyfileobj(file, target, 1 << 20)
-        with open_pack(copy) as file, _checked(file, os.fspath(pack), pub) as (archive, key_id):
+        with open_pack(copy) as file, check(file) as (archive, signed):
             running = _current(folder)
             if running and _same(folder / CURRENT, archive.manifest_bytes):
+                _remember(folder, trust, signed, archive.manifest.name)
                 return {**_answer(folder, running, _state(folder).slots.get(running)), "unchanged": True}
             fresh = work / "bundle"
             fresh.mkdir()
@@ -109,7 +118,8 @@ def install(
         _trust(fresh)
         golden = _self_test(fresh, backend)
         slot: Slot = "b" if running == "a" else "a"
-        record = _place(folder, fresh, slot, key_id)
+        record = _place(folder, fresh, slot, signed.key_ids[0] if signed else None)
+        _remember(folder, trust, signed, record.name)  # before the switch: killed between, the device asks for no less
         _switch(folder, slot)
     return {**_answer(folder, slot, record), "golden": golden, "unchanged": False}
 
@@ -163,15 +173,22 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _checked(file: Any, where: str, pub: str | os.PathLike[str] | None) -> Iterator[tuple[Archive, str | None]]:
-    """The archive in an open file and the id of the key that signed it, the signature checked before any parsing."""
-    key_id = None
-    if pub is not None:
-        from .signing import check_signature
+def _checked(
+    file: Any, *, where: str, trust: Trust | None, root: Path, allow_older: bool
+) -> Iterator[tuple[Archive, Checked | None]]:
+    """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
+    if trust is None:
+        with open_archive(file, where) as archive:
+            yield archive, None
+    else:
+        with checked(file, where, trust) as (archive, signed):
+            admit(root, signed, archive.manifest.name, allow_older=allow_older)
+            yield archive, signed
 
-        key_id = check_signature(file, pub)
-    with open_archive(file, where) as archive:
-        yield archive, key_id
+
+def _remember(root: Path, trust: Trust | None, signed: Checked | None, name: str) -> None:
+    if trust is not None and signed is not None:
+        remember(root, trust, signed, name)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
-from edgekit.deployment import keygen, pack
+from edgekit.deployment import keygen, pack, trusted
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance
 from edgekit.runtime.golden import save_golden
 
@@ -98,3 +98,21 @@ def python_of() -> Callable[[str], str]:
         return str(pyenv[-1]) if pyenv else shutil.which(f"python{version}") or sys.executable
 
     return find
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> tuple[Path, Path, str]:
+    """Another key: its private half, its public half, its id."""
+    made = keygen(tmp_path / "second")
+    return Path(made["key"]), Path(made["pub"]), made["key_id"]
+
+
+@pytest.fixture
+def signed(tmp_path: Path, tiny_bundle: Bundle, keys) -> Path:
+    return pack(tiny_bundle, out=tmp_path / "t.edge.zip", key=keys.key)
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Set the clock of the device."""
+    return lambda time: monkeypatch.setattr(trusted, "_clock", lambda: time)
