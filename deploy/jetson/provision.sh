@@ -156,7 +156,7 @@ edgekit_itself() {
 key() {
     place=/etc/edgekit/keys/edgekit.pub
     if [ -e "$root$place" ] && ! cmp -s "$pub" "$root$place"; then
-        fail "$place is another key than $pub; if it is to be replaced, remove it first: rm $root$place"
+        fail "$place is another key than $pub; to trust both for a while, put the new one beside it, in /etc/edgekit/keys; to replace it: rm $root$place"
     fi
     put key "$pub" "$place" 0644 root
 }
@@ -201,7 +201,7 @@ bundle() {
             from=$work/$(basename "$pack")
             act install -m 0644 "$pack" "$from"
         fi
-        as_user "$venv/bin/edgekit" install "$from" --root "$place" --pub "$root/etc/edgekit/keys/edgekit.pub"
+        as_user "$venv/bin/edgekit" install "$from" --root "$place" --pub "$root/etc/edgekit/keys"
         [ -z "${work:-}" ] || rm -rf "$work"
         did bundle "installed $pack"
     fi
