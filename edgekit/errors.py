@@ -19,6 +19,7 @@ The command line prints ``error:`` and ``hint:`` and exits with ``exit_code``; a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -84,6 +85,8 @@ class EdgekitError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint and sys.version_info >= (3, 11):  # a traceback in someone's own program ends with the cure, too
+            self.add_note(f"hint: {hint}")
 
 
 class UsageError(EdgekitError):

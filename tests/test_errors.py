@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
+import traceback
 
 import pytest
 
@@ -56,3 +58,9 @@ def test_the_result_of_a_missed_budget_is_a_copy() -> None:
     error = errors.BudgetNotMet("not met", result=result)
     result["share"] = 0.0
     assert error.result == {"share": 0.5}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
+def test_a_traceback_ends_with_the_cure() -> None:
+    lines = traceback.format_exception(errors.MissingExtra("runtime", "onnxruntime"))
+    assert lines[-1] == "hint: pip install 'edgekit[runtime]'\n"

@@ -10,7 +10,7 @@
 #
 #   TARGETS       default "rtx-ada jetson-orin-nano": engines for RTX, build kits for Jetson
 #   SIGNING_KEY   a private key (edgekit keygen); unset or empty: the pack is not signed
-#   PUBLIC_KEY    its public key: the signed pack is then verified as a device would
+#   PUBLIC_KEY    its public key: the signed pack is then verified as a device would, and NAME.cdx.json lists what is inside
 #   EDGEKIT       the command, default edgekit
 #   CACHE         a folder kept between runs: with the same float bundle, ranges and edgekit nothing is made again
 #
@@ -108,7 +108,7 @@ echo "pack $name.edge.zip"
 if [ -n "${SIGNING_KEY:-}" ]; then
     "$edgekit" pack "$out/int8.edge" --out "$out/$name.edge.zip" --key "$SIGNING_KEY"
     if [ -n "${PUBLIC_KEY:-}" ]; then
-        "$edgekit" verify "$out/$name.edge.zip" --pub "$PUBLIC_KEY"
+        "$edgekit" verify "$out/$name.edge.zip" --pub "$PUBLIC_KEY" --sbom "$out/$name.cdx.json"
     fi
 else
     "$edgekit" pack "$out/int8.edge" --out "$out/$name.edge.zip"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +58,46 @@ def liar(tmp_path: Path, tiny_bundle: Bundle, keys: Keys) -> Path:
         golden = {FLOAT_GRAPH: Tolerance("relative", 1e-3)}
         draft.manifest = Manifest(FORMAT, "liar", "tensor", (spec,), (spec,), golden=golden)
     return pack(tmp_path / "liar.edge", out=tmp_path / "liar.zip", key=keys.key)
+
+
+def _wheel_of(source: Path, out: Path) -> Path:
+    """A wheel of the sources in a folder, by the setuptools that is here: an isolated build downloads its own."""
+    out.mkdir()
+    words = [sys.executable, "-c", "import sys, setuptools.build_meta as b; b.build_wheel(sys.argv[1])", str(out)]
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+    subprocess.run(words, cwd=source, env=environment, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def build_wheel() -> Callable[[Path, Path], Path]:
+    return _wheel_of
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout; the sources that it was made of lie in ``source`` beside it."""
+    root, out = Path(__file__).parents[2], tmp_path_factory.mktemp("wheel")
+    source = out / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE", "edgekit"):
+        if (root / name).is_dir():
+            shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            source.mkdir(exist_ok=True)
+            shutil.copy(root / name, source)
+    made = _wheel_of(source, out / "made")
+    return made.rename(out / made.name)
+
+
+@pytest.fixture(scope="session")
+def python_of() -> Callable[[str], str]:
+    """The Python of a version, pyenv's or on the path; this one where there is none."""
+
+    def find(version: str) -> str:
+        pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+        return str(pyenv[-1]) if pyenv else shutil.which(f"python{version}") or sys.executable
+
+    return find
 
 
 @pytest.fixture

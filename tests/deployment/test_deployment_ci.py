@@ -57,6 +57,7 @@ def test_the_script_builds_signs_and_reproduces(tmp_path: Path, frozen: Path, ke
     packed = tmp_path / "one" / "tiny-frozen.edge.zip"
     assert verify(packed, pub=keys.pub)["key_id"] == keys.key_id
     assert packed.name in (tmp_path / "one" / "sha256sums.txt").read_text()
+    assert json.loads((tmp_path / "one" / "tiny-frozen.cdx.json").read_text())["bomFormat"] == "CycloneDX"
     assert install(packed, root=tmp_path / "root", pub=keys.pub)["slot"] == "a"
 
 

@@ -46,7 +46,12 @@ def test_systemd_accepts_the_unit(tmp_path: Path, with_devices: bool) -> None:
 def settings(folder: Path, bundle: Bundle, pictures: Path) -> Path:
     """The settings of the unit, with this machine's paths and a free port."""
     text = (DEPLOY / "scan.toml").read_text()
-    ours = {"/opt/edgekit/model.edge": bundle.path, "/srv/edgekit/inbox": pictures, "/var/lib/edgekit": folder, ":9110": ":0"}
+    ours = {
+        "/var/lib/edgekit/models/parcel/current": bundle.path,
+        "/srv/edgekit/inbox": pictures,
+        "/var/lib/edgekit": folder,
+        ":9110": ":0",
+    }
     for theirs, mine in ours.items():
         assert theirs in text
         text = text.replace(theirs, str(mine))
@@ -60,7 +65,7 @@ def test_the_units_commands_check_and_scan_until_sigterm(
     (state := tmp_path / "lib").mkdir()
     file = settings(state, digits_bundle, pictures)
     commands = re.findall(r"^Exec\w+=(.*)$", (DEPLOY / "edgekit-scan.service").read_text(), re.M)
-    assert commands == [f"{PROGRAM} scan --check {SETTINGS}", f"{PROGRAM} scan {SETTINGS}"]
+    assert commands == [f"-{PROGRAM} scan --check {SETTINGS}", f"{PROGRAM} scan {SETTINGS}"]
     checked = cli("scan", "--check", file)
     assert (checked.code, checked.out) == (0, f"{file} is in order\n")
 
