@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.deployment import install, keygen, pack, rollback, status
+from edgekit.deployment import checks
 from edgekit.deployment import slots as module
 from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureError
 from edgekit.runtime import Model
@@ -151,10 +152,16 @@ def test_a_full_disk_is_found_before_anything_is_written(
 ) -> None:
     root = tmp_path / "root"
     install(versions[0], root=root, pub=keys.pub)
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1 << 20))
-    with pytest.raises(EdgekitError, match="1 MiB free"):
-        install(versions[1], root=root, pub=keys.pub)
+    disk = namedtuple("disk", "f_frsize f_bavail f_files f_favail")
+    for found, words in (
+        (disk(4096, 256, 1000, 1000), "1 MiB free"),
+        (disk(4096, 1 << 20, 1000, 70), "70 more files"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(checks.os, "statvfs", lambda path, found=found: found)
+            patch.setattr(module, "_incoming", None)  # not even reached
+            with pytest.raises(EdgekitError, match=words):
+                install(versions[1], root=root, pub=keys.pub)
     assert status(root)["name"] == "v0"
 
 
