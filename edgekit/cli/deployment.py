@@ -111,9 +111,7 @@ def install(
     """
     from edgekit.deployment import install as run
 
-    data = run(
-        pack, root=root, pub=pub, unsigned=unsigned, backend=backend, max_latency_ms=max_latency_ms, starts=starts
-    )
+    data = run(pack, root=root, pub=pub, unsigned=unsigned, backend=backend, max_latency_ms=max_latency_ms, starts=starts)
     return Answer(data, _installed(data, starts))
 
 
@@ -196,7 +194,9 @@ def _shown(data: dict[str, Any], root: Path) -> str:
     rows = [("running", f"{known}, slot {data['slot']}, {'healthy' if data['healthy'] else 'not healthy'}")]
     trial = data["trial"]
     if trial:
-        words = f"start {trial['start']} of {trial['allowed']}" if trial["start"] else f"no start yet, {trial['allowed']} allowed"
+        words = (
+            f"start {trial['start']} of {trial['allowed']}" if trial["start"] else f"no start yet, {trial['allowed']} allowed"
+        )
         words += f", {trial['failed']} failed" if trial["failed"] else ""
         words += ", running now" if trial["running"] else ""
         rows.append(("on trial", words + (f"; the last said: {trial['error']}" if trial["error"] else "")))
@@ -204,6 +204,8 @@ def _shown(data: dict[str, Any], root: Path) -> str:
         rows.append(("confirmed", data["confirmed"]))
     rows.append(("previous", of(data["previous"]) if data["previous"] else "none to go back to"))
     if gone := data["returned"]:
-        rows.append(("returned", f"{gone['time']} from {gone['left']['name']} ({gone['left']['digest'][:12]}): {gone['reason']}"))
+        rows.append(
+            ("returned", f"{gone['time']} from {gone['left']['name']} ({gone['left']['digest'][:12]}): {gone['reason']}")
+        )
     rows.append(("free", f"{data['free_bytes'] / 1e9:.1f} GB"))
     return "\n".join(f"{name:<10} {words}" for name, words in rows)

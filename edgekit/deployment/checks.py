@@ -164,7 +164,9 @@ def _answering(runner: Runner) -> Any:
     inputs = as_taken(runner.frames, inputs)
     axes = batch_axes(bundle.manifest.inputs, bundle.manifest.outputs)
     batched = {name: axes[name] for name, array in inputs.items() if name in axes and array.ndim > axes[name]}
-    fixed = [spec.shape[axes[spec.name]] for spec in runner.inputs if spec.name in batched and len(spec.shape) > axes[spec.name]]
+    fixed = [
+        spec.shape[axes[spec.name]] for spec in runner.inputs if spec.name in batched and len(spec.shape) > axes[spec.name]
+    ]
     copies = runner.batches[0] if runner.batches else next((size for size in fixed if isinstance(size, int)), 1)
     count = min((inputs[name].shape[axis] for name, axis in batched.items()), default=1)
     feeds = [
