@@ -21,7 +21,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import IO, Any
 
-from edgekit.errors import BundleError, EdgekitError, SignatureError, UsageError, first_line
+from edgekit.errors import BundleError, SignatureError, UsageError, first_line
 from edgekit.files import naming
 from edgekit.progress import bar
 
@@ -74,7 +74,7 @@ def _parts(name: str) -> list[str]:
 
 
 def from_folder(folder: Path, admit: Callable[[Path], object]) -> Path:
-    """The newest pack in a folder that ``admit`` lets through (it raises `EdgekitError` for the others).
+    """The newest pack in a folder that ``admit`` lets through (it raises `SignatureError` or `BundleError` for the others).
 
     Raises `BundleError` where there is no pack, or the only one's refusal.
     """
@@ -87,12 +87,12 @@ def from_folder(folder: Path, admit: Callable[[Path], object]) -> Path:
         try:
             admit(path)
             admitted.append(path)
-        except EdgekitError as error:
-            refused.append((path, error))
+        except (BundleError, SignatureError) as error:
+            refused.append((path.name, error))
     if not admitted:
-        path, error = refused[-1]
+        name, last = refused[-1]
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise type(error)(f"no pack in {folder} can be installed: {path.name}: {error.message}{more}", error.hint)
+        raise type(last)(f"no pack in {folder} can be installed: {name}: {last.message}{more}", last.hint)
     return folder / choose([path.name for path in admitted])
 
 
@@ -176,7 +176,7 @@ def _opened(opener: urllib.request.OpenerDirector, url: str, headers: dict[str, 
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise BundleError(
                 f"{url}: its certificate is not trusted here ({error.reason.verify_message})",
-                "install the CA's certificate on the device (SSL_CERT_FILE names one), or set its clock; signed packs may come by http",
+                "install the CA's certificate (SSL_CERT_FILE names one) or set the clock; signed packs may come by http too",
             ) from None
         if isinstance(error.reason, OSError):
             raise error.reason from None

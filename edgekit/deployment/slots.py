@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import BundleError, EdgekitError, SignatureError, UsageError
+from edgekit.errors import BundleError, SignatureError, UsageError
 from edgekit.files import locked, sync_path
 from edgekit.installed import (
     CURRENT,
@@ -75,9 +75,9 @@ def install(
 
     Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``key_id``, ``golden``,
     ``latency_ms`` and ``latency_before_ms`` (p50 and p99 of single answers, of the new and of what ran), ``pack`` (where it
-    came from), ``seconds`` by step. Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one, `GoldenError`
-    where this device answers otherwise than training did, `BudgetNotMet` where p99 is above ``max_latency_ms``; the running
-    slot then stays as it is.
+    came from), ``seconds`` by step. Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one,
+    `GoldenError` where this device answers otherwise than training did, `BudgetNotMet` where p99 is above
+    ``max_latency_ms``; the running slot then stays as it is.
     """
     if pub is None and not unsigned:
         raise SignatureError(
@@ -210,6 +210,8 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
         link = folder / CURRENT
         reason = f"{link} leads to no slot" if link.is_symlink() or link.exists() else "nothing is installed"
         nothing = {"healthy": False, "reason": reason, "previous": None, "trial": None, "returned": None}
+        if (named := leads_to(folder)) and (older := way_back(read_state(folder), named)):
+            nothing["previous"] = {"slot": other_slot(named), **msgspec.to_builtins(older)}
         return {**_answer(folder, None, None), **nothing, **free}
     state = read_state(folder)
     record, before = state.slots.get(running), way_back(state, running)
@@ -291,8 +293,8 @@ def _free_slot(root: Path, state: State) -> Slot:
     again first, and stays the way back."""
     running = current_slot(root)
     if running is None:  # a slot that is named and not there, else the one that holds less
-        slots: tuple[Slot, Slot] = ("a", "b")
-        return leads_to(root) or min(slots, key=lambda slot: state.slots[slot].sequence if slot in state.slots else 0)
+        sequence = {slot: record.sequence for slot, record in state.slots.items()}
+        return leads_to(root) or ("a" if sequence.get("a", 0) <= sequence.get("b", 0) else "b")
     other = other_slot(running)
     before = way_back(state, running)
     unproven = state.trial_of(running) is not None

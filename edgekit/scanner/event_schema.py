@@ -139,8 +139,8 @@ class DriftEvent(Event, rename={"kind": "event"}, kw_only=True):
 
 
 class ModelEvent(Event, rename={"kind": "event"}, kw_only=True):
-    """A bundle was offered in the shadow of the one that runs, then promoted or refused; ``source`` is its path. ``returned``: an
-    install did not prove itself, and the scan began with the one before."""
+    """A bundle was offered in the shadow of the one that runs, then promoted or refused; ``source`` is its path.
+    ``returned``: an install did not prove itself, and the scan began with the one before."""
 
     kind: Literal["model"]
     state: Literal["offered", "promoted", "refused", "returned"]

@@ -113,9 +113,9 @@ class Health:
         """The loop went round."""
         if self._since is None:
             self._since = monotonic
-        if self._starts and not self._stop.is_set() and self._works():
-            if self._answered >= ANSWERS or monotonic >= self._since + ALIVE_S:
-                self._confirm()
+        proved = self._answered >= ANSWERS or monotonic >= self._since + ALIVE_S
+        if proved and self._starts and not self._stop.is_set() and self._works():
+            self._confirm()
         if self._roots and monotonic >= self._look:
             self._look = monotonic + LOOK_S
             self._notice()

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-
 from edgekit.deployment import install, rollback, starting, status
 from edgekit.deployment import slots as module
 
@@ -22,10 +21,9 @@ Act = Callable[[Path], object]
 
 
 @pytest.fixture
-def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The golden and latency checks change nothing below the root (`test_what_an_install_asks_of_the_disk`)."""
     monkeypatch.setattr(module, "_tried", lambda *args: {})
-    yield
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
-from edgekit.deployment import install, keygen, pack, rollback, status
-from edgekit.deployment import checks
+from edgekit.deployment import checks, install, keygen, pack, rollback, status
 from edgekit.deployment import slots as module
 from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureError
 from edgekit.runtime import Model
