@@ -73,8 +73,9 @@ def _parts(name: str) -> list[str]:
     return [part for part in re.split(r"(\d{1,18})", name.lower().removesuffix(".zip")) if part]
 
 
-def from_folder(folder: Path, admit: Callable[[Path], object]) -> Path:
-    """The newest pack in a folder that ``admit`` lets through (it raises `SignatureError` or `BundleError` for the others).
+def from_folder(folder: Path, admit: Callable[[Path], int]) -> Path:
+    """The newest pack in a folder of those that ``admit`` lets through (it raises `SignatureError` or `BundleError` for the
+    others): of the highest number that ``admit`` gives, then by name.
 
     Raises `BundleError` where there is no pack, or the only one's refusal.
     """
@@ -82,18 +83,18 @@ def from_folder(folder: Path, admit: Callable[[Path], object]) -> Path:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".zip" and path.is_file())
     if not found:
         raise BundleError(f"there is no packed bundle (*.zip) in {folder}", "make one: edgekit pack B --out F.zip --key K")
-    admitted, refused = [], []
+    admitted: dict[str, int] = {}
+    refused = []
     for path in found:
         try:
-            admit(path)
-            admitted.append(path)
+            admitted[path.name] = admit(path)
         except (BundleError, SignatureError) as error:
             refused.append((path.name, error))
     if not admitted:
         name, last = refused[-1]
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise type(last)(f"no pack in {folder} can be installed: {name}: {last.message}{more}", last.hint)
-    return folder / choose([path.name for path in admitted])
+    return folder / choose([name for name, number in admitted.items() if number == max(admitted.values())])
 
 
 @contextlib.contextmanager

@@ -131,9 +131,9 @@ def _refuse_odd(folder: Path, max_latency_ms: float | None, starts: int) -> None
 def _looked_at(pack: str | os.PathLike[str], folder: Path, pub: str | os.PathLike[str] | None) -> Path:
     """The pack's file, checked where it lies, and room made sure of: all before anything is written."""
 
-    def admit(path: Path) -> None:
+    def admit(path: Path) -> int:
         with open_pack(path) as file, _checked(file, os.fspath(path), pub):
-            pass
+            return 0  # no pack is known to be newer than another: names decide
 
     with readable(pack):
         found = from_folder(Path(pack), admit) if Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file() else Path(pack)

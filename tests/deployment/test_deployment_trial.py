@@ -289,7 +289,7 @@ def test_a_model_that_takes_no_frame_is_not_healthy(scanned: Path, monkeypatch: 
 
 def test_a_root_that_cannot_be_written_is_said_and_the_scan_runs(scanned: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)
+        Path(name).chmod(0o755)
         root = Path(shutil.copytree(scanned, Path(name) / "root", symlinks=True))
         root.chmod(0o555)
 
