@@ -94,19 +94,13 @@ def install(
         if made:
             sync_path(folder.absolute().parent)
         with locked(folder), _incoming(folder) as work:
-            check_links(folder, work)
-            copy = work / "pack.zip"
             with steps("fetch" if remote else "copy"):
-                if remote:
-                    pack = fetch(os.fspath(pack), copy, check_room(folder, 0, 1), unsigned)
-                else:
-                    with open_pack(pack) as file, copy.open("xb") as target:
-                        shutil.copyfileobj(unbroken(file, pack), target, 1 << 20)
+                copy, pack = _copied(pack, folder, work, unsigned)
             with steps("extract"), open_pack(copy) as file, _checked(file, os.fspath(pack), pub) as (archive, key_id):
                 running = current_slot(folder)
                 if running and _same(folder / CURRENT, archive.manifest_bytes):
                     known = _answer(folder, running, read_state(folder).slots.get(running))
-                    return {**known, "unchanged": True, "pack": os.fspath(pack), "seconds": steps.seconds}
+                    return {**known, "unchanged": True, "pack": pack, "seconds": steps.seconds}
                 if remote:
                     check_room(folder, *_needed(archive, folder, 0))
                 fresh = work / "bundle"
@@ -115,8 +109,19 @@ def install(
             tried = _tried(fresh, folder, backend, max_latency_ms, steps)
             with steps("switch"):
                 slot, record = _place(folder, fresh, key_id, starts)
-    done = {"unchanged": False, "pack": os.fspath(pack), "seconds": steps.seconds}
+    done = {"unchanged": False, "pack": pack, "seconds": steps.seconds}
     return {**_answer(folder, slot, record), **tried, **done}
+
+
+def _copied(pack: str | os.PathLike[str], folder: Path, work: Path, unsigned: bool) -> tuple[Path, str]:
+    """The private copy, and where it came from."""
+    check_links(folder, work)
+    copy = work / "pack.zip"
+    if is_url(pack):
+        return copy, fetch(os.fspath(pack), copy, check_room(folder, 0, 1), unsigned)
+    with open_pack(pack) as file, copy.open("xb") as target:
+        shutil.copyfileobj(unbroken(file, pack), target, 1 << 20)
+    return copy, os.fspath(pack)
 
 
 def _refuse_odd(folder: Path, max_latency_ms: float | None, starts: int) -> None:
