@@ -113,7 +113,7 @@ def main() -> None:
         forked(lambda: install(releases[0], root=root, pub=pub), None)
         forked(lambda: install(releases[1], root=root, pub=pub), None)
         left = sorted(path.name for path in root.iterdir())
-        whole = status(root)["name"] == "v1" and left == ["current", "slots", "state.json"]
+        whole = status(root)["name"] == "v1" and left == ["current", "slots", "state.json", "trust.json"]
     figures = {
         "kills": killed.total(),
         "corrupt": corrupt,

@@ -183,7 +183,9 @@ def evaluate(
     if save:
         config = {"data": data, **({"beam": beam} if beam > 1 else {}), **described}
         kept = _examples(split, tensors, truth, outputs, data) if isinstance(judged, Accuracy) else {}
-        opened.extend(kept, opened.entry("eval", config, {**judged.record(), "samples": len(truth)}))
+        opened.extend(
+            kept, opened.entry("eval", config, {**judged.record(), "samples": len(truth), "data_digest": dataset.digest})
+        )
     return {**judged.figures(), "samples": len(truth), "damaged": list(tensors.damaged), "data": data, **described}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -38,6 +39,8 @@ __all__ = [
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
+_TOOLS = ("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "torch")
+_COMMIT = re.compile(rb"([0-9a-f]{40,64}(?:-dirty)?)\n")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
 
 
@@ -168,7 +171,11 @@ class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class History(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One finished stage: what ran, on which parent (bundle digest), and what it measured."""
+    """One finished stage: what ran, on which parent (bundle digest), and what it measured.
+
+    ``commit``: of the git repository in whose folder it ran, with ``-dirty`` where tracked files differed from it; absent
+    outside of one. ``tools``: versions of the libraries that it had loaded.
+    """
 
     stage: str
     time: str
@@ -176,6 +183,8 @@ class History(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: dict[str, Any] = {}
     parent: str | None = None
     figures: dict[str, Any] = {}
+    commit: str | msgspec.UnsetType = msgspec.UNSET
+    tools: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -258,5 +267,33 @@ def checked_encoding(manifest: Manifest, where: str | os.PathLike[str]) -> bytes
 
 
 def history_entry(stage: str, config: Mapping[str, Any], figures: Mapping[str, Any], parent: str | None = None) -> History:
+    """An entry for what has just been done here, with the time, the commit and the tools' versions."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return History(stage, now, __version__, dict(config), parent, dict(figures))
+    return History(stage, now, __version__, dict(config), parent, dict(figures), _commit() or msgspec.UNSET, _tools())
+
+
+def _tools() -> dict[str, str] | msgspec.UnsetType:
+    """Versions of the heavy libraries that this process has loaded; none is loaded for it."""
+    found = {name: getattr(sys.modules.get(name), "__version__", None) for name in _TOOLS}
+    return {name: str(version) for name, version in found.items() if version} or msgspec.UNSET
+
+
+def _commit() -> str | None:
+    """The commit of the working directory. None without git, outside a repository, or where git takes too long."""
+    import subprocess  # the device only reads
+
+    # No file system monitor: it would be a program that the repository names. No locks: another git may be at work.
+    command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(  # noqa: S603
+            command,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    match = _COMMIT.fullmatch(done.stdout)
+    return match[1].decode() if match and done.returncode == 0 else None

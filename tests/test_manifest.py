@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from edgekit.manifest import (
     Tolerance,
     decode_manifest,
     encode_manifest,
+    history_entry,
     is_safe_name,
 )
 
@@ -124,3 +127,46 @@ def test_a_flipped_byte_in_the_manifest_is_refused(tiny_bundle: Bundle, bit: int
             assert decode_manifest(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :], "here") == tiny_bundle.manifest
             taken += 1
     assert taken <= good.count(b"e-0")
+
+
+# Provenance
+
+
+def test_an_entry_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*args: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.invalid")
+        return subprocess.run(["git", *identity, *args], check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert history_entry("train", {}, {}).commit is msgspec.UNSET
+    git("init", "-q")
+    assert history_entry("train", {}, {}).commit is msgspec.UNSET  # nothing is committed yet
+    Path("a").write_text("1")
+    git("add", "a")
+    git("commit", "-qm", "a")
+    git("tag", "-am", "a name is no commit", "v1")
+    head = git("rev-parse", "HEAD")
+    assert history_entry("train", {}, {}).commit == head
+    Path("beside").write_text("an output, not a source")
+    assert history_entry("train", {}, {}).commit == head
+    Path("a").write_text("2")
+    assert history_entry("train", {}, {}).commit == f"{head}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert history_entry("train", {}, {}).commit is msgspec.UNSET
+
+
+def test_an_entry_without_provenance_reads_as_before() -> None:
+    """A manifest of before has neither field, and its seal must hold."""
+    entry = History("train", "2026-01-01T00:00:00Z", "0.1.0")
+    data = encode_manifest(Manifest(FORMAT, "old", "tensor", (), (), history=(entry,)))
+    assert b"commit" not in data
+    assert b"tools" not in data
+    assert decode_manifest(data, "here").history == (entry,)
+
+
+def test_an_entry_names_the_tools_that_were_loaded() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tools = history_entry("bench", {}, {}).tools
+    assert isinstance(tools, dict)
+    assert tools["onnxruntime"] == onnxruntime.__version__

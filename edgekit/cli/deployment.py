@@ -1,4 +1,4 @@
-"""pack, verify, keygen, install, rollback, status."""
+"""pack, sign, verify, keygen, revoke, install, rollback, status."""
 
 from __future__ import annotations
 
@@ -9,52 +9,109 @@ import click
 
 from edgekit.cli.common import Answer, answers, bundle_argument, out_option
 
-__all__ = ["install", "keygen", "pack", "rollback", "status", "verify"]
+__all__ = ["install", "keygen", "pack", "revoke", "rollback", "sign", "status", "verify"]
 
 _FILE = click.Path(path_type=Path)
 _pack_argument = click.argument("pack", metavar="F.zip", type=_FILE)
+_pub_help = "Who may sign: a public key (edgekit.pub), a file of several, or a folder of .pub files; may be repeated."
+_revoked = click.option(
+    "--revoked", multiple=True, metavar="FILE", type=_FILE, help="A list from revoke; revoked.txt beside F.zip is read anyway."
+)
 _root = click.option("--root", required=True, metavar="DIR", type=_FILE, help="Where the slots lie on the device.")
 
 
 @click.command("pack")
 @bundle_argument()
 @out_option("The packed bundle to write.", metavar="F.zip")
-@click.option("--key", metavar="K", type=_FILE, help="Sign with this private key (from keygen).")
+@click.option("--key", multiple=True, metavar="K", type=_FILE, help="Sign with this private key; may be repeated.")
+@click.option("--release", type=int, metavar="N", help="Devices take no lower one again. [default: time of the last change]")
+@click.option("--expires", metavar="WHEN", help="Last day to install it: 2027-12-31, or 90d after the bundle's last change.")
 @answers
-def pack(bundle: Path, out: Path, key: Path | None) -> Answer:
+def pack(bundle: Path, out: Path, key: tuple[Path, ...], release: int | None, expires: str | None) -> Answer:
     """Pack bundle B into one file, signed where --key is given.
 
-    The same bundle and key give the same bytes. Weights, report and bench files stay at home.
+    The same bundle and keys give the same bytes. Weights, report and bench files stay at home.
 
     \b
     Example:
       edgekit pack parcel.edge --out parcel.edge.zip --key keys/edgekit.key
+      edgekit pack parcel.edge --out parcel.edge.zip --key keys/edgekit.key --release 12 --expires 2027-12-31
     """
     from edgekit.deployment import contents
     from edgekit.deployment import pack as run
 
-    packed = run(bundle, out=out, key=key)
+    packed = run(bundle, out=out, key=key, release=release, expires=expires)
     held = contents(packed)
-    signed = f"signed by key {held['key_id']}" if held["key_id"] else "not signed"
-    text = f"{packed}: {len(held['files'])} files, {held['size_bytes'] / 1e6:.2f} MB, {signed}"
-    return Answer({"bundle": str(packed), **held}, text)
+    return Answer({"bundle": str(packed), **held}, f"{packed}: {len(held['files'])} files, {_sizes(held)}, {_stated(held)}")
+
+
+@click.command("sign")
+@_pack_argument
+@click.option("--key", required=True, multiple=True, metavar="K", type=_FILE, help="The private key; may be repeated.")
+@answers
+def sign(pack: Path, key: tuple[Path, ...]) -> Answer:
+    """Add a signature to a packed bundle, for devices that know another key.
+
+    \b
+    Example:
+      edgekit sign parcel.edge.zip --key keys/2027/edgekit.key
+    """
+    from edgekit.deployment import sign as run
+
+    held = run(pack, key=key)
+    return Answer({"bundle": str(pack), **held}, f"{pack}: {_stated(held)}")
+
+
+def _sizes(held: dict[str, Any]) -> str:
+    return f"{held['size_bytes'] / 1e6:.2f} MB"
+
+
+def _stated(held: dict[str, Any]) -> str:
+    """Who signed what, in words."""
+    signed = f"signed by key {', '.join(held['key_ids'])}" if held["key_ids"] else "not signed"
+    until = f", to be installed until {held['expires']}" if held["expires"] else ""
+    return f"release {held['release']} of {held['name']}{until}, {signed}"
 
 
 @click.command("verify")
 @_pack_argument
-@click.option("--pub", required=True, metavar="P", type=_FILE, help="The public key of who may sign (edgekit.pub).")
+@click.option("--pub", required=True, multiple=True, metavar="P", type=_FILE, help=_pub_help)
+@_revoked
+@click.option("--sbom", metavar="F.json", type=_FILE, help="Write the list of what is inside here (CycloneDX 1.6).")
 @answers
-def verify(pack: Path, pub: Path) -> Answer:
+def verify(pack: Path, pub: tuple[Path, ...], revoked: tuple[Path, ...], sbom: Path | None) -> Answer:
     """Check a packed bundle's signature, then all names, sizes and hashes in it.
 
     \b
     Example:
       edgekit verify parcel.edge.zip --pub keys/edgekit.pub
+      edgekit verify parcel.edge.zip --pub keys/ --revoked revoked.txt --sbom parcel.cdx.json
     """
     from edgekit.deployment import verify as run
 
-    data = run(pack, pub=pub)
-    return Answer(data, f"{pack}: {data['name']}, {len(data['files'])} files, signed by key {data['key_id']}")
+    data = run(pack, pub=pub, revoked=revoked, sbom=sbom)
+    return Answer({**data, "sbom": sbom}, f"{pack}: {len(data['files'])} files, {_stated(data)}")
+
+
+@click.command("revoke")
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@out_option("The list to write; one that is there, signed by the same key, is added to.", metavar="FILE")
+@click.option("--key", required=True, metavar="K", type=_FILE, help="Sign with this private key, which devices trust.")
+@answers
+def revoke(ids: tuple[str, ...], out: Path, key: Path) -> Answer:
+    """List keys and packs that devices must no longer believe.
+
+    ID is a key id (16 hex digits, from keygen) or the digest of a pack or a bundle (64, from verify --json). What a device has
+    once read in such a list stays revoked there.
+
+    \b
+    Example:
+      edgekit revoke 3b0c44298fc1c149 --out revoked.txt --key keys/2027/edgekit.key
+    """
+    from edgekit.deployment import revoke as run
+
+    data = run(ids, out=out, key=key)
+    return Answer(data, f"{out}: {len(data['keys'])} keys and {len(data['digests'])} digests, number {data['number']}")
 
 
 @click.command("keygen")
@@ -75,8 +132,10 @@ def keygen(out: Path) -> Answer:
 @click.command("install")
 @click.argument("pack", metavar="F.zip|DIR|URL", type=str)
 @_root
-@click.option("--pub", metavar="P", type=_FILE, help="The public key of who may sign; required unless --unsigned.")
+@click.option("--pub", multiple=True, metavar="P", type=_FILE, help=f"{_pub_help} Required unless --unsigned.")
 @click.option("--unsigned", is_flag=True, help="Accept a pack without a signature: for your own desk, not for a fleet.")
+@_revoked
+@click.option("--allow-older", is_flag=True, help="Take a release older than one that this device has accepted.")
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Backend of the self-test.")
 @click.option(
     "--max-latency-ms",
@@ -94,7 +153,15 @@ def keygen(out: Path) -> Answer:
 )
 @answers
 def install(
-    pack: str, root: Path, pub: Path | None, unsigned: bool, backend: str, max_latency_ms: float | None, starts: int
+    pack: str,
+    root: Path,
+    pub: tuple[Path, ...],
+    unsigned: bool,
+    revoked: tuple[Path, ...],
+    allow_older: bool,
+    backend: str,
+    max_latency_ms: float | None,
+    starts: int,
 ) -> Answer:
     """Install a packed bundle on this device: verify, extract, test, then switch DIR/current to it.
 
@@ -111,7 +178,8 @@ def install(
     """
     from edgekit.deployment import install as run
 
-    data = run(pack, root=root, pub=pub, unsigned=unsigned, backend=backend, max_latency_ms=max_latency_ms, starts=starts)
+    trust: dict[str, Any] = {"pub": pub or None, "unsigned": unsigned, "revoked": revoked, "allow_older": allow_older}
+    data = run(pack, root=root, backend=backend, max_latency_ms=max_latency_ms, starts=starts, **trust)
     return Answer(data, _installed(data, starts))
 
 

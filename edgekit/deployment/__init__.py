@@ -1,8 +1,11 @@
 """From a bundle to a device: pack, sign, verify, install, roll back.
 
-    signing.py   Ed25519 over a whole file, in a trailer that needs no parser
+    signing.py   keys; Ed25519 over a whole file and what is stated of it, in a trailer that needs no parser
+    revoking.py  signed lists of keys and packs that are no longer to be believed
+    trusted.py   what a device believes: keys, revocations, the releases it has accepted, the time
     archive.py   the packed bundle: a plain zip, written the same way every time, read with suspicion
-    packing.py   pack and verify
+    packing.py   pack, sign and verify
+    inventory.py what is inside, and the same as a bill of materials (CycloneDX)
     fetching.py  where a pack comes from: a file, a stick, an HTTP server
     checks.py    what is tried before a switch: room, golden outputs, latency
     slots.py     two slots under a root, switched by one rename; `edgekit.installed` is what the scanner knows of them
@@ -12,8 +15,22 @@ Nothing here trusts a byte before its signature is checked; a pack that was refu
 
 from edgekit.installed import Start, mark, starting
 
-from .packing import contents, pack, verify
+from .packing import contents, pack, sign, verify
+from .revoking import revoke
 from .signing import keygen
 from .slots import install, rollback, status
 
-__all__ = ["Start", "contents", "install", "keygen", "mark", "pack", "rollback", "starting", "status", "verify"]
+__all__ = [
+    "Start",
+    "contents",
+    "install",
+    "keygen",
+    "mark",
+    "pack",
+    "revoke",
+    "rollback",
+    "sign",
+    "starting",
+    "status",
+    "verify",
+]

@@ -1,10 +1,15 @@
-"""Ed25519 (RFC 8032) over a whole file. The signature is the file's last line, so checking it needs no parser.
+"""Ed25519 (RFC 8032) over a whole file and a statement about it. Both stand in the last `TRAILER_BYTES` bytes:
 
-    ... any bytes ...edgekit-signature-v1 KEY_ID BASE64\\n
+    ... any bytes ...
+    edgekit-pack-1 release=0020261128120000 expires=2027-12-31T23:59:59Z\\n
+    edgekit-signature KEY_ID BASE64\\n        four lines; one without a signature is all dashes
 
-``KEY_ID`` is the first 16 hex digits of the sha256 of the raw public key. Signed is ``CONTEXT + sha512(all before the
-trailer)``: the file streams through a hash, so memory stays flat, and the context keeps a signature of ours from being
-one of anything else. In a packed bundle the trailer is the zip's comment, so ``unzip`` still works.
+``KEY_ID`` is the first 16 hex digits of the sha256 of the raw public key. Signed is ``CONTEXT + the statement's line +
+sha256(all before the trailer)``: the file streams through a hash, so memory stays flat, and the context keeps a signature of
+ours from being one of anything else. The trailer has one length and one spelling, so it is found and checked without a parser,
+and a signature is added without moving a byte. In a packed bundle it is the zip's comment, so ``unzip`` still works.
+
+sha256, not sha512: the processors of Jetsons and of today's servers have instructions for it.
 """
 
 from __future__ import annotations
@@ -13,27 +18,80 @@ import base64
 import hashlib
 import os
 import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from edgekit.bundle import refuse_inside_bundle
 from edgekit.errors import MissingExtra, OutputExists, SignatureError, first_line
 
-__all__ = ["TRAILER_BYTES", "Signature", "check_signature", "key_id_of", "keygen", "read_trailer", "sign_file"]
+__all__ = [
+    "LINE_BYTES",
+    "MAX_RELEASE",
+    "MAX_SIGNATURES",
+    "NEVER",
+    "TRAILER_BYTES",
+    "Checked",
+    "PathOrPaths",
+    "Statement",
+    "Trailer",
+    "as_paths",
+    "blank_trailer",
+    "check_line",
+    "check_signature",
+    "key_id_of",
+    "keygen",
+    "private_key",
+    "public_keys",
+    "read_trailer",
+    "sign_file",
+    "signature_line",
+]
 
-PREFIX = b"edgekit-signature-v1 "
-CONTEXT = b"edgekit-signature-v1\0"
-_TRAILER = re.compile(rb"edgekit-signature-v1 ([0-9a-f]{16}) ([A-Za-z0-9+/]{86}==)\n")
-TRAILER_BYTES = len(PREFIX) + 16 + 1 + 88 + 1
+PathOrPaths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+CONTEXT = b"edgekit-pack-1\0"
+MAX_SIGNATURES = 4
+MAX_RELEASE = 10**16 - 1
+NEVER = "9999-12-31T23:59:59Z"
+_EMPTY = b"edgekit-signature " + b"-" * 16 + b" " + b"-" * 88 + b"\n"
+_STATEMENT = re.compile(
+    rb"edgekit-pack-1 release=([0-9]{16}) expires=([0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T"
+    rb"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]Z)\n"
+)
+_LINE = re.compile(rb"edgekit-signature ([0-9a-f]{16}) ([A-Za-z0-9+/]{86}==)\n")
+_STATEMENT_BYTES = 69
+LINE_BYTES = len(_EMPTY)
+TRAILER_BYTES = _STATEMENT_BYTES + MAX_SIGNATURES * LINE_BYTES
 _BLOCK = 1 << 20
 _MAX_KEY_BYTES = 1 << 16
+_MAX_KEYS = 256
+_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----[\r\n]+[A-Za-z0-9+/=\r\n]+-----END PUBLIC KEY-----")
 
 
-class Signature(NamedTuple):
-    """What the trailer says; true only once `check_signature` has checked it. ``value`` is 64 bytes."""
+class Statement(NamedTuple):
+    """What a signer says of a pack. ``release`` grows; ``expires`` is in UTC, `NEVER` where the pack has no end."""
 
-    key_id: str
-    value: bytes
+    release: int
+    expires: str = NEVER
+
+    def line(self) -> bytes:
+        return f"edgekit-pack-1 release={self.release:016} expires={self.expires}\n".encode()
+
+
+class Trailer(NamedTuple):
+    """What a trailer says; true only once `check_signature` has checked it. ``signatures``: key id -> 64 bytes."""
+
+    statement: Statement
+    signatures: dict[str, bytes]
+
+
+class Checked(NamedTuple):
+    """A signed file whose signature holds. ``digest``: sha256 of all before the trailer, the same whoever signs."""
+
+    statement: Statement
+    key_ids: tuple[str, ...]
+    digest: str
 
 
 def keygen(out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -65,70 +123,136 @@ def key_id_of(public: Any) -> str:
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()[:16]
 
 
-def read_trailer(file: IO[bytes]) -> Signature | None:
-    """The signature that a file carries, unchecked; None where it carries none of the exact form."""
+# The trailer
+
+
+def blank_trailer(statement: Statement) -> bytes:
+    """A trailer that nobody has signed yet."""
+    return statement.line() + _EMPTY * MAX_SIGNATURES
+
+
+def read_trailer(file: IO[bytes]) -> Trailer | None:
+    """The trailer that a file carries, unchecked; None where it has none of the exact form."""
     size = file.seek(0, os.SEEK_END)
     if size <= TRAILER_BYTES:
         return None
     file.seek(size - TRAILER_BYTES)
-    match = _TRAILER.fullmatch(file.read(TRAILER_BYTES))
+    data = file.read(TRAILER_BYTES)
+    said = _STATEMENT.fullmatch(data[:_STATEMENT_BYTES])
+    if not said:
+        return None
+    signatures: dict[str, bytes] = {}
+    lines = [data[at : at + LINE_BYTES] for at in range(_STATEMENT_BYTES, TRAILER_BYTES, LINE_BYTES)]
+    while lines and lines[-1] == _EMPTY:  # the free lines are the last ones
+        lines.pop()
+    for line in lines:
+        found = _signature(line)
+        if found is None or found[0] in signatures:
+            return None
+        signatures[found[0]] = found[1]
+    return Trailer(Statement(int(said[1]), said[2].decode()), signatures)
+
+
+def _signature(line: bytes) -> tuple[str, bytes] | None:
+    """(key id, 64 bytes) of a signature's line in its one spelling."""
+    match = _LINE.fullmatch(line)
     if not match:
         return None
     value = base64.b64decode(match[2])
     # Base64 of 64 bytes has four idle bits: only the one canonical spelling counts, so that no bit is free to flip.
-    return Signature(match[1].decode(), value) if base64.b64encode(value) == match[2] else None
+    return (match[1].decode(), value) if base64.b64encode(value) == match[2] else None
+
+
+def signature_line(secret: Any, message: bytes) -> bytes:
+    """The line that says that the private key ``secret`` signed ``message``."""
+    return f"edgekit-signature {key_id_of(secret.public_key())} ".encode() + base64.b64encode(secret.sign(message)) + b"\n"
+
+
+def check_line(line: bytes, message: bytes, keys: Mapping[str, Any]) -> str | None:
+    """The id of the key of ``keys`` that signed ``message``, by a line of `signature_line`; None where no known key did.
+
+    Raises `SignatureError` where a known key signed something else.
+    """
+    found = _signature(line)
+    if found is None or found[0] not in keys:
+        return None
+    _hold(keys, *found, message)
+    return found[0]
 
 
 def sign_file(file: IO[bytes], key: str | os.PathLike[str]) -> str:
-    """Overwrite the last `TRAILER_BYTES` bytes of an open file with its signature; returns the key id.
+    """Add a signature to the trailer of an open file (one of `blank_trailer` at least); returns the key id.
 
-    Raises `SignatureError` where ``key`` is no Ed25519 private key.
+    Raises `SignatureError` where ``key`` is no Ed25519 private key, where that key has signed already, or where four have.
     """
-    secret = _private_key(Path(key))
-    end = file.seek(0, os.SEEK_END) - TRAILER_BYTES
-    value = secret.sign(CONTEXT + _hash(file, end))
+    secret = private_key(Path(key))
     key_id = key_id_of(secret.public_key())
-    file.seek(end)
-    file.write(PREFIX + key_id.encode() + b" " + base64.b64encode(value) + b"\n")
+    trailer = read_trailer(file)
+    if trailer is None:
+        raise SignatureError("the pack has no place for a signature", "make it anew: edgekit pack B --out F.zip --key K")
+    if key_id in trailer.signatures:
+        raise SignatureError(f"the pack is signed by key {key_id} already", "give another --key")
+    if len(trailer.signatures) == MAX_SIGNATURES:
+        raise SignatureError(f"the pack has {MAX_SIGNATURES} signatures, which is all there is place for", "pack it anew")
+    end = file.seek(0, os.SEEK_END) - TRAILER_BYTES
+    line = signature_line(secret, CONTEXT + trailer.statement.line() + _hash(file, end))
+    file.seek(end + _STATEMENT_BYTES + len(trailer.signatures) * LINE_BYTES)
+    file.write(line)
     return key_id
 
 
-def check_signature(file: IO[bytes], pub: str | os.PathLike[str]) -> str:
-    """Check an open file against a public key (PEM); returns the key id. Nothing of the file is parsed.
+def check_signature(file: IO[bytes], keys: Mapping[str, Any], revoked: Collection[str] = ()) -> Checked:
+    """Check an open file against trusted keys (`public_keys`). Nothing of the file is parsed.
 
-    Raises `SignatureError` where the file is not signed, was signed by another key, or differs by one bit.
+    One good signature by a key that is trusted and not revoked is enough; signatures by unknown keys are passed over. Raises
+    `SignatureError` where there is none, or where a trusted key's does not fit the file.
     """
-    public = _public_key(Path(pub))
-    from cryptography.exceptions import InvalidSignature
-
-    signature = read_trailer(file)
-    if signature is None:
+    trailer = read_trailer(file)
+    if trailer is None or not trailer.signatures:
         raise SignatureError(
             "the pack is not signed, or its signature is damaged", "sign it: edgekit pack B --out F.zip --key K"
         )
-    expected = key_id_of(public)
-    if signature.key_id != expected:
+    signers = trailer.signatures.keys()
+    if not signers & keys.keys():
         raise SignatureError(
-            f"the pack is signed by key {signature.key_id}, {pub} is key {expected}", "give the public key of its signer"
+            f"the pack is signed by key {', '.join(signers)}; trusted is {', '.join(sorted(keys))}",
+            "give the public key of its signer",
         )
-    end = file.seek(0, os.SEEK_END) - TRAILER_BYTES
+    known = [key_id for key_id in signers if key_id in keys and key_id not in revoked]
+    if not known:
+        raise SignatureError(
+            f"the pack is signed by key {', '.join(sorted(signers & keys.keys()))}, which is revoked",
+            "do not use it; get one that is signed by a key in force",
+        )
+    digest = _hash(file, file.seek(0, os.SEEK_END) - TRAILER_BYTES)
+    for key_id in known:
+        _hold(keys, key_id, trailer.signatures[key_id], CONTEXT + trailer.statement.line() + digest)
+    return Checked(trailer.statement, tuple(known), digest.hex())
+
+
+def _hold(keys: Mapping[str, Any], key_id: str, value: bytes, message: bytes) -> None:
+    from cryptography.exceptions import InvalidSignature
+
     try:
-        public.verify(signature.value, CONTEXT + _hash(file, end))
+        keys[key_id].verify(value, message)
     except InvalidSignature:
         raise SignatureError(
-            f"the signature by key {expected} does not match: the pack was changed or damaged", "do not use it; fetch it again"
+            f"the signature by key {key_id} does not match: the file was changed or damaged", "do not use it; fetch it again"
         ) from None
-    return expected
 
 
 def _hash(file: IO[bytes], end: int) -> bytes:
-    """sha512 of the first ``end`` bytes."""
-    digest = hashlib.sha512()
+    """sha256 of the first ``end`` bytes."""
+    digest = hashlib.sha256()
     file.seek(0)
-    while end > 0 and (block := file.read(min(_BLOCK, end))):
-        digest.update(block)
-        end -= len(block)
+    block = memoryview(bytearray(_BLOCK))
+    while end > 0 and (count := file.readinto(block[: min(_BLOCK, end)])):  # type: ignore[attr-defined]
+        digest.update(block[:count])
+        end -= count
     return digest.digest()
+
+
+# Keys
 
 
 def _cryptography() -> tuple[Any, Any]:
@@ -141,7 +265,15 @@ def _cryptography() -> tuple[Any, Any]:
     return ed25519, serialization
 
 
-def _private_key(path: Path) -> Any:
+def as_paths(value: PathOrPaths | None) -> list[Path]:
+    """One path, several or none, as a list."""
+    if value is None:
+        return []
+    return [Path(value)] if isinstance(value, str | os.PathLike) else [Path(path) for path in value]
+
+
+def private_key(path: Path) -> Any:
+    """The Ed25519 private key in a PEM file. Raises `SignatureError` for anything else."""
     ed25519, serialization = _cryptography()
     data = _read_key(path)
     try:
@@ -155,23 +287,56 @@ def _private_key(path: Path) -> Any:
     return key
 
 
-def _public_key(path: Path) -> Any:
+def public_keys(pub: PathOrPaths) -> dict[str, Any]:
+    """Key id -> public key, of PEM files (each may hold several) and of folders (their ``.pub`` files).
+
+    Raises `SignatureError` where one of them is no Ed25519 public key, or where there is none: a list of keys that is only
+    half understood is not believed at all.
+    """
+    keys: dict[str, Any] = {}
+    for path in as_paths(pub):
+        files = sorted(path.glob("*.pub")) if path.is_dir() else [path]
+        if not files:
+            raise SignatureError(f"the folder {path} holds no .pub file", "put the edgekit.pub of keygen there")
+        if len(files) > _MAX_KEYS:
+            raise SignatureError(f"{path} holds {len(files)} key files, at most {_MAX_KEYS} are read", "leave those in force")
+        for file in files:
+            keys |= {key_id_of(key): key for key in _public_keys_of(file)}
+    if not 0 < len(keys) <= _MAX_KEYS:
+        raise SignatureError(f"{len(keys)} public keys were given, 1 to {_MAX_KEYS} can be", "give the edgekit.pub of keygen")
+    return keys
+
+
+def _public_keys_of(path: Path) -> list[Any]:
     ed25519, serialization = _cryptography()
     data = _read_key(path)
-    try:
-        key = serialization.load_pem_public_key(data)
-    except Exception as error:  # noqa: BLE001  as above
-        raise SignatureError(f"{path} is not a public key: {first_line(error)}", "give the edgekit.pub of keygen") from None
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise SignatureError(f"{path} is not an Ed25519 public key", "give the edgekit.pub of keygen")
-    return key
+    if b"PRIVATE KEY-----" in data:
+        raise SignatureError(
+            f"{path} is not a public key: it holds a private one", "keep that secret; devices get the edgekit.pub of keygen"
+        )
+    blocks = _PEM.findall(data)
+    if not blocks or data.count(b"-----BEGIN") != len(blocks):
+        raise SignatureError(f"{path} is not a public key: no whole PEM block", "give the edgekit.pub of keygen")
+    keys = []
+    for block in blocks:
+        try:
+            key = serialization.load_pem_public_key(block)
+        except Exception as error:  # noqa: BLE001  as above
+            raise SignatureError(f"{path} is not a public key: {first_line(error)}", "give the edgekit.pub of keygen") from None
+        if not isinstance(key, ed25519.Ed25519PublicKey):
+            raise SignatureError(f"{path} is not an Ed25519 public key", "give the edgekit.pub of keygen")
+        keys.append(key)
+    return keys
 
 
 def _read_key(path: Path) -> bytes:
     if not path.is_file():
         raise SignatureError(f"there is no key file {path}", "make one: edgekit keygen --out DIR")
     with path.open("rb") as file:
-        return file.read(_MAX_KEY_BYTES)
+        data = file.read(_MAX_KEY_BYTES + 1)
+    if len(data) > _MAX_KEY_BYTES:
+        raise SignatureError(f"{path} is larger than {_MAX_KEY_BYTES >> 10} KiB: no key", "give a file that keygen made")
+    return data
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:

@@ -12,9 +12,10 @@ still has to prove itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ from edgekit.trust import trust_engine
 from .archive import Archive, open_archive
 from .checks import Steps, check_latency, check_links, check_room, explained, room_for, self_test
 from .fetching import fetch, from_folder, is_url, readable, unbroken
-from .packing import open_pack
+from .packing import checked, open_pack
+from .signing import Checked, PathOrPaths
+from .trusted import Trust, admit, believe, remember
 
 __all__ = ["CURRENT", "install", "rollback", "status"]
 
@@ -59,8 +62,10 @@ def install(
     pack: str | os.PathLike[str],
     *,
     root: str | os.PathLike[str],
-    pub: str | os.PathLike[str] | None = None,
+    pub: PathOrPaths | None = None,
     unsigned: bool = False,
+    revoked: PathOrPaths | None = None,
+    allow_older: bool = False,
     backend: str = "auto",
     max_latency_ms: float | None = None,
     starts: int = STARTS,
@@ -68,10 +73,11 @@ def install(
     """Put a packed bundle into the free slot under ``root``, test it there, then switch ``current`` to it.
 
     ``pack``: a file, a folder of packs (a stick), the http(s) address of one, or of a folder (``https://host/packs/``); of
-    several the newest. In order: signature by ``pub`` (or, with ``unsigned``, hashes only), disk space, a private copy that
-    is checked again (a stick may answer otherwise the second time), extraction, the golden outputs on ``backend`` on this very
-    device, the time that an answer takes there, and only then the switch. Installing what runs already changes nothing
-    (``"unchanged": True``). The new bundle is on trial for ``starts`` starts (`edgekit.installed`).
+    several the newest. In order: signature by ``pub`` (or, with ``unsigned``, hashes only), expiry, lists of what is
+    ``revoked`` (as `verify`), releases accepted before (``allow_older``: take an older one all the same), disk space, a
+    private copy that is checked again (a stick may answer otherwise the second time), extraction, the golden outputs on
+    ``backend`` on this very device, the time that an answer takes there, and only then the switch. Installing what runs
+    already changes nothing (``"unchanged": True``). The new bundle is on trial for ``starts`` starts (`edgekit.installed`).
 
     Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``key_id``, ``golden``,
     ``latency_ms`` and ``latency_before_ms`` (p50 and p99 of single answers, of the new and of what ran), ``pack`` (where it
@@ -85,9 +91,13 @@ def install(
         )
     folder, steps = Path(root), Steps()
     _refuse_odd(folder, max_latency_ms, starts)
-    if not (remote := is_url(pack)):
+    remote = is_url(pack)
+    beside = None if remote else Path(pack) / "F.zip" if Path(pack).is_dir() else pack
+    trust = None if pub is None else believe(pub, root=folder, revoked=revoked, pack=beside)
+    check = functools.partial(_checked, trust=trust, root=folder, allow_older=allow_older)
+    if not remote:
         with steps("check"):
-            pack = _looked_at(pack, folder, pub)
+            pack = _looked_at(pack, folder, check)
     with explained(folder):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,9 +106,10 @@ def install(
         with locked(folder), _incoming(folder) as work:
             with steps("fetch" if remote else "copy"):
                 copy, pack = _copied(pack, folder, work, unsigned)
-            with steps("extract"), open_pack(copy) as file, _checked(file, os.fspath(pack), pub) as (archive, key_id):
+            with steps("extract"), open_pack(copy) as file, check(file, where=pack) as (archive, signed):
                 running = current_slot(folder)
                 if running and _same(folder / CURRENT, archive.manifest_bytes):
+                    _remember(folder, trust, signed, archive.manifest.name)
                     known = _answer(folder, running, read_state(folder).slots.get(running))
                     return {**known, "unchanged": True, "pack": pack, "seconds": steps.seconds}
                 if remote:
@@ -108,7 +119,9 @@ def install(
                 archive.extract(fresh)
             tried = _tried(fresh, folder, backend, max_latency_ms, steps)
             with steps("switch"):
-                slot, record = _place(folder, fresh, key_id, starts)
+                # Before the switch: killed between, the device asks for no less.
+                _remember(folder, trust, signed, archive.manifest.name)
+                slot, record = _place(folder, fresh, signed.key_ids[0] if signed else None, starts)
     done = {"unchanged": False, "pack": pack, "seconds": steps.seconds}
     return {**_answer(folder, slot, record), **tried, **done}
 
@@ -133,16 +146,18 @@ def _refuse_odd(folder: Path, max_latency_ms: float | None, starts: int) -> None
         raise UsageError(f"a latency of {max_latency_ms} ms", "give milliseconds above 0: --max-latency-ms 20")
 
 
-def _looked_at(pack: str | os.PathLike[str], folder: Path, pub: str | os.PathLike[str] | None) -> Path:
+def _looked_at(pack: str | os.PathLike[str], folder: Path, check: Callable[..., Any]) -> Path:
     """The pack's file, checked where it lies, and room made sure of: all before anything is written."""
 
-    def admit(path: Path) -> int:
-        with open_pack(path) as file, _checked(file, os.fspath(path), pub):
-            return 0  # no pack is known to be newer than another: names decide
+    def release(path: Path) -> int:
+        with open_pack(path) as file, check(file, where=os.fspath(path)) as (_, signed):
+            return signed.statement.release if signed else 0  # without a statement names decide
 
     with readable(pack):
-        found = from_folder(Path(pack), admit) if Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file() else Path(pack)
-        with open_pack(found) as file, _checked(file, os.fspath(found), pub) as (archive, _):
+        found = (
+            from_folder(Path(pack), release) if Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file() else Path(pack)
+        )
+        with open_pack(found) as file, check(file, where=os.fspath(found)) as (archive, _):
             archive.check()
             needed = _needed(archive, folder, os.fstat(file.fileno()).st_size)
     with explained(folder):
@@ -243,15 +258,22 @@ def _trial(trial: Trial | None) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _checked(file: Any, where: str, pub: str | os.PathLike[str] | None) -> Iterator[tuple[Archive, str | None]]:
-    """The archive in an open file and the id of the key that signed it, the signature checked before any parsing."""
-    key_id = None
-    if pub is not None:
-        from .signing import check_signature
+def _checked(
+    file: Any, *, where: str, trust: Trust | None, root: Path, allow_older: bool
+) -> Iterator[tuple[Archive, Checked | None]]:
+    """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
+    if trust is None:
+        with open_archive(file, where) as archive:
+            yield archive, None
+    else:
+        with checked(file, where, trust) as (archive, signed):
+            admit(root, signed, archive.manifest.name, allow_older=allow_older)
+            yield archive, signed
 
-        key_id = check_signature(file, pub)
-    with open_archive(file, where) as archive:
-        yield archive, key_id
+
+def _remember(root: Path, trust: Trust | None, signed: Checked | None, name: str) -> None:
+    if trust is not None and signed is not None:
+        remember(root, trust, signed, name)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
-from edgekit.deployment import keygen, pack
+from edgekit.deployment import keygen, pack, trusted
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance
 from edgekit.runtime.golden import save_golden
 
@@ -53,3 +54,21 @@ def liar(tmp_path: Path, tiny_bundle: Bundle, keys: Keys) -> Path:
         golden = {FLOAT_GRAPH: Tolerance("relative", 1e-3)}
         draft.manifest = Manifest(FORMAT, "liar", "tensor", (spec,), (spec,), golden=golden)
     return pack(tmp_path / "liar.edge", out=tmp_path / "liar.zip", key=keys.key)
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> tuple[Path, Path, str]:
+    """Another key: its private half, its public half, its id."""
+    made = keygen(tmp_path / "second")
+    return Path(made["key"]), Path(made["pub"]), made["key_id"]
+
+
+@pytest.fixture
+def signed(tmp_path: Path, tiny_bundle: Bundle, keys) -> Path:
+    return pack(tiny_bundle, out=tmp_path / "t.edge.zip", key=keys.key)
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Set the clock of the device."""
+    return lambda time: monkeypatch.setattr(trusted, "_clock", lambda: time)

@@ -152,7 +152,7 @@ def test_from_a_server(cli: Any, tmp_path: Path, versions: list[Path], keys: Any
     newest = install(url, root=tmp_path / "root", pub=keys.pub)
     assert (newest["name"], newest["pack"]) == ("v1", url + "p%20v10.zip")
     assert install(url, root=tmp_path / "root", pub=keys.pub)["unchanged"]
-    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["current", "slots", "state.json"]
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["current", "slots", "state.json", "trust.json"]
     with pytest.raises(SignatureError, match="unsigned pack over http"):
         install(url, root=tmp_path / "root", unsigned=True)
 
@@ -195,7 +195,7 @@ def test_bad_servers_change_nothing(
     with pytest.raises(EdgekitError, match=words):
         install(f"{unkind}/{path}", root=root, pub=keys.pub)
     assert (root / "state.json").read_bytes() == before
-    assert sorted(each.name for each in root.iterdir()) == ["current", "slots", "state.json"]
+    assert sorted(each.name for each in root.iterdir()) == ["current", "slots", "state.json", "trust.json"]
     assert status(root)["healthy"]
 
 
@@ -259,7 +259,7 @@ def test_a_stick_that_is_pulled(tmp_path: Path, versions: list[Path], keys: Any,
     with pytest.raises(BundleError, match="Input/output error; nothing was changed"):
         install(versions[1], root=root, pub=keys.pub)
     assert status(root)["name"] == "v0"
-    assert sorted(path.name for path in root.iterdir()) == ["current", "slots", "state.json"]
+    assert sorted(path.name for path in root.iterdir()) == ["current", "slots", "state.json", "trust.json"]
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True))

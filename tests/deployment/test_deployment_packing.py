@@ -24,19 +24,16 @@ from hypothesis import strategies as st
 from edgekit.bundle import CALIBRATION, EXAMPLES, FLOAT_GRAPH, GOLDEN, MANIFEST, REPORT, Bundle
 from edgekit.deployment import archive as archive_module
 from edgekit.deployment import contents, keygen, pack, verify
-from edgekit.deployment.signing import TRAILER_BYTES, sign_file
+from edgekit.deployment.signing import TRAILER_BYTES, Statement, blank_trailer, sign_file
 from edgekit.errors import BundleError, EdgekitError, OutputExists, SignatureError, UsageError
 
-
-@pytest.fixture
-def signed(tmp_path: Path, tiny_bundle: Bundle, keys) -> Path:
-    return pack(tiny_bundle, out=tmp_path / "t.edge.zip", key=keys.key)
+BLANK = blank_trailer(Statement(1))
 
 
 def resign(path: Path, keys) -> Path:
     """Sign whatever a test has made of a zip: a signer who is trusted but whose tool is not ours."""
     with zipfile.ZipFile(path, "a") as archive:
-        archive.comment = b" " * TRAILER_BYTES
+        archive.comment = BLANK
     with path.open("r+b") as file:
         sign_file(file, keys.key)
     return path
@@ -163,11 +160,14 @@ def test_verify_tells_what_is_inside(signed: Path, tiny_bundle: Bundle, keys) ->
 
 
 def test_every_flip_is_refused_before_any_parser_sees_it(signed: Path, keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte of the trailer and of the zip's directory with each of its bits, and 600 places elsewhere."""
-    monkeypatch.setattr(archive_module.zipfile, "ZipFile", lambda *_: pytest.fail("parsed before it was verified"))
+    """What is stated and signed, and the zip's end, with each of its bits; the free lines; 600 places elsewhere."""
+    for place, parser in ((archive_module.zipfile, "ZipFile"), (archive_module, "decode_manifest")):
+        monkeypatch.setattr(place, parser, lambda *_: pytest.fail("parsed before it was verified"))
     good = signed.read_bytes()
     tail = len(good) - TRAILER_BYTES
-    places = [(at, bit) for at in range(tail - 60, len(good)) for bit in range(8)]
+    said = tail + sum(len(line) + 1 for line in BLANK.splitlines()[:2])
+    places = [(at, bit) for at in range(tail - 60, said) for bit in range(8)]
+    places += [(at, at % 8) for at in range(said, len(good))]
     random = np.random.default_rng(0)
     places += [(int(random.integers(0, tail)), int(random.integers(0, 8))) for _ in range(600)]
     with signed.open("r+b", buffering=0) as file:
@@ -205,8 +205,11 @@ def test_unsigned_foreign_and_stripped_packs_are_refused(tmp_path: Path, tiny_bu
     other = keygen(tmp_path / "other")
     with pytest.raises(SignatureError, match=keys.key_id):
         verify(signed, pub=other["pub"])
-    stripped = signed.read_bytes()[: -TRAILER_BYTES - 2] + b"\0\0"
-    assert stripped == unsigned.read_bytes()  # a signature adds its trailer and nothing else
+    line = len(BLANK.splitlines()[1]) + 1
+    at = len(BLANK.splitlines()[0]) + 1 - TRAILER_BYTES  # of the first signature, from the end
+    stripped = bytearray(signed.read_bytes())
+    stripped[at : at + line] = BLANK.splitlines()[1] + b"\n"
+    assert stripped == unsigned.read_bytes()  # a signature is its line and nothing else
     with pytest.raises(BundleError, match="no packed bundle"):
         verify(tmp_path / "none.zip", pub=keys.pub)
     with pytest.raises(BundleError, match="no packed bundle"):
@@ -282,7 +285,7 @@ def test_duplicates_missing_files_and_wrong_hashes_are_refused_though_signed(tmp
 
 def test_a_signed_file_that_is_no_zip(tmp_path: Path, keys) -> None:
     path = tmp_path / "no.zip"
-    path.write_bytes(b"anything" * 99 + b" " * TRAILER_BYTES)
+    path.write_bytes(b"anything" * 99 + BLANK)
     with path.open("r+b") as file:
         sign_file(file, keys.key)
     with pytest.raises(BundleError, match="no sound zip"):
@@ -299,7 +302,7 @@ def test_a_name_cut_short_by_a_null_is_refused(tmp_path: Path, signed: Path, key
     path = rewritten(signed, tmp_path / "bad.zip", lambda a: a.writestr("modelXonnx", b"x"))
     path.write_bytes(path.read_bytes().replace(b"modelXonnx", b"model\0onnx"))
     with path.open("ab") as file:
-        file.write(b" " * TRAILER_BYTES)
+        file.write(BLANK)
     with path.open("r+b") as file:
         file.seek(-TRAILER_BYTES - 2, os.SEEK_END)
         file.write(TRAILER_BYTES.to_bytes(2, "little"))
@@ -318,7 +321,7 @@ def test_overlapping_entries_are_refused(signed: Path, keys) -> None:
             other.CRC = info.CRC
             archive.filelist.append(other)
         archive._didModify = True
-        archive.comment = b" " * TRAILER_BYTES
+        archive.comment = BLANK
     with signed.open("r+b") as file:
         sign_file(file, keys.key)
     with pytest.raises(BundleError, match=r"more bytes than the pack|no sound zip"):

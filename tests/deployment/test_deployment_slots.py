@@ -33,7 +33,7 @@ def test_installed_models_run(tmp_path: Path, tiny_bundle: Bundle, versions: lis
     x = np.random.default_rng(5).normal(size=(2, 3, 32, 32)).astype(np.float32)
     with Model.open(root / "current") as installed, Model.open(tiny_bundle.path) as original:
         assert np.array_equal(installed.run({"x": x})["y"], original.run({"x": x})["y"])
-    assert sorted(p.name for p in root.iterdir()) == ["current", "slots", "state.json"]
+    assert sorted(p.name for p in root.iterdir()) == ["current", "slots", "state.json", "trust.json"]
     assert os.readlink(root / "current") == "slots/a"
 
 
@@ -142,7 +142,7 @@ def test_a_bundle_that_answers_otherwise_here_is_refused(tmp_path: Path, version
         install(liar, root=root, pub=keys.pub)
     assert status(root)["name"] == "v0"
     assert (root / "state.json").read_bytes() == before
-    assert sorted(p.name for p in root.iterdir()) == ["current", "slots", "state.json"]
+    assert sorted(p.name for p in root.iterdir()) == ["current", "slots", "state.json", "trust.json"]
     assert [p.name for p in (root / "slots").iterdir()] == ["a"]
 
 

@@ -69,6 +69,7 @@ def test_eval_records_its_figures_for_the_report(cli, digits_bundle: Bundle):
     assert outcome.code == 0
     entry = Bundle.open(digits_bundle.path).last("eval")
     assert entry is not None
+    assert entry.figures["data_digest"] == load("digits").digest
     assert entry.figures["top1"] == outcome.json["top1"]
     assert entry.figures["confusion"] == outcome.json["confusion"]
     before = Bundle.open(digits_bundle.path).manifest
