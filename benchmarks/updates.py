@@ -2,7 +2,8 @@
 
 Processes that install, roll back, start and confirm under one root, each sent SIGKILL at a random moment of its work, one
 after the other on what the last one left. After each: exactly one whole bundle runs (every file hashed), and it is the one
-before or the one after (or, where that was on trial, the proven one before it); ``state.json`` is sound. At the end the next install succeeds and leaves nothing behind.
+before or the one after (or, where that was on trial, the proven one before it); ``state.json`` is sound. At the end the next
+install succeeds and leaves nothing behind.
 
 The processes are forked from one that has loaded everything, so the moments fall into the work, not into starting Python;
 the work itself is real: signature, copy, extraction, golden outputs, latency, fsync, switch.
