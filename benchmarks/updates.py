@@ -2,7 +2,8 @@
 
 Processes that install, roll back, start and confirm under one root, each sent SIGKILL at a random moment of its work, one
 after the other on what the last one left. After each: exactly one whole bundle runs (every file hashed), and it is the one
-before or the one after; ``state.json`` is sound. At the end the next install succeeds and leaves nothing behind.
+before or the one after (or, where that was on trial, the proven one before it); ``state.json`` is sound. At the end the next
+install succeeds and leaves nothing behind.
 
 The processes are forked from one that has loaded everything, so the moments fall into the work, not into starting Python;
 the work itself is real: signature, copy, extraction, golden outputs, latency, fsync, switch.
@@ -90,10 +91,14 @@ def main() -> None:
         for release in releases[:2]:
             forked(lambda release=release: install(release, root=root, pub=pub), None)
         took = durations(root, releases, pub)
+        unkilled = {action: round(seconds, 3) for action, seconds in took.items()}
         corrupt, killed, ended, after = 0, Counter[str](), Counter[str](), Counter[str]()
         progress = iter(track(range(options.kills), "killing"))
         while killed.total() < options.kills:
-            before = status(root)["name"]
+            found = status(root)
+            before, allowed = found["name"], {found["name"]}
+            if found["trial"] and found["previous"] and found["previous"]["confirmed"]:
+                allowed.add(found["previous"]["name"])  # an install goes back to what is proven before it takes the slot
             action = chance.choice(ACTIONS)
             if action == "rollback" and not status(root)["previous"]:
                 action = "install"
@@ -101,15 +106,20 @@ def main() -> None:
             act, wanted = doing(action, root, release, pub)
             if not forked(act, chance.uniform(chance.choice((0.0, 0.6)), 1.05) * took[action]):
                 ended[action] += 1
+                took[action] *= 0.97  # the machine is faster now than it was
                 continue
             killed[action] += 1
+            took[action] *= 1.01
             next(progress, None)
+            if killed.total() % 50 == 0:
+                print(killed.total(), dict(ended), flush=True)
             found = status(root)
             read_state(root)
-            if not (found["healthy"] and found["name"] in (before, wanted)):
+            if not (found["healthy"] and found["name"] in {*allowed, wanted}):
                 corrupt += 1
                 print("CORRUPT", action, found)
-            after["the new one runs" if found["name"] != before else "the old one runs"] += 1
+            which = "old" if found["name"] == before else "new" if found["name"] == wanted else "proven"
+            after[f"the {which} one runs"] += 1
         forked(lambda: install(releases[0], root=root, pub=pub), None)
         forked(lambda: install(releases[1], root=root, pub=pub), None)
         left = sorted(path.name for path in root.iterdir())
@@ -123,7 +133,7 @@ def main() -> None:
         "ended_before_the_kill": dict(ended),
         "after_a_kill": dict(after),
         "the_next_install_is_whole": whole,
-        "seconds_unkilled": {name: round(seconds, 3) for name, seconds in took.items()},
+        "seconds_unkilled": unkilled,
         "seed": options.seed,
     }
     print(figures)
