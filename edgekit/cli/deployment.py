@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -136,31 +136,72 @@ def keygen(out: Path) -> Answer:
 
 
 @click.command("install")
-@_pack_argument
+@click.argument("pack", metavar="F.zip|DIR|URL", type=str)
 @_root
 @click.option("--pub", multiple=True, metavar="P", type=_FILE, help=f"{_pub_help} Required unless --unsigned.")
 @click.option("--unsigned", is_flag=True, help="Accept a pack without a signature: for your own desk, not for a fleet.")
 @_revoked
 @click.option("--allow-older", is_flag=True, help="Take a release older than one that this device has accepted.")
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Backend of the self-test.")
+@click.option(
+    "--max-latency-ms",
+    metavar="MS",
+    type=click.FloatRange(0, min_open=True),
+    help="Refuse a bundle whose answers take longer here (p99, one golden input at a time); exit code 3.",
+)
+@click.option(
+    "--starts",
+    default=3,
+    show_default=True,
+    metavar="N",
+    type=click.IntRange(1, 1000),
+    help="Starts that may fail before the scan goes back to the older bundle by itself.",
+)
 @answers
 def install(
-    pack: Path, root: Path, pub: tuple[Path, ...], unsigned: bool, revoked: tuple[Path, ...], allow_older: bool, backend: str
+    pack: str,
+    root: Path,
+    pub: tuple[Path, ...],
+    unsigned: bool,
+    revoked: tuple[Path, ...],
+    allow_older: bool,
+    backend: str,
+    max_latency_ms: float | None,
+    starts: int,
 ) -> Answer:
     """Install a packed bundle on this device: verify, extract, test, then switch DIR/current to it.
 
-    The slot that runs is not touched before the switch; rollback leads back to it.
+    A folder (a USB stick), or the address of one, gives its newest pack. The slot that runs is not touched before the
+    switch; rollback leads back to it. A running scan takes the new bundle when it is restarted, and then has to show that it
+    works.
 
     \b
-    Example:
+    Examples:
       edgekit install parcel.edge.zip --root /opt/models/parcel --pub edgekit.pub
+      edgekit install /media/stick --root /opt/models/parcel --pub edgekit.pub --max-latency-ms 20
+      edgekit install https://updates.example/parcel/ --root /opt/models/parcel --pub edgekit.pub
       edgekit scan /opt/models/parcel/current --source images/ --sink jsonl:events.jsonl
     """
     from edgekit.deployment import install as run
 
-    data = run(pack, root=root, pub=pub or None, unsigned=unsigned, revoked=revoked, allow_older=allow_older, backend=backend)
+    trust: dict[str, Any] = {"pub": pub or None, "unsigned": unsigned, "revoked": revoked, "allow_older": allow_older}
+    data = run(pack, root=root, backend=backend, max_latency_ms=max_latency_ms, starts=starts, **trust)
+    return Answer(data, _installed(data, starts))
+
+
+def _installed(data: dict[str, Any], starts: int) -> str:
     verb = "runs already" if data["unchanged"] else "now runs"
-    return Answer(data, f"{data['name']} ({data['digest'][:12]}) {verb} from {data['bundle']}, slot {data['slot']}")
+    rows = [f"{data['name']} ({data['digest'][:12]}) {verb} from {data['bundle']}, slot {data['slot']}"]
+    if data["unchanged"]:
+        return rows[0]
+    golden, new, old = data["golden"], data["latency_ms"], data["latency_before_ms"]
+    rows.append(f"  golden    off by {golden['relative']:.2g} at most, {golden['snr_db']:.1f} dB")
+    if new:
+        before = f"; before: {old['p50']:.3g} ms, p99 {old['p99']:.3g} ms" if old else ""
+        rows.append(f"  latency   {new['p50']:.3g} ms, p99 {new['p99']:.3g} ms" + before)
+    rows.append("  took      " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in data["seconds"].items()))
+    rows.append(f"  on trial  for {starts} start{'s' if starts > 1 else ''}; restart the scan to take it")
+    return "\n".join(rows)
 
 
 @click.command("rollback")
@@ -181,23 +222,64 @@ def rollback(root: Path) -> Answer:
 
 @click.command("status")
 @_root
+@click.option(
+    "--mark",
+    type=click.Choice(["start", "healthy", "stopped"]),
+    help="First note what an application of your own does: it starts (before it loads DIR/current), it has worked, or it was "
+    "stopped in order. edgekit scan does so by itself.",
+)
 @answers
-def status(root: Path) -> Answer:
-    """Say what is installed under DIR and whether its files are whole. Exit 1 where they are not.
+def status(root: Path, mark: Literal["start", "healthy", "stopped"] | None) -> Answer:
+    """Say what is installed under DIR, whether its files are whole and whether it has proved itself. Exit 1 where they are not.
 
     \b
-    Example:
+    Examples:
       edgekit status --root /opt/models/parcel
+      edgekit status --root /opt/models/parcel --mark start && my-application /opt/models/parcel/current
     """
+    from edgekit.deployment import mark as note
     from edgekit.deployment import status as run
 
+    start = note(root, mark) if mark else None
     data = run(root)
     if data["slot"] is None and data["reason"] == "nothing is installed":
         return Answer(data, f"nothing is installed in {root}")
+    text = _shown(data, root)
+    if start and start.returned:
+        text = f"went back by itself: {start.returned.reason}\n{text}"
     if data["healthy"]:
-        back = f"rollback leads to {data['previous']['name']}" if data["previous"] else "no older bundle"
-        return Answer(data, f"{data['name']} ({data['digest'][:12]}), slot {data['slot']}, healthy; {back}")
+        return Answer(data, text)
     hint = f"edgekit rollback --root {root}" if data["previous"] else f"edgekit install F.zip --root {root}"
     click.echo(f"error: {data['reason']}", err=True)
     click.echo(f"hint: {hint}", err=True)
-    return Answer({**data, "error": data["reason"], "hint": hint}, f"slot {data['slot']}: not healthy", 1)
+    return Answer({**data, "error": data["reason"], "hint": hint}, text, 1)
+
+
+def _shown(data: dict[str, Any], root: Path) -> str:
+    """What runs, its trial, the way back, the last return and the space, a line each."""
+    if data["slot"] is None:
+        return f"{root}: not healthy"
+
+    def of(row: dict[str, Any]) -> str:
+        key = f", signed by key {row['key_id']}" if row["key_id"] else ", not signed"
+        return f"{row['name']} ({row['digest'][:12]}), install {row['sequence']} of {row['installed']}{key}"
+
+    known = of(data) if data["name"] else "unknown"
+    rows = [("running", f"{known}, slot {data['slot']}, {'healthy' if data['healthy'] else 'not healthy'}")]
+    trial = data["trial"]
+    if trial:
+        words = (
+            f"start {trial['start']} of {trial['allowed']}" if trial["start"] else f"no start yet, {trial['allowed']} allowed"
+        )
+        words += f", {trial['failed']} failed" if trial["failed"] else ""
+        words += ", running now" if trial["running"] else ""
+        rows.append(("on trial", words + (f"; the last said: {trial['error']}" if trial["error"] else "")))
+    elif data["confirmed"]:
+        rows.append(("confirmed", data["confirmed"]))
+    rows.append(("previous", of(data["previous"]) if data["previous"] else "none to go back to"))
+    if gone := data["returned"]:
+        rows.append(
+            ("returned", f"{gone['time']} from {gone['left']['name']} ({gone['left']['digest'][:12]}): {gone['reason']}")
+        )
+    rows.append(("free", f"{data['free_bytes'] / 1e9:.1f} GB"))
+    return "\n".join(f"{name:<10} {words}" for name, words in rows)

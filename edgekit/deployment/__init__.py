@@ -6,14 +6,31 @@
     archive.py   the packed bundle: a plain zip, written the same way every time, read with suspicion
     packing.py   pack, sign and verify
     inventory.py what is inside, and the same as a bill of materials (CycloneDX)
-    slots.py     two slots under a root, switched by one rename
+    fetching.py  where a pack comes from: a file, a stick, an HTTP server
+    checks.py    what is tried before a switch: room, golden outputs, latency
+    slots.py     two slots under a root, switched by one rename; `edgekit.installed` is what the scanner knows of them
 
 Nothing here trusts a byte before its signature is checked; a pack that was refused has changed nothing.
 """
+
+from edgekit.installed import Start, mark, starting
 
 from .packing import contents, pack, sign, verify
 from .revoking import revoke
 from .signing import keygen
 from .slots import install, rollback, status
 
-__all__ = ["contents", "install", "keygen", "pack", "revoke", "rollback", "sign", "status", "verify"]
+__all__ = [
+    "Start",
+    "contents",
+    "install",
+    "keygen",
+    "mark",
+    "pack",
+    "revoke",
+    "rollback",
+    "sign",
+    "starting",
+    "status",
+    "verify",
+]

@@ -1,13 +1,12 @@
 """Two slots under a root, switched by one rename: an update is there whole or not at all.
 
-    ROOT/current        -> slots/a or slots/b, replaced by rename: the one truth about what runs
-    ROOT/slots/a, b     bundles; the one that does not run is the way back, and the place of the next install
-    ROOT/state.json     what is in each slot: name, digest, sequence number, time, key
-    ROOT/.incoming      an install at work; left by a crash, removed by the next install
+    ROOT/current, slots/a, slots/b, state.json      see `edgekit.installed`
+    ROOT/.incoming                                  an install at work; left by a crash, removed by the next install
 
 An install never touches the running slot. Killed anywhere, it leaves ``current`` on a complete bundle: the old one
 until the rename, the new one after. The way back is only ever an older install (a lower sequence number), so a second
-rollback cannot lead to the bundle that the first one left.
+rollback cannot lead to the bundle that the first one left; and a bundle that was confirmed is not given up for one that
+still has to prove itself.
 """
 
 from __future__ import annotations
@@ -16,51 +15,47 @@ import contextlib
 import functools
 import os
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureError, UsageError
-from edgekit.files import atomic_write, locked, sync_path
+from edgekit.errors import BundleError, SignatureError, UsageError
+from edgekit.files import locked, sync_path
+from edgekit.installed import (
+    CURRENT,
+    SLOTS,
+    STARTS,
+    Record,
+    Return,
+    Slot,
+    State,
+    Trial,
+    current_slot,
+    fault,
+    leads_to,
+    now,
+    other_slot,
+    read_state,
+    switch,
+    way_back,
+    write_state,
+)
 from edgekit.progress import say
-from edgekit.runtime import check_golden
 from edgekit.trust import trust_engine
 
 from .archive import Archive, open_archive
+from .checks import Steps, check_latency, check_links, check_room, explained, room_for, self_test
+from .fetching import fetch, from_folder, is_url, readable, unbroken
 from .packing import checked, open_pack
 from .signing import Checked, PathOrPaths
 from .trusted import Trust, admit, believe, remember
 
 __all__ = ["CURRENT", "install", "rollback", "status"]
 
-CURRENT = "current"
-STATE = "state.json"
 INCOMING = ".incoming"
-#: Bytes kept free beyond what an install writes: a device whose disk is full to the last block does not boot well.
-RESERVE = 16 << 20
-Slot = Literal["a", "b"]
-
-
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one slot holds. ``sequence`` grows with every install under this root; ``key_id`` is None for unsigned packs."""
-
-    name: str
-    digest: str
-    sequence: int
-    installed: str
-    key_id: str | None = None
-
-
-class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``state.json``. ``sequence`` is the highest ever given, so that it is never given twice."""
-
-    version: Literal[1] = 1
-    sequence: int = 0
-    slots: dict[Slot, Record] = {}
 
 
 def install(
@@ -72,56 +67,123 @@ def install(
     revoked: PathOrPaths | None = None,
     allow_older: bool = False,
     backend: str = "auto",
+    max_latency_ms: float | None = None,
+    starts: int = STARTS,
 ) -> dict[str, Any]:
     """Put a packed bundle into the free slot under ``root``, test it there, then switch ``current`` to it.
 
-    In order: signature by ``pub`` (or, with ``unsigned``, hashes only), expiry, lists of what is ``revoked`` (as `verify`),
-    releases accepted before (``allow_older``: take an older one all the same), disk space, a private copy that is checked
-    again (a stick may answer otherwise the second time), extraction, the golden outputs on ``backend`` on this very
-    device, and only then the switch. Installing what runs already changes nothing (``"unchanged": True``).
+    ``pack``: a file, a folder of packs (a stick), the http(s) address of one, or of a folder (``https://host/packs/``); of
+    several the newest. In order: signature by ``pub`` (or, with ``unsigned``, hashes only), expiry, lists of what is
+    ``revoked`` (as `verify`), releases accepted before (``allow_older``: take an older one all the same), disk space, a
+    private copy that is checked again (a stick may answer otherwise the second time), extraction, the golden outputs on
+    ``backend`` on this very device, the time that an answer takes there, and only then the switch. Installing what runs
+    already changes nothing (``"unchanged": True``). The new bundle is on trial for ``starts`` starts (`edgekit.installed`).
 
-    Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``key_id``, ``golden``.
-    Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one, `GoldenError` where this device
-    answers otherwise than training did; the running slot then stays as it is.
+    Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``key_id``, ``golden``,
+    ``latency_ms`` and ``latency_before_ms`` (p50 and p99 of single answers, of the new and of what ran), ``pack`` (where it
+    came from), ``seconds`` by step. Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one,
+    `GoldenError` where this device answers otherwise than training did, `BudgetNotMet` where p99 is above
+    ``max_latency_ms``; the running slot then stays as it is.
     """
     if pub is None and not unsigned:
         raise SignatureError(
             "no public key was given to check the pack with", "add --pub edgekit.pub, or --unsigned for a pack of your own"
         )
-    folder = Path(root)
+    folder, steps = Path(root), Steps()
+    _refuse_odd(folder, max_latency_ms, starts)
+    remote = is_url(pack)
+    beside = None if remote else Path(pack) / "F.zip" if Path(pack).is_dir() else pack
+    trust = None if pub is None else believe(pub, root=folder, revoked=revoked, pack=beside)
+    check = functools.partial(_checked, trust=trust, root=folder, allow_older=allow_older)
+    if not remote:
+        with steps("check"):
+            pack = _looked_at(pack, folder, check)
+    with explained(folder):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        if made:
+            sync_path(folder.absolute().parent)
+        with locked(folder), _incoming(folder) as work:
+            with steps("fetch" if remote else "copy"):
+                copy, pack = _copied(pack, folder, work, unsigned)
+            with steps("extract"), open_pack(copy) as file, check(file, where=pack) as (archive, signed):
+                running = current_slot(folder)
+                if running and _same(folder / CURRENT, archive.manifest_bytes):
+                    _remember(folder, trust, signed, archive.manifest.name)
+                    known = _answer(folder, running, read_state(folder).slots.get(running))
+                    return {**known, "unchanged": True, "pack": pack, "seconds": steps.seconds}
+                if remote:
+                    check_room(folder, *_needed(archive, folder, 0))
+                fresh = work / "bundle"
+                fresh.mkdir()
+                archive.extract(fresh)
+            tried = _tried(fresh, folder, backend, max_latency_ms, steps)
+            with steps("switch"):
+                # Before the switch: killed between, the device asks for no less.
+                _remember(folder, trust, signed, archive.manifest.name)
+                slot, record = _place(folder, fresh, signed.key_ids[0] if signed else None, starts)
+    done = {"unchanged": False, "pack": pack, "seconds": steps.seconds}
+    return {**_answer(folder, slot, record), **tried, **done}
+
+
+def _copied(pack: str | os.PathLike[str], folder: Path, work: Path, unsigned: bool) -> tuple[Path, str]:
+    """The private copy, and where it came from."""
+    check_links(folder, work)
+    copy = work / "pack.zip"
+    if is_url(pack):
+        return copy, fetch(os.fspath(pack), copy, check_room(folder, 0, 1), unsigned)
+    with open_pack(pack) as file, copy.open("xb") as target:
+        shutil.copyfileobj(unbroken(file, pack), target, 1 << 20)
+    return copy, os.fspath(pack)
+
+
+def _refuse_odd(folder: Path, max_latency_ms: float | None, starts: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "name a folder: --root DIR")
-    trust = None if pub is None else believe(pub, root=folder, revoked=revoked, pack=pack)
-    check = functools.partial(_checked, where=os.fspath(pack), trust=trust, root=folder, allow_older=allow_older)
-    with open_pack(pack) as file, check(file) as (archive, signed):
-        archive.check()
-        needed = os.fstat(file.fileno()).st_size + archive.total_bytes + RESERVE
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder), _incoming(folder) as work:
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise EdgekitError(
-                f"{folder} has {free >> 20} MiB free, the install needs {(needed >> 20) + 1}",
-                "free some space; what is installed runs on",
-            )
-        copy = work / "pack.zip"
-        with open_pack(pack) as file, copy.open("xb") as target:
-            shutil.copyfileobj(file, target, 1 << 20)
-        with open_pack(copy) as file, check(file) as (archive, signed):
-            running = _current(folder)
-            if running and _same(folder / CURRENT, archive.manifest_bytes):
-                _remember(folder, trust, signed, archive.manifest.name)
-                return {**_answer(folder, running, _state(folder).slots.get(running)), "unchanged": True}
-            fresh = work / "bundle"
-            fresh.mkdir()
-            archive.extract(fresh)
-        _trust(fresh)
-        golden = _self_test(fresh, backend)
-        slot: Slot = "b" if running == "a" else "a"
-        record = _place(folder, fresh, slot, signed.key_ids[0] if signed else None)
-        _remember(folder, trust, signed, record.name)  # before the switch: killed between, the device asks for no less
-        _switch(folder, slot)
-    return {**_answer(folder, slot, record), "golden": golden, "unchanged": False}
+    if not 1 <= starts <= 1000:
+        raise UsageError(f"{starts} starts", "a trial has 1 to 1000 starts: --starts 3")
+    if max_latency_ms is not None and not 0 < max_latency_ms < 1e9:
+        raise UsageError(f"a latency of {max_latency_ms} ms", "give milliseconds above 0: --max-latency-ms 20")
+
+
+def _looked_at(pack: str | os.PathLike[str], folder: Path, check: Callable[..., Any]) -> Path:
+    """The pack's file, checked where it lies, and room made sure of: all before anything is written."""
+
+    def release(path: Path) -> int:
+        with open_pack(path) as file, check(file, where=os.fspath(path)) as (_, signed):
+            return signed.statement.release if signed else 0  # without a statement names decide
+
+    with readable(pack):
+        found = (
+            from_folder(Path(pack), release) if Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file() else Path(pack)
+        )
+        with open_pack(found) as file, check(file, where=os.fspath(found)) as (archive, _):
+            archive.check()
+            needed = _needed(archive, folder, os.fstat(file.fileno()).st_size)
+    with explained(folder):
+        check_room(folder, *needed)
+    return found
+
+
+def _needed(archive: Archive, folder: Path, copy_bytes: int) -> tuple[int, int]:
+    """Bytes and files that an install writes: a private copy, the bundle's files, its folders, links and notes."""
+    folders = {entry.name.rpartition("/")[0] for entry in archive.entries}
+    sizes = [copy_bytes, len(archive.manifest_bytes), *(entry.size_bytes for entry in archive.entries)]
+    extra = len(folders) + 8
+    return room_for(folder, sizes + [1] * extra), len(sizes) + extra
+
+
+def _tried(fresh: Path, folder: Path, backend: str, max_latency_ms: float | None, steps: Steps) -> dict[str, Any]:
+    """What an unpacked bundle answers here, and how fast; raises where it may not run."""
+    for name, digest in Bundle.open(fresh).manifest.files.items():
+        if name.endswith(".engine"):  # the signature was checked, or the user vouched for it
+            trust_engine(digest)
+    with steps("golden"):
+        golden = self_test(fresh, backend)
+    running = current_slot(folder)
+    with steps("latency"):
+        times = check_latency(fresh, folder / SLOTS / running if running else None, backend, max_latency_ms)
+    return {"golden": golden, **times}
 
 
 def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
@@ -132,44 +194,67 @@ def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
     Raises `BundleError` where there is no older bundle, or it is damaged; what runs then runs on.
     """
     folder = _existing(root)
-    with locked(folder):
-        running = _current(folder)
-        if running is None:
-            raise BundleError(f"nothing is installed in {folder}", "install first: edgekit install F.zip --root DIR")
-        state = _state(folder)
-        slot: Slot = "b" if running == "a" else "a"
-        now, before = state.slots.get(running), state.slots.get(slot)
-        if before is None or (now is not None and before.sequence > now.sequence):
+    running = leads_to(folder)
+    if running is None:
+        raise BundleError(f"nothing is installed in {folder}", "install first: edgekit install F.zip --root DIR")
+    with explained(folder), locked(folder), locked(folder / SLOTS):
+        running = leads_to(folder) or running
+        state, slot = read_state(folder), other_slot(running)
+        left, before = state.slots.get(running), way_back(state, running)
+        if before is None:
             raise BundleError(f"{folder} holds no older bundle to go back to", "install one: edgekit install F.zip --root DIR")
-        if reason := _fault(folder / "slots" / slot, before):
+        if reason := fault(folder / SLOTS / slot, before):
             raise BundleError(f"the older bundle cannot run: {reason}", "install one: edgekit install F.zip --root DIR")
-        _switch(folder, slot)
-    return {**_answer(folder, slot, before), "left": now.digest if now else None}
+        if left is not None:
+            note = Return(now(), "asked for by edgekit rollback", left, before.sequence)
+            try:
+                write_state(folder, msgspec.structs.replace(state, returned=note))
+            except OSError as error:  # a full disk does not keep anybody from going back
+                say(f"the rollback cannot be noted in {folder}: {error.strerror}", level="warning")
+        switch(folder, slot)
+    return {**_answer(folder, slot, before), "left": left.digest if left else None}
 
 
 def status(root: str | os.PathLike[str]) -> dict[str, Any]:
-    """What runs under ``root``, and whether its files are whole.
+    """What runs under ``root``, whether its files are whole, and whether it has proved itself.
 
     Returns ``slot`` (None where nothing is installed), ``bundle``, ``name``, ``digest``, ``sequence``, ``installed``,
-    ``key_id``, ``healthy``, ``reason`` (None where healthy) and ``previous`` (the bundle a rollback leads to, or None).
+    ``confirmed``, ``key_id``, ``healthy``, ``reason`` (None where healthy), ``previous`` (the bundle a rollback leads to, or
+    None), ``trial`` (None, or ``start`` of ``allowed``, how many ``failed``, ``running`` and the last ``error``), ``returned``
+    (the last way back: ``time``, ``reason``, ``left``; None where there was none since) and ``free_bytes``.
     """
     folder = _existing(root)
-    running = _current(folder)
+    running, disk = current_slot(folder), os.statvfs(folder)
+    free = {"free_bytes": disk.f_bavail * disk.f_frsize}
     if running is None:
         link = folder / CURRENT
         reason = f"{link} leads to no slot" if link.is_symlink() or link.exists() else "nothing is installed"
-        return {**_answer(folder, None, None), "healthy": False, "reason": reason, "previous": None}
-    state = _state(folder)
-    slot: Slot = "b" if running == "a" else "a"
-    now, before = state.slots.get(running), state.slots.get(slot)
-    older = before is not None and (now is None or before.sequence < now.sequence)
-    reason = _fault(folder / "slots" / running, now)
+        nothing = {"healthy": False, "reason": reason, "previous": None, "trial": None, "returned": None}
+        if (named := leads_to(folder)) and (older := way_back(read_state(folder), named)):
+            nothing["previous"] = {"slot": other_slot(named), **msgspec.to_builtins(older)}
+        return {**_answer(folder, None, None), **nothing, **free}
+    state = read_state(folder)
+    record, before = state.slots.get(running), way_back(state, running)
+    reason = fault(folder / SLOTS / running, record)
+    gone = state.returned if state.returned and record and state.returned.left.sequence != record.sequence else None
     return {
-        **_answer(folder, running, now),
+        **_answer(folder, running, record),
         "healthy": not reason,
         "reason": reason or None,
-        "previous": {"slot": slot, **msgspec.to_builtins(before)} if older else None,
+        "previous": {"slot": other_slot(running), **msgspec.to_builtins(before)} if before else None,
+        "trial": _trial(state.trial_of(running)),
+        "returned": msgspec.to_builtins(gone),
+        **free,
     }
+
+
+def _trial(trial: Trial | None) -> dict[str, Any] | None:
+    if trial is None:
+        return None
+    failed = trial.failures()
+    running = sum(start.alive() for start in trial.starts)
+    about = {"start": failed + bool(running), "allowed": trial.allowed, "failed": failed}
+    return {**about, "running": bool(running), "error": trial.error}
 
 
 @contextlib.contextmanager
@@ -203,62 +288,48 @@ def _incoming(root: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _trust(bundle: Path) -> None:
-    """The pack's signature was checked, or the user vouched for it: its engines may be loaded on this machine."""
-    for name, digest in Bundle.open(bundle).manifest.files.items():
-        if name.endswith(".engine"):
-            trust_engine(digest)
-
-
-def _self_test(bundle: Path, backend: str) -> dict[str, float]:
-    """Run the golden inputs on this device. Raises `GoldenError` where the answers differ or are not finite."""
-    say("checking the golden outputs on this device")
-    opened = Bundle.open(bundle)
-    result = check_golden(opened, backend=backend)
-    if not result.relative < float("inf"):
-        raise GoldenError(
-            f"{opened.graph} answers with NaN, infinity or a wrong shape here", "do not install it; build it again"
-        )
-    return {"relative": result.relative, "snr_db": result.snr_db}
-
-
-def _place(root: Path, fresh: Path, slot: Slot, key_id: str | None) -> Record:
-    """Move a tested bundle into the slot that does not run, and record it."""
+def _place(root: Path, fresh: Path, key_id: str | None, starts: int) -> tuple[Slot, Record]:
+    """Move a tested bundle into the slot that does not run, record it, put it on trial, and switch to it."""
     for path in sorted(fresh.rglob("*")):
         sync_path(path)
     sync_path(fresh)
-    state = _state(root)
-    others: dict[Slot, Record] = {name: record for name, record in state.slots.items() if name != slot}
-    if slot in state.slots:  # from here on the slot is no way back
-        _write_state(root, State(sequence=state.sequence, slots=others))
-    place = root / "slots" / slot
-    place.parent.mkdir(exist_ok=True)
-    if place.exists() or place.is_symlink():
-        os.rename(place, root / INCOMING / "old")
-    os.rename(fresh, place)
-    sync_path(place.parent)
-    opened = Bundle.open(place, verify=False)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    record = Record(opened.manifest.name, opened.digest, state.sequence + 1, now, key_id)
-    _write_state(root, State(sequence=record.sequence, slots={**others, slot: record}))
-    return record
+    slots = root / SLOTS
+    slots.mkdir(exist_ok=True)
+    with locked(slots):
+        state = read_state(root)
+        slot = _free_slot(root, state)
+        others: dict[Slot, Record] = {name: record for name, record in state.slots.items() if name != slot}
+        if slot in state.slots:  # from here on the slot is no way back
+            state = msgspec.structs.replace(state, slots=others)
+            write_state(root, state)
+        place = slots / slot
+        if place.exists() or place.is_symlink():
+            os.rename(place, root / INCOMING / "old")
+        os.rename(fresh, place)
+        sync_path(slots)
+        opened = Bundle.open(place, verify=False)
+        record = Record(opened.manifest.name, opened.digest, state.sequence + 1, now(), key_id)
+        trial = Trial(record.sequence, starts)
+        write_state(root, State(sequence=record.sequence, slots={**others, slot: record}, trial=trial, returned=state.returned))
+        switch(root, slot)
+    return slot, record
 
 
-def _switch(root: Path, slot: Slot) -> None:
-    """Let ``current`` lead to a slot: a link made beside, then one rename."""
-    beside = root / f".{CURRENT}.new"
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(Path("slots") / slot)
-    os.replace(beside, root / CURRENT)
-    sync_path(root)
-
-
-def _current(root: Path) -> Slot | None:
-    """The slot that ``current`` leads to, where that is one of ours and there."""
-    link = root / CURRENT
-    slots: tuple[Slot, Slot] = ("a", "b")
-    target = os.readlink(link) if link.is_symlink() else ""
-    return next((slot for slot in slots if target == f"slots/{slot}" and (root / target / MANIFEST).is_file()), None)
+def _free_slot(root: Path, state: State) -> Slot:
+    """Where an install goes: not to what runs. Where that has not proved itself and the older one has, the older one runs
+    again first, and stays the way back."""
+    running = current_slot(root)
+    if running is None:  # a slot that is named and not there, else the one that holds less
+        sequence = {slot: record.sequence for slot, record in state.slots.items()}
+        return leads_to(root) or ("a" if sequence.get("a", 0) <= sequence.get("b", 0) else "b")
+    other = other_slot(running)
+    before = way_back(state, running)
+    unproven = state.trial_of(running) is not None
+    if unproven and before and before.confirmed and not fault(root / SLOTS / other, before):
+        say(f"{state.slots[running].name} never proved itself: {before.name} stays the way back")
+        switch(root, other)
+        return running
+    return other
 
 
 def _same(current: Path, manifest: bytes) -> bool:
@@ -267,17 +338,6 @@ def _same(current: Path, manifest: bytes) -> bool:
         return (current / MANIFEST).read_bytes() == manifest and bool(Bundle.open(current))
     except BundleError:
         return False
-
-
-def _fault(slot: Path, record: Record | None) -> str:
-    """Why a slot's bundle cannot be trusted to run; empty where all is well."""
-    try:
-        digest = Bundle.open(slot).digest
-    except (BundleError, OSError) as error:
-        return str(error)
-    if record is None:
-        return f"{STATE} does not know what {slot} holds"
-    return "" if digest == record.digest else f"{slot} is not the bundle that was installed"
 
 
 def _answer(root: Path, slot: Slot | None, record: Record | None) -> dict[str, Any]:
@@ -290,24 +350,3 @@ def _existing(root: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise BundleError(f"there is no folder {folder}", "install first: edgekit install F.zip --root DIR")
     return folder
-
-
-def _state(root: Path) -> State:
-    """``state.json``, or an empty state where there is none. Raises `BundleError` where it is damaged."""
-    path = root / STATE
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=State)
-    except FileNotFoundError:
-        return State()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(
-            f"{path} is damaged: {error}", f"remove it and install again; {root / CURRENT} runs on meanwhile"
-        ) from None
-
-
-def _write_state(root: Path, state: State) -> None:
-    """Only within an install: it writes in the work folder, so that a crash leaves no temporary file for good."""
-    beside = root / INCOMING / STATE
-    atomic_write(beside, msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
-    os.replace(beside, root / STATE)
-    sync_path(root)

@@ -139,10 +139,11 @@ class DriftEvent(Event, rename={"kind": "event"}, kw_only=True):
 
 
 class ModelEvent(Event, rename={"kind": "event"}, kw_only=True):
-    """A bundle was offered in the shadow of the one that runs, then promoted or refused; ``source`` is its path."""
+    """A bundle was offered in the shadow of the one that runs, then promoted or refused; ``source`` is its path.
+    ``returned``: an install did not prove itself, and the scan began with the one before."""
 
     kind: Literal["model"]
-    state: Literal["offered", "promoted", "refused"]
+    state: Literal["offered", "promoted", "refused", "returned"]
     digest: str
     before: Annotated[str, Meta(description="the digest of the bundle that ran")]
     reason: Text = UNSET

@@ -108,7 +108,9 @@ def _camera(event: Event) -> tuple[str, str]:
     return f"{event['source']} is {event['state']}" + (f": {reason}" if reason else ""), "warning" if down else "info"
 
 
-def _model(event: Event) -> tuple[str, str]:
+def _model(event: Event) -> tuple[str, str] | None:
+    if event["state"] == "returned":  # said where it happened, before anything was loaded
+        return None
     refused, reason = event["state"] == "refused", event.get("reason", "")
     return f"{event['source']} was {event['state']}" + (f": {reason}" if reason else ""), "warning" if refused else "info"
 

@@ -17,6 +17,7 @@ from .assembly import Parts, assemble
 from .board import Board
 from .config import ScanConfig, SourceOptions, config_of
 from .events import Event
+from .health import Health
 from .kpis import Tally
 from .logs import Life, LogOptions, logging
 from .pipeline import Pipeline, Summary
@@ -146,12 +147,17 @@ class Scanner:
                 stack.enter_context(logging(self.config.log))
             life = stack.enter_context(Life(self.config.log))
             tally, preview = Tally(), self._serve(stack)
+            health = stack.enter_context(Health(self.config, self._stop))
             parts = assemble(self.config, stack, self._stop, self._frames)
+            health.loaded(parts)
+            if health.told:
+                parts.steps.insert(0, health)
             self._steps = parts.steps
             stack.callback(setattr, self, "_steps", [])
 
             def answered(captured: Captured, answer: Answer | None) -> None:
                 tally.see(captured, answer)
+                health.hear(answer)
                 if preview is not None:
                     preview.show(captured, answer)
 
@@ -171,7 +177,7 @@ class Scanner:
                 batch=parts.batch,
                 stop=self._stop,
                 on_event=heard,
-                on_round=lambda monotonic: self._round(pipeline, life, monotonic),
+                on_round=lambda monotonic: self._round(pipeline, life, health, monotonic),
                 on_answer=answered,
                 on_last=self._finish,
             )
@@ -246,8 +252,9 @@ class Scanner:
         self._board.finish()
         self._systemd.send("STOPPING=1", *([] if self._stop.is_set() else [f"EXTEND_TIMEOUT_USEC={FINISH_S * 10**6}"]))
 
-    def _round(self, pipeline: Pipeline, life: Life, monotonic: float) -> None:
+    def _round(self, pipeline: Pipeline, life: Life, health: Health, monotonic: float) -> None:
         self._board.round(monotonic)
+        health.round(monotonic)
         self._systemd.round(monotonic)
         if self._stop.is_set():
             self._systemd.send("STOPPING=1")

@@ -1,0 +1,303 @@
+"""Where a pack comes from: a file, a folder (a USB stick), an address of one, or of a folder of an HTTP server.
+
+What a server says is not trusted: the signature is, so plain http will do for a signed pack. Limits hold all the same: on
+sizes, on silence, on crawling, and redirects stay within http and https. Proxies are those of the environment
+(``https_proxy``), certificates are checked by the system's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import ssl
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import IO, Any
+
+from edgekit.errors import BundleError, SignatureError, UsageError, first_line
+from edgekit.files import naming
+from edgekit.progress import bar
+
+from .archive import MAX_PACK_BYTES
+from .checks import RESERVE
+
+__all__ = ["choose", "fetch", "from_folder", "is_url", "readable", "unbroken"]
+
+#: Without a byte for so long the connection counts as dead.
+STALL_S = 20.0
+#: Over so many seconds at least so many bytes a second must come: a server that drips would hold an install for ever.
+CRAWL_S, CRAWL_BYTES = 60.0, 1024
+#: Connections in a row that may end without a byte.
+TRIES = 4
+PAUSE_S = 1.0
+_LISTING_BYTES = 1 << 20
+_BLOCK = 1 << 16
+_HINT = "see whether the address opens from this device: curl -I URL"
+_NAME = re.compile(r"[^/\\\0]{1,200}\.zip")
+
+
+def is_url(pack: str | os.PathLike[str]) -> bool:
+    """Whether it is an http or https address. Raises `UsageError` for one of another kind, or with a password in it."""
+    text = os.fspath(pack)
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    if not found:
+        return False
+    if found[1].lower() not in ("http", "https"):
+        raise UsageError(f"a pack cannot be fetched by {found[1]}:", "give a path, http://... or https://...")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        secret, host = parts.password or parts.username, parts.hostname
+        _ = parts.port
+    except ValueError as error:
+        raise UsageError(f"this is no address: {first_line(error)}", "give https://HOST/PATH/F.zip") from None
+    if secret:
+        raise UsageError("the address holds a user or a password, which would stay in logs", "serve signed packs without")
+    if not host or re.search(r"[\s\x00-\x1f]", text):
+        raise UsageError(f"this is no address: {text}", "give https://HOST/PATH/F.zip")
+    return True
+
+
+def choose(names: Sequence[str]) -> str:
+    """The newest of several packs, by name: numbers in it count as numbers, so v10 comes after v9."""
+    return max(names, key=lambda name: [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in _parts(name)])
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split(r"(\d{1,18})", name.lower().removesuffix(".zip")) if part]
+
+
+def from_folder(folder: Path, admit: Callable[[Path], int]) -> Path:
+    """The newest pack in a folder of those that ``admit`` lets through (it raises `SignatureError` or `BundleError` for the
+    others): of the highest number that ``admit`` gives, then by name.
+
+    Raises `BundleError` where there is no pack, or the only one's refusal.
+    """
+    with readable(folder):
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".zip" and path.is_file())
+    if not found:
+        raise BundleError(f"there is no packed bundle (*.zip) in {folder}", "make one: edgekit pack B --out F.zip --key K")
+    admitted: dict[str, int] = {}
+    refused = []
+    for path in found:
+        try:
+            admitted[path.name] = admit(path)
+        except (BundleError, SignatureError) as error:
+            refused.append((path.name, error))
+    if not admitted:
+        name, last = refused[-1]
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise type(last)(f"no pack in {folder} can be installed: {name}: {last.message}{more}", last.hint)
+    return folder / choose([name for name, number in admitted.items() if number == max(admitted.values())])
+
+
+@contextlib.contextmanager
+def readable(pack: str | os.PathLike[str]) -> Iterator[None]:
+    """In the block only the pack is read: what fails is the stick."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{pack} cannot be read: {error.strerror or error}; nothing was changed",
+            "is the stick still in? fetch the pack again, or give another one",
+        ) from None
+
+
+class unbroken:  # noqa: N801  a function in all but name
+    """A file whose ``read`` raises what `readable` raises."""
+
+    def __init__(self, file: IO[bytes], pack: str | os.PathLike[str]) -> None:
+        self._file, self._pack = file, pack
+
+    def read(self, size: int = -1) -> bytes:
+        with readable(self._pack):
+            return self._file.read(size)
+
+
+def fetch(url: str, target: Path, free: int, unsigned: bool = False) -> str:
+    """Load a pack from ``url`` (or, where it ends with a slash, the newest that the folder's page names) into the new file
+    ``target``, with at most ``free`` bytes less the reserve; returns its address.
+
+    A connection that breaks is taken up where it was left, if the server can. Raises `BundleError`, and `UsageError` for an
+    unsigned pack over http, which anybody on the way could change.
+    """
+    opener = _opener()
+    if unsigned and urllib.parse.urlsplit(url).scheme.lower() == "http":
+        raise SignatureError("an unsigned pack over http may be anybody's", "sign it and give --pub, or fetch it by https")
+    if url.endswith("/"):
+        url = _listed(opener, url)
+    _Download(opener, url, target, min(MAX_PACK_BYTES, max(0, free - RESERVE))).run()
+    return url
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    max_redirections = 5
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        scheme = urllib.parse.urlsplit(newurl).scheme.lower()
+        if scheme not in ("http", "https") or (scheme == "http" and req.type == "https"):
+            raise BundleError(f"the server sends us on to a {scheme}: address, which is not followed", _HINT)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """http and https only: the standard opener would read file: and ftp: as well."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _Redirects(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    opener.addheaders = [("User-Agent", "edgekit"), ("Accept-Encoding", "identity")]
+    return opener
+
+
+def _opened(opener: urllib.request.OpenerDirector, url: str, headers: dict[str, str]) -> Any:
+    """The response, 416 too. Raises `BundleError` where the server says no, `OSError` where it is not reached."""
+    try:
+        request = urllib.request.Request(url, headers=headers)  # noqa: S310  the opener knows http and https only
+        return opener.open(request, timeout=STALL_S)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code >= 500:
+                raise OSError(f"the server answers {error.code} {error.reason}") from None
+            raise BundleError(f"{url}: the server answers {error.code} {error.reason}", _HINT) from None
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise BundleError(
+                f"{url}: its certificate is not trusted here ({error.reason.verify_message})",
+                "install the CA's certificate (SSL_CERT_FILE names one) or set the clock; signed packs may come by http too",
+            ) from None
+        if isinstance(error.reason, OSError):
+            raise error.reason from None
+        raise BundleError(f"{url} cannot be fetched: {error.reason}", _HINT) from None
+    except (http.client.InvalidURL, ValueError) as error:
+        raise BundleError(f"{url} cannot be fetched: {first_line(error)}", _HINT) from None
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
+
+
+def _listed(opener: urllib.request.OpenerDirector, url: str) -> str:
+    """The address of the newest pack that a folder's page (of nginx, Apache, python -m http.server) links to."""
+    try:
+        with _opened(opener, url, {}) as response:
+            page = response.read(_LISTING_BYTES + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise BundleError(f"{url} cannot be fetched: {_reason(error)}", _HINT) from None
+    if len(page) > _LISTING_BYTES:
+        raise BundleError(f"the page of {url} is larger than {_LISTING_BYTES >> 20} MiB", "give the address of the pack itself")
+    links = _Links()
+    links.feed(page.decode("utf-8", "replace"))
+    names = {}
+    for link in links.found:  # the folder's own only: a page may link anywhere
+        path = urllib.parse.unquote(urllib.parse.urlsplit(link).path.removeprefix("./"))
+        if not urllib.parse.urlsplit(link).netloc and _NAME.fullmatch(path):
+            names[path] = urllib.parse.urljoin(url, urllib.parse.quote(path))
+    if not names:
+        raise BundleError(f"the page of {url} names no pack (*.zip)", "give the address of the pack itself")
+    return names[choose(sorted(names))]
+
+
+class _Download:
+    """One file, over as many connections as it takes."""
+
+    def __init__(self, opener: urllib.request.OpenerDirector, url: str, target: Path, most: int) -> None:
+        self._opener, self._url, self._target, self._most = opener, url, target, most
+        self._validator = ""
+        self._have = 0
+        self._size: int | None = None
+        self._bar = contextlib.ExitStack()
+        self._shown: Callable[[int, str], None] | None = None
+
+    def run(self) -> None:
+        idle = 0
+        with self._target.open("xb") as file, self._bar:
+            while True:
+                before = self._have
+                try:
+                    if self._piece(file):
+                        return
+                    reason = f"it ended after {self._have} of {self._size} bytes"
+                except (OSError, http.client.HTTPException) as error:
+                    if isinstance(error, OSError) and error.filename:  # our own disk
+                        raise
+                    reason = _reason(error)
+                idle = 0 if self._have > before else idle + 1
+                if idle >= TRIES:
+                    raise BundleError(f"{self._url} cannot be fetched: {reason}", _HINT)
+                time.sleep(PAUSE_S * min(idle + 1, TRIES))
+
+    def _piece(self, file: IO[bytes]) -> bool:
+        """One connection's bytes; whether all are there."""
+        headers = {"Range": f"bytes={self._have}-"} if self._have else {}
+        if self._have and self._validator:
+            headers["If-Range"] = self._validator
+        with _opened(self._opener, self._url, headers) as response:
+            self._begin(response, file)
+            if self._shown is None:  # the size is known now
+                self._shown = self._bar.enter_context(bar(f"fetching {self._url}", self._size or self._most))
+            begun, got = time.monotonic(), 0
+            while block := response.read1(_BLOCK):
+                got += len(block)
+                if self._have + len(block) > self._most:
+                    raise self._too_large()
+                with naming(self._target):
+                    file.write(block)
+                self._have += len(block)
+                self._shown(len(block), f"{self._have / 1e6:.1f} MB")
+                if (elapsed := time.monotonic() - begun) > CRAWL_S:
+                    if got < CRAWL_BYTES * elapsed:
+                        raise BundleError(f"{self._url} comes at {got / elapsed:.0f} bytes a second: given up", _HINT)
+                    begun, got = time.monotonic(), 0
+        with naming(self._target):
+            file.flush()
+        return self._have > 0 and (self._size is None or self._have >= self._size)
+
+    def _begin(self, response: Any, file: IO[bytes]) -> None:
+        """From the headers: how much will come, and from where on."""
+        said = response.headers.get("Content-Length", "")
+        length = int(said) if said.isdigit() and len(said) < 19 else None
+        if self._have and response.status == 206:
+            start = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
+            if not start or int(start[1]) != self._have:
+                raise BundleError(f"{self._url}: the server answers with another part than was asked for", _HINT)
+        else:  # from the start: it cannot go on in the middle, or the file has changed
+            self._have = 0
+            file.seek(0)
+            file.truncate()
+            self._size = length
+        etag = response.headers.get("ETag", "")
+        self._validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
+        if length is not None and self._have + length > self._most:
+            raise self._too_large(self._have + length)
+
+    def _too_large(self, size: int | None = None) -> BundleError:
+        what = f"{size >> 20} MiB" if size else "endless"
+        return BundleError(
+            f"{self._url} is {what}, there is room for {self._most >> 20} MiB; it is not fetched",
+            "free some space, or look at the address",
+        )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer for {STALL_S:.0f} s"
+    return getattr(error, "strerror", None) or first_line(error)

@@ -1,0 +1,181 @@
+"""A scan on an installed bundle (ROOT/current) says that it starts, and that it works: what an install's trial waits for."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from edgekit.bundle import Bundle
+from edgekit.errors import EdgekitError
+from edgekit.files import printable
+from edgekit.installed import Start, current_slot, root_of, starting
+from edgekit.progress import say
+from edgekit.runtime.golden import Golden
+
+from .assembly import Parts
+from .config import ScanConfig
+from .events import Event, rfc3339
+from .reading import Answer
+from .sources import Captured
+from .stop import Stop
+
+__all__ = ["ALIVE_S", "ANSWERS", "Health"]
+
+#: So many frames answered, or so many seconds in the loop (a belt may stand still): then the bundle works.
+ANSWERS = 20
+ALIVE_S = 60.0
+#: Between two looks at where ``current`` leads.
+LOOK_S = 10.0
+
+
+class Health:
+    """In the block a scan runs; entered before anything of a bundle is loaded.
+
+    Where a bundle is on trial its start is noted on disk, its golden outputs are checked with the scan's own model, and it is
+    confirmed after `ANSWERS` frames, after `ALIVE_S` seconds, or at the source's end, unless the model refused every frame.
+    What ends in order before (SIGTERM, a loop that is left) counts for nothing; an error counts as a failed start, as does
+    all that leaves no time for words. A root that cannot be written is said once.
+    """
+
+    name = "install"
+
+    def __init__(self, config: ScanConfig, stop: Stop) -> None:
+        named = [options.bundle for options in (config.model, config.text) if options is not None]
+        self._roots = {root: Path() for bundle in named if (root := root_of(bundle))}  # -> the slot that this scan opens
+        self._stop = stop
+        self._starts: list[Start] = []
+        self._answered = self._refused = 0
+        self._since: float | None = None
+        self._look = 0.0
+        self.told: list[Start] = []  #: Starts that went back, until their events are sent.
+
+    def __enter__(self) -> Health:
+        for root in self._roots:
+            self._begin(starting(root))
+        self._stop.at_force.append(self._withdraw)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with contextlib.suppress(ValueError):
+            self._stop.at_force.remove(self._withdraw)
+        if isinstance(error, Exception):
+            for start in self._starts:
+                start.fail(getattr(error, "message", "") or str(error) or type(error).__name__)
+        elif error is None and not self._stop.is_set() and self._works():
+            self._confirm()
+        else:
+            self._withdraw()
+        self._starts = []
+
+    def _begin(self, start: Start) -> None:
+        if start.returned:
+            self.told.append(start)
+            left = start.returned.left
+            say(
+                f"back to the bundle before {left.name} ({left.digest[:12]}): {start.returned.reason}",
+                level="warning",
+                root=printable(start.root),
+            )
+        if start.trial:
+            trial = start.trial
+            number = trial.failed + 1
+            say(f"{printable(start.root)} is on trial: start {number} of {trial.allowed}", root=printable(start.root))
+        if start.doubt:
+            say(f"the trial of {printable(start.root)}: {start.doubt}; the scan runs", level="warning")
+        self._starts.append(start)
+        self._roots[start.root] = start.bundle
+
+    def loaded(self, parts: Parts) -> None:
+        """The models are open: those of a root on trial are tested. Raises `GoldenError`, `BundleError`."""
+        reading = parts.reading
+        models: list[Any] = [model for model in (reading.model, reading.text) if model is not None] if reading else []
+        kept: list[Start] = []
+        for start in self._starts:
+            place = start.bundle.resolve()
+            model = next((model for model in models if model.bundle.path.resolve() == place), None)
+            if model is None:  # one that was promoted runs, or an install came in between: nothing is learnt of this one
+                start.withdraw()
+                continue
+            if start.trial:
+                Golden.of(model.runner).check(model.runner)
+            kept.append(start)
+        self._starts = kept
+
+    def hear(self, answer: Answer | None) -> None:
+        """Each captured frame's answer."""
+        if answer is not None:
+            self._refused += bool(answer.reason)
+            self._answered += not answer.reason
+
+    def round(self, monotonic: float) -> None:
+        """The loop went round."""
+        if self._since is None:
+            self._since = monotonic
+        proved = self._answered >= ANSWERS or monotonic >= self._since + ALIVE_S
+        if proved and self._starts and not self._stop.is_set() and self._works():
+            self._confirm()
+        if self._roots and monotonic >= self._look:
+            self._look = monotonic + LOOK_S
+            self._notice()
+
+    def _works(self) -> bool:
+        return bool(self._answered) or not self._refused
+
+    def _confirm(self) -> None:
+        for start in self._starts:
+            if not start.confirm():
+                say(f"{printable(start.root)} is healthy, which cannot be noted: {start.doubt}", level="warning")
+            elif start.trial:
+                say(f"{printable(start.root)} is healthy: the trial is over", root=printable(start.root))
+        self._starts = []
+
+    def _withdraw(self) -> None:
+        for start in self._starts:
+            start.withdraw()
+
+    def _notice(self) -> None:
+        """Said once: another bundle was switched to, which this process does not take by itself."""
+        for root, runs in list(self._roots.items()):
+            slot = current_slot(root)
+            if slot and slot != runs.name:
+                say(f"{printable(root)} leads to slot {slot} now, slot {runs.name} runs: a restart takes it", level="warning")
+                del self._roots[root]
+
+    # A step of the scan, for the one event that it may have to tell.
+
+    def wants(self, captured: Captured) -> str:
+        return ""
+
+    def frame(self, captured: Captured, event: Event) -> list[Event]:
+        return [event]
+
+    def due(self, monotonic: float, wall: float) -> list[Event]:
+        told, self.told = self.told, []
+        return [
+            {
+                "event": "model",
+                "source": str(start.root / "current"),
+                "time": rfc3339(wall),
+                "state": "returned",
+                "digest": running,
+                "before": start.returned.left.digest,
+                "reason": start.returned.reason,
+            }
+            for start in told
+            if start.returned and (running := _digest(start))
+        ]
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def _digest(start: Start) -> str:
+    try:
+        return Bundle.open(start.bundle, verify=False).digest
+    except EdgekitError:
+        return ""
