@@ -28,7 +28,7 @@ from edgekit.progress import bar
 from .archive import MAX_PACK_BYTES
 from .checks import RESERVE
 
-__all__ = ["choose", "fetch", "from_folder", "is_url", "readable", "unbroken"]
+__all__ = ["choose", "fetch", "fetch_beside", "from_folder", "is_url", "readable", "unbroken"]
 
 #: Without a byte for so long the connection counts as dead.
 STALL_S = 20.0
@@ -134,6 +134,25 @@ def fetch(url: str, target: Path, free: int, unsigned: bool = False) -> str:
         url = _listed(opener, url)
     _Download(opener, url, target, min(MAX_PACK_BYTES, max(0, free - RESERVE))).run()
     return url
+
+
+def fetch_beside(url: str, target: Path, most: int) -> None:
+    """Load what lies beside a pack, or in its folder, under ``target``'s name, if the server has it: at most ``most`` bytes.
+
+    A server that says no has none. Raises `BundleError` where it does not answer at all.
+    """
+    address = urllib.parse.urljoin(url, target.name)
+    for attempt in range(1, TRIES + 1):
+        try:
+            with _opened(_opener(), address, {}) as response:
+                target.write_bytes(response.read(most))
+            return
+        except BundleError:
+            return
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == TRIES:
+                raise BundleError(f"{address} cannot be fetched: {_reason(error)}", _HINT) from None
+            time.sleep(PAUSE_S * attempt)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

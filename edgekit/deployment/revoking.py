@@ -26,13 +26,13 @@ from edgekit.files import atomic_write, check_new
 
 from .signing import LINE_BYTES, MAX_RELEASE, check_line, key_id_of, private_key, signature_line
 
-__all__ = ["REVOKED", "Revoked", "read_list", "revoke"]
+__all__ = ["MAX_BYTES", "REVOKED", "Revoked", "read_list", "revoke"]
 
 REVOKED = "revoked.txt"
 _CONTEXT = b"edgekit-revocations-1\0"
 _LIST = re.compile(rb"edgekit-revocations-1 number=([0-9]{16})\n((?:key [0-9a-f]{16}\n)*)((?:pack [0-9a-f]{64}\n)*)")
 _ID = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}", re.ASCII)
-_MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 
 
 class Revoked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,9 +59,9 @@ def read_list(path: Path, keys: Mapping[str, Any]) -> tuple[Revoked, str] | None
     if not path.is_file():
         raise SignatureError(f"there is no list of revocations at {path}", "make one: edgekit revoke ID --out F --key K")
     with path.open("rb") as file:
-        data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise SignatureError(f"{path} is larger than {_MAX_BYTES >> 20} MiB: no list of revocations", "fetch it again")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise SignatureError(f"{path} is larger than {MAX_BYTES >> 20} MiB: no list of revocations", "fetch it again")
     body, line = data[:-LINE_BYTES], data[-LINE_BYTES:]
     signer = check_line(line, _CONTEXT + body, keys)
     if signer is None:
@@ -106,8 +106,8 @@ def revoke(ids: Iterable[str], *, out: str | os.PathLike[str], key: str | os.Pat
         before.digests | {one for one in given if len(one) == 64},
     )
     body = new.text()
-    if len(body) + LINE_BYTES > _MAX_BYTES:
-        raise UsageError(f"{path} would be larger than {_MAX_BYTES >> 20} MiB", "revoke the key that signed all these packs")
+    if len(body) + LINE_BYTES > MAX_BYTES:
+        raise UsageError(f"{path} would be larger than {MAX_BYTES >> 20} MiB", "revoke the key that signed all these packs")
     atomic_write(path, body + signature_line(secret, _CONTEXT + body))
     return {
         "revoked": str(path),

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,11 @@ from edgekit.trust import trust_engine
 
 from .archive import Archive, open_archive
 from .checks import Steps, check_latency, check_links, check_room, explained, room_for, self_test
-from .fetching import fetch, from_folder, is_url, readable, unbroken
+from .fetching import fetch, fetch_beside, from_folder, is_url, readable, unbroken
 from .packing import checked, open_pack
+from .revoking import MAX_BYTES, REVOKED
 from .signing import Checked, PathOrPaths
-from .trusted import Trust, admit, believe, remember
+from .trusted import Trust, admit, believe, memory, remember
 
 __all__ = ["CURRENT", "install", "rollback", "status"]
 
@@ -92,8 +94,7 @@ def install(
     folder, steps = Path(root), Steps()
     _refuse_odd(folder, max_latency_ms, starts)
     remote = is_url(pack)
-    beside = None if remote else Path(pack) / "F.zip" if Path(pack).is_dir() else pack
-    trust = None if pub is None else believe(pub, root=folder, revoked=revoked, pack=beside)
+    trust = None if pub is None else _trust(pack, pub, folder, revoked)
     check = functools.partial(_checked, trust=trust, root=folder, allow_older=allow_older)
     if not remote:
         with steps("check"):
@@ -124,6 +125,15 @@ def install(
                 slot, record = _place(folder, fresh, signed.key_ids[0] if signed else None, starts)
     done = {"unchanged": False, "pack": pack, "seconds": steps.seconds}
     return {**_answer(folder, slot, record), **tried, **done}
+
+
+def _trust(pack: str | os.PathLike[str], pub: PathOrPaths, folder: Path, revoked: PathOrPaths | None) -> Trust:
+    """Whom this device believes, after a look at the list of revocations that lies where the pack does."""
+    with tempfile.TemporaryDirectory() as near:
+        if is_url(pack):
+            fetch_beside(os.fspath(pack), Path(near) / REVOKED, MAX_BYTES + 1)
+            return believe(pub, root=folder, revoked=revoked, pack=Path(near) / "F.zip")
+        return believe(pub, root=folder, revoked=revoked, pack=Path(pack) / "F.zip" if Path(pack).is_dir() else pack)
 
 
 def _copied(pack: str | os.PathLike[str], folder: Path, work: Path, unsigned: bool) -> tuple[Path, str]:
@@ -203,7 +213,7 @@ def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
         left, before = state.slots.get(running), way_back(state, running)
         if before is None:
             raise BundleError(f"{folder} holds no older bundle to go back to", "install one: edgekit install F.zip --root DIR")
-        if reason := fault(folder / SLOTS / slot, before):
+        if reason := _unfit(folder, slot, before):
             raise BundleError(f"the older bundle cannot run: {reason}", "install one: edgekit install F.zip --root DIR")
         if left is not None:
             note = Return(now(), "asked for by edgekit rollback", left, before.sequence)
@@ -213,6 +223,19 @@ def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
                 say(f"the rollback cannot be noted in {folder}: {error.strerror}", level="warning")
         switch(folder, slot)
     return {**_answer(folder, slot, before), "left": left.digest if left else None}
+
+
+def _unfit(folder: Path, slot: Slot, record: Record) -> str:
+    """Why a bundle is no way back for who asks for it; empty where it is one. A way back that a start takes by itself asks for
+    whole files only: a revoked model that works is better than none, and `status` says what runs."""
+    try:
+        revoked = memory(folder).revoked
+    except SignatureError as error:  # nobody is kept from going back by it
+        say(f"{error.message}: what is revoked is not asked", level="warning")
+        return fault(folder / SLOTS / slot, record)
+    if record.digest in revoked.digests or record.key_id in revoked.keys:
+        return "its makers have revoked it" if record.digest in revoked.digests else f"its key {record.key_id} is revoked"
+    return fault(folder / SLOTS / slot, record)
 
 
 def status(root: str | os.PathLike[str]) -> dict[str, Any]:

@@ -88,9 +88,7 @@ def test_every_case_passes_or_says_why_it_cannot_run(tmp_path: Path) -> None:
         if row["outcome"] == "passed":
             assert row["rounds"] >= 1
             assert row["figures"].get("events_lost", 0) == 0
-    allowed = {"starts-fail"}  # this edgekit does not have it yet
-    if os.environ.get("CI") != "true":
-        allowed |= {"broker-flaps", "camera-damage", "power-cut"}
+    allowed = set() if os.environ.get("CI") == "true" else {"broker-flaps", "camera-damage", "power-cut"}
     assert {row["name"] for row in rows if row["outcome"] == "not run"} <= allowed
 
 

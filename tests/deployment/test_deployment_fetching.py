@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekit.deployment import fetching, install, pack, status
+from edgekit.deployment import fetching, install, pack, revoke, rollback, status, verify
 from edgekit.errors import BundleError, EdgekitError, SignatureError, UsageError
 
 
@@ -31,6 +31,9 @@ class Unkind(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
+        if self.path.endswith("/revoked.txt"):
+            self.head(404)
+            return
         self.asked.append((self.path, wanted))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             getattr(self, "serve_" + re.sub(r"\W", "_", self.path.strip("/")))(wanted)
@@ -155,6 +158,31 @@ def test_from_a_server(cli: Any, tmp_path: Path, versions: list[Path], keys: Any
     assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["current", "slots", "state.json", "trust.json"]
     with pytest.raises(SignatureError, match="unsigned pack over http"):
         install(url, root=tmp_path / "root", unsigned=True)
+
+
+def test_a_server_s_list_of_revocations_holds(
+    tmp_path: Path, versions: list[Path], keys: Any, served: tuple[str, Path]
+) -> None:
+    """Of what is fetched, and of the way back for who asks for it."""
+    url, folder = served
+    root = tmp_path / "root"
+    for version in versions:
+        shutil.copy(version, folder)
+    first = install(url + "v0.zip", root=root, pub=keys.pub)
+    install(url + "v1.zip", root=root, pub=keys.pub)
+    third = verify(versions[2], pub=keys.pub)
+    revoke([first["digest"], third["pack_digest"]], out=folder / "revoked.txt", key=keys.key)
+    for address in (url + "v2.zip", url):
+        with pytest.raises(SignatureError, match="is revoked by its makers"):
+            install(address, root=root, pub=keys.pub)
+    with pytest.raises(BundleError, match="the older bundle cannot run: its makers have revoked it"):
+        rollback(root)
+    assert status(root)["name"] == "v1"
+    assert sorted(path.name for path in root.iterdir()) == ["current", "slots", "state.json", "trust.json"]
+    (root / "trust.json").write_text("{}")  # damaged: nothing can be installed, but nobody is kept from going back
+    with pytest.raises(SignatureError, match="damaged"):
+        install(versions[2], root=root, pub=keys.pub)
+    assert rollback(root)["name"] == "v0"
 
 
 def test_a_connection_that_breaks_is_taken_up(tmp_path: Path, keys: Any, unkind: str) -> None:
