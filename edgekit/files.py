@@ -6,10 +6,15 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import EdgekitError, OutputExists, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "atomic_write",
@@ -17,6 +22,7 @@ __all__ = [
     "given_path",
     "locked",
     "naming",
+    "npz_arrays",
     "npz_problem",
     "printable",
     "sha256_file",
@@ -55,6 +61,32 @@ def check_new(path: Path) -> None:
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text that every encoding takes: bytes that are no UTF-8 appear as ``\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def npz_arrays(stream: IO[bytes], most: int | None = None) -> dict[str, NDArray[Any]]:
+    """Every array of an open .npz by name, or raises: what numpy and zipfile raise on damaged bytes is anything.
+
+    ``most``: bytes that they may take; a few kilobytes can inflate to any size. Refused beyond what `numpy.load` refuses:
+    members that are no arrays, which it hands out as bytes, and text of code points that there are none of, on which numpy
+    fails later.
+    """
+    import numpy as np
+
+    loaded = np.load(stream, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        raise ValueError("it holds one array without a name (npy)")
+    with loaded as file:
+        if most is not None and (size := sum(member.file_size for member in file.zip.infolist())) > most:
+            raise ValueError(f"its arrays take {size >> 20} MiB, at most {most >> 20} are read")
+        arrays = {name: file[name] for name in file.files}
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name!r} in it is no array")
+        if array.dtype.kind == "U" and array.size and array.dtype.itemsize:
+            codes = np.frombuffer(array.tobytes(), np.dtype("u4").newbyteorder(array.dtype.byteorder))
+            if codes.max() > sys.maxunicode:
+                raise ValueError(f"{name!r} in it is no text")
+    return arrays
 
 
 def npz_problem(path: Path, error: Exception) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
-from edgekit.files import npz_problem
+from edgekit.files import npz_arrays, npz_problem
 from edgekit.manifest import ImagePreprocessing
 
 from .dataset import Dataset, Split, digest_of, stratified
@@ -60,13 +60,7 @@ def load(path: str) -> Dataset:
 def _read(path: str) -> dict[str, NDArray[Any]]:
     try:
         with Path(path).open("rb") as stream:  # numpy would leave a file that is no zip open
-            file = np.load(stream, allow_pickle=False)
-            if isinstance(file, np.ndarray):
-                raise DataError(f"{path} holds one array without a name (npy)", _HINT)
-            with file:
-                return {name: file[name] for name in file.files}
-    except DataError:
-        raise
+            return npz_arrays(stream)
     except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes
         raise DataError(f"{path} cannot be read: {npz_problem(Path(path), error)}", _HINT) from None
 

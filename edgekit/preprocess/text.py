@@ -50,4 +50,7 @@ class TextPreprocessor:
         if not isinstance(text, str):
             raise InputError(f"a {type(text).__name__} arrived, the model takes a str", "pass the text itself")
         clean = text[: self.spec.length * CHARACTERS_A_TOKEN].encode("utf-8", "replace").decode()  # no lone surrogates
-        return self.tokenizer.encode(clean)
+        try:
+            return self.tokenizer.encode(clean)
+        except Exception as error:  # noqa: BLE001  as above
+            raise BundleError(f"tokenizer.json cannot take a text: {error}", "restore the bundle, or make it again") from None

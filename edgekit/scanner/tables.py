@@ -19,6 +19,7 @@ __all__ = ["Key", "Problem", "Tables", "line_of", "shown", "worded"]
 #: A key's place: names, and numbers in arrays of tables.
 Key = tuple[str | int, ...]
 _BARE = re.compile(r"^[A-Za-z0-9_\-]{1,40}\Z")
+_EXAMPLE = "edgekit scan --example shows every table, key and default"
 _LONGEST = 100  # of a value in a message
 _HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
 
@@ -61,7 +62,7 @@ class Tables:
         values = {name: self._value(hints[name], data[name], (*at, name)) for name in names if name in data}
         for field in msgspec.structs.fields(kind):
             if field.required and field.name not in data:
-                self.add(at, f"`{shown((*at, field.name))}` is missing")
+                self.add(at, f"`{shown((*at, field.name))}` is missing", _EXAMPLE)
         if not at:
             self._keep_sound(values)
         if len(self.problems) > before:
@@ -71,7 +72,7 @@ class Tables:
         except EdgekitError as error:
             self.add(at, f"[{shown(at)}] {error.message}" if at else error.message, error.hint)
         except ValueError as error:
-            self.add(at, f"[{shown(at)}] {error}")
+            self.add(at, f"[{shown(at)}] {error}", _EXAMPLE)
         return None
 
     def _keep_sound(self, values: Mapping[str, Any]) -> None:
