@@ -44,7 +44,8 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
     base = os.readlink(f"/proc/self/fd/{folder}") if folder is not None and event in _RELATIVE else os.getcwd()
     for path in paths:
         if isinstance(path, str | bytes | os.PathLike):
-            whole = os.path.normpath(os.path.join(base, os.fsdecode(path)))
+            parent, name = os.path.split(os.path.join(base, os.fsdecode(path)))
+            whole = os.path.join(os.path.realpath(parent), name)  # by way of a link, too
             if not whole.startswith(_watched["inside"]) and not whole.startswith(("/dev/", "/proc/")):
                 _watched["outside"].append(f"{event} {whole}")
 
@@ -71,7 +72,7 @@ def limits() -> Iterator[None]:
 
 def tried(read: Callable[[bytes, Path], object], data: bytes) -> str:
     """What is wrong with how ``read`` takes ``data``; empty where nothing is."""
-    folder = Path(tempfile.mkdtemp(prefix="edgekit-fuzz."))
+    folder = Path(tempfile.mkdtemp(prefix="edgekit-fuzz.")).resolve()
     work = folder / "in"
     work.mkdir()
     temporary = tempfile.tempdir
