@@ -8,8 +8,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import EdgekitError, OutputExists, UsageError
+
+if TYPE_CHECKING:
+    from numpy.lib.npyio import NpzFile
+    from numpy.typing import NDArray
 
 __all__ = [
     "atomic_write",
@@ -17,12 +22,17 @@ __all__ = [
     "given_path",
     "locked",
     "naming",
+    "npz_arrays",
     "npz_problem",
     "printable",
     "sha256_file",
     "staged",
     "sync_path",
 ]
+
+#: So much a small .npz may unpack to; a larger one to a hundred times its size. Zeros pack a thousand times smaller.
+UNPACKED_BYTES = 1 << 30
+_UNPACKED_TIMES = 100
 
 
 def given_path(value: object, name: str) -> Path:
@@ -55,6 +65,25 @@ def check_new(path: Path) -> None:
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text that every encoding takes: bytes that are no UTF-8 appear as ``\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def npz_arrays(file: NpzFile, most_bytes: int | None = None) -> dict[str, NDArray[Any]]:
+    """Every array of an open .npz, by name. ``most_bytes``: what they may unpack to; by default it hangs on the file's size.
+
+    Raises `ValueError` where they would be larger and for a member that is no array, which numpy gives as bytes; what
+    `numpy.load` raises for damaged ones.
+    """
+    import numpy as np
+
+    members = file.zip.infolist()  # type: ignore[union-attr]  # open as long as the file is
+    packed, unpacked = (sum(getattr(each, size) for each in members) for size in ("compress_size", "file_size"))
+    most = max(UNPACKED_BYTES, _UNPACKED_TIMES * packed) if most_bytes is None else most_bytes
+    if unpacked > most:
+        raise ValueError(f"its {packed} bytes unpack to {unpacked}, at most {most} are taken")
+    arrays = {name: file[name] for name in file.files}
+    if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise ValueError(f"its member {odd[0][:80]!r} is no array")
+    return arrays
 
 
 def npz_problem(path: Path, error: Exception) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import GOLDEN, Bundle
 from edgekit.errors import DataError, UsageError
-from edgekit.files import npz_problem
+from edgekit.files import npz_arrays, npz_problem
 from edgekit.manifest import ImagePreprocessing, TensorSpec
 from edgekit.preprocess import denormalised
 from edgekit.runtime.backends import Runner
@@ -57,7 +57,7 @@ def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
     names = [spec.name for spec in inputs]
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = npz_arrays(file)
     except Exception as error:  # noqa: BLE001  zip and npy readers raise many types on damaged bytes
         raise DataError(f"{path} cannot be read: {npz_problem(path, error)}", "write it with numpy.savez") from None
     if missing := [name for name in names if name not in arrays]:

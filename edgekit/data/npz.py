@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
-from edgekit.files import npz_problem
+from edgekit.files import npz_arrays, npz_problem
 from edgekit.manifest import ImagePreprocessing
 
 from .dataset import Dataset, Split, digest_of, stratified
@@ -64,7 +64,7 @@ def _read(path: str) -> dict[str, NDArray[Any]]:
             if isinstance(file, np.ndarray):
                 raise DataError(f"{path} holds one array without a name (npy)", _HINT)
             with file:
-                return {name: file[name] for name in file.files}
+                return npz_arrays(file)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgekit.data.csv_file import is_number, read_series
 from edgekit.errors import DataError
-from edgekit.files import npz_problem, printable
+from edgekit.files import npz_arrays, npz_problem, printable
 from edgekit.runtime import Model
 
 from .modality import Modality, View
@@ -149,8 +149,8 @@ def _read_arrays(path: Path) -> list[tuple[str, NDArray[Any]]]:
             if isinstance(file, np.ndarray):
                 return [("", file)]
             with file:
-                names = file.files
-                return [("" if len(names) == 1 else name, file[name]) for name in names]
+                arrays = npz_arrays(file)
+                return [("" if len(arrays) == 1 else name, array) for name, array in arrays.items()]
     except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes
         reason = npz_problem(path, error) if path.suffix.lower() == ".npz" else "it is no .npy of numbers"
         raise DataError(f"{printable(path)} cannot be read: {reason}", "write it with numpy.save(path, array)") from None

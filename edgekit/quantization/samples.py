@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgekit.bundle import FLOAT_GRAPH, TOKENIZER, Bundle
 from edgekit.data import MAX_DAMAGED_SHARE, SOURCES, known_specs, load
 from edgekit.errors import DataError, GraphError, UsageError
-from edgekit.files import npz_problem
+from edgekit.files import npz_arrays, npz_problem
 from edgekit.manifest import TensorSpec
 from edgekit.preprocess import make_preprocessor
 from edgekit.progress import say, track
@@ -300,7 +300,7 @@ def read_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     try:
         # numpy leaves a file that it opened itself open where the zip in it is damaged
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = npz_arrays(file)
     except Exception as error:  # noqa: BLE001  numpy and zipfile raise many types on damaged files
         why = npz_problem(path, error)
         raise DataError(f"{path} cannot be read: {why}", f"write it with numpy.savez; wanted: {wanted}") from None

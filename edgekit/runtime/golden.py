@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import GOLDEN, INT8_GRAPH, Bundle
-from edgekit.errors import BundleError, GoldenError
+from edgekit.errors import BundleError, GoldenError, first_line
+from edgekit.files import npz_arrays
 from edgekit.manifest import Tolerance, batch_axes
 
 from .backends import Runner, open_runner
@@ -164,9 +165,9 @@ def parse_golden(data: bytes, name: str = GOLDEN) -> tuple[dict[str, NDArray[Any
 
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+            arrays = npz_arrays(file, len(data))  # `save_golden` packs nothing
     except Exception as error:  # noqa: BLE001  zip and npy readers raise many types on damaged bytes
-        raise BundleError(f"{name} cannot be read: {error}", "make the bundle again") from None
+        raise BundleError(f"{name} cannot be read: {first_line(error)}", "make the bundle again") from None
     inputs = {key.removeprefix("input/"): array for key, array in arrays.items() if key.startswith("input/")}
     outputs = {key.removeprefix("output/"): array for key, array in arrays.items() if key.startswith("output/")}
     return inputs, outputs

@@ -19,6 +19,7 @@ __all__ = ["Key", "Problem", "Tables", "line_of", "shown", "worded"]
 #: A key's place: names, and numbers in arrays of tables.
 Key = tuple[str | int, ...]
 _BARE = re.compile(r"^[A-Za-z0-9_\-]{1,40}\Z")
+_EXAMPLE = "edgekit scan --example shows every table and key"
 _LONGEST = 100  # of a value in a message
 _HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
 
@@ -45,7 +46,7 @@ class Tables:
 
     def add(self, at: Key, message: str, hint: str = "") -> None:
         message, hint = (" ".join(words.split()) for words in (message, hint))  # words of an error may quote several lines
-        self.problems.append(Problem(self._where(at), message, hint))
+        self.problems.append(Problem(self._where(at), message, hint or _EXAMPLE))
 
     def struct(self, kind: type[Any], data: Any, at: Key = ()) -> Any:
         """A ``kind`` made of ``data``; None where that did not work, and then `problems` say why."""

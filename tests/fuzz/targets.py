@@ -141,7 +141,7 @@ def wire(data: bytes) -> None:
         model.ParseFromString(data)
     except Exception:  # noqa: BLE001  protobuf's exception type depends on its backend
         return
-    outside = any(t.data_location == t.EXTERNAL and t.external_data for t in model.graph.initializer)
+    outside = any(t.data_location == t.EXTERNAL and any(e.key == "location" for e in t.external_data) for t in model.graph.initializer)
     assert found or not outside
 
 
