@@ -33,6 +33,8 @@ __all__ = [
 #: So much a small .npz may unpack to; a larger one to a hundred times its size. Zeros pack a thousand times smaller.
 UNPACKED_BYTES = 1 << 30
 _UNPACKED_TIMES = 100
+#: Of Unicode; and the upper bits of the halves of a pair in UTF-16, which are no characters.
+_LAST_CODE, _SURROGATES = 0x10FFFF, 0xD800 >> 11
 
 
 def given_path(value: object, name: str) -> Path:
@@ -83,6 +85,11 @@ def npz_arrays(file: NpzFile, most_bytes: int | None = None) -> dict[str, NDArra
     arrays = {name: file[name] for name in file.files}
     if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise ValueError(f"its member {odd[0][:80]!r} is no array")
+    for name, array in arrays.items():
+        if array.dtype.kind == "U" and array.size and array.dtype.itemsize:
+            codes = np.ascontiguousarray(array).ravel().view(array.dtype.str[0].replace("=", "<") + "u4")
+            if ((codes > _LAST_CODE) | (codes >> 11 == _SURROGATES)).any():
+                raise ValueError(f"its member {name[:80]!r} holds texts that are none")
     return arrays
 
 

@@ -55,6 +55,8 @@ def read_folder(folder: Path, inputs: Sequence[TensorSpec]) -> Feeds:
 
 def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
     names = [spec.name for spec in inputs]
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is no regular file", "write it with numpy.savez")
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = npz_arrays(file)
