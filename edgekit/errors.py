@@ -77,8 +77,8 @@ _EXTRA_OF = {
 }
 
 
-#: Control characters, line ends of Unicode, and what turns the direction of writing: a name out of a foreign file may hold them,
-#: and would end a line of a log, or speak to the terminal.
+#: Control characters, line ends of Unicode, and what turns the direction of writing: a name out of a foreign file may hold
+#: them, and would end a line of a log, or speak to the terminal.
 _LINE_BREAKING = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 

@@ -216,7 +216,8 @@ class _Format(msgspec.Struct):
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a bundle may hold a file of this name: ASCII, at most one folder deep, nothing hidden, no dot at an end, no way out."""
+    """Whether a bundle may hold a file of this name: ASCII, at most one folder deep, nothing hidden, no dot last, no way
+    out."""
     return len(name) <= 255 and _SAFE_NAME.fullmatch(name) is not None
 
 

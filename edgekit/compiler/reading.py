@@ -67,7 +67,8 @@ def read_model(path: Path) -> Source:
             model = onnx.inliner.inline_local_functions(model)
         except Exception as error:  # noqa: BLE001  its own ValidationError, and what its C++ raises
             raise GraphError(
-                f"the functions of {path.name} cannot be inlined: {first_line(error)[:300]}", "export the model without functions"
+                f"the functions of {path.name} cannot be inlined: {first_line(error)[:300]}",
+                "export the model without functions",
             ) from None
     _check_operators(model)
     weights = {i.name for i in model.graph.initializer}

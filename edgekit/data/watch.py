@@ -150,7 +150,7 @@ def _check_form(data: bytes) -> None:
     """Raise `DataError` for a pickle that holds more than such a data set needs, before one is read: a number may be kept in
     place 2^32 of an unpickler's list, which then takes all memory."""
     count = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):  # noqa: B007
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
         far = opcode.name in _PLACES and (argument is None or argument >= _MOST_STEPS)
         if count > _MOST_STEPS or opcode.name not in _STEPS or far:
             raise DataError(f"the file does what reads no data ({opcode.name}): it is not the data set", _HINT)

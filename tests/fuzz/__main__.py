@@ -124,7 +124,9 @@ def _fuzz(name: str, minutes: float, seed: int, engine: str, folder: Path) -> di
     shared = Shared(folder / "shared")
     while (left := minutes * 60 - (time.monotonic() - begun)) > 1:
         words = [sys.executable, "-m", "tests.fuzz", name, "--worker", str(left), "--seed", str(seed + lost)]
-        process = subprocess.Popen([*words, "--engine", engine, "--out", str(folder)], cwd=ROOT, stdout=None, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*words, "--engine", engine, "--out", str(folder)], cwd=ROOT, stdout=None, stderr=subprocess.DEVNULL
+        )
         count, since = shared.count, time.monotonic()
         while process.poll() is None:
             time.sleep(0.2)
@@ -157,7 +159,9 @@ def _save(file: Path, name: str, figures: dict[str, Any]) -> None:
     from edgekit.benchmarking.device import fingerprint
     from edgekit.files import atomic_write, locked
 
-    versions = {each: getattr(importlib.import_module(each), "__version__", "") for each in ("numpy", "onnx", "PIL", "tokenizers")}
+    versions = {
+        each: getattr(importlib.import_module(each), "__version__", "") for each in ("numpy", "onnx", "PIL", "tokenizers")
+    }
     if figures["engine"] == "atheris":
         versions["atheris"] = importlib.import_module("importlib.metadata").version("atheris")
     with locked(file.parent):
@@ -176,7 +180,9 @@ def main() -> None:
     parser.add_argument("--engine", choices=("atheris", "seeded"))
     parser.add_argument("--input", type=Path, help="run this file once, with a traceback")
     parser.add_argument("--out", type=Path, help="where findings go; by default a new folder of /tmp")
-    parser.add_argument("--save", type=Path, nargs="?", const=RESULTS, help="note the figures, by default in benchmarks/results/fuzz.json")
+    parser.add_argument(
+        "--save", type=Path, nargs="?", const=RESULTS, help="note the figures, by default in benchmarks/results/fuzz.json"
+    )
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     engine = asked.engine or ("atheris" if importlib.util.find_spec("atheris") else "seeded")

@@ -105,7 +105,9 @@ class _Watch:
             return
         if event == "open":
             path, mode, flags = arguments
-            writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (isinstance(mode, str) and set(mode) & set("wax+"))
+            writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (
+                isinstance(mode, str) and set(mode) & set("wax+")
+            )
             if writes and isinstance(path, str | bytes):
                 self._check(event, path)
         elif event == "os.mkdir" and os.path.isdir(os.fsdecode(arguments[0])):
@@ -141,7 +143,7 @@ def folder() -> Path:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[Path]:
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108  quicker, and no wear
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="edgekit-fuzz-", dir=base))
     before, temporary = os.getcwd(), tempfile.tempdir
     _here.append(path)
@@ -179,7 +181,9 @@ def run_one(one: Target, data: bytes) -> Finding | None:
                 one.run(data)
             except EdgekitError as error:
                 if not error.message or not error.hint or "\n" in error.message + error.hint:
-                    return Finding(one.name, data, f"an error without cause or cure in a line: {error.message!r}, {error.hint!r}")
+                    return Finding(
+                        one.name, data, f"an error without cause or cure in a line: {error.message!r}, {error.hint!r}"
+                    )
             except one.also:
                 pass
             finally:

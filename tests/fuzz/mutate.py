@@ -15,15 +15,83 @@ from typing import Any
 __all__ = ["MOST_BYTES", "mutated"]
 
 MOST_BYTES = 64 << 10
-_NUMBERS = (0, 1, 2, 3, 4, 7, 8, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
+_NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    127,
+    128,
+    255,
+    256,
+    0x7FFF,
+    0xFFFF,
+    0x7FFFFFFF,
+    0xFFFFFFFF,
+    1 << 40,
+    (1 << 63) - 1,
+    (1 << 64) - 1,
+)
 _WORDS = (
-    b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a",
-    b"II*\0", b"MM\0*", b"RIFF", b"WEBP", b"BM", b"P6 9 9 255\n", b"SQLite format 3\0", b"../", b"/etc/passwd", b"..\\", b"\0", b"\r\n",
-    b"\r\n\r\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"e\xcc\x81", b"\xef\xbc\x8f", b"nan", b"inf", b"-1",
-    b"1e999", b"9" * 400, b"[" * 300, b"{" * 300, b'{"a":' * 200, b"\\u0000", b"null", b"true", b"\xff" * 20, b"\x80" * 20, b"A" * 1000,
+    b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff", b"GIF89a",
+    b"II*\0", b"MM\0*", b"RIFF", b"WEBP", b"BM", b"P6 9 9 255\n", b"SQLite format 3\0", b"../", b"/etc/passwd", b"..\\",
+    b"\0", b"\r\n",
+    b"\r\n\r\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"e\xcc\x81",
+    b"\xef\xbc\x8f", b"nan", b"inf", b"-1",
+    b"1e999", b"9" * 400, b"[" * 300, b"{" * 300, b'{"a":' * 200, b"\\u0000", b"null", b"true", b"\xff" * 20,
+    b"\x80" * 20, b"A" * 1000,
 )  # fmt: skip
-_NAMES = ("../x", "/tmp/x", "a/../../x", "MANIFEST.JSON", "manifest.json", "x\0y", "é", "e\u0301", "．．/x", "x.", "x ", "con", "a\\b", "", "a/b/c", "C:x", ".x", "x" * 300)
-_VALUES: tuple[Any, ...] = (None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 2**64, 1e308, -0.0, 0.5, "", "x", "../x", "\0", "\u2028", "é", [], {}, [[]], [None], {"": 0}, "x" * 5000)
+_NAMES = (
+    "../x",
+    "/tmp/x",
+    "a/../../x",
+    "MANIFEST.JSON",
+    "manifest.json",
+    "x\0y",
+    "é",
+    "e\u0301",
+    "．．/x",
+    "x.",
+    "x ",
+    "con",
+    "a\\b",
+    "",
+    "a/b/c",
+    "C:x",
+    ".x",
+    "x" * 300,
+)
+_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    -(2**63),
+    2**64,
+    1e308,
+    -0.0,
+    0.5,
+    "",
+    "x",
+    "../x",
+    "\0",
+    "\u2028",
+    "é",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": 0},
+    "x" * 5000,
+)
 Way = Callable[[random.Random, bytes, list[bytes]], bytes]
 
 
@@ -101,7 +169,8 @@ def _zip_field(rng: random.Random, data: bytes) -> bytes:
     """Set one field of a local header, of an entry of the directory, or of its end (APPNOTE.TXT 4.3)."""
     magic, fields = rng.choice((
         (b"PK\x03\x04", ((4, 2), (6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2))),
-        (b"PK\x01\x02", ((4, 2), (8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (34, 2), (38, 4), (42, 4))),
+        (b"PK\x01\x02", ((4, 2), (8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (34, 2), (38, 4),
+        (42, 4))),
         (b"PK\x05\x06", ((4, 2), (6, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2))),
     ))  # fmt: skip
     places = [found.start() for found in re.finditer(re.escape(magic), data)]
@@ -115,11 +184,32 @@ def _zip_field(rng: random.Random, data: bytes) -> bytes:
 def _npy(rng: random.Random, data: bytes, corpus: list[bytes]) -> bytes:
     """Another header before the same numbers."""
     length = struct.unpack("<H", data[8:10])[0]
-    shape = rng.choice(("()", "(0,)", "(1,)", "(-1,)", "(3, 2)", "(1000000000000,)", "(2**40,)", "(1, " * 40 + ")" * 40, "(True,)", "(10, 10**9)"))
-    kind = rng.choice(("'<f4'", "'|O'", "'<U99999999'", "'|V8'", "[('a', '<f4')]", "'|S0'", "'<M8[ns]'", "'>i8'", "'|u1'", "'<c16'", "'f', 1"))
+    shape = rng.choice(
+        (
+            "()",
+            "(0,)",
+            "(1,)",
+            "(-1,)",
+            "(3, 2)",
+            "(1000000000000,)",
+            "(2**40,)",
+            "(1, " * 40 + ")" * 40,
+            "(True,)",
+            "(10, 10**9)",
+        )
+    )
+    kind = rng.choice(
+        ("'<f4'", "'|O'", "'<U99999999'", "'|V8'", "[('a', '<f4')]", "'|S0'", "'<M8[ns]'", "'>i8'", "'|u1'", "'<c16'", "'f', 1")
+    )
     order = rng.choice(("False", "True", "1", "None"))
     header = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}, }}".encode().ljust(rng.choice((1, 118)))
-    return data[:6] + rng.choice((b"\x01\x00", b"\x02\x00", b"\x03\x00")) + struct.pack("<H", len(header)) + header + data[10 + length :]
+    return (
+        data[:6]
+        + rng.choice((b"\x01\x00", b"\x02\x00", b"\x03\x00"))
+        + struct.pack("<H", len(header))
+        + header
+        + data[10 + length :]
+    )
 
 
 def _json(rng: random.Random, data: bytes, corpus: list[bytes]) -> bytes:
@@ -167,8 +257,10 @@ def _tree(rng: random.Random, tree: Any) -> Any:
 
 
 _TOML = (
-    "0", "-1", "1e400", "nan", "inf", "''", "'x'", "[]", "[[]]", "{}", "true", "1979-05-27T07:32:00Z", "07:32:00", "0x7fffffffffffffff",
-    "9223372036854775808", "1_0", '"\\u0000"', '"\\u2028"', "'../x'", "['a', 1]", "{a=1}", "[" * 400, "'" + "x" * 5000 + "'", '"""a\nb"""',
+    "0", "-1", "1e400", "nan", "inf", "''", "'x'", "[]", "[[]]", "{}", "true", "1979-05-27T07:32:00Z", "07:32:00",
+    "0x7fffffffffffffff",
+    "9223372036854775808", "1_0", '"\\u0000"', '"\\u2028"', "'../x'", "['a', 1]", "{a=1}", "[" * 400,
+    "'" + "x" * 5000 + "'", '"""a\nb"""',
 )  # fmt: skip
 
 
@@ -198,7 +290,9 @@ def _lines(rng: random.Random, data: bytes, corpus: list[bytes]) -> bytes:
         del lines[at]
     else:
         cells = lines[at].split(b",")
-        cells[rng.randrange(len(cells))] = rng.choice((b"", b"nan", b"inf", b"1e39", b"-0", b'"', b'"a\nb"', b"x" * 3000, b"\xff", b" 7 ", b"0x1"))
+        cells[rng.randrange(len(cells))] = rng.choice(
+            (b"", b"nan", b"inf", b"1e39", b"-0", b'"', b'"a\nb"', b"x" * 3000, b"\xff", b" 7 ", b"0x1")
+        )
         lines[at] = b",".join(cells)
     return b"\n".join(lines)
 

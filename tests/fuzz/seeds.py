@@ -190,7 +190,9 @@ def outboxes() -> list[bytes]:
         path = Path(work) / "outbox.db"
         outbox = Outbox(path)
         for i in range(6):
-            outbox.append("http://a" if i % 2 else "mqtt://b", f"run-{i}", json.dumps({"id": f"run-{i}", "text": "x" * 50}).encode())
+            outbox.append(
+                "http://a" if i % 2 else "mqtt://b", f"run-{i}", json.dumps({"id": f"run-{i}", "text": "x" * 50}).encode()
+            )
         outbox.refuse("http://a", outbox.head("http://a", 1)[0].position, "no")
         outbox.close()
         other = sqlite3.connect(Path(work) / "other.db")
@@ -209,7 +211,9 @@ def recordings() -> list[bytes]:
         StepState("trigger", {"mode": "continuous"}),
         StepState("crosscheck"),
     )
-    about = Recording(1, "0", "run", 0, {"event": "gap"}, codes=0.0, formats=("EAN-13",), region=(0, 0, 1, 1), steps=steps, frames=2)
+    about = Recording(
+        1, "0", "run", 0, {"event": "gap"}, codes=0.0, formats=("EAN-13",), region=(0, 0, 1, 1), steps=steps, frames=2
+    )
     came = [Came("cam", i, 1.0 + i, 5.0 + i, i, answer={"latency_ms": 2.0, "codes": []}) for i in range(2)]
     rounds = [Round((each,), 5.0 + i, 1.0 + i, 1, ((1, None, "box", 5.0),)) for i, each in enumerate(came)]
     events = [msgspec.json.encode({"id": f"run-{i}", "seq": i, "source": "cam", "codes": []}) for i in range(2)]
@@ -231,7 +235,10 @@ def tokenizers() -> list[bytes]:
 
     found = []
     for model, trainer in (
-        (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[PAD]", "[UNK]", "[CLS]"])),
+        (
+            models.WordPiece(unk_token="[UNK]"),
+            trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[PAD]", "[UNK]", "[CLS]"]),
+        ),
         (models.BPE(), trainers.BpeTrainer(vocab_size=60, special_tokens=["[PAD]", "[UNK]", "[CLS]"])),
         (models.Unigram(), trainers.UnigramTrainer(vocab_size=40, special_tokens=["[PAD]"])),
     ):
@@ -240,7 +247,9 @@ def tokenizers() -> list[bytes]:
         made.pre_tokenizer = pre_tokenizers.Whitespace()
         made.train_from_iterator(["a few words of text", "and some more words", "numbers 1 2 3"], trainer)
         if made.token_to_id("[CLS]") is not None:
-            made.post_processor = processors.TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", made.token_to_id("[CLS]"))])
+            made.post_processor = processors.TemplateProcessing(
+                "[CLS] $A", special_tokens=[("[CLS]", made.token_to_id("[CLS]"))]
+            )
         found.append(made.to_str().encode())
     return found
 
@@ -263,17 +272,24 @@ def requests() -> list[bytes]:
 
 def installs() -> list[bytes]:
     """``state.json`` and ``trust.json`` as they are written."""
-    records = {"a": installed.Record("tiny", "0" * 64, 1, "2026-01-01T00:00:00Z"), "b": installed.Record("tiny", "1" * 64, 2, "x")}
+    records = {
+        "a": installed.Record("tiny", "0" * 64, 1, "2026-01-01T00:00:00Z"),
+        "b": installed.Record("tiny", "1" * 64, 2, "x"),
+    }
     trial = installed.Trial(2, 3, 1, (installed.Starter(1, 2, "boot"), installed.Starter(0, 0, "")))
     state = installed.State(1, 2, records, trial, installed.Return("t", "why", records["b"], 1))
-    trust = trusted.State(releases={"tiny": 7}, revoked=revoking.Revoked(1, frozenset({"0" * 16}), frozenset()), time="2026-02-01T00:00:00Z")
+    trust = trusted.State(
+        releases={"tiny": 7}, revoked=revoking.Revoked(1, frozenset({"0" * 16}), frozenset()), time="2026-02-01T00:00:00Z"
+    )
     return [msgspec.json.encode(state), msgspec.json.encode(trust)]
 
 
 def engine_records() -> list[bytes]:
     found = {
-        "target": "cpu", "kind": "device", "module": "tensorrt", "tensorrt": "10.3.0", "compute_capability": "8.7", "precision": "fp16",
-        "file": "engines/cpu.engine", "key": "k", "graph_sha256": "0" * 64, "sources": {"a": "b"}, "golden": {"kind": "relative", "limit": 0.1},
+        "target": "cpu", "kind": "device", "module": "tensorrt", "tensorrt": "10.3.0", "compute_capability": "8.7",
+        "precision": "fp16",
+        "file": "engines/cpu.engine", "key": "k", "graph_sha256": "0" * 64, "sources": {"a": "b"},
+        "golden": {"kind": "relative", "limit": 0.1},
         "options": {"dla": None}, "golden_file": GOLDEN,
     }  # fmt: skip
     return [json.dumps(found).encode()]

@@ -74,7 +74,7 @@ def manifest(data: bytes) -> None:
             failed: EdgekitError | None = error
         else:
             failed = None
-            bundle.digest, bundle.form, bundle.graph, bundle.last("import")  # noqa: B018
+            bundle.digest, bundle.form, bundle.graph, bundle.last("import")
             with Model.open(path, "onnxruntime") as model:
                 model.bundle.check_model()
         if failed is not None and text is not data:
@@ -141,7 +141,9 @@ def wire(data: bytes) -> None:
         model.ParseFromString(data)
     except Exception:  # noqa: BLE001  protobuf's exception type depends on its backend
         return
-    outside = any(t.data_location == t.EXTERNAL and any(e.key == "location" for e in t.external_data) for t in model.graph.initializer)
+    outside = any(
+        t.data_location == t.EXTERNAL and any(e.key == "location" for e in t.external_data) for t in model.graph.initializer
+    )
     assert found or not outside
 
 
@@ -191,7 +193,12 @@ def images(data: bytes) -> None:
     assert frame.dtype == np.uint8 and frame.size
 
 
-@target(seeds.outboxes, "bytes", also=(OSError,), words=(b"SQLite format 3\0", b"CREATE TRIGGER ", b"CREATE VIEW outbox", b"sqlite_sequence"))
+@target(
+    seeds.outboxes,
+    "bytes",
+    also=(OSError,),
+    words=(b"SQLite format 3\0", b"CREATE TRIGGER ", b"CREATE VIEW outbox", b"sqlite_sequence"),
+)
 def outbox(data: bytes) -> None:
     """A damaged database: the scan starts, events go in and out."""
     path = _file("outbox.db", data)
@@ -261,7 +268,9 @@ def _server() -> StatusServer:
     return _servers[0]
 
 
-@target(seeds.requests, "bytes", words=(b"HTTP/1.1\r\n", b"Host: ", b"Content-Length: ", b"Transfer-Encoding: chunked", b"?source="))
+@target(
+    seeds.requests, "bytes", words=(b"HTTP/1.1\r\n", b"Host: ", b"Content-Length: ", b"Transfer-Encoding: chunked", b"?source=")
+)
 def request(data: bytes) -> None:
     """One request over a pair of sockets: one whole answer, or none, and nothing of the disk in it."""
     server = _server()
@@ -314,8 +323,11 @@ def engine(data: bytes) -> None:
         assert record.graph in (FLOAT_GRAPH, "model.int8.onnx")
 
 
-@target(seeds.watch_files, "bytes", words=(b"cos\nsystem\n", b"cbuiltins\neval\n", b"R.", b"\x80\x02", b"b.", b"numpy.core.multiarray"))
+@target(
+    seeds.watch_files,
+    "bytes",
+    words=(b"cos\nsystem\n", b"cbuiltins\neval\n", b"R.", b"\x80\x02", b"b.", b"numpy.core.multiarray"),
+)
 def watch(data: bytes) -> None:
     """A pickle of the one data set that is one: whatever it names, nothing is called."""
     _recordings(_file("w.npy", data))
-

@@ -66,7 +66,10 @@ def test_the_watch_sees_what_no_target_may_do(tmp_path: Path) -> None:
 def test_a_bomb_of_an_npz_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "UNPACKED_BYTES", 1 << 20)  # a gigabyte of zeros takes long to pack
     path = tmp_path / "bomb.npz"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("images.npy", "w", force_zip64=True) as member:
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("images.npy", "w", force_zip64=True) as member,
+    ):
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 10, 128, 128)})
         member.write(header.getvalue())

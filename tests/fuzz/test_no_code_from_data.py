@@ -13,17 +13,44 @@ import edgekit
 
 ROOT = Path(edgekit.__file__).parent
 #: Modules that turn bytes into code or objects of any type, or XML's parsers, which follow entities.
-MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "xml", "lxml", "plistlib", "code", "pty")
+MODULES = (
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "yaml",
+    "xml",
+    "lxml",
+    "plistlib",
+    "code",
+    "pty",
+)
 #: Calls that do, by their last name or in full.
-CALLS = ("eval", "exec", "compile", "os.system", "os.popen", "tempfile.mktemp", "subprocess.getoutput", "subprocess.getstatusoutput")
+CALLS = (
+    "eval",
+    "exec",
+    "compile",
+    "os.system",
+    "os.popen",
+    "tempfile.mktemp",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+)
 #: A file without one of these words has none of them: most need not be parsed.
 WORDS = re.compile(
-    "|".join((rf"\b({'|'.join(MODULES[:-2])}|read_pickle|allow_pickle)\b", r"import (code|pty)", r"(?<![.\w])(eval|exec|compile)\(",
+    "|".join((rf"\b({'|'.join(MODULES[:-2])}|read_pickle|allow_pickle)\b", r"import (code|pty)",
+    r"(?<![.\w])(eval|exec|compile)\(",
     r"os\.(system|popen)", "mktemp", "getoutput", "getstatusoutput", r"\.load\(", r"shell\s*=", "trust_remote"))
 )  # fmt: skip
 #: (file, what) -> why it may.
 EXCEPTIONS = {
-    ("data/watch.py", "pickle"): "the packaged data set is a pickle; its steps are checked first, and its names reach stand-ins only",
+    (
+        "data/watch.py",
+        "pickle",
+    ): "the packaged data set is a pickle; its steps are checked first, and its names reach stand-ins only",
     ("svg.py", "xml"): "xml.sax.saxutils escapes text; it parses nothing",
 }
 
@@ -54,7 +81,10 @@ def wrong(tree: ast.AST) -> Iterator[str]:
                 yield "numpy.load without allow_pickle=False"
             if name.endswith("read_pickle"):
                 yield name
-            if any(each.arg == "shell" and not (isinstance(each.value, ast.Constant) and each.value.value is False) for each in node.keywords):
+            if any(
+                each.arg == "shell" and not (isinstance(each.value, ast.Constant) and each.value.value is False)
+                for each in node.keywords
+            ):
                 yield "shell=True"
             if keyword(node, "trust_remote_code") is True or keyword(node, "allow_pickle") is True:
                 yield "code of a model's maker"
@@ -73,8 +103,10 @@ def test_no_file_becomes_code() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "import pickle", "from marshal import loads", "import xml.dom", "eval('1')", "os.system('x')", "torch.load(f)", "np.load(f)",
-        "torch.load(f, weights_only=False)", "numpy.load(f, allow_pickle=True)", "subprocess.run('x', shell=True)", "tempfile.mktemp()",
+        "import pickle", "from marshal import loads", "import xml.dom", "eval('1')", "os.system('x')", "torch.load(f)",
+        "np.load(f)",
+        "torch.load(f, weights_only=False)", "numpy.load(f, allow_pickle=True)", "subprocess.run('x', shell=True)",
+        "tempfile.mktemp()",
         "subprocess.run('x', shell=asked)", "AutoModel.from_pretrained(n, trust_remote_code=True)", "pd.read_pickle(f)",
     ],
 )  # fmt: skip

@@ -140,7 +140,9 @@ def test_a_bundle_is_not_made_over_a_link(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("name", ["é.onnx", "ｍodel.onnx", "model.onnx\u200b", "model.onnx ", " model.onnx", "a//b", "a/./b", "a\\b", "C:b"])
+@pytest.mark.parametrize(
+    "name", ["é.onnx", "ｍodel.onnx", "model.onnx\u200b", "model.onnx ", " model.onnx", "a//b", "a/./b", "a\\b", "C:b"]
+)
 def test_names_that_a_file_system_may_take_for_others_are_none(name: str) -> None:
     for form in ("NFC", "NFD", "NFKC"):
         spelt = unicodedata.normalize(form, name)
