@@ -139,7 +139,10 @@ def arrays() -> list[bytes]:
 
 
 def configs() -> list[bytes]:
-    small = '[model]\nbundle = "m.edge"\n[codes]\nformats = ["EAN-13"]\n[[source]]\naddress = "camera:0"\nname = "a"\n[trigger]\nmode = "single"\n'
+    small = (
+        '[model]\nbundle = "m.edge"\n[codes]\nformats = ["EAN-13"]\n[[source]]\naddress = "camera:0"\n'
+        'name = "a"\n[trigger]\nmode = "single"\n'
+    )
     return [example_config().encode(), small.encode()]
 
 

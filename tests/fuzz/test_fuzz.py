@@ -91,6 +91,13 @@ def test_a_member_that_is_no_array_is_refused(tmp_path: Path) -> None:
         parse_golden(path.read_bytes())
 
 
+def test_a_text_that_is_none_is_refused(tmp_path: Path) -> None:
+    path, names = tmp_path / "a.npz", np.array([0x61, 0x7FFFFFFF], "<u4").view("<U1")
+    np.savez(path, images=np.zeros((2, 4, 4), np.uint8), labels=np.arange(2), classes=names)
+    with pytest.raises(DataError, match="texts that are none"):
+        npz.load(str(path))
+
+
 def test_a_number_without_an_end_costs_no_time() -> None:
     begun = time.monotonic()
     assert holds_external_data(b"location" + b"\xff" * (4 << 20))
