@@ -137,7 +137,7 @@ def _check_names(recipe: Recipe, file: Path) -> None:
         if getattr(stage, "precision", None) == "int8" and (float_ones := set(stage.bundles_read()) - quantized):
             raise UsageError(f"{where}: {min(float_ones)!r} has no int8 graph", "name a bundle that a quantize stage makes")
         for path in stage.paths_read():
-            if path is not None and path not in pictures and not Path(path).exists():
+            if path is not None and path not in pictures and not os.path.exists(path):
                 raise UsageError(f"{where} reads {path!r}, which no earlier stage writes and which is no path", "mind the name")
         try:
             stage.check(recipe.data)
