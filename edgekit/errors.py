@@ -19,6 +19,7 @@ The command line prints ``error:`` and ``hint:`` and exits with ``exit_code``; a
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -76,12 +77,22 @@ _EXTRA_OF = {
 }
 
 
+#: Control characters, line ends of Unicode, and what turns the direction of writing: a name out of a foreign file may hold
+#: them, and would end a line of a log, or speak to the terminal.
+_LINE_BREAKING = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
 class EdgekitError(Exception):
-    """An error with a cause (``message``) and a cure (``hint``), each one line."""
+    """An error with a cause (``message``) and a cure (``hint``), each one line: what would break it is escaped."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = _LINE_BREAKING.sub(_escaped, message), _LINE_BREAKING.sub(_escaped, hint)
         super().__init__(message)
         self.message = message
         self.hint = hint

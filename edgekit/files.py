@@ -6,14 +6,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import EdgekitError, OutputExists, UsageError
 
 if TYPE_CHECKING:
+    from numpy.lib.npyio import NpzFile
     from numpy.typing import NDArray
 
 __all__ = [
@@ -29,6 +29,12 @@ __all__ = [
     "staged",
     "sync_path",
 ]
+
+#: So much a small .npz may unpack to; a larger one to a hundred times its size. Zeros pack a thousand times smaller.
+UNPACKED_BYTES = 1 << 30
+_UNPACKED_TIMES = 100
+#: Of Unicode; and the upper bits of the halves of a pair in UTF-16, which are no characters.
+_LAST_CODE, _SURROGATES = 0x10FFFF, 0xD800 >> 11
 
 
 def given_path(value: object, name: str) -> Path:
@@ -63,29 +69,27 @@ def printable(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def npz_arrays(stream: IO[bytes], most: int | None = None) -> dict[str, NDArray[Any]]:
-    """Every array of an open .npz by name, or raises: what numpy and zipfile raise on damaged bytes is anything.
+def npz_arrays(file: NpzFile, most_bytes: int | None = None) -> dict[str, NDArray[Any]]:
+    """Every array of an open .npz, by name. ``most_bytes``: what they may unpack to; by default it hangs on the file's size.
 
-    ``most``: bytes that they may take; a few kilobytes can inflate to any size. Refused beyond what `numpy.load` refuses:
-    members that are no arrays, which it hands out as bytes, and text of code points that there are none of, on which numpy
-    fails later.
+    Raises `ValueError` where they would be larger and for a member that is no array, which numpy gives as bytes; what
+    `numpy.load` raises for damaged ones.
     """
     import numpy as np
 
-    loaded = np.load(stream, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        raise ValueError("it holds one array without a name (npy)")
-    with loaded as file:
-        if most is not None and (size := sum(member.file_size for member in file.zip.infolist())) > most:
-            raise ValueError(f"its arrays take {size >> 20} MiB, at most {most >> 20} are read")
-        arrays = {name: file[name] for name in file.files}
+    members = file.zip.infolist()  # type: ignore[union-attr]  # open as long as the file is
+    packed, unpacked = (sum(getattr(each, size) for each in members) for size in ("compress_size", "file_size"))
+    most = max(UNPACKED_BYTES, _UNPACKED_TIMES * packed) if most_bytes is None else most_bytes
+    if unpacked > most:
+        raise ValueError(f"its {packed} bytes unpack to {unpacked}, at most {most} are taken")
+    arrays = {name: file[name] for name in file.files}
+    if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise ValueError(f"its member {odd[0][:80]!r} is no array")
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise ValueError(f"{name!r} in it is no array")
         if array.dtype.kind == "U" and array.size and array.dtype.itemsize:
-            codes = np.frombuffer(array.tobytes(), np.dtype("u4").newbyteorder(array.dtype.byteorder))
-            if codes.max() > sys.maxunicode:
-                raise ValueError(f"{name!r} in it is no text")
+            codes = np.ascontiguousarray(array).ravel().view(array.dtype.str[0].replace("=", "<") + "u4")
+            if ((codes > _LAST_CODE) | (codes >> 11 == _SURROGATES)).any():
+                raise ValueError(f"its member {name[:80]!r} holds texts that are none")
     return arrays
 
 

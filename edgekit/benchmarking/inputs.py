@@ -55,9 +55,11 @@ def read_folder(folder: Path, inputs: Sequence[TensorSpec]) -> Feeds:
 
 def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Feeds:
     names = [spec.name for spec in inputs]
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is no regular file", "write it with numpy.savez")
     try:
-        with path.open("rb") as stream:
-            arrays = npz_arrays(stream)
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = npz_arrays(file)
     except Exception as error:  # noqa: BLE001  zip and npy readers raise many types on damaged bytes
         raise DataError(f"{path} cannot be read: {npz_problem(path, error)}", "write it with numpy.savez") from None
     if missing := [name for name in names if name not in arrays]:

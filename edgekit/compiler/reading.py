@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import onnx
 import onnx.inliner
 from onnx import TensorProto
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
+from onnx.external_data_helper import load_external_data_for_model
 
 from edgekit.errors import GraphError, first_line
 from edgekit.graphs import MICROSOFT_OPERATORS
@@ -62,7 +63,13 @@ def read_model(path: Path) -> Source:
     external = _load_external(model, path)
     changed = external or bool(model.functions)
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        try:
+            model = onnx.inliner.inline_local_functions(model)
+        except Exception as error:  # noqa: BLE001  its own ValidationError, and what its C++ raises
+            raise GraphError(
+                f"the functions of {path.name} cannot be inlined: {first_line(error)[:300]}",
+                "export the model without functions",
+            ) from None
     _check_operators(model)
     weights = {i.name for i in model.graph.initializer}
     real = [i for i in model.graph.input if i.name not in weights]  # before IR 4 weights were listed as inputs too
@@ -203,9 +210,9 @@ def _load_external(model: onnx.ModelProto, path: Path) -> bool:
     tensors = [t for t in _tensors(model.graph) if t.data_location == TensorProto.EXTERNAL]
     tensors += [t for f in model.functions for n in f.node for a in n.attribute for t in (a.t, *a.tensors) if t.data_location]
     for tensor in tensors:
-        location = ExternalDataInfo(tensor).location
+        location = next((entry.value for entry in reversed(tensor.external_data) if entry.key == "location"), "")
         file = folder / location
-        inside = location and not Path(location).is_absolute() and ".." not in Path(location).parts
+        inside = location and "\0" not in location and not Path(location).is_absolute() and ".." not in Path(location).parts
         if inside and file.is_symlink():
             raise GraphError(
                 f"the external data {location!r} is a symbolic link, which may lead anywhere",
@@ -225,7 +232,9 @@ def _load_external(model: onnx.ModelProto, path: Path) -> bool:
         )
     if tensors:
         try:
-            load_external_data_for_model(model, str(folder))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of keys that onnx does not know
+                load_external_data_for_model(model, str(folder))
         except Exception as error:  # noqa: BLE001  onnx raises several types for wrong offsets and lengths
             raise GraphError(
                 f"the external data of {path.name} cannot be read: {first_line(error)[:300]}", "export the model again"

@@ -93,8 +93,10 @@ def _split(root: Path, labels: tuple[str, ...], *, may_lack: bool = False) -> tu
 
 
 def _is_image(path: Path) -> bool:
-    """By name; folders and the hidden files that file managers leave (``._x.jpg``) are none."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+    """By name; folders, the hidden files that file managers leave (``._x.jpg``), pipes and devices are none. A link that leads
+    nowhere is a damaged one."""
+    named = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return named and (path.is_file() or not path.exists())
 
 
 def _digest(path: Path) -> str:

@@ -60,7 +60,13 @@ def load(path: str) -> Dataset:
 def _read(path: str) -> dict[str, NDArray[Any]]:
     try:
         with Path(path).open("rb") as stream:  # numpy would leave a file that is no zip open
-            return npz_arrays(stream)
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise DataError(f"{path} holds one array without a name (npy)", _HINT)
+            with file:
+                return npz_arrays(file)
+    except DataError:
+        raise
     except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes
         raise DataError(f"{path} cannot be read: {npz_problem(Path(path), error)}", _HINT) from None
 

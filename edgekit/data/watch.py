@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,14 @@ HELD_OUT = frozenset({6, 7, 8, 9, 10})
 CHANNELS = 6
 MAX_BYTES = 256 << 20
 _HINT = "watch:PATH wants seglearn/data/watch_dataset.npy of seglearn 1.2.5"
+#: Steps of a pickle (pickletools.opcodes) that build numbers, texts, lists, dicts and arrays.
+_STEPS = frozenset(
+    """PROTO STOP FRAME MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE
+    SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES EMPTY_LIST EMPTY_TUPLE EMPTY_DICT APPEND APPENDS TUPLE TUPLE1 TUPLE2
+    TUPLE3 SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET""".split()  # noqa: SIM905
+)
+_PLACES = frozenset(("BINPUT", "LONG_BINPUT"))
+_MOST_STEPS = 1 << 20
 _HEADER = b"\x93NUMPY"
 
 
@@ -95,14 +104,15 @@ class _Recordings(NamedTuple):
 def _recordings(file: Path) -> _Recordings:
     data = _unpickled(file)
     try:
-        names = tuple(str(name) for name in data["y_labels"])
-        x = [np.ascontiguousarray(series, np.float32) for series in data["X"]]
+        names = tuple(data["y_labels"])
+        x = [np.ascontiguousarray(series, np.float32) for series in data["X"] if isinstance(series, np.ndarray)]
         targets = [int(target) for target in data["y"]]
         people = [int(person) for person in data["subject"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{printable(file)} holds other data: {type(error).__name__} {error}", _HINT) from None
     fits = (
-        0 < len(x) == len(targets) == len(people)
+        all(isinstance(name, str) for name in names)
+        and 0 < len(x) == len(targets) == len(people)
         and all(series.ndim == 2 and series.shape[1] == CHANNELS and bool(np.isfinite(series).all()) for series in x)
         and 2 <= len(set(names)) == len(names)
         and set(targets) == set(range(len(names)))
@@ -124,6 +134,7 @@ def _unpickled(file: Path) -> dict[Any, Any]:
         raise DataError(f"{printable(file)} is no .npy file", _HINT)
     size = int.from_bytes(data[8:10], "little")  # format 1.0, as numpy writes all short headers
     try:
+        _check_form(data[10 + size :])
         found = _Reader(io.BytesIO(data[10 + size :])).load()
         found = found.array().item() if isinstance(found, _Array) else None
         if isinstance(found, dict):
@@ -133,6 +144,16 @@ def _unpickled(file: Path) -> dict[Any, Any]:
     except Exception as error:  # noqa: BLE001  the unpickler raises anything on hostile bytes
         raise DataError(f"{printable(file)} cannot be read: {type(error).__name__} {error}", _HINT) from None
     raise DataError(f"{printable(file)} holds no dict", _HINT)
+
+
+def _check_form(data: bytes) -> None:
+    """Raise `DataError` for a pickle that holds more than such a data set needs, before one is read: a number may be kept in
+    place 2^32 of an unpickler's list, which then takes all memory."""
+    count = 0
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
+        far = opcode.name in _PLACES and (argument is None or argument >= _MOST_STEPS)
+        if count > _MOST_STEPS or opcode.name not in _STEPS or far:
+            raise DataError(f"the file does what reads no data ({opcode.name}): it is not the data set", _HINT)
 
 
 def _plain(value: object) -> object:

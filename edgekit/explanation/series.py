@@ -145,10 +145,12 @@ def _channel_names(path: Path, channels: int) -> tuple[str, ...]:
 def _read_arrays(path: Path) -> list[tuple[str, NDArray[Any]]]:
     try:
         with path.open("rb") as stream:  # numpy would leave a file that is no zip open
-            if path.suffix.lower() != ".npz":
-                return [("", np.lib.format.read_array(stream, allow_pickle=False))]
-            arrays = npz_arrays(stream)
-            return [("" if len(arrays) == 1 else name, array) for name, array in arrays.items()]
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                return [("", file)]
+            with file:
+                arrays = npz_arrays(file)
+                return [("" if len(arrays) == 1 else name, array) for name, array in arrays.items()]
     except Exception as error:  # noqa: BLE001  zipfile, zlib and numpy's header reader raise anything on hostile bytes
         reason = npz_problem(path, error) if path.suffix.lower() == ".npz" else "it is no .npy of numbers"
         raise DataError(f"{printable(path)} cannot be read: {reason}", "write it with numpy.save(path, array)") from None

@@ -13,7 +13,7 @@ from typing import Annotated, get_args
 
 import msgspec
 
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import EdgekitError, UsageError, first_line
 from edgekit.manifest import is_safe_name
 
 from .stages import Bench, Build, Eval, Explain, Making, Prune, Quantize, Report, Samples, Scan, Seed, Train
@@ -74,8 +74,8 @@ def read_recipe(path: str | os.PathLike[str] | None = None, data: str | None = N
         ) from None
     except msgspec.ValidationError as error:
         raise _mistake(str(error), file) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{file}: {error}", "the built-in recipe shows how: edgekit pipeline --show") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"{file}: {first_line(error)}", "the built-in recipe shows how: edgekit pipeline --show") from None
     if data is not None:
         recipe = msgspec.structs.replace(recipe, data=data)
     _check_names(recipe, file)
@@ -94,7 +94,7 @@ def _mistake(message: str, file: Path) -> UsageError:
         kinds = {kind.__name__.lower(): kind for kind in get_args(AnyStage)}
         run = stages[number].get("run") if isinstance(stages[number], dict) else None
         hint = f"run is one of: {', '.join(kinds)}"
-        if run in kinds:
+        if isinstance(run, str) and run in kinds:
             hint = f"a {run} stage takes: {', '.join(kinds[run].__struct_encode_fields__)}"
     elif "unknown field" in what:
         hint = f"at the top a recipe takes: {', '.join(Recipe.__struct_fields__)}"
@@ -137,7 +137,7 @@ def _check_names(recipe: Recipe, file: Path) -> None:
         if getattr(stage, "precision", None) == "int8" and (float_ones := set(stage.bundles_read()) - quantized):
             raise UsageError(f"{where}: {min(float_ones)!r} has no int8 graph", "name a bundle that a quantize stage makes")
         for path in stage.paths_read():
-            if path is not None and path not in pictures and not Path(path).exists():
+            if path is not None and path not in pictures and not os.path.exists(path):
                 raise UsageError(f"{where} reads {path!r}, which no earlier stage writes and which is no path", "mind the name")
         try:
             stage.check(recipe.data)

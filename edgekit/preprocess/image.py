@@ -81,6 +81,8 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
     from PIL import Image, ImageOps
 
     name = printable(Path(path).name)
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise DataError(f"{name} is no regular file", "give an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about bombs; max_pixels refuses them

@@ -297,9 +297,12 @@ def _from_folder(bundle: Bundle, folder: Path, count: int) -> Pool:
 def read_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     """One sample. Raises `DataError` that names the file and what does not fit: name, dtype, shape, or NaN."""
     wanted = ", ".join(f"{spec.name} {spec.dtype} {_shape(spec.shape)}" for spec in inputs)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is no regular file", f"write it with numpy.savez; wanted: {wanted}")
     try:
-        with path.open("rb") as stream:  # numpy leaves a file that it opened itself open where the zip in it is damaged
-            arrays = npz_arrays(stream)
+        # numpy leaves a file that it opened itself open where the zip in it is damaged
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = npz_arrays(file)
     except Exception as error:  # noqa: BLE001  numpy and zipfile raise many types on damaged files
         why = npz_problem(path, error)
         raise DataError(f"{path} cannot be read: {why}", f"write it with numpy.savez; wanted: {wanted}") from None

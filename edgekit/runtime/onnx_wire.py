@@ -21,6 +21,7 @@ _INSIDE: dict[str, dict[int, str]] = {
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of TensorProto
 _DEEPEST = 64
+_VARINT_BITS = 70  # ten bytes hold 64 bits
 
 
 def holds_external_data(model: bytes) -> bool:
@@ -72,3 +73,5 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
+        if shift >= _VARINT_BITS:  # without an end, each byte would cost more than the one before
+            raise ValueError("not protobuf")

@@ -78,7 +78,9 @@ def _odd(connection: sqlite3.Connection) -> str:
         return "there are rows in it that no scan has written"
     connection.text_factory = bytes
     try:
-        for row in connection.execute("SELECT sink, id, refused FROM outbox UNION ALL SELECT sink, reason, NULL FROM dropped"):
+        for row in connection.execute(
+            "SELECT sink, id, refused, event FROM outbox UNION ALL SELECT sink, reason, NULL, NULL FROM dropped"
+        ):
             for text in row:
                 if text is not None:
                     text.decode()

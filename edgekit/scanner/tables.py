@@ -19,7 +19,7 @@ __all__ = ["Key", "Problem", "Tables", "line_of", "shown", "worded"]
 #: A key's place: names, and numbers in arrays of tables.
 Key = tuple[str | int, ...]
 _BARE = re.compile(r"^[A-Za-z0-9_\-]{1,40}\Z")
-_EXAMPLE = "edgekit scan --example shows every table, key and default"
+_EXAMPLE = "edgekit scan --example shows every table and key"
 _LONGEST = 100  # of a value in a message
 _HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
 
@@ -46,7 +46,7 @@ class Tables:
 
     def add(self, at: Key, message: str, hint: str = "") -> None:
         message, hint = (" ".join(words.split()) for words in (message, hint))  # words of an error may quote several lines
-        self.problems.append(Problem(self._where(at), message, hint))
+        self.problems.append(Problem(self._where(at), message, hint or _EXAMPLE))
 
     def struct(self, kind: type[Any], data: Any, at: Key = ()) -> Any:
         """A ``kind`` made of ``data``; None where that did not work, and then `problems` say why."""
@@ -62,7 +62,7 @@ class Tables:
         values = {name: self._value(hints[name], data[name], (*at, name)) for name in names if name in data}
         for field in msgspec.structs.fields(kind):
             if field.required and field.name not in data:
-                self.add(at, f"`{shown((*at, field.name))}` is missing", _EXAMPLE)
+                self.add(at, f"`{shown((*at, field.name))}` is missing")
         if not at:
             self._keep_sound(values)
         if len(self.problems) > before:
@@ -72,7 +72,7 @@ class Tables:
         except EdgekitError as error:
             self.add(at, f"[{shown(at)}] {error.message}" if at else error.message, error.hint)
         except ValueError as error:
-            self.add(at, f"[{shown(at)}] {error}", _EXAMPLE)
+            self.add(at, f"[{shown(at)}] {error}")
         return None
 
     def _keep_sound(self, values: Mapping[str, Any]) -> None:
