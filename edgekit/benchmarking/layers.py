@@ -17,11 +17,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
-from edgekit.errors import BackendError, BundleError, GraphError, first_line
+from edgekit.errors import BackendError, EdgekitError, GraphError, first_line
 from edgekit.graphs.editing import exposed, reads
 from edgekit.progress import track
 from edgekit.runtime.golden import decibel
-from edgekit.runtime.onnx_wire import holds_external_data
+from edgekit.runtime.graph_file import read_graph
 
 from .comparison import errors_between
 
@@ -122,13 +122,10 @@ def compare_layers(
 
 
 def _load(bundle: Bundle, file: str) -> onnx.ModelProto:
-    data = bundle.read(file)
-    if holds_external_data(data):
-        raise BundleError(
-            f"{bundle.path / file} keeps weights in other files, which no hash covers", "do not trust this bundle"
-        )
     try:
-        return onnx.load_model_from_string(data)
+        return onnx.load_model_from_string(read_graph(bundle, file))
+    except EdgekitError:
+        raise
     except Exception as error:  # noqa: BLE001  protobuf raises types of its own
         raise GraphError(f"{bundle.path / file} is no ONNX graph: {error}", "make the bundle again") from None
 
