@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
-from edgekit.errors import BackendError, EdgekitError, GraphError, first_line
+from edgekit.errors import BackendError, GraphError, first_line
 from edgekit.graphs.editing import exposed, reads
 from edgekit.progress import track
 from edgekit.runtime.golden import decibel
@@ -122,10 +122,9 @@ def compare_layers(
 
 
 def _load(bundle: Bundle, file: str) -> onnx.ModelProto:
+    data = read_graph(bundle, file)
     try:
-        return onnx.load_model_from_string(read_graph(bundle, file))
-    except EdgekitError:
-        raise
+        return onnx.load_model_from_string(data)
     except Exception as error:  # noqa: BLE001  protobuf raises types of its own
         raise GraphError(f"{bundle.path / file} is no ONNX graph: {error}", "make the bundle again") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -246,3 +247,33 @@ def test_what_protobuf_reads_is_seen(make: Callable[..., onnx.ModelProto], noise
         return
     model = parsed(data)
     assert model is None or asked(model) <= set(found.operators)
+
+
+def test_every_command_that_runs_a_graph_looks_first(tmp_path: Path, tiny_bundle: Bundle, cli: Callable[..., Any]):
+    bundle = bundle_of(tmp_path, tiny_bundle, model_of(engine()).SerializeToString()).path
+    root, pack = tmp_path / "root", tmp_path / "made.zip"
+    assert cli("pack", bundle, "--out", pack).code == 0
+    for command in (
+        ("compare", bundle),
+        ("bench", bundle, "--seconds", "0.1"),
+        ("bench", bundle, "--layers", "--seconds", "0.1"),
+        ("install", pack, "--root", root, "--unsigned"),
+    ):
+        done = cli(*command)
+        assert done.code == 1, command
+        assert "node engine is com.microsoft.EPContext" in done.err, command
+    assert not (root / "current").exists()
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=["top", "branch", "function"])
+def test_an_import_names_the_node_before_it_follows_paths(
+    tmp_path: Path, cli: Callable[..., Any], make: Callable[[onnx.NodeProto], onnx.ModelProto]
+):
+    model = make(engine())
+    model.graph.initializer.append(external("absent.bin"))
+    onnx.save(model, tmp_path / "m.onnx")
+    done = cli("import", tmp_path / "m.onnx", "--out", tmp_path / "out.edge", "--json")
+    where = " in function Stage" if make is within_function else ""
+    assert f"com.microsoft.EPContext (engine{where})" in done.json["error"]
+    assert "compiled engine" in done.json["hint"]
+    assert not (tmp_path / "out.edge").exists()
