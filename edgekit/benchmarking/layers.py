@@ -17,11 +17,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
-from edgekit.errors import BackendError, BundleError, GraphError, first_line
+from edgekit.errors import BackendError, GraphError, first_line
 from edgekit.graphs.editing import exposed, reads
 from edgekit.progress import track
 from edgekit.runtime.golden import decibel
-from edgekit.runtime.onnx_wire import holds_external_data
+from edgekit.runtime.graph_file import read_graph
 
 from .comparison import errors_between
 
@@ -122,11 +122,7 @@ def compare_layers(
 
 
 def _load(bundle: Bundle, file: str) -> onnx.ModelProto:
-    data = bundle.read(file)
-    if holds_external_data(data):
-        raise BundleError(
-            f"{bundle.path / file} keeps weights in other files, which no hash covers", "do not trust this bundle"
-        )
+    data = read_graph(bundle, file)
     try:
         return onnx.load_model_from_string(data)
     except Exception as error:  # noqa: BLE001  protobuf raises types of its own

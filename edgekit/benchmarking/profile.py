@@ -15,6 +15,7 @@ import numpy as np
 
 from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
+from edgekit.runtime.graph_file import read_graph
 from edgekit.runtime.onnxruntime import session
 from edgekit.runtime.tensorrt import TensorRtRunner
 from edgekit.svg import checked_path, escape
@@ -42,11 +43,12 @@ def layer_times(bundle: Bundle, graph: str, threads: int, feeds: Feeds, seconds:
     for. ``runs``: how many the medians are of.
     """
     with tempfile.TemporaryDirectory(prefix="edgekit-profile-") as folder:
-        run = session(str(bundle.file(graph)), threads, profile=str(Path(folder) / "ort"))
+        data, file = read_graph(bundle, graph), str(Path(folder) / "ort")
+        run = session(data, threads, profile=file)
         for _ in range(WARM):
             run.run(None, feeds)
         one = _events(run)
-        run = session(str(bundle.file(graph)), threads, profile=str(Path(folder) / "ort"))
+        run = session(data, threads, profile=file)
         slowest_us = max(event["dur"] for event in one if event["name"] == "model_run")
         runs = min(round(1e6 * seconds / max(slowest_us, 1)), MAX_EVENTS * WARM // len(one))
         for _ in range(WARM + max(runs, LEAST_RUNS)):

@@ -18,6 +18,7 @@ from edgekit.graphs import MICROSOFT_OPERATORS
 from edgekit.graphs.editing import all_nodes, free_name, subgraphs
 from edgekit.graphs.light import without_weights
 from edgekit.graphs.narrow import plain_border
+from edgekit.runtime.operators import STANDARD
 
 from .passes import dims, opset
 
@@ -60,6 +61,7 @@ def read_model(path: Path) -> Source:
         raise GraphError(f"{path.name} is not an ONNX file: it holds no graph", "export the model again")
     if (odd := _no_text(model)) is not None:
         raise GraphError(f"{path.name} is damaged: {odd!r} is no name", "export the model again")
+    _check_operators(model)  # in the file's own names, and before anything follows its paths
     external = _load_external(model, path)
     changed = external or bool(model.functions)
     if model.functions:
@@ -70,7 +72,7 @@ def read_model(path: Path) -> Source:
                 f"the functions of {path.name} cannot be inlined: {first_line(error)[:300]}",
                 "export the model without functions",
             ) from None
-    _check_operators(model)
+        _check_operators(model)
     weights = {i.name for i in model.graph.initializer}
     real = [i for i in model.graph.input if i.name not in weights]  # before IR 4 weights were listed as inputs too
     if len(real) != len(model.graph.input):
@@ -243,28 +245,44 @@ def _load_external(model: onnx.ModelProto, path: Path) -> bool:
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
-    """Refuse operators that are neither ONNX standard nor brought back to float, and ones that the stated opset does not have.
+    """Refuse operators that are neither ONNX standard nor brought back to float, ones that the stated opset does not have, and
+    ones that no device runs.
 
     All are named.
     """
-    version = opset(model)
     found: dict[str, list[str]] = defaultdict(list)
-    for node in all_nodes(model.graph):
-        where = node.name or (node.output[0] if node.output else "?")
+    for node, where, version in _called(model):
         if node.domain == "com.microsoft" and node.op_type in MICROSOFT_OPERATORS:
             continue
         if node.domain not in ("", "ai.onnx"):
             found[f"{node.domain}.{node.op_type}"].append(where)
-        elif not onnx.defs.has(node.op_type, max_inclusive_version=version):
+        elif node.op_type not in STANDARD or not onnx.defs.has(node.op_type, max_inclusive_version=version):
             found[node.op_type].append(where)
     if found:
         listed = ", ".join(
             f"{op} ({nodes[0]}{f' and {len(nodes) - 1} more' if nodes[1:] else ''})" for op, nodes in found.items()
         )
         raise GraphError(
-            f"operators outside ONNX opset {version}: {listed}"[:500],
-            "export with standard operators only (no fused or custom ones), opset 17",
+            f"operators outside ONNX opset {opset(model)}: {listed}"[:500],
+            "EPContext carries a compiled engine: import the file that it was compiled from"
+            if any(op.endswith(".EPContext") for op in found)
+            else "export with standard operators only (no fused or custom ones), opset 17",
         )
+
+
+def _called(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str, int]]:
+    """(node, its name, its opset) for all that run: those of functions that are called too, the calls themselves not."""
+    functions = {(f.domain, f.name): f for f in model.functions}
+    parts: list[tuple[onnx.GraphProto | onnx.FunctionProto, str, int]] = [(model.graph, "", opset(model))]
+    seen = set[tuple[str, str]]()
+    for part, where, version in parts:  # which grows
+        for node in all_nodes(part):
+            key = (node.domain, node.op_type)
+            if key not in functions:
+                yield node, (node.name or (node.output[0] if node.output else "?")) + where, version
+            elif key not in seen:
+                seen.add(key)
+                parts.append((functions[key], f" in function {node.op_type}", opset(functions[key]) or version))
 
 
 def _check_types(model: onnx.ModelProto) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import Bundle
 from edgekit.errors import GraphError, MissingExtra
+from edgekit.runtime.graph_file import read_graph
 from edgekit.runtime.onnxruntime import session
 
 from .calibrated import Range, calibrated
@@ -128,7 +129,7 @@ class Probe:
         path = bundle.file(graph)
         if path.stat().st_size > MAX_GRAPH_BYTES:
             raise GraphError(f"{path} is over {MAX_GRAPH_BYTES >> 30} GiB", "use --method occlusion")
-        model = onnx.load(path)
+        model = onnx.load_model_from_string(read_graph(bundle, graph))
         self._nodes = [n for n in model.graph.node if n.op_type not in _SILENT and n.output and n.output[0]]
         made = {name for node in model.graph.node for name in node.output}
         self._quantized = {n.input[0]: n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in made}

@@ -43,8 +43,8 @@ def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return [g for a in node.attribute for g in (*a.graphs, *([a.g] if a.HasField("g") else []))]
 
 
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Every node, those of subgraphs too."""
+def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph or function, those of subgraphs too."""
     for node in graph.node:
         yield node
         for inner in subgraphs(node):

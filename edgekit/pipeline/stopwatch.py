@@ -15,6 +15,7 @@ from edgekit.bundle import Bundle
 from edgekit.errors import UsageError
 from edgekit.files import atomic_write
 from edgekit.runtime.golden import load_golden
+from edgekit.runtime.graph_file import read_graph
 from edgekit.runtime.onnxruntime import session
 
 __all__ = ["Stopwatch"]
@@ -54,7 +55,7 @@ class Stopwatch:
         It is ``reference_ms``, what the reference took when it was chosen, times ``ratio``, the median over rounds in which
         both run in turns: whatever slows the machine now slows both.
         """
-        graph = _Graph(bundle.read(bundle.graph), next(iter(load_golden(bundle)[0].values()))[:1])
+        graph = _Graph(read_graph(bundle, bundle.graph), next(iter(load_golden(bundle)[0].values()))[:1])
         run = graph.runner()
         if not self.file.exists():
             reference_ms = float(np.median(_bursts([run])[0]))

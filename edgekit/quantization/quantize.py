@@ -18,6 +18,7 @@ from edgekit.manifest import Tolerance
 from edgekit.progress import say
 from edgekit.runtime import check_golden
 from edgekit.runtime.golden import compare_outputs, is_choice, load_golden, parse_golden, save_golden
+from edgekit.runtime.graph_file import read_graph
 from edgekit.runtime.onnxruntime import session
 
 from . import record
@@ -263,7 +264,7 @@ def _result(bundle: Bundle, pool: Pool, budget: Budget, config: dict[str, Any], 
 def _timed(bundle: Bundle, result: Result, pool: Pool) -> Result:
     """With the latency of both graphs on ONNX Runtime; slower int8 is said."""
     feeds = pool.calibration.read(0)
-    times = latencies([bundle.file(FLOAT_GRAPH).read_bytes(), result.graph], feeds)
+    times = latencies([read_graph(bundle, FLOAT_GRAPH), result.graph], feeds)
     latency = {"backend": "onnxruntime", "float": times[0], "int8": times[1]}
     if times[1] > times[0]:
         say(
@@ -298,7 +299,7 @@ def _golden(bundle: Bundle, pool: Pool) -> bytes:
     size = max(sum(array.nbytes for array in first.values()), 1)
     count = min(GOLDEN_SAMPLES, max(1, GOLDEN_BYTES // size))
     feeds = next(iter(source.take(range(min(count, len(source)))).batches(count)))
-    run = session(bundle.file(FLOAT_GRAPH).read_bytes())
+    run = session(read_graph(bundle, FLOAT_GRAPH))
     names = [value.name for value in run.get_outputs()]
     return save_golden(dict(feeds), dict(zip(names, run.run(names, dict(feeds)), strict=True)))
 

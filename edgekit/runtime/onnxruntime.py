@@ -12,11 +12,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgekit.bundle import INT8_GRAPH, Bundle
-from edgekit.errors import BackendError, BundleError, MissingExtra, first_line
+from edgekit.errors import BackendError, MissingExtra, first_line
 from edgekit.manifest import ImagePreprocessing, TensorSpec, Tolerance
 
 from .feeds import check_feeds
-from .onnx_wire import holds_external_data
+from .graph_file import read_graph
 
 try:
     import onnxruntime as ort
@@ -113,20 +113,11 @@ class OnnxRuntimeRunner:
         return other
 
     def __enter__(self) -> OnnxRuntimeRunner:
-        self._session = self._shared or self._loaded()
+        self._session = self._shared or session(read_graph(self.bundle, self.graph), self.threads)
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self._names = [spec.name for spec in self.outputs]
         return self
-
-    def _loaded(self) -> Any:
-        graph = self.bundle.read(self.graph)
-        if holds_external_data(graph):
-            raise BundleError(
-                f"{self.bundle.path / self.graph} keeps weights in other files, which no hash covers",
-                "do not trust this bundle",
-            )
-        return session(graph, self.threads)
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         self._session = None

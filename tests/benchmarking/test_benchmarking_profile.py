@@ -78,7 +78,9 @@ def test_a_loop_counts_what_its_body_takes_once(tmp_path: Path) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, tmp_path / "loop.onnx")
-    bundle: Any = SimpleNamespace(file=lambda name: tmp_path / name)  # an import would unroll it
+    files = SimpleNamespace(files={"loop.onnx": "of a loop"})
+    # an import would unroll it
+    bundle: Any = SimpleNamespace(path=tmp_path, manifest=files, read=lambda name: (tmp_path / name).read_bytes())
     found = layer_times(bundle, "loop.onnx", 1, {"x": np.ones((64, width), np.float32)}, 0.1)
     rows = {row["layer"]: row for row in found["layers"]}
     assert (rows["inner"]["inside"], rows["loop"]["inside"], rows["outer"]["inside"]) == ("loop", None, None)

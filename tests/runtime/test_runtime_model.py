@@ -160,7 +160,10 @@ def test_it_answers_only_while_open(tiny_bundle: Bundle, digits_bundle: Bundle) 
 def test_a_damaged_graph_is_not_loaded(tiny_bundle: Bundle, rewrite: object) -> None:
     file = tiny_bundle.file(FLOAT_GRAPH)
     data = bytearray(file.read_bytes())
-    no_graph = rewrite(tiny_bundle, "no.edge", b"\x08\x07 no graph")  # type: ignore[operator]
+    noise = rewrite(tiny_bundle, "noise.edge", b"\x08\x07 no graph")  # type: ignore[operator]
+    with pytest.raises(BundleError, match="no whole ONNX file"), Model.open(noise.path):
+        pass
+    no_graph = rewrite(tiny_bundle, "no.edge", b"\x08\x07")  # type: ignore[operator]
     with pytest.raises(BackendError, match="cannot load the graph"), Model.open(no_graph.path):
         pass
     data[len(data) // 2] ^= 1
