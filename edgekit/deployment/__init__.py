@@ -8,17 +8,40 @@
     inventory.py what is inside, and the same as a bill of materials (CycloneDX)
     fetching.py  where a pack comes from: a file, a stick, an HTTP server
     checks.py    what is tried before a switch: room, golden outputs, latency
+    apart.py     the last two of them in a process of its own, which a model may take with it
     slots.py     two slots under a root, switched by one rename; `edgekit.installed` is what the scanner knows of them
 
 Nothing here trusts a byte before its signature is checked; a pack that was refused has changed nothing.
 """
 
-from edgekit.installed import Start, mark, starting
+from __future__ import annotations
 
-from .packing import contents, pack, sign, verify
-from .revoking import revoke
-from .signing import keygen
-from .slots import install, rollback, status
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgekit.installed import Start, mark, starting
+
+    from .packing import contents, pack, sign, verify
+    from .revoking import revoke
+    from .signing import keygen
+    from .slots import install, rollback, status
+
+#: Loaded on first use: the process that tries a bundle needs none of them.
+_HOMES = {
+    "Start": "edgekit.installed",
+    "contents": ".packing",
+    "install": ".slots",
+    "keygen": ".signing",
+    "mark": "edgekit.installed",
+    "pack": ".packing",
+    "revoke": ".revoking",
+    "rollback": ".slots",
+    "sign": ".packing",
+    "starting": "edgekit.installed",
+    "status": ".slots",
+    "verify": ".packing",
+}
 
 __all__ = [
     "Start",
@@ -34,3 +57,15 @@ __all__ = [
     "status",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -106,7 +106,7 @@ def explained(root: Path) -> Iterator[None]:
         raise EdgekitError(f"{where} cannot be written: {cause}", f"{cure}; what is installed runs on") from None
 
 
-def self_test(bundle: Path, backend: str) -> dict[str, float]:
+def self_test(bundle: str | Path, backend: str) -> dict[str, float]:
     """Run the golden inputs on this device. Raises `GoldenError` where the answers differ or are not finite."""
     say("checking the golden outputs on this device")
     opened = Bundle.open(bundle)
@@ -118,7 +118,7 @@ def self_test(bundle: Path, backend: str) -> dict[str, float]:
     return {"relative": result.relative, "snr_db": result.snr_db}
 
 
-def check_latency(fresh: Path, before: Path | None, backend: str, budget_ms: float | None) -> dict[str, Any]:
+def check_latency(fresh: str | Path, before: str | Path | None, backend: str, budget_ms: float | None) -> dict[str, Any]:
     """Time single answers to the golden inputs, those of the bundle that runs beside them, in turns.
 
     Returns ``latency_ms`` and ``latency_before_ms``, each ``{"p50", "p99"}`` or None where it cannot be timed. Raises
@@ -130,7 +130,7 @@ def check_latency(fresh: Path, before: Path | None, backend: str, budget_ms: flo
         timed = {}
         for name, path in (("latency_ms", fresh), ("latency_before_ms", before)):
             try:
-                if path and (name == "latency_ms" or _fits(path)):
+                if path and (name == "latency_ms" or _fits(Path(path))):
                     timed[name] = _answering(stack.enter_context(open_runner(Bundle.open(path), backend)))
             except (EdgekitError, OSError, ValueError, IndexError) as error:
                 if name == "latency_ms" and budget_ms is not None:

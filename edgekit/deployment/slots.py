@@ -47,8 +47,9 @@ from edgekit.installed import (
 from edgekit.progress import say
 from edgekit.trust import trust_engine
 
+from .apart import Apart
 from .archive import Archive, open_archive
-from .checks import Steps, check_latency, check_links, check_room, explained, room_for, self_test
+from .checks import Steps, check_links, check_room, explained, room_for
 from .fetching import fetch, fetch_beside, from_folder, is_url, readable, unbroken
 from .packing import checked, open_pack
 from .revoking import MAX_BYTES, REVOKED
@@ -188,11 +189,12 @@ def _tried(fresh: Path, folder: Path, backend: str, max_latency_ms: float | None
     for name, digest in Bundle.open(fresh).manifest.files.items():
         if name.endswith(".engine"):  # the signature was checked, or the user vouched for it
             trust_engine(digest)
-    with steps("golden"):
-        golden = self_test(fresh, backend)
-    running = current_slot(folder)
-    with steps("latency"):
-        times = check_latency(fresh, folder / SLOTS / running if running else None, backend, max_latency_ms)
+    with Apart() as ask:
+        with steps("golden"):
+            golden = ask("self_test", fresh, backend)
+        running = current_slot(folder)
+        with steps("latency"):
+            times = ask("check_latency", fresh, folder / SLOTS / running if running else None, backend, max_latency_ms)
     return {"golden": golden, **times}
 
 

@@ -27,7 +27,7 @@ from .figures import rounded
 from .front import Front, front_file, read_front, row_words
 from .tables import table_of
 
-__all__ = ["Live", "numbered", "render", "report"]
+__all__ = ["Live", "numbered", "policy", "render", "report"]
 
 GENERATOR = b'<meta name="generator" content="edgekit'
 MAX_CLASSES = 24  # a larger confusion matrix is unreadable; its worst pairs are listed instead
@@ -158,7 +158,7 @@ def render(
     total = itertools.accumulate(len(picture.uri) for picture in embedded)
     shown = sum(size <= MAX_PICTURES_TEXT for size in total)
     style = _asset("report.css")
-    scripts = [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
+    scripts = _scripts(live is not None)
     page = environment.from_string(_asset("report.html")).render(
         live=live,
         cards=_cards(rows, groups),
@@ -176,13 +176,25 @@ def render(
         ink=inks(style),
         table_of=table_of,
         scripts=scripts,
-        script_hashes=[base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts],
+        policy=policy(live is not None),
         version=__version__,
         now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         plain=_plain,
         row_words=row_words,
     )
     return page.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is a letter of JSON, and none of UTF-8
+
+
+def policy(live: bool) -> str:
+    """The page's Content-Security-Policy: its own scripts by their hashes, and nothing from anywhere else."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts(live)]
+    rules = ["default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", "base-uri 'none'", "form-action 'none'"]
+    rules += ["connect-src 'self'"] * live + [" ".join(["script-src", *(f"'sha256-{each}'" for each in hashes)])]
+    return "; ".join(rules)
+
+
+def _scripts(live: bool) -> list[str]:
+    return [_asset(name) for name in ("chart.umd.min.js", "report.js", *(["live.js"] if live else []))]
 
 
 def _asset(name: str) -> str:

@@ -8,16 +8,16 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import BundleError, EdgekitError, UsageError
 from edgekit.progress import say
+from edgekit.serving import PageHandler, PageServer
 
 from .collect import BundleView, collect
-from .page import Live, numbered, render
+from .page import Live, numbered, policy, render
 
 __all__ = ["serve"]
 
@@ -122,44 +122,25 @@ def _contents(path: Path) -> Contents:
     return tuple(sorted(found))
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
+class _Server(PageServer):
     def __init__(self, port: int, watched: Watched) -> None:
         self.watched = watched
-        super().__init__((HOST, port), _Handler)
+        self.policy = f"{policy(live=True)}; frame-ancestors 'none'"  # the last is for a header only
+        super().__init__(HOST, port, _Handler)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """Two fixed answers: no path of a request ever meets the disk."""
+class _Handler(PageHandler):
+    """Two fixed answers."""
 
     server: _Server
-    server_version, sys_version = "edgekit", ""
 
-    def do_GET(self) -> None:
-        # A page elsewhere whose name was pointed at this machine sends that name: it may not read what lies here.
-        # On port 80 without the port.
-        if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):
-            self._send(403, "text/plain", b"this page is for the machine that it runs on\n")
-        elif self.path == "/":
-            self._send(200, "text/html", self.server.watched.page())
-        elif self.path == "/version":
-            self._send(200, "text/plain", self.server.watched.version().encode())
+    def answer(self, path: str, query: str) -> None:
+        if query or path not in ("/", "/version"):
+            self.words(404, "there is only one page here: /")
+        elif path == "/":
+            self.send(200, "text/html; charset=utf-8", self.server.watched.page(), Content_Security_Policy=self.server.policy)
         else:
-            self._send(404, "text/plain", b"there is only one page here: /\n")
-
-    def _send(self, code: int, kind: str, body: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # the tab was closed meanwhile
-            self.send_response(code)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name that http.server gives it
-        """Nothing: a request a second and tab would hide what the pipeline says."""
+            self.send(200, "text/plain; charset=utf-8", self.server.watched.version().encode())
 
 
 def serve(

@@ -109,12 +109,12 @@ def test_nothing_but_the_page_is_answered(served: tuple[subprocess.Popen[str], s
     for path in (*outside, "/?x"):
         code, body = get(url, path)
         assert (code, "secret" in body) == (404, False), path
-    assert get(url, Host="evil.example")[0] == get(url, Host="localhost.evil.example:80")[0] == 403
+    assert get(url, Host="evil.example")[0] == get(url, Host="localhost.evil.example:80")[0] == 421
     assert get(url, Host="localhost")[0] == get(url, Host="127.0.0.1")[0] == 200  # a browser's on port 80
     at = urlsplit(url)
     connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=30)
     connection.request("POST", "/", b"x")
-    assert connection.getresponse().status == 501
+    assert connection.getresponse().status == 405
     connection.close()
 
 

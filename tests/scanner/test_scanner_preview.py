@@ -154,7 +154,7 @@ def test_the_page_in_a_browser_on_a_desk_and_a_phone(kit: Any, browser: Any) -> 
 
 
 def test_dead_viewers_slow_nothing_down_and_no_more_than_some_look(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekit.scanner.server.REQUEST_S", 1.0)
+    monkeypatch.setattr("edgekit.serving.REQUEST_S", 1.0)
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)  # pictures that fill a socket's buffer
     with running(noise) as scanner, ExitStack() as stack:
         host, port = "127.0.0.1", int(scanner.url.rsplit(":", 1)[1].strip("/"))
