@@ -39,6 +39,7 @@ FROM_ELSEWHERE = {
     "project/architecture": "ARCHITECTURE.md",
     "project/contributing": "CONTRIBUTING.md",
     "project/changelog": "CHANGELOG.md",
+    "project/security": "SECURITY.md",
     "project/benchmarks": "benchmarks/README.md",
     "project/deploy-folder": "deploy/README.md",
     "project/scanner-service": "deploy/scanner/README.md",

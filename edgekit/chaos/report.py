@@ -83,17 +83,19 @@ def is_report(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def check_report(path: str | os.PathLike[str], pub: Any) -> dict[str, Any]:
+def check_report(path: str | os.PathLike[str], pub: Any, revoked: Any = None) -> dict[str, Any]:
     """Check a report's signature, then read it. Returns what it holds, ``verified`` (True) and ``key_id``.
 
-    Raises `SignatureError` where it is not signed, was signed by another key, or differs by one bit; `DataError` for a signed
-    file that is no report.
+    Raises `SignatureError` where it is not signed, was signed by another or a revoked key, or differs by one bit; `DataError`
+    for a signed file that is no report.
     """
-    from edgekit.deployment.signing import check_signature, public_keys
+    from edgekit.deployment.signing import check_signature
+    from edgekit.deployment.trusted import believe
 
+    trust = believe(pub, revoked=revoked)
     with open(path, "rb") as file:
         try:
-            signed = check_signature(file, public_keys(pub))
+            signed = check_signature(file, trust.keys, trust.revoked.keys)
         except SignatureError as error:
             words = error.message.replace("the pack", "the report")
             raise SignatureError(words, "it proves nothing; run again: edgekit doctor --chaos --key K") from None
@@ -103,11 +105,11 @@ def check_report(path: str | os.PathLike[str], pub: Any) -> dict[str, Any]:
         if len(data) > _MAX_BYTES:
             raise ValueError("it is too large")
         found, _ = json.JSONDecoder().raw_decode(data.decode("utf-8"))
-        if found["format"] != FORMAT or not isinstance(found["cases"], list):
+        if found["format"] != FORMAT or not all(isinstance(case, dict) for case in found["cases"]):
             raise ValueError("it has another format")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{os.fspath(path)} is signed, but no report: {error}", "name the file of doctor --chaos") from None
-    return {"verified": True, "key_id": signed.key_ids[0], **found}
+    return {**found, "verified": True, "key_id": signed.key_ids[0]}
 
 
 def _page(found: dict[str, Any], name: str, sha256: str, key_id: str | None) -> str:

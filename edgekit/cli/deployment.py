@@ -88,10 +88,17 @@ def verify(pack: Path, pub: tuple[Path, ...], revoked: tuple[Path, ...], sbom: P
       edgekit verify parcel.edge.zip --pub keys/ --revoked revoked.txt --sbom parcel.cdx.json
     """
     from edgekit.chaos.report import check_report, is_report
+    from edgekit.errors import UsageError
 
     if is_report(pack):
-        report = check_report(pack, pub)
-        counts = f"{report['passed']} passed, {report['failed']} failed, {report['not_run']} not run"
+        if sbom is not None:
+            raise UsageError(f"{pack} is a report: there is nothing to list in it", "leave --sbom out")
+        report = check_report(pack, pub, revoked or None)
+        counts = ", ".join(
+            f"{sum(case.get('outcome') == outcome for case in report['cases'])} {outcome}"
+            for outcome in ("passed", "failed", "not run")
+        )
+        counts = f"{len(report['cases'])} cases: {counts}" + ("" if report.get("complete") else "; it was interrupted")
         return Answer(report, f"{pack}: report of {report['ended']}, {counts}, signed by key {report['key_id']}")
     from edgekit.deployment import verify as run
 

@@ -66,11 +66,11 @@ def is_url(pack: str | os.PathLike[str]) -> bool:
 
 def choose(names: Sequence[str]) -> str:
     """The newest of several packs, by name: numbers in it count as numbers, so v10 comes after v9."""
-    return max(names, key=lambda name: [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in _parts(name)])
+    return max(names, key=lambda name: [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _parts(name)])
 
 
 def _parts(name: str) -> list[str]:
-    return [part for part in re.split(r"(\d{1,18})", name.lower().removesuffix(".zip")) if part]
+    return [part for part in re.split(r"([0-9]{1,18})", name.lower().removesuffix(".zip")) if part]
 
 
 def from_folder(folder: Path, admit: Callable[[Path], int]) -> Path:
@@ -224,7 +224,8 @@ def _listed(opener: urllib.request.OpenerDirector, url: str) -> str:
     if len(page) > _LISTING_BYTES:
         raise BundleError(f"the page of {url} is larger than {_LISTING_BYTES >> 20} MiB", "give the address of the pack itself")
     links = _Links()
-    links.feed(page.decode("utf-8", "replace"))
+    with contextlib.suppress(AssertionError):  # html.parser's word for declarations that it does not know
+        links.feed(page.decode("utf-8", "replace"))
     names = {}
     for link in links.found:  # the folder's own only: a page may link anywhere
         path = urllib.parse.unquote(urllib.parse.urlsplit(link).path.removeprefix("./"))
@@ -293,7 +294,7 @@ class _Download:
     def _begin(self, response: Any, file: IO[bytes]) -> None:
         """From the headers: how much will come, and from where on."""
         said = response.headers.get("Content-Length", "")
-        length = int(said) if said.isdigit() and len(said) < 19 else None
+        length = int(said) if said.isdecimal() and len(said) < 19 else None
         if self._have and response.status == 206:
             start = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
             if not start or int(start[1]) != self._have:

@@ -385,7 +385,7 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"d\.npz"):
             load(f"npz:{path}")
     path.write_text("images,labels\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"d\.npz cannot be read: it is no \.npz$"):
+    with pytest.raises(DataError, match=r"d\.npz cannot be read: it is no \.npz"):
         load(f"npz:{path}")
     with pytest.raises(DataError):
         load(f"npz:{tmp_path}")

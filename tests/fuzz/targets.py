@@ -30,7 +30,7 @@ from edgekit.quantization.samples import read_npz
 from edgekit.runtime import Model
 from edgekit.runtime.engines import records
 from edgekit.runtime.golden import parse_golden
-from edgekit.runtime.onnx_wire import holds_external_data
+from edgekit.runtime.onnx_wire import survey
 from edgekit.scanner import Outbox, Stop
 from edgekit.scanner.board import Board
 from edgekit.scanner.config import ServerOptions, parse_config, read_config
@@ -135,7 +135,10 @@ def arrays(data: bytes) -> None:
 @target(seeds.graphs, "bytes", words=(b"location", b"weights.bin", b"../x", b"\x72\x08", b"com.microsoft", b"EPContext"))
 def wire(data: bytes) -> None:
     """The device's look at a graph finds outside weights wherever ONNX's own parser does."""
-    found = holds_external_data(data)
+    try:
+        found = bool(survey(data).outside)
+    except ValueError:  # which is refused
+        found = True
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)

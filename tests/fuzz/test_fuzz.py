@@ -19,7 +19,7 @@ from edgekit.data.watch import _recordings
 from edgekit.errors import BundleError, DataError, EdgekitError
 from edgekit.preprocess.text import TextPreprocessor
 from edgekit.runtime.golden import parse_golden
-from edgekit.runtime.onnx_wire import holds_external_data
+from edgekit.runtime.onnx_wire import survey
 
 from . import harness, targets
 from .mutate import mutated
@@ -100,7 +100,8 @@ def test_a_text_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_a_number_without_an_end_costs_no_time() -> None:
     begun = time.monotonic()
-    assert holds_external_data(b"location" + b"\xff" * (4 << 20))
+    with pytest.raises(ValueError, match="no protobuf"):
+        survey(b"location" + b"\xff" * (4 << 20))
     assert time.monotonic() - begun < 1
 
 

@@ -119,7 +119,7 @@ def test_every_call_of_pycuda_fails_in_words(pycuda: Any) -> None:
             lambda: cuda.free(address),
         ]
         for call in calls:
-            with pytest.raises(BackendError, match=r"failed: cudaErrorIllegalAddress$"):
+            with pytest.raises(BackendError, match="failed: cudaErrorIllegalAddress"):
                 call()
     assert pycuda.driver.depth == 0
 
