@@ -129,7 +129,7 @@ def compare(bundle: Path, **options: Any) -> Answer:
 @click.argument("bundle", metavar="[B]", required=False, type=click.Path(path_type=Path))
 @click.option("--selftest", metavar="FILE", type=click.Path(path_type=Path), help="Also write all of it to this JSON file.")
 @click.option("--chaos", is_flag=True, help="Break things on purpose, and write a report of what still held.")
-@click.option("--quick", is_flag=True, help="Of --chaos: few rounds, about half a minute.")
+@click.option("--quick", is_flag=True, help="Of --chaos: few rounds, one to two minutes.")
 @click.option("--minutes", type=float, metavar="M", help="Of --chaos: go on for about so long, instead of set rounds.")
 @click.option("--only", multiple=True, metavar="NAME", help="Of --chaos: this case or group (scan, update); may be repeated.")
 @click.option("--list", "listing", is_flag=True, help="Of --chaos: show the cases, run none.")
