@@ -82,6 +82,10 @@ _EXTRA_OF = {
 _LINE_BREAKING = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
+#: What a library says in several lines is one of ours.
+_LINES = re.compile(r"[ \t]*[\r\n]+[ \t]*")
+
+
 def _escaped(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
 
@@ -92,7 +96,7 @@ class EdgekitError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        message, hint = _LINE_BREAKING.sub(_escaped, message), _LINE_BREAKING.sub(_escaped, hint)
+        message, hint = (_LINE_BREAKING.sub(_escaped, " ".join(_LINES.split(words))) for words in (message, hint))
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -41,7 +41,7 @@ FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
 _TOOLS = ("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "torch")
 _COMMIT = re.compile(rb"([0-9a-f]{40,64}(?:-dirty)?)\n")
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_\-])?(?:/[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_\-])?)?")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -216,8 +216,7 @@ class _Format(msgspec.Struct):
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a bundle may hold a file of this name: ASCII, at most one folder deep, nothing hidden, no dot last, no way
-    out."""
+    """Whether a bundle may hold a file of this name: ASCII, at most one folder deep, nothing hidden, no way out."""
     return len(name) <= 255 and _SAFE_NAME.fullmatch(name) is not None
 
 

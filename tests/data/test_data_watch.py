@@ -140,7 +140,7 @@ def test_a_pickle_that_calls_something_is_refused_and_runs_nothing(
     argument = str(mark) if what is os.mkdir else f"__import__('os').mkdir({str(mark)!r})"
     for content in (Call(what, argument), recordings(X=[Call(what, argument)])):
         path = write(tmp_path / "bad.npy", pickle.dumps(content, protocol))
-        with pytest.raises(DataError, match="asks to run"):
+        with pytest.raises(DataError, match=r"asks to run|reads no data"):
             load(str(path))
     assert not mark.exists()
 

@@ -50,7 +50,7 @@ def test_the_watch_sees_what_no_target_may_do(tmp_path: Path) -> None:
         "open": lambda: (tmp_path / "out").write_bytes(b"x"),
         "os.mkdir": lambda: (tmp_path / "folder").mkdir(),
         "os.symlink": lambda: (tmp_path / "link").symlink_to("x"),
-        "subprocess.Popen": lambda: os.posix_spawn("/bin/true", ["true"], {}),
+        "subprocess.Popen": lambda: os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0),
         "took longer": lambda: time.sleep(5),
         "KeyError": lambda: {}["a"],
         "without cause": lambda: (_ for _ in ()).throw(EdgekitError("what", "")),
@@ -133,5 +133,5 @@ def test_a_tokenizer_without_a_token_for_a_text_says_so() -> None:
 
 def test_an_error_is_one_line_whatever_it_names() -> None:
     error = EdgekitError("a\nb\x1b[31m\u2028\u202e", "c\rd")
-    assert error.message == "a\\nb\\x1b[31m\\u2028\\u202e"
-    assert error.hint == "c\\rd"
+    assert error.message == "a b\\x1b[31m\\u2028\\u202e"
+    assert error.hint == "c d"
