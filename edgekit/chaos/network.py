@@ -21,7 +21,7 @@ from edgekit.scanner import Outbox, Scanner, open_sink
 from .case import Bench, NotHere
 from .stage import Receiver, check_arrivals, check_summary, free_port, ids_in, scan_bundle
 
-__all__ = ["Proxy", "broker_flaps", "disk_full", "receiver_down", "receiver_flaps"]
+__all__ = ["Proxy", "broker_flaps", "disk_full", "full_disk", "receiver_down", "receiver_flaps"]
 
 _HOST = "127.0.0.1"
 _SOURCE = "pattern:64x48@200"
@@ -100,7 +100,7 @@ def _none_waits(bench: Bench, scanner: Scanner) -> None:
 
 
 @contextlib.contextmanager
-def _limit(bytes_: int) -> Iterator[None]:
+def full_disk(bytes_: int) -> Iterator[None]:
     """No file of this process grows beyond ``bytes_``: writing says EFBIG, as a full disk says ENOSPC."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
@@ -123,7 +123,7 @@ def disk_full(bench: Bench) -> None:
         with limit:
             for i, _ in enumerate(scanner):
                 if i == first:
-                    limit.enter_context(_limit(lines.stat().st_size))
+                    limit.enter_context(full_disk(lines.stat().st_size))
                 elif i == last:
                     unsaved = sum(sink.get("unsaved", 0) for sink in scanner.status()["sinks"])
                     bench.check(unsaved, "the disk was full, and no event waited in memory: the fault was not met")

@@ -101,10 +101,7 @@ def install(
         with steps("check"):
             pack = _looked_at(pack, folder, check)
     with explained(folder):
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        if made:
-            sync_path(folder.absolute().parent)
+        _make(folder)
         with locked(folder), _incoming(folder) as work:
             with steps("fetch" if remote else "copy"):
                 copy, pack = _copied(pack, folder, work, unsigned)
@@ -124,8 +121,15 @@ def install(
                 # Before the switch: killed between, the device asks for no less.
                 _remember(folder, trust, signed, archive.manifest.name)
                 slot, record = _place(folder, fresh, signed.key_ids[0] if signed else None, starts)
-    done = {"unchanged": False, "pack": pack, "seconds": steps.seconds}
-    return {**_answer(folder, slot, record), **tried, **done}
+    return {**_answer(folder, slot, record), **tried, "unchanged": False, "pack": pack, "seconds": steps.seconds}
+
+
+def _make(folder: Path) -> None:
+    """Make a root and the folders above it, each entry on disk when this returns."""
+    missing = [each for each in (folder.absolute(), *folder.absolute().parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_path(each.parent)
 
 
 def _trust(pack: str | os.PathLike[str], pub: PathOrPaths, folder: Path, revoked: PathOrPaths | None) -> Trust:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
-from collections.abc import Iterator
 from typing import Any
 
+from edgekit.chaos.network import full_disk
 from edgekit.scanner import Outbox
+
+__all__ = ["event", "full_disk", "ids", "line_event"]
 
 
 def event(i: int, size: int = 10) -> dict[str, Any]:
@@ -21,14 +21,3 @@ def line_event(i: int) -> dict[str, Any]:
 
 def ids(outbox: Outbox, sink: str = "s") -> list[str]:
     return [each.id for each in outbox.head(sink, 10**6)]
-
-
-@contextlib.contextmanager
-def full_disk(bytes_: int) -> Iterator[None]:
-    """No file of this process grows beyond ``bytes_``."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
