@@ -9,7 +9,9 @@
     fetching.py  where a pack comes from: a file, a stick, an HTTP server
     checks.py    what is tried before a switch: room, golden outputs, latency
     apart.py     the last two of them in a process of its own, which a model may take with it
-    slots.py     two slots under a root, switched by one rename; `edgekit.installed` is what the scanner knows of them
+    installing.py  an install, step by step: what is asked before anything of a pack runs
+    slots.py     two slots under a root, switched by one rename: the switch, the way back, the status
+                 (`edgekit.installed` is what the scanner knows of them)
 
 Nothing here trusts a byte before its signature is checked; a pack that was refused has changed nothing.
 """
@@ -22,16 +24,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgekit.installed import Start, mark, starting
 
+    from .installing import install
     from .packing import contents, pack, sign, verify
     from .revoking import revoke
     from .signing import keygen
-    from .slots import install, rollback, status
+    from .slots import rollback, status
 
 #: Loaded on first use: the process that tries a bundle needs none of them.
 _HOMES = {
     "Start": "edgekit.installed",
     "contents": ".packing",
-    "install": ".slots",
+    "install": ".installing",
     "keygen": ".signing",
     "mark": "edgekit.installed",
     "pack": ".packing",

@@ -3,32 +3,25 @@
     ROOT/current, slots/a, slots/b, state.json      see `edgekit.installed`
     ROOT/.incoming                                  an install at work; left by a crash, removed by the next install
 
-An install never touches the running slot. Killed anywhere, it leaves ``current`` on a complete bundle: the old one
-until the rename, the new one after. The way back is only ever an older install (a lower sequence number), so a second
+An install never touches the running slot. The way back is only ever an older install (a lower sequence number), so a second
 rollback cannot lead to the bundle that the first one left; and a bundle that was confirmed is not given up for one that
 still has to prove itself.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import BundleError, SignatureError, UsageError
+from edgekit.errors import BundleError, SignatureError
 from edgekit.files import locked, sync_path
 from edgekit.installed import (
     CURRENT,
     SLOTS,
-    STARTS,
     Record,
     Return,
     Slot,
@@ -45,161 +38,13 @@ from edgekit.installed import (
     write_state,
 )
 from edgekit.progress import say
-from edgekit.trust import trust_engine
 
-from .apart import Apart
-from .archive import Archive, open_archive
-from .checks import Steps, check_links, check_room, explained, room_for
-from .fetching import fetch, fetch_beside, from_folder, is_url, readable, unbroken
-from .packing import checked, open_pack
-from .revoking import MAX_BYTES, REVOKED
-from .signing import Checked, PathOrPaths
-from .trusted import Trust, admit, believe, memory, remember
+from .checks import explained
+from .trusted import memory
 
-__all__ = ["CURRENT", "install", "rollback", "status"]
+__all__ = ["INCOMING", "answer", "place", "rollback", "same", "status"]
 
 INCOMING = ".incoming"
-
-
-def install(
-    pack: str | os.PathLike[str],
-    *,
-    root: str | os.PathLike[str],
-    pub: PathOrPaths | None = None,
-    unsigned: bool = False,
-    revoked: PathOrPaths | None = None,
-    allow_older: bool = False,
-    backend: str = "auto",
-    max_latency_ms: float | None = None,
-    starts: int = STARTS,
-) -> dict[str, Any]:
-    """Put a packed bundle into the free slot under ``root``, test it there, then switch ``current`` to it.
-
-    ``pack``: a file, a folder of packs (a stick), the http(s) address of one, or of a folder (``https://host/packs/``); of
-    several the newest. In order: signature by ``pub`` (or, with ``unsigned``, hashes only), expiry, lists of what is
-    ``revoked`` (as `verify`), releases accepted before (``allow_older``: take an older one all the same), disk space, a
-    private copy that is checked again (a stick may answer otherwise the second time), extraction, the golden outputs on
-    ``backend`` on this very device, the time that an answer takes there, and only then the switch. Installing what runs
-    already changes nothing (``"unchanged": True``). The new bundle is on trial for ``starts`` starts (`edgekit.installed`).
-
-    Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``key_id``, ``golden``,
-    ``latency_ms`` and ``latency_before_ms`` (p50 and p99 of single answers, of the new and of what ran), ``pack`` (where it
-    came from), ``seconds`` by step. Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one,
-    `GoldenError` where this device answers otherwise than training did, `BudgetNotMet` where p99 is above
-    ``max_latency_ms``; the running slot then stays as it is.
-    """
-    if pub is None and not unsigned:
-        raise SignatureError(
-            "no public key was given to check the pack with", "add --pub edgekit.pub, or --unsigned for a pack of your own"
-        )
-    folder, steps = Path(root), Steps()
-    _refuse_odd(folder, max_latency_ms, starts)
-    remote = is_url(pack)
-    trust = None if pub is None else _trust(pack, pub, folder, revoked)
-    check = functools.partial(_checked, trust=trust, root=folder, allow_older=allow_older)
-    if not remote:
-        with steps("check"):
-            pack = _looked_at(pack, folder, check)
-    with explained(folder):
-        _make(folder)
-        with locked(folder), _incoming(folder) as work:
-            with steps("fetch" if remote else "copy"):
-                copy, pack = _copied(pack, folder, work, unsigned)
-            with steps("extract"), open_pack(copy) as file, check(file, where=pack) as (archive, signed):
-                running = current_slot(folder)
-                if running and _same(folder / CURRENT, archive.manifest_bytes):
-                    _remember(folder, trust, signed, archive.manifest.name)
-                    known = _answer(folder, running, read_state(folder).slots.get(running))
-                    return {**known, "unchanged": True, "pack": pack, "seconds": steps.seconds}
-                if remote:
-                    check_room(folder, *_needed(archive, folder, 0))
-                fresh = work / "bundle"
-                fresh.mkdir()
-                archive.extract(fresh)
-            tried = _tried(fresh, folder, backend, max_latency_ms, steps)
-            with steps("switch"):
-                # Before the switch: killed between, the device asks for no less.
-                _remember(folder, trust, signed, archive.manifest.name)
-                slot, record = _place(folder, fresh, signed.key_ids[0] if signed else None, starts)
-    return {**_answer(folder, slot, record), **tried, "unchanged": False, "pack": pack, "seconds": steps.seconds}
-
-
-def _make(folder: Path) -> None:
-    """Make a root and the folders above it, each entry on disk when this returns."""
-    missing = [each for each in (folder.absolute(), *folder.absolute().parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in missing:
-        sync_path(each.parent)
-
-
-def _trust(pack: str | os.PathLike[str], pub: PathOrPaths, folder: Path, revoked: PathOrPaths | None) -> Trust:
-    """Whom this device believes, after a look at the list of revocations that lies where the pack does."""
-    with tempfile.TemporaryDirectory() as near:
-        if is_url(pack):
-            fetch_beside(os.fspath(pack), Path(near) / REVOKED, MAX_BYTES + 1)
-            return believe(pub, root=folder, revoked=revoked, pack=Path(near) / "F.zip")
-        return believe(pub, root=folder, revoked=revoked, pack=Path(pack) / "F.zip" if Path(pack).is_dir() else pack)
-
-
-def _copied(pack: str | os.PathLike[str], folder: Path, work: Path, unsigned: bool) -> tuple[Path, str]:
-    """The private copy, and where it came from."""
-    check_links(folder, work)
-    copy = work / "pack.zip"
-    if is_url(pack):
-        return copy, fetch(os.fspath(pack), copy, check_room(folder, 0, 1), unsigned)
-    with open_pack(pack) as file, copy.open("xb") as target:
-        shutil.copyfileobj(unbroken(file, pack), target, 1 << 20)
-    return copy, os.fspath(pack)
-
-
-def _refuse_odd(folder: Path, max_latency_ms: float | None, starts: int) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file", "name a folder: --root DIR")
-    if not 1 <= starts <= 1000:
-        raise UsageError(f"{starts} starts", "a trial has 1 to 1000 starts: --starts 3")
-    if max_latency_ms is not None and not 0 < max_latency_ms < 1e9:
-        raise UsageError(f"a latency of {max_latency_ms} ms", "give milliseconds above 0: --max-latency-ms 20")
-
-
-def _looked_at(pack: str | os.PathLike[str], folder: Path, check: Callable[..., Any]) -> Path:
-    """The pack's file, checked where it lies, and room made sure of: all before anything is written."""
-
-    def release(path: Path) -> int:
-        with open_pack(path) as file, check(file, where=os.fspath(path)) as (_, signed):
-            return signed.statement.release if signed else 0  # without a statement names decide
-
-    with readable(pack):
-        found = (
-            from_folder(Path(pack), release) if Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file() else Path(pack)
-        )
-        with open_pack(found) as file, check(file, where=os.fspath(found)) as (archive, _):
-            archive.check()
-            needed = _needed(archive, folder, os.fstat(file.fileno()).st_size)
-    with explained(folder):
-        check_room(folder, *needed)
-    return found
-
-
-def _needed(archive: Archive, folder: Path, copy_bytes: int) -> tuple[int, int]:
-    """Bytes and files that an install writes: a private copy, the bundle's files, its folders, links and notes."""
-    folders = {entry.name.rpartition("/")[0] for entry in archive.entries}
-    sizes = [copy_bytes, len(archive.manifest_bytes), *(entry.size_bytes for entry in archive.entries)]
-    extra = len(folders) + 8
-    return room_for(folder, sizes + [1] * extra), len(sizes) + extra
-
-
-def _tried(fresh: Path, folder: Path, backend: str, max_latency_ms: float | None, steps: Steps) -> dict[str, Any]:
-    """What an unpacked bundle answers here, and how fast; raises where it may not run."""
-    for name, digest in Bundle.open(fresh).manifest.files.items():
-        if name.endswith(".engine"):  # the signature was checked, or the user vouched for it
-            trust_engine(digest)
-    with Apart() as ask:
-        with steps("golden"):
-            golden = ask("self_test", fresh, backend)
-        running = current_slot(folder)
-        with steps("latency"):
-            times = ask("check_latency", fresh, folder / SLOTS / running if running else None, backend, max_latency_ms)
-    return {"golden": golden, **times}
 
 
 def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
@@ -228,7 +73,7 @@ def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
             except OSError as error:  # a full disk does not keep anybody from going back
                 say(f"the rollback cannot be noted in {folder}: {error.strerror}", level="warning")
         switch(folder, slot)
-    return {**_answer(folder, slot, before), "left": left.digest if left else None}
+    return {**answer(folder, slot, before), "left": left.digest if left else None}
 
 
 def _unfit(folder: Path, slot: Slot, record: Record) -> str:
@@ -261,13 +106,13 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
         nothing = {"healthy": False, "reason": reason, "previous": None, "trial": None, "returned": None}
         if (named := leads_to(folder)) and (older := way_back(read_state(folder), named)):
             nothing["previous"] = {"slot": other_slot(named), **msgspec.to_builtins(older)}
-        return {**_answer(folder, None, None), **nothing, **free}
+        return {**answer(folder, None, None), **nothing, **free}
     state = read_state(folder)
     record, before = state.slots.get(running), way_back(state, running)
     reason = fault(folder / SLOTS / running, record)
     gone = state.returned if state.returned and record and state.returned.left.sequence != record.sequence else None
     return {
-        **_answer(folder, running, record),
+        **answer(folder, running, record),
         "healthy": not reason,
         "reason": reason or None,
         "previous": {"slot": other_slot(running), **msgspec.to_builtins(before)} if before else None,
@@ -286,38 +131,7 @@ def _trial(trial: Trial | None) -> dict[str, Any] | None:
     return {**about, "running": bool(running), "error": trial.error}
 
 
-@contextlib.contextmanager
-def _checked(
-    file: Any, *, where: str, trust: Trust | None, root: Path, allow_older: bool
-) -> Iterator[tuple[Archive, Checked | None]]:
-    """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
-    if trust is None:
-        with open_archive(file, where) as archive:
-            yield archive, None
-    else:
-        with checked(file, where, trust) as (archive, signed):
-            admit(root, signed, archive.manifest.name, allow_older=allow_older)
-            yield archive, signed
-
-
-def _remember(root: Path, trust: Trust | None, signed: Checked | None, name: str) -> None:
-    if trust is not None and signed is not None:
-        remember(root, trust, signed, name)
-
-
-@contextlib.contextmanager
-def _incoming(root: Path) -> Iterator[Path]:
-    """An empty work folder on the root's file system, gone afterwards."""
-    work = root / INCOMING
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _place(root: Path, fresh: Path, key_id: str | None, starts: int) -> tuple[Slot, Record]:
+def place(root: Path, fresh: Path, key_id: str | None, starts: int) -> tuple[Slot, Record]:
     """Move a tested bundle into the slot that does not run, record it, put it on trial, and switch to it."""
     for path in sorted(fresh.rglob("*")):
         sync_path(path)
@@ -331,12 +145,12 @@ def _place(root: Path, fresh: Path, key_id: str | None, starts: int) -> tuple[Sl
         if slot in state.slots:  # from here on the slot is no way back
             state = msgspec.structs.replace(state, slots=others)
             write_state(root, state)
-        place = slots / slot
-        if place.exists() or place.is_symlink():
-            os.rename(place, root / INCOMING / "old")
-        os.rename(fresh, place)
+        home = slots / slot
+        if home.exists() or home.is_symlink():
+            os.rename(home, root / INCOMING / "old")
+        os.rename(fresh, home)
         sync_path(slots)
-        opened = Bundle.open(place, verify=False)
+        opened = Bundle.open(home, verify=False)
         record = Record(opened.manifest.name, opened.digest, state.sequence + 1, now(), key_id)
         trial = Trial(record.sequence, starts)
         write_state(root, State(sequence=record.sequence, slots={**others, slot: record}, trial=trial, returned=state.returned))
@@ -361,7 +175,7 @@ def _free_slot(root: Path, state: State) -> Slot:
     return other
 
 
-def _same(current: Path, manifest: bytes) -> bool:
+def same(current: Path, manifest: bytes) -> bool:
     """Whether a bundle with this very manifest runs already, whole."""
     try:
         return (current / MANIFEST).read_bytes() == manifest and bool(Bundle.open(current))
@@ -369,7 +183,7 @@ def _same(current: Path, manifest: bytes) -> bool:
         return False
 
 
-def _answer(root: Path, slot: Slot | None, record: Record | None) -> dict[str, Any]:
+def answer(root: Path, slot: Slot | None, record: Record | None) -> dict[str, Any]:
     known = msgspec.to_builtins(record) if record else dict.fromkeys(Record.__struct_fields__)
     return {"bundle": str(root / CURRENT) if slot else None, "slot": slot, **known}
 

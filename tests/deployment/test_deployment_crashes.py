@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgekit.deployment import install, rollback, starting, status
-from edgekit.deployment import slots as module
+from edgekit.deployment import installing as module
 
 from .disk_layer import Disk, Layer, Op, read_tree, write_tree
 

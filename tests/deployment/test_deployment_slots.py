@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.deployment import checks, install, keygen, pack, rollback, status
-from edgekit.deployment import slots as module
+from edgekit.deployment import installing as module
 from edgekit.errors import BundleError, EdgekitError, GoldenError, SignatureError
 from edgekit.runtime import Model
 
@@ -248,9 +248,9 @@ def test_sigkill_at_random_moments(tmp_path: Path, versions: list[Path], keys) -
     install(versions[0], root=root, pub=keys.pub)
     code = """
     import sys
-    from edgekit.deployment import install, rollback, slots
+    from edgekit.deployment import install, installing, rollback
     from edgekit.errors import BundleError
-    slots._tried = lambda *arguments: {}
+    installing._tried = lambda *arguments: {}
     print("ready", flush=True)
     while True:
         for pack in sys.argv[3:]:
