@@ -19,8 +19,10 @@ from .image import (
     Frame,
     Preprocessor,
     canonical_frame,
+    decode_image,
     denormalised,
     normalisation,
+    open_image,
     read_image,
 )
 from .series import SeriesPreprocessor
@@ -35,9 +37,11 @@ __all__ = [
     "SeriesPreprocessor",
     "TextPreprocessor",
     "canonical_frame",
+    "decode_image",
     "denormalised",
     "make_preprocessor",
     "normalisation",
+    "open_image",
     "read_image",
 ]
 

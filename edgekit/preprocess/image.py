@@ -7,10 +7,11 @@ matrix products that are built once for each frame size.
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,15 +79,33 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
 
     Raises `DataError` where the file is no image, is truncated, or has more than ``max_pixels`` (checked before decoding).
     """
+    with open_image(path) as file:
+        return decode_image(file, printable(Path(path).name), max_pixels)
+
+
+def open_image(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, for reading. Raises `DataError`."""
+    name = printable(Path(path).name)
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # a pipe would be waited for
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    except IsADirectoryError:
+        pass
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from None
+    raise DataError(f"{name} is no regular file", "give an image file")
+
+
+def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """As `read_image`, of an open file; ``name`` is what errors call it."""
     from PIL import Image, ImageOps
 
-    name = printable(Path(path).name)
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-        raise DataError(f"{name} is no regular file", "give an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about bombs; max_pixels refuses them
-            with Image.open(path, formats=_FORMATS) as opened:
+            with Image.open(file, formats=_FORMATS) as opened:
                 if opened.width * opened.height > max_pixels:
                     raise DataError(f"{name}: {opened.width} x {opened.height} exceeds {max_pixels} pixels", "scale it down")
                 image = ImageOps.exif_transpose(opened)

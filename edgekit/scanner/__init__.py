@@ -4,25 +4,63 @@ A `Pipeline` takes frames from a source (`sources/`, one file a kind), reads the
 and hands one event a frame to its sinks (`sinks/`, one file a kind). `Scanner` opens all of it as a config says, `scan`
 by names.
 
-Importing this room loads no decoder, code reader or network library; each is loaded by the file that needs it.
+Importing this room loads nothing of it: each name is loaded on first use, so that the processes of cameras and pictures start
+without what only the scan needs.
 """
 
-from .codes import Code, CodeReader
-from .config import ScanConfig, read_config
-from .event_schema import event_schema
-from .events import SCHEMA
-from .outbox import Outbox, OutboxOptions
-from .pipeline import Pipeline, Summary
-from .reading import Reading, Region
-from .scanner import Scanner
-from .service import scan
-from .sinks import SINKS, Sink, open_sink
-from .sources import SOURCES, Captured, Notice, open_source, open_sources
-from .sources.cameras import Cameras
-from .sources.frames import frames_of
-from .sources.options import CameraOptions
-from .steps import Step
-from .stop import Stop, stop_on_signals
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .codes import Code, CodeReader
+    from .config import ScanConfig, read_config
+    from .events import SCHEMA
+    from .outbox import Outbox, OutboxOptions
+    from .pipeline import Pipeline, Summary
+    from .reading import Reading, Region
+    from .scanner import Scanner
+    from .schema import event_schema
+    from .service import scan
+    from .sinks import SINKS, Sink, open_sink
+    from .sources import SOURCES, Captured, Notice, open_source, open_sources
+    from .sources.cameras import Cameras
+    from .sources.frames import frames_of
+    from .sources.options import CameraOptions
+    from .steps import Step
+    from .stop import Stop, stop_on_signals
+
+_HOMES = {
+    "SCHEMA": "events",
+    "SINKS": "sinks",
+    "SOURCES": "sources",
+    "CameraOptions": "sources.options",
+    "Cameras": "sources.cameras",
+    "Captured": "sources",
+    "Code": "codes",
+    "CodeReader": "codes",
+    "Notice": "sources",
+    "Outbox": "outbox",
+    "OutboxOptions": "outbox",
+    "Pipeline": "pipeline",
+    "Reading": "reading",
+    "Region": "reading",
+    "ScanConfig": "config",
+    "Scanner": "scanner",
+    "Sink": "sinks",
+    "Step": "steps",
+    "Stop": "stop",
+    "Summary": "pipeline",
+    "event_schema": "schema",
+    "frames_of": "sources.frames",
+    "open_sink": "sinks",
+    "open_source": "sources",
+    "open_sources": "sources",
+    "read_config": "config",
+    "scan": "service",
+    "stop_on_signals": "stop",
+}
 
 __all__ = [
     "SCHEMA",
@@ -54,3 +92,15 @@ __all__ = [
     "scan",
     "stop_on_signals",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -22,7 +22,7 @@ from edgekit.errors import BackendError, BudgetNotMet, BundleError, EdgekitError
 from edgekit.runtime import Model
 from edgekit.runtime.golden import load_golden, save_golden
 from edgekit.scanner import Scanner
-from edgekit.scanner.event_schema import KINDS
+from edgekit.scanner.schema import KINDS
 
 FRAME = np.zeros((28, 28), np.uint8)
 

@@ -20,8 +20,8 @@ from edgekit.errors import BackendError
 from edgekit.manifest import Tolerance
 from edgekit.runtime import Model
 from edgekit.scanner import Captured, Code, Notice, Pipeline, Scanner, event_schema, open_sources, scan
-from edgekit.scanner.event_schema import KINDS
 from edgekit.scanner.gs1 import parse_gs1
+from edgekit.scanner.schema import KINDS
 from edgekit.scanner.steps.crosscheck import CrossCheck
 from edgekit.scanner.steps.duplicates import Duplicates
 from edgekit.scanner.steps.selftest import SelfTest

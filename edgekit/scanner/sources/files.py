@@ -11,11 +11,12 @@ from pathlib import Path
 
 from edgekit.errors import DataError, MissingExtra, UsageError
 from edgekit.files import printable
-from edgekit.preprocess import IMAGE_SUFFIXES, MAX_PIXELS, read_image
+from edgekit.preprocess import IMAGE_SUFFIXES, MAX_PIXELS
 from edgekit.scanner.stop import Stop
 
 from . import Captured, Notice
 from .options import CameraOptions
+from .stills import read_apart
 
 __all__ = ["POLL_S", "open_files"]
 
@@ -36,7 +37,7 @@ def open_files(
     Raises `DataError` where there is nothing to read, `MissingExtra` without Pillow.
     """
     try:
-        import PIL  # noqa: F401  read_image needs it; say so before the first frame
+        import PIL  # noqa: F401  what decodes needs it; say so before the first frame
     except ImportError:
         raise MissingExtra("scan", "PIL") from None
     path, name = Path(target), printable(target)
@@ -146,7 +147,7 @@ def _capture(path: Path, seq: int, most: int) -> Captured:
     name = printable(path)
     now, monotonic = time.time(), time.monotonic()
     try:
-        return Captured(read_image(path, most), name, seq, now, "", monotonic)
+        return Captured(read_apart(path, most), name, seq, now, "", monotonic)
     except DataError as error:
         return Captured(None, name, seq, now, f"{error.message}; {error.hint}", monotonic)
     except MemoryError:
