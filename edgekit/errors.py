@@ -161,6 +161,12 @@ class SignatureError(EdgekitError):
     pass
 
 
+class TurnedDown(BundleError):
+    """A bundle that was installed here before, and left by a way back: no defect, a gate that it did not pass."""
+
+    exit_code = 3
+
+
 class BudgetNotMet(EdgekitError):
     """``result`` holds what was reached, with the keys the command would have answered."""
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from edgekit.cli.common import Answer, answers, bundle_argument, out_option
+from edgekit.errors import EdgekitError
+from edgekit.progress import say
+
+if TYPE_CHECKING:
+    from edgekit.installed import Start
 
 __all__ = ["install", "keygen", "pack", "revoke", "rollback", "sign", "status", "verify"]
 
@@ -149,6 +155,9 @@ def keygen(out: Path) -> Answer:
 @click.option("--unsigned", is_flag=True, help="Accept a pack without a signature: for your own desk, not for a fleet.")
 @_revoked
 @click.option("--allow-older", is_flag=True, help="Take a release older than one that this device has accepted.")
+@click.option(
+    "--again", is_flag=True, help="Take a bundle that was left here (rollback, failed starts), too; else exit code 3."
+)
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Backend of the self-test.")
 @click.option(
     "--max-latency-ms",
@@ -172,6 +181,7 @@ def install(
     unsigned: bool,
     revoked: tuple[Path, ...],
     allow_older: bool,
+    again: bool,
     backend: str,
     max_latency_ms: float | None,
     starts: int,
@@ -191,8 +201,9 @@ def install(
     """
     from edgekit.deployment import install as run
 
-    trust: dict[str, Any] = {"pub": pub or None, "unsigned": unsigned, "revoked": revoked, "allow_older": allow_older}
-    data = run(pack, root=root, backend=backend, max_latency_ms=max_latency_ms, starts=starts, **trust)
+    trust: dict[str, Any] = {"pub": pub or None, "unsigned": unsigned, "revoked": revoked}
+    asked: dict[str, Any] = {"allow_older": allow_older, "again": again}
+    data = run(pack, root=root, backend=backend, max_latency_ms=max_latency_ms, starts=starts, **trust, **asked)
     return Answer(data, _installed(data, starts))
 
 
@@ -248,18 +259,27 @@ def status(root: Path, mark: Literal["start", "healthy", "stopped"] | None) -> A
     from edgekit.deployment import status as run
 
     start = note(root, mark) if mark else None
+    if start and start.doubt:
+        say(f"the trial of {root}: {start.doubt}", level="warning")
+    if mark == "start" and start:  # the application starts, whatever is wrong with the notes
+        with contextlib.suppress(EdgekitError):
+            return Answer(data := run(root), _told(data, root, start))
+        return Answer({"bundle": str(start.bundle)}, f"{start.bundle} starts")
     data = run(root)
     if data["slot"] is None and data["reason"] == "nothing is installed":
         return Answer(data, f"nothing is installed in {root}")
-    text = _shown(data, root)
-    if start and start.returned:
-        text = f"went back by itself: {start.returned.reason}\n{text}"
+    text = _told(data, root, start)
     if data["healthy"]:
         return Answer(data, text)
     hint = f"edgekit rollback --root {root}" if data["previous"] else f"edgekit install F.zip --root {root}"
     click.echo(f"error: {data['reason']}", err=True)
     click.echo(f"hint: {hint}", err=True)
     return Answer({**data, "error": data["reason"], "hint": hint}, text, 1)
+
+
+def _told(data: dict[str, Any], root: Path, start: Start | None) -> str:
+    text = _shown(data, root)
+    return f"went back by itself: {start.returned.reason}\n{text}" if start and start.returned else text
 
 
 def _shown(data: dict[str, Any], root: Path) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import SignatureError, UsageError
+from edgekit.errors import BundleError, SignatureError, TurnedDown, UsageError
 from edgekit.files import locked, sync_path
-from edgekit.installed import CURRENT, SLOTS, STARTS, current_slot, read_state
+from edgekit.installed import CURRENT, SLOTS, STARTS, State, current_slot, read_state
 from edgekit.trust import trust_engine
 
 from .apart import Apart
@@ -41,6 +41,7 @@ def install(
     unsigned: bool = False,
     revoked: PathOrPaths | None = None,
     allow_older: bool = False,
+    again: bool = False,
     backend: str = "auto",
     max_latency_ms: float | None = None,
     starts: int = STARTS,
@@ -49,7 +50,8 @@ def install(
 
     ``pack``: a file, a folder of packs (a stick), the http(s) address of one, or of a folder (``https://host/packs/``); of
     several the newest. In order: signature by ``pub`` (or, with ``unsigned``, hashes only), expiry, lists of what is
-    ``revoked`` (as `verify`), releases accepted before (``allow_older``: take an older one all the same), disk space, a
+    ``revoked`` (as `verify`), releases accepted before (``allow_older``: take an older one all the same), bundles that a
+    way back has led away from (``again``: take such a one all the same), disk space, a
     private copy that is checked again (a stick may answer otherwise the second time), extraction, the golden outputs on
     ``backend`` on this very device, the time that an answer takes there, and only then the switch. Installing what runs
     already changes nothing (``"unchanged": True``). The new bundle is on trial for ``starts`` starts (`edgekit.installed`).
@@ -58,7 +60,7 @@ def install(
     ``latency_ms`` and ``latency_before_ms`` (p50 and p99 of single answers, of the new and of what ran), ``pack`` (where it
     came from), ``seconds`` by step. Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one,
     `GoldenError` where this device answers otherwise than training did, `BudgetNotMet` where p99 is above
-    ``max_latency_ms``; the running slot then stays as it is.
+    ``max_latency_ms``, `TurnedDown` for a bundle that was left here; the running slot then stays as it is.
     """
     if pub is None and not unsigned:
         raise SignatureError(
@@ -68,7 +70,7 @@ def install(
     _refuse_odd(folder, max_latency_ms, starts)
     remote = is_url(pack)
     trust = None if pub is None else _trust(pack, pub, folder, revoked)
-    check = functools.partial(_checked, trust=trust, root=folder, allow_older=allow_older)
+    check = functools.partial(_checked, trust=trust, root=folder, allow_older=allow_older, again=again)
     if not remote:
         with steps("check"):
             pack = _looked_at(pack, folder, check)
@@ -79,10 +81,10 @@ def install(
                 copy, pack = _copied(pack, folder, work, unsigned)
             with steps("extract"), open_pack(copy) as file, check(file, where=pack) as (archive, signed):
                 running = current_slot(folder)
-                if running and same(folder / CURRENT, archive.manifest_bytes):
+                known = _known(folder).slots.get(running) if running else None
+                if known and same(folder / CURRENT, archive.manifest_bytes):
                     _remember(folder, trust, signed, archive.manifest.name)
-                    known = answer(folder, running, read_state(folder).slots.get(running))
-                    return {**known, "unchanged": True, "pack": pack, "seconds": steps.seconds}
+                    return {**answer(folder, running, known), "unchanged": True, "pack": pack, "seconds": steps.seconds}
                 if remote:
                     check_room(folder, *_needed(archive, folder, 0))
                 fresh = work / "bundle"
@@ -176,16 +178,36 @@ def _tried(fresh: Path, folder: Path, backend: str, max_latency_ms: float | None
 
 @contextlib.contextmanager
 def _checked(
-    file: Any, *, where: str, trust: Trust | None, root: Path, allow_older: bool
+    file: Any, *, where: str, trust: Trust | None, root: Path, allow_older: bool, again: bool
 ) -> Iterator[tuple[Archive, Checked | None]]:
     """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
     if trust is None:
         with open_archive(file, where) as archive:
+            _refuse_left(root, archive, again)
             yield archive, None
     else:
         with checked(file, where, trust) as (archive, signed):
             admit(root, signed, archive.manifest.name, allow_older=allow_older)
+            _refuse_left(root, archive, again)
             yield archive, signed
+
+
+def _known(root: Path) -> State:
+    """What ``state.json`` says; a damaged one says nothing, and is replaced with the switch."""
+    try:
+        return read_state(root)
+    except BundleError:
+        return State()
+
+
+def _refuse_left(root: Path, archive: Archive, again: bool) -> None:
+    """A bundle that did not work here, or that an operator went back from, is not taken a second time by whoever updates."""
+    digest = Bundle(Path(archive.where), archive.manifest).digest
+    if not again and digest in _known(root).left:
+        raise TurnedDown(
+            f"{archive.manifest.name} ({digest[:12]}) was installed here before, and left by a way back",
+            "install a newer one; to try it once more add --again (edgekit status --root DIR says why it was left)",
+        )
 
 
 def _remember(root: Path, trust: Trust | None, signed: Checked | None, name: str) -> None:

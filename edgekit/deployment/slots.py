@@ -30,9 +30,11 @@ from edgekit.installed import (
     current_slot,
     fault,
     leads_to,
+    lives,
     now,
     other_slot,
     read_state,
+    state_again,
     switch,
     way_back,
     write_state,
@@ -69,7 +71,7 @@ def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
         if left is not None:
             note = Return(now(), "asked for by edgekit rollback", left, before.sequence)
             try:
-                write_state(folder, msgspec.structs.replace(state, returned=note))
+                write_state(folder, msgspec.structs.replace(state.leaving(left), returned=note))
             except OSError as error:  # a full disk does not keep anybody from going back
                 say(f"the rollback cannot be noted in {folder}: {error.strerror}", level="warning")
         switch(folder, slot)
@@ -95,7 +97,8 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
     Returns ``slot`` (None where nothing is installed), ``bundle``, ``name``, ``digest``, ``sequence``, ``installed``,
     ``confirmed``, ``key_id``, ``healthy``, ``reason`` (None where healthy), ``previous`` (the bundle a rollback leads to, or
     None), ``trial`` (None, or ``start`` of ``allowed``, how many ``failed``, ``running`` and the last ``error``), ``returned``
-    (the last way back: ``time``, ``reason``, ``left``; None where there was none since) and ``free_bytes``.
+    (the last way back: ``time``, ``reason``, ``left``; None where there was none since), ``left`` (digests of the bundles that
+    were given up here, the newest last: an install takes them only where it is told ``again``) and ``free_bytes``.
     """
     folder = _existing(root)
     running, disk = current_slot(folder), os.statvfs(folder)
@@ -103,7 +106,7 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
     if running is None:
         link = folder / CURRENT
         reason = f"{link} leads to no slot" if link.is_symlink() or link.exists() else "nothing is installed"
-        nothing = {"healthy": False, "reason": reason, "previous": None, "trial": None, "returned": None}
+        nothing = {"healthy": False, "reason": reason, "previous": None, "trial": None, "returned": None, "left": []}
         if (named := leads_to(folder)) and (older := way_back(read_state(folder), named)):
             nothing["previous"] = {"slot": other_slot(named), **msgspec.to_builtins(older)}
         return {**answer(folder, None, None), **nothing, **free}
@@ -116,17 +119,19 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
         "healthy": not reason,
         "reason": reason or None,
         "previous": {"slot": other_slot(running), **msgspec.to_builtins(before)} if before else None,
-        "trial": _trial(state.trial_of(running)),
+        "trial": _trial(folder, state.trial_of(running)),
         "returned": msgspec.to_builtins(gone),
+        "left": list(state.left),
         **free,
     }
 
 
-def _trial(trial: Trial | None) -> dict[str, Any] | None:
+def _trial(folder: Path, trial: Trial | None) -> dict[str, Any] | None:
     if trial is None:
         return None
-    failed = trial.failures()
-    running = sum(start.alive() for start in trial.starts)
+    # One that is no process of ours may well run: it has failed when the next one starts.
+    running = sum(not start or lives(folder, start) for start in trial.starts)
+    failed = trial.failed + len(trial.starts) - running
     about = {"start": failed + bool(running), "allowed": trial.allowed, "failed": failed}
     return {**about, "running": bool(running), "error": trial.error}
 
@@ -139,7 +144,7 @@ def place(root: Path, fresh: Path, key_id: str | None, starts: int) -> tuple[Slo
     slots = root / SLOTS
     slots.mkdir(exist_ok=True)
     with locked(slots):
-        state = read_state(root)
+        state = state_again(root)
         slot = _free_slot(root, state)
         others: dict[Slot, Record] = {name: record for name, record in state.slots.items() if name != slot}
         if slot in state.slots:  # from here on the slot is no way back
@@ -153,7 +158,9 @@ def place(root: Path, fresh: Path, key_id: str | None, starts: int) -> tuple[Slo
         opened = Bundle.open(home, verify=False)
         record = Record(opened.manifest.name, opened.digest, state.sequence + 1, now(), key_id)
         trial = Trial(record.sequence, starts)
-        write_state(root, State(sequence=record.sequence, slots={**others, slot: record}, trial=trial, returned=state.returned))
+        slots_now = {**others, slot: record}
+        left = tuple(digest for digest in state.left if digest != record.digest)
+        write_state(root, State(sequence=record.sequence, slots=slots_now, trial=trial, returned=state.returned, left=left))
         switch(root, slot)
     return slot, record
 

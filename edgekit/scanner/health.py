@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgekitError
 from edgekit.files import printable
-from edgekit.installed import Start, current_slot, root_of, starting
+from edgekit.installed import Start, current_slot, read_state, root_of, starting
 from edgekit.progress import say
 from edgekit.runtime.golden import Golden
 
@@ -26,6 +27,8 @@ __all__ = ["ALIVE_S", "ANSWERS", "Health"]
 #: So many frames answered, or so many seconds in the loop (a belt may stand still): then the bundle works.
 ANSWERS = 20
 ALIVE_S = 60.0
+#: A start that is ended by force, and is no older, was ended by somebody; one that has hung for longer has failed.
+YOUNG_S = 120.0
 #: Between two looks at where ``current`` leads.
 LOOK_S = 10.0
 
@@ -34,19 +37,21 @@ class Health:
     """In the block a scan runs; entered before anything of a bundle is loaded.
 
     Where a bundle is on trial its start is noted on disk, its golden outputs are checked with the scan's own model, and it is
-    confirmed after `ANSWERS` frames, after `ALIVE_S` seconds, or at the source's end, unless the model refused every frame.
-    What ends in order before (SIGTERM, a loop that is left) counts for nothing; an error counts as a failed start, as does
-    all that leaves no time for words. A root that cannot be written is said once.
+    confirmed after `ANSWERS` frames, after `ALIVE_S` seconds, or at the end of a source that gave a frame, unless the model
+    refused more of them than it answered. What ends in order before (SIGTERM, a loop that is left) counts for nothing, and so
+    does a start ended by force within `YOUNG_S`; an error counts as a failed start, as does a model that hangs while it loads,
+    and all that leaves no time for words. A root that cannot be written is said once.
     """
 
     name = "install"
 
     def __init__(self, config: ScanConfig, stop: Stop) -> None:
         named = [options.bundle for options in (config.model, config.text) if options is not None]
-        self._roots = {root: Path() for bundle in named if (root := root_of(bundle))}  # -> the slot that this scan opens
+        self._roots: dict[Path, Start | None] = {root: None for bundle in named if (root := root_of(bundle))}
         self._stop = stop
         self._starts: list[Start] = []
         self._answered = self._refused = 0
+        self._begun = time.monotonic()
         self._since: float | None = None
         self._look = 0.0
         self.told: list[Start] = []  #: Starts that went back, until their events are sent.
@@ -54,16 +59,16 @@ class Health:
     def __enter__(self) -> Health:
         for root in self._roots:
             self._begin(starting(root))
-        self._stop.at_force.append(self._withdraw)
+        self._stop.at_force.append(self._forced)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with contextlib.suppress(ValueError):
-            self._stop.at_force.remove(self._withdraw)
+            self._stop.at_force.remove(self._forced)
         if isinstance(error, Exception):
             for start in self._starts:
                 start.fail(getattr(error, "message", "") or str(error) or type(error).__name__)
-        elif error is None and not self._stop.is_set() and self._works():
+        elif error is None and not self._stop.is_set() and self._answered and self._works():
             self._confirm()
         else:
             self._withdraw()
@@ -85,7 +90,7 @@ class Health:
         if start.doubt:
             say(f"the trial of {printable(start.root)}: {start.doubt}; the scan runs", level="warning")
         self._starts.append(start)
-        self._roots[start.root] = start.bundle
+        self._roots[start.root] = start
 
     def loaded(self, parts: Parts) -> None:
         """The models are open: those of a root on trial are tested. Raises `GoldenError`, `BundleError`."""
@@ -121,7 +126,7 @@ class Health:
             self._notice()
 
     def _works(self) -> bool:
-        return bool(self._answered) or not self._refused
+        return self._answered >= self._refused
 
     def _confirm(self) -> None:
         for start in self._starts:
@@ -135,13 +140,18 @@ class Health:
         for start in self._starts:
             start.withdraw()
 
+    def _forced(self) -> None:
+        if time.monotonic() < self._begun + YOUNG_S:
+            self._withdraw()
+
     def _notice(self) -> None:
         """Said once: another bundle was switched to, which this process does not take by itself."""
-        for root, runs in list(self._roots.items()):
+        for root, start in list(self._roots.items()):
             slot = current_slot(root)
-            if slot and slot != runs.name:
-                say(f"{printable(root)} leads to slot {slot} now, slot {runs.name} runs: a restart takes it", level="warning")
-                del self._roots[root]
+            if start is None or slot is None or not _replaced(start, slot):
+                continue
+            say(f"{printable(root)} leads to another bundle now than the one that runs: a restart takes it", level="warning")
+            del self._roots[root]
 
     # A step of the scan, for the one event that it may have to tell.
 
@@ -172,6 +182,17 @@ class Health:
 
     def close(self) -> None:
         pass
+
+
+def _replaced(start: Start, slot: str) -> bool:
+    """Whether another install is ``current`` by now; while one is on trial the next lies in the same slot."""
+    if slot != start.bundle.name or start.sequence is None:
+        return slot != start.bundle.name
+    try:
+        record = read_state(start.root).slots.get(slot)  # type: ignore[call-overload]
+    except (OSError, EdgekitError):
+        return False
+    return record is not None and record.sequence != start.sequence
 
 
 def _digest(start: Start) -> str:

@@ -20,6 +20,8 @@ __all__ = ["STOP_S", "Stop", "stop_on_signals"]
 STOP_S = 1.7
 _STEP_S = 0.25
 _LAST_S = 0.1
+#: Then, for what must not stay behind where the disk is slow; systemd's unit allows 5 s in all.
+_ACTS_S = 2.5
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _END = b"E"  # above every signal's number
 
@@ -109,17 +111,23 @@ def _watch(reader: int, stop: Stop) -> None:
     while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
         if os.read(reader, 1) == _END:
             return
-    # In a thread: stderr may be a pipe that nobody empties, or locked by the thread that hangs.
-    last = threading.Thread(target=_last_words, args=(stop,), name="last words", daemon=True)
+    # In threads: stderr may be a pipe that nobody empties, or locked by the thread that hangs; a disk may be slow or gone.
+    acts = threading.Thread(target=_act, args=(stop,), name="last acts", daemon=True)
+    last = threading.Thread(target=_last_words, name="last words", daemon=True)
+    acts.start()
     last.start()
     last.join(_LAST_S)
+    acts.join(_ACTS_S)
     os._exit(0)
 
 
-def _last_words(stop: Stop) -> None:
+def _act(stop: Stop) -> None:
     for act in stop.at_force:
         with contextlib.suppress(Exception):
             act()
+
+
+def _last_words() -> None:
     say("stopped while a frame or a sink was still busy", "warning", life="ended", forced=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()

@@ -254,7 +254,7 @@ def test_sigkill_at_random_moments(tmp_path: Path, versions: list[Path], keys) -
     print("ready", flush=True)
     while True:
         for pack in sys.argv[3:]:
-            install(pack, root=sys.argv[1], pub=sys.argv[2])
+            install(pack, root=sys.argv[1], pub=sys.argv[2], again=True)
             try:
                 rollback(sys.argv[1])
             except BundleError as error:  # a kill may have spent the way back

@@ -18,7 +18,7 @@ import pytest
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.deployment import install, pack, rollback, starting, status
-from edgekit.errors import BackendError, BudgetNotMet, BundleError, EdgekitError, GoldenError, UsageError
+from edgekit.errors import BackendError, BudgetNotMet, BundleError, EdgekitError, GoldenError, TurnedDown, UsageError
 from edgekit.runtime import Model
 from edgekit.runtime.golden import load_golden, save_golden
 from edgekit.scanner import Scanner
@@ -62,8 +62,18 @@ def test_starts_without_health_lead_back(root: Path, versions: list[Path], keys:
     assert starting(root).returned is None  # and stays there
     with pytest.raises(BundleError, match="no older bundle"):
         rollback(root)
-    install(versions[1], root=root, pub=keys.pub, starts=1)  # the same may be tried again
+    with pytest.raises(TurnedDown, match="was installed here before, and left"):  # a timer would try it every hour
+        install(versions[1], root=root, pub=keys.pub)
+    assert status(root)["name"] == "v0"
+    assert status(root)["left"] == [now["returned"]["left"]["digest"]]
+    install(versions[1], root=root, pub=keys.pub, starts=1, again=True)
     assert status(root)["trial"]["allowed"] == 1
+    assert status(root)["left"] == []
+    rollback(root)
+    with pytest.raises(TurnedDown):
+        install(versions[1], root=root, pub=keys.pub)
+    install(versions[2], root=root, pub=keys.pub)
+    assert status(root)["name"] == "v2"
 
 
 def test_health_ends_the_trial(root: Path) -> None:

@@ -1,0 +1,193 @@
+"""What a root holds: its slots, ``state.json`` and the one link that says what runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edgekit.bundle import MANIFEST, Bundle
+from edgekit.errors import BundleError
+from edgekit.files import sync_path
+from edgekit.progress import say
+
+__all__ = [
+    "CURRENT",
+    "SLOTS",
+    "STARTS",
+    "Record",
+    "Return",
+    "Slot",
+    "State",
+    "Trial",
+    "current_slot",
+    "fault",
+    "leads_to",
+    "now",
+    "other_slot",
+    "read_state",
+    "root_of",
+    "state_again",
+    "switch",
+    "way_back",
+    "write_state",
+]
+
+CURRENT = "current"
+SLOTS = "slots"
+STATE = "state.json"
+#: Starts that a new bundle has to prove itself, where an install says nothing else.
+STARTS = 3
+#: Bundles that were given up are remembered, so many of them.
+MOST_LEFT = 100
+Slot = Literal["a", "b"]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one slot holds. ``sequence`` grows with every install under this root; ``key_id`` is None for unsigned packs.
+
+    ``confirmed``: when an application said that it works; None while none has.
+    """
+
+    name: str
+    digest: str
+    sequence: int
+    installed: str
+    key_id: str | None = None
+    confirmed: str | None = None
+
+
+class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of the install with this ``sequence``: ``failed`` of ``allowed`` starts, and the tokens (`lives`) of those that have not
+    ended yet as far as is known. ``error``: what the last one that could still speak said."""
+
+    sequence: int
+    allowed: int = STARTS
+    failed: int = 0
+    starts: tuple[str, ...] = ()
+    error: str | None = None
+
+
+class Return(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A way back that was taken: ``left`` is the bundle that ran, ``sequence`` the install that was gone back to."""
+
+    time: str
+    reason: str
+    left: Record
+    sequence: int
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``state.json``. ``sequence`` is the highest ever given, so that it is never given twice. ``left``: digests of the bundles
+    that a way back has led away from, the newest last."""
+
+    version: Literal[1] = 1
+    sequence: int = 0
+    slots: dict[Slot, Record] = {}
+    trial: Trial | None = None
+    returned: Return | None = None
+    left: tuple[str, ...] = ()
+
+    def leaving(self, record: Record) -> State:
+        """With a bundle that was given up: no install takes it again unasked."""
+        kept = tuple(digest for digest in self.left if digest != record.digest)
+        return msgspec.structs.replace(self, left=(*kept, record.digest)[-MOST_LEFT:])
+
+    def trial_of(self, slot: Slot | None) -> Trial | None:
+        """The trial of what is in ``slot``; one that was cut off before its switch is of nothing that runs."""
+        record = self.slots.get(slot) if slot else None
+        return self.trial if record and self.trial and self.trial.sequence == record.sequence else None
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def other_slot(slot: Slot | None) -> Slot:
+    """Where an install goes while ``slot`` runs."""
+    return "b" if slot == "a" else "a"
+
+
+def leads_to(root: Path) -> Slot | None:
+    """The slot that ``current`` names, whatever is in it."""
+    link = root / CURRENT
+    slots: tuple[Slot, Slot] = ("a", "b")
+    target = os.readlink(link) if link.is_symlink() else ""
+    return next((slot for slot in slots if target == f"{SLOTS}/{slot}"), None)
+
+
+def current_slot(root: Path) -> Slot | None:
+    """The slot that ``current`` leads to, where that is one of ours and there."""
+    slot = leads_to(root)
+    return slot if slot and (root / SLOTS / slot / MANIFEST).is_file() else None
+
+
+def root_of(bundle: str | os.PathLike[str]) -> Path | None:
+    """The root, where ``bundle`` is the ``current`` of one."""
+    path = Path(bundle)
+    return path.parent if path.name == CURRENT and path.is_symlink() and leads_to(path.parent) else None
+
+
+def switch(root: Path, slot: Slot) -> None:
+    """Let ``current`` lead to a slot: a link made beside, then one rename."""
+    beside = root / f".{CURRENT}.new"
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(Path(SLOTS) / slot)
+    os.replace(beside, root / CURRENT)
+    sync_path(root)
+
+
+def read_state(root: Path) -> State:
+    """``state.json``, or an empty state where there is none. Raises `BundleError` where it is damaged."""
+    path = root / STATE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=State)
+    except FileNotFoundError:
+        return State()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(
+            f"{path} is damaged: {error}", f"install again, which writes a new one; {root / CURRENT} runs on meanwhile"
+        ) from None
+
+
+def state_again(root: Path) -> State:
+    """`read_state` for who is about to write it: one that is damaged is given up. Its numbers are forgotten: the next goes on
+    from the seconds of the clock, which no count of installs has reached."""
+    try:
+        return read_state(root)
+    except BundleError as error:
+        say(f"{error.message}; what it knew of the slots is given up", level="warning")
+        return State(sequence=int(time.time()))
+
+
+def write_state(root: Path, state: State) -> None:
+    """One name beside, so that a crash leaves one file for the next write to take; the caller holds the lock."""
+    beside = root / f".{STATE}.new"
+    beside.unlink(missing_ok=True)
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    with os.fdopen(handle, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, root / STATE)
+    sync_path(root)
+
+
+def fault(slot: Path, record: Record | None) -> str:
+    """Why a slot's bundle cannot be trusted to run; empty where all is well. Every file is hashed."""
+    try:
+        digest = Bundle.open(slot).digest
+    except (BundleError, OSError) as error:
+        return str(error)
+    if record is None:
+        return f"{STATE} does not know what {slot} holds"
+    return "" if digest == record.digest else f"{slot} is not the bundle that was installed"
+
+
+def way_back(state: State, slot: Slot | None) -> Record | None:
+    """The older bundle that what is in ``slot`` can be left for: never a newer install."""
+    running, before = (state.slots.get(slot) if slot else None), state.slots.get(other_slot(slot))
+    return before if before and (running is None or before.sequence < running.sequence) else None
