@@ -56,12 +56,16 @@ def test_the_scan_has_room_for_the_starts_of_an_update_that_fails() -> None:
     assert "\nExecStartPre=-" in text  # a start that a check forbids is none, and would never lead back
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_the_scan_is_restarted_only_where_another_bundle_runs(tmp_path: Path, moved: bool) -> None:
-    """The update unit's own shell lines, around an install that switches or does not."""
+@pytest.mark.parametrize("install", ["nothing", "other slot", "same slot", "first"])
+def test_the_scan_is_restarted_only_where_another_bundle_runs(tmp_path: Path, install: str) -> None:
+    """The update unit's own shell lines, around an install that changes nothing, switches, takes the place of a bundle on trial,
+    or is the first."""
     root = tmp_path / "models" / "parcel"
-    root.mkdir(parents=True)
-    (root / "current").symlink_to("slots/a")
+    for slot in ("a", "b"):
+        (root / "slots" / slot).mkdir(parents=True)
+        (root / "slots" / slot / "manifest.json").write_text(slot)
+    if install != "first":
+        (root / "current").symlink_to("slots/a")
     (calls := tmp_path / "bin").mkdir()
     (calls / "systemctl").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n')
     (calls / "systemctl").chmod(0o755)
@@ -74,11 +78,13 @@ def test_the_scan_is_restarted_only_where_another_bundle_runs(tmp_path: Path, mo
         path = f"{calls}{os.pathsep}{os.environ['PATH']}"
         done = run("sh", "-c", ours, MODEL="parcel", RUNTIME_DIRECTORY=str(tmp_path), PATH=path)
         assert (done.returncode, done.stderr) == (0, "")
-        if name == "StartPre" and moved:
-            (root / "current").unlink()
+        if name == "StartPre" and install == "same slot":
+            (root / "slots" / "a" / "manifest.json").write_text("c")
+        elif name == "StartPre" and install != "nothing":
+            (root / "current").unlink(missing_ok=True)
             (root / "current").symlink_to("slots/b")
     called = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
-    assert ("restart edgekit-scan.service" in called) == moved
+    assert ("restart edgekit-scan.service" in called) == (install != "nothing")
 
 
 def test_udev_rules_name_what_is_there() -> None:

@@ -270,7 +270,7 @@ def test_sigkill_at_random_moments(tmp_path: Path, versions: list[Path], keys) -
                 process.wait(float(random.uniform(0, 0.3)))
             process.send_signal(signal.SIGKILL)
         assert status(root)["healthy"]
-    install(versions[2], root=root, pub=keys.pub)
+    install(versions[2], root=root, pub=keys.pub, again=True)
     assert not (root / ".incoming").exists()
 
 
