@@ -14,8 +14,8 @@ from typing import Literal
 import msgspec
 
 from edgekit.errors import BundleError, EdgekitError
-from edgekit.files import locked
 
+from .lock import START_S, hold
 from .state import (
     SLOTS,
     Return,
@@ -106,7 +106,7 @@ class Start:
             return True
         self._open = False
         try:
-            with locked(self.root / SLOTS):
+            with hold(self.root / SLOTS, START_S):
                 state = read_state(self.root)
                 if (changed := change(state)) != state:
                     write_state(self.root, changed)
@@ -158,7 +158,7 @@ def _started(root: Path, own: bool) -> Start:
     if slot is None:
         raise BundleError(f"nothing is installed in {root}", "install first: edgekit install F.zip --root DIR")
     try:
-        with locked(root / SLOTS):
+        with hold(root / SLOTS, START_S):
             return _noted(root, own)
     except (OSError, EdgekitError) as error:
         return Start(root, root / SLOTS / slot, doubt=_words(error))

@@ -49,7 +49,8 @@ Slot = Literal["a", "b"]
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one slot holds. ``sequence`` grows with every install under this root; ``key_id`` is None for unsigned packs.
 
-    ``confirmed``: when an application said that it works; None while none has.
+    ``confirmed``: when an application said that it works; None while none has. ``release``, ``pack_digest`` and ``key_ids``: of
+    the signed pack that it came in, its digest without the trailer and all keys that were believed.
     """
 
     name: str
@@ -58,6 +59,9 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     installed: str
     key_id: str | None = None
     confirmed: str | None = None
+    release: int | None = None
+    pack_digest: str | None = None
+    key_ids: tuple[str, ...] = ()
 
 
 class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -169,6 +173,7 @@ def write_state(root: Path, state: State) -> None:
     beside.unlink(missing_ok=True)
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     with os.fdopen(handle, "wb") as file:
+        os.fchmod(handle, 0o644)  # whatever the umask
         file.write(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
         file.flush()
         os.fsync(file.fileno())

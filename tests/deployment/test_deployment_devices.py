@@ -58,7 +58,7 @@ def test_the_scan_has_room_for_the_starts_of_an_update_that_fails() -> None:
 
 @pytest.mark.parametrize("install", ["nothing", "other slot", "same slot", "first"])
 def test_the_scan_is_restarted_only_where_another_bundle_runs(tmp_path: Path, install: str) -> None:
-    """The update unit's own shell lines, around an install that changes nothing, switches, takes the place of a bundle on trial,
+    """The update unit's own shell lines, around an install that changes nothing, switches, replaces a bundle on trial,
     or is the first."""
     root = tmp_path / "models" / "parcel"
     for slot in ("a", "b"):

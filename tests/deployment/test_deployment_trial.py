@@ -150,7 +150,7 @@ def test_other_applications_mark_their_starts(cli: Any, root: Path) -> None:
     for _ in range(2):
         cli("status", "--root", root, "--mark", "start")
     shown = cli("status", "--root", root)
-    assert "on trial   start 2 of 3, 2 failed" in shown.out
+    assert "on trial   start 2 of 3, 1 failed, running now" in shown.out
     cli("status", "--root", root, "--mark", "stopped")
     assert cli("status", "--root", root, "--json").json["trial"]["failed"] == 1
     assert cli("status", "--root", root, "--mark", "healthy", "--json").json["confirmed"]
@@ -339,4 +339,4 @@ def test_a_file_system_without_links(tmp_path: Path, versions: list[Path], keys:
     monkeypatch.setattr(os, "symlink", refused)
     with pytest.raises(EdgekitError, match="no symbolic links"):
         install(versions[0], root=tmp_path / "vfat", pub=keys.pub)
-    assert list((tmp_path / "vfat").iterdir()) == []
+    assert not (tmp_path / "vfat").exists()
