@@ -138,8 +138,8 @@ def _refuse_odd(folder: Path, max_latency_ms: float | None, starts: int) -> None
 def _looked_at(pack: str | os.PathLike[str], folder: Path, check: Callable[..., Any]) -> Path:
     """The pack's file, checked where it lies, and room made sure of: all before anything is written."""
 
-    def release(path: Path) -> int:
-        with open_pack(path) as file, check(file, where=os.fspath(path)) as (_, signed):
+    def release(path: Path) -> int:  # one that was left is the newest all the same: no older one takes its place
+        with open_pack(path) as file, check(file, where=os.fspath(path), again=True) as (_, signed):
             return signed.statement.release if signed else 0  # without a statement names decide
 
     with readable(pack):
@@ -202,11 +202,12 @@ def _known(root: Path) -> State:
 
 def _refuse_left(root: Path, archive: Archive, again: bool) -> None:
     """A bundle that did not work here, or that an operator went back from, is not taken a second time by whoever updates."""
-    digest = Bundle(Path(archive.where), archive.manifest).digest
-    if not again and digest in _known(root).left:
+    digest, state = Bundle(Path(archive.where), archive.manifest).digest, _known(root)
+    running = state.slots.get(slot) if (slot := current_slot(root)) else None
+    if not again and digest in state.left and not (running and running.digest == digest):  # a way back was cut off
         raise TurnedDown(
-            f"{archive.manifest.name} ({digest[:12]}) was installed here before, and left by a way back",
-            "install a newer one; to try it once more add --again (edgekit status --root DIR says why it was left)",
+            f"{archive.manifest.name} ({digest[:12]}) was installed here before, and left by a way back; nothing was changed",
+            f"install a newer one; to try it once more add --again (edgekit status --root {root} says what was left)",
         )
 
 

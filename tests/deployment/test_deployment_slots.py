@@ -229,7 +229,7 @@ def test_any_sequence_of_installs_and_rollbacks(versions: list[Path], keys, step
                 running, back = back, None
             else:
                 assert isinstance(step, int)
-                install(versions[step], root=folder, pub=keys.pub)
+                install(versions[step], root=folder, pub=keys.pub, again=True)
                 if running != f"v{step}":
                     running, back = f"v{step}", running
             now = status(folder)
