@@ -52,7 +52,7 @@ class Site:
     def __init__(self, bench: Bench, names: tuple[str, ...] = ("chaos-a", "chaos-b")) -> None:
         self.bench, self.root = bench, bench.folder / "root"
         if bench.root is not None:
-            shutil.copytree(bench.root, self.root, symlinks=True)
+            shutil.copytree(bench.root, self.root, symlinks=True, ignore=shutil.ignore_patterns(".start-*"))
         self.key: Path | None = None
         self.pub: Path | None = None
         with contextlib.suppress(MissingExtra):

@@ -269,7 +269,7 @@ def status(root: Path, mark: Literal["start", "healthy", "stopped"] | None) -> A
     if mark == "start" and start:  # the application starts, whatever is wrong with the notes
         with contextlib.suppress(EdgekitError):
             return Answer(data := run(root), _told(data, root, start))
-        return Answer({"bundle": str(start.bundle)}, f"{start.bundle} starts")
+        return Answer({"bundle": str(start.bundle), "doubt": start.doubt}, f"{start.bundle} starts, and nothing is noted")
     data = run(root)
     if data["slot"] is None and data["reason"] == "nothing is installed":
         return Answer(data, f"nothing is installed in {root}")
@@ -304,7 +304,7 @@ def _shown(data: dict[str, Any], root: Path) -> str:
             f"start {trial['start']} of {trial['allowed']}" if trial["start"] else f"no start yet, {trial['allowed']} allowed"
         )
         words += f", {trial['failed']} failed" if trial["failed"] else ""
-        words += ", running now" if trial["running"] else ""
+        words += {True: ", running now", None: ", running as far as is known", False: ""}[trial["running"]]
         rows.append(("on trial", words + (f"; the last said: {trial['error']}" if trial["error"] else "")))
     elif data["confirmed"]:
         rows.append(("confirmed", data["confirmed"]))
@@ -313,5 +313,8 @@ def _shown(data: dict[str, Any], root: Path) -> str:
         rows.append(
             ("returned", f"{gone['time']} from {gone['left']['name']} ({gone['left']['digest'][:12]}): {gone['reason']}")
         )
+    if left := data["left"]:
+        shown = ", ".join(digest[:12] for digest in left[:-4:-1]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        rows.append(("left", f"{shown}: install takes them only with --again"))
     rows.append(("free", f"{data['free_bytes'] / 1e9:.1f} GB"))
     return "\n".join(f"{name:<10} {words}" for name, words in rows)

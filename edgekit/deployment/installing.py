@@ -139,11 +139,12 @@ class _Order:
 
     def _refuse_left(self, archive: Archive) -> None:
         """What did not work here, or an operator went back from, is not taken a second time by whoever updates."""
-        digest = Bundle(Path(archive.where), archive.manifest).digest
-        if not self.again and digest in _known(self.root).left:
+        digest, state = Bundle(Path(archive.where), archive.manifest).digest, _known(self.root)
+        running = state.slots.get(slot) if (slot := current_slot(self.root)) else None
+        if not self.again and digest in state.left and not (running and running.digest == digest):  # a way back was cut off
             raise TurnedDown(
                 f"{archive.manifest.name} ({digest[:12]}) was installed here before, and left by a way back",
-                "install a newer one; to try it once more add --again (edgekit status --root DIR says why it was left)",
+                f"install a newer one; to try it once more add --again (edgekit status --root {self.root} says what was left)",
             )
 
 
@@ -224,8 +225,8 @@ def _refuse_odd(pack: str | os.PathLike[str], folder: Path, max_latency_ms: floa
 def _looked_at(pack: str | os.PathLike[str], order: _Order, steps: Steps) -> tuple[Path, tuple[int, int]]:
     """The pack's file, checked where it lies, and the room that it needs."""
 
-    def release(path: Path) -> int:
-        with open_pack(path) as file, order.checked(file, os.fspath(path)) as (archive, signed):
+    def release(path: Path) -> int:  # one that was left is the newest all the same: no older one takes its place
+        with open_pack(path) as file, replace(order, again=True).checked(file, os.fspath(path)) as (archive, signed):
             order.named(archive)
             return signed.statement.release if signed else 0  # without a statement names decide
 

@@ -106,7 +106,8 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns ``slot`` (None where nothing is installed), ``bundle``, ``name``, ``digest``, ``sequence``, ``installed``,
     ``confirmed``, ``key_id``, ``healthy``, ``reason`` (None where healthy), ``previous`` (the bundle a rollback leads to, or
-    None), ``trial`` (None, or ``start`` of ``allowed``, how many ``failed``, ``running`` and the last ``error``), ``returned``
+    None), ``trial`` (None, or ``start`` of ``allowed``, how many ``failed``, ``running`` (None: not known, as after
+    `mark`) and the last ``error``), ``returned``
     (the last way back: ``time``, ``reason``, ``left``; None where there was none since), ``left`` (digests of the bundles that
     were given up here, the newest last: an install takes them only where it is told ``again``) and ``free_bytes``.
     """
@@ -131,7 +132,7 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
         "previous": {"slot": other_slot(running), **msgspec.to_builtins(before)} if before else None,
         "trial": _trial(folder, state.trial_of(running)),
         "returned": msgspec.to_builtins(gone),
-        "left": list(state.left),
+        "left": [digest for digest in state.left if record is None or digest != record.digest],
         **free,
     }
 
@@ -139,11 +140,10 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
 def _trial(folder: Path, trial: Trial | None) -> dict[str, Any] | None:
     if trial is None:
         return None
-    # One that is no process of ours may well run: it has failed when the next one starts.
-    running = sum(not start or lives(folder, start) for start in trial.starts)
-    failed = trial.failed + len(trial.starts) - running
-    about = {"start": failed + bool(running), "allowed": trial.allowed, "failed": failed}
-    return {**about, "running": bool(running), "error": trial.error}
+    running, unknown = sum(lives(folder, start) for start in trial.starts), trial.starts.count("")
+    failed = trial.failed + len(trial.starts) - running - unknown
+    about = {"start": failed + bool(running or unknown), "allowed": trial.allowed, "failed": failed}
+    return {**about, "running": bool(running) or (None if unknown else False), "error": trial.error}
 
 
 @contextlib.contextmanager

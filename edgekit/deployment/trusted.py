@@ -1,7 +1,7 @@
 """Whom a device believes: the keys it was given, what has been revoked since, and what it has accepted before.
 
-    ROOT/trust.json     the highest release accepted of each bundle name and by whose word, all that was ever revoked, the latest
-                        time seen
+    ROOT/trust.json     the highest release accepted of each bundle name and by whose word, all that was ever revoked, the
+                        latest time seen
 
 Time: a clock may be set back, or start in 1970 where there is no battery. So what counts is the later of the clock and the
 latest time seen at an install before. Where neither can be right (before `BUILT`), a pack that expires is not accepted.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -148,7 +148,7 @@ def read_state(root: Path) -> State:
     """``state.json``, or an empty state where there is none. Raises `BundleError` where it is damaged."""
     path = root / STATE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=State)
+        return msgspec.convert(_as_now(msgspec.json.decode(path.read_bytes())), State)
     except FileNotFoundError:
         return State()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -157,14 +157,34 @@ def read_state(root: Path) -> State:
         ) from None
 
 
+def _as_now(found: Any) -> Any:
+    """Notes of 0.1.0 before its release named a start by its process: those have ended, but for 0, which was no process of
+    ours."""
+    trial = found.get("trial") if isinstance(found, dict) else None
+    if isinstance(trial, dict) and isinstance(starts := trial.get("starts"), list):
+        trial["starts"] = [("gone" if each.get("pid") else "") if isinstance(each, dict) else each for each in starts]
+    return found
+
+
 def state_again(root: Path) -> State:
-    """`read_state` for who is about to write it: one that is damaged is given up. Its numbers are forgotten: the next goes on
-    from the seconds of the clock, which no count of installs has reached."""
+    """`read_state` for who is about to write it: where it is damaged, or was removed, the bundle that runs is noted anew, so
+    that there is a way back to it. Its number is the clock's seconds, which no count of installs has reached: a start that was
+    noted before does not speak for what comes after."""
     try:
-        return read_state(root)
+        state = read_state(root)
+        if state.sequence or not leads_to(root):
+            return state
+        say(f"{root / STATE} is gone: what it knew of the slots is given up", level="warning")
     except BundleError as error:
         say(f"{error.message}; what it knew of the slots is given up", level="warning")
-        return State(sequence=int(time.time()))
+    sequence, slots = max(1, int(time.time())), dict[Slot, Record]()
+    if running := current_slot(root):
+        try:
+            opened = Bundle.open(root / SLOTS / running)
+            slots[running] = Record(opened.manifest.name, opened.digest, sequence, now())
+        except BundleError as error:
+            say(f"what runs is no way back: {error.message}", level="warning")
+    return State(sequence=sequence, slots=slots)
 
 
 def write_state(root: Path, state: State) -> None:

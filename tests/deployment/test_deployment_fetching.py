@@ -152,7 +152,7 @@ def test_from_a_server(cli: Any, tmp_path: Path, versions: list[Path], keys: Any
     done = cli("install", url + "p%20v9.zip", "--root", tmp_path / "root", "--pub", keys.pub, "--json")
     assert (done.code, done.json["name"]) == (0, "v0")
     assert "fetch" in done.json["seconds"]
-    with pytest.raises(BundleError, match="it holds v1, and .*root runs v0"):  # others choose what lies on a server
+    with pytest.raises(BundleError, match=r"it holds v1, and .*root runs v0"):  # others choose what lies on a server
         install(url, root=tmp_path / "root", pub=keys.pub)
     newest = install(url, root=tmp_path / "root", pub=keys.pub, rename=True)
     assert (newest["name"], newest["pack"]) == ("v1", url + "p%20v10.zip")
