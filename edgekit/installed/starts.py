@@ -269,7 +269,7 @@ def lives(root: Path, token: str) -> bool:
     if not _TOKEN.fullmatch(token):
         return False
     try:
-        handle = os.open(_start_path(root, token), os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(_start_path(root, token), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         return isinstance(error, PermissionError)
     try:
