@@ -2,8 +2,9 @@
 
 Processes that install, roll back, start and confirm under one root, each sent SIGKILL at a random moment of its work, one
 after the other on what the last one left. After each: exactly one whole bundle runs (every file hashed), and it is the one
-before or the one after (or, where that was on trial, the proven one before it); ``state.json`` is sound. At the end the next
-install succeeds and leaves nothing behind.
+before or the one after, where the action leads to one: after a killed start the older one is right only where the trial had
+failed, after a killed install only where what ran was on trial and the older one is confirmed. ``state.json`` is sound. At
+the end the next install succeeds and leaves nothing behind.
 
 The processes are forked from one that has loaded everything, so the moments fall into the work, not into starting Python;
 the work itself is real: signature, copy, extraction, golden outputs, latency, fsync, switch.
@@ -89,21 +90,19 @@ def main() -> None:
         releases, pub = packs(folder)
         root = folder / "root"
         for release in releases[:2]:
-            forked(lambda release=release: install(release, root=root, pub=pub), None)
+            forked(lambda release=release: install(release, root=root, pub=pub, again=True), None)
         took = durations(root, releases, pub)
         unkilled = {action: round(seconds, 3) for action, seconds in took.items()}
         corrupt, killed, ended, after = 0, Counter[str](), Counter[str](), Counter[str]()
         progress = iter(track(range(options.kills), "killing"))
         while killed.total() < options.kills:
             found = status(root)
-            before, allowed = found["name"], {found["name"]}
-            if found["trial"] and found["previous"] and found["previous"]["confirmed"]:
-                allowed.add(found["previous"]["name"])  # an install goes back to what is proven before it takes the slot
+            before = found["name"]
             action = chance.choice(ACTIONS)
-            if action == "rollback" and not status(root)["previous"]:
+            if action == "rollback" and not found["previous"]:
                 action = "install"
             release = releases[(int(before[1:]) + chance.choice((1, 2))) % 3]
-            act, wanted = doing(action, root, release, pub)
+            act, allowed = doing(action, found, root, release, pub)
             if not forked(act, chance.uniform(chance.choice((0.0, 0.6)), 1.05) * took[action]):
                 ended[action] += 1
                 took[action] *= 0.97  # the machine is faster now than it was
@@ -115,13 +114,13 @@ def main() -> None:
                 print(killed.total(), dict(ended), flush=True)
             found = status(root)
             read_state(root)
-            if not (found["healthy"] and found["name"] in {*allowed, wanted}):
+            if not (found["healthy"] and found["name"] in allowed):
                 corrupt += 1
-                print("CORRUPT", action, found)
-            which = "old" if found["name"] == before else "new" if found["name"] == wanted else "proven"
-            after[f"the {which} one runs"] += 1
-        forked(lambda: install(releases[0], root=root, pub=pub), None)
-        forked(lambda: install(releases[1], root=root, pub=pub), None)
+                print("CORRUPT", action, allowed, found)
+            which = "old" if found["name"] == before else "new" if found["name"] == release.stem else "older"
+            after[f"{action}: the {which} one runs"] += 1
+        forked(lambda: install(releases[0], root=root, pub=pub, again=True), None)
+        forked(lambda: install(releases[1], root=root, pub=pub, again=True), None)
         left = sorted(path.name for path in root.iterdir())
         whole = status(root)["name"] == "v1" and left == ["current", "slots", "state.json", "trust.json"]
     figures = {
@@ -140,15 +139,18 @@ def main() -> None:
     print(save("updates", figures))
 
 
-def doing(action: str, root: Path, release: Path, pub: Path) -> tuple[Callable[[], Any], str]:
-    """What to run, and the name of the bundle that runs when it has come to its end."""
-    found = status(root)
+def doing(action: str, found: dict[str, Any], root: Path, release: Path, pub: Path) -> tuple[Callable[[], Any], set[str]]:
+    """What to run, and the names of the bundles of which one must run once it was killed; ``found``: the status before."""
+    trial, older, allowed = found["trial"], found["previous"], {found["name"]}
     if action == "install":
-        return lambda: install(release, root=root, pub=pub), release.stem
+        if trial and older and older["confirmed"]:  # it goes back to what is proven before it takes the slot
+            allowed.add(older["name"])
+        return lambda: install(release, root=root, pub=pub, again=True), {*allowed, release.stem}
     if action == "rollback":
-        return lambda: rollback(root), found["previous"]["name"]
-    back = found["previous"]["name"] if found["previous"] else found["name"]  # where the trial is over a start goes back
-    return (lambda: starting(root)) if action == "start" else (lambda: starting(root).confirm()), back
+        return lambda: rollback(root), {*allowed, older["name"]}
+    if trial and older and trial["failed"] >= trial["allowed"]:
+        allowed.add(older["name"])
+    return (lambda: starting(root)) if action == "start" else (lambda: starting(root).confirm()), allowed
 
 
 def durations(root: Path, releases: list[Path], pub: Path) -> dict[str, float]:
@@ -156,7 +158,7 @@ def durations(root: Path, releases: list[Path], pub: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {action: [] for action in ACTIONS}
     for _ in range(3):
         for action, act in (
-            ("install", lambda: install(releases[2], root=root, pub=pub)),
+            ("install", lambda: install(releases[2], root=root, pub=pub, again=True)),
             ("start", lambda: starting(root)),
             ("confirm", lambda: starting(root).confirm()),
             ("rollback", lambda: rollback(root)),

@@ -268,7 +268,10 @@ def status(root: Path, mark: Literal["start", "healthy", "stopped"] | None) -> A
         say(f"the trial of {root}: {start.doubt}", level="warning")
     if mark == "start" and start:  # the application starts, whatever is wrong with the notes
         with contextlib.suppress(EdgekitError):
-            return Answer(data := run(root), _told(data, root, start))
+            data = run(root)
+            if not data["healthy"]:
+                say(f"{root}: {data['reason']}", level="warning")
+            return Answer(data, _told(data, root, start))
         return Answer({"bundle": str(start.bundle), "doubt": start.doubt}, f"{start.bundle} starts, and nothing is noted")
     data = run(root)
     if data["slot"] is None and data["reason"] == "nothing is installed":

@@ -106,21 +106,24 @@ class Start:
         return msgspec.structs.replace(state, trial=msgspec.structs.replace(trial, starts=tuple(left)))
 
     def _end(self, change: Callable[[State], State]) -> bool:
-        """Only once, and only where there is something to change."""
         with self._ending:
-            if not self._open or self.sequence is None:
-                return True
-            self._open = False
-            try:
-                with hold(self.root / SLOTS, START_S):
-                    state = read_state(self.root)
-                    if (changed := change(state)) != state:
-                        write_state(self.root, changed)
-            except (OSError, EdgekitError) as error:
-                self.doubt = _words(error)
-                return False
-            self._file.release()  # where nothing could be written the start stays open, and counts as failed once we are gone
+            return self._end_once(change)
+
+    def _end_once(self, change: Callable[[State], State]) -> bool:
+        """Only once, and only where there is something to change."""
+        if not self._open or self.sequence is None:
             return True
+        self._open = False
+        try:
+            with hold(self.root / SLOTS, START_S):
+                state = read_state(self.root)
+                if (changed := change(state)) != state:
+                    write_state(self.root, changed)
+        except (OSError, EdgekitError) as error:
+            self.doubt = _words(error)
+            return False
+        self._file.release()  # where nothing could be written the start stays open, and counts as failed once we are gone
+        return True
 
 
 def starting(root: str | os.PathLike[str]) -> Start:
@@ -225,6 +228,9 @@ class _StartFile:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
             _HELD.add(self)
             try:
+                owner = os.stat(self._path.parent)
+                if os.geteuid() == 0 and owner.st_uid != 0:  # the user of the scan has to see when it has ended
+                    os.fchown(self._fd, owner.st_uid, owner.st_gid)
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
             except OSError:  # a file system without locks
                 self.release()
@@ -263,7 +269,7 @@ def lives(root: Path, token: str) -> bool:
     if not _TOKEN.fullmatch(token):
         return False
     try:
-        handle = os.open(_start_path(root, token), os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(_start_path(root, token), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         return isinstance(error, PermissionError)
     try:

@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from edgekit.bundle import Bundle
+from edgekit.scanner import health, stop
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "scanner"
 PROGRAM, SETTINGS = "/opt/edgekit/venv/bin/edgekit", "/etc/edgekit/scan.toml"
@@ -41,6 +43,35 @@ def test_systemd_accepts_the_unit(tmp_path: Path, with_devices: bool) -> None:
         shutil.copy(DEPLOY / "devices.conf", folder)
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_units_times_leave_room_for_what_a_stop_by_force_notes() -> None:
+    """A start that systemd gives up is no young one, and its note is written before systemd kills."""
+    unit = (DEPLOY / "edgekit-scan.service").read_text()
+    found = {name: float(value) for name, value in re.findall(r"^(Timeout\w+Sec)=(\d+)$", unit, re.M)}
+    assert found["TimeoutStartSec"] > health.YOUNG_S
+    assert found["TimeoutStopSec"] > stop.STOP_S + stop._LAST_S + stop._ACTS_S
+
+
+def test_one_act_that_hangs_keeps_no_other_from_the_disk(tmp_path: Path) -> None:
+    """A terminal that takes nothing, and the note of a start, at an end by force."""
+    code = """
+    import sys, time
+    from pathlib import Path
+    from edgekit.scanner import stop
+    stop.STOP_S, stop._ACTS_S = 0.1, 0.5
+    with stop.stop_on_signals() as flag:
+        flag.at_force += [lambda: time.sleep(60), lambda: Path(sys.argv[1]).write_text("noted")]
+        print(flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "note")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert (tmp_path / "note").read_text() == "noted"
 
 
 def settings(folder: Path, bundle: Bundle, pictures: Path) -> Path:
