@@ -29,7 +29,7 @@ stopped() {
     status=$?
     [ -z "$scratch" ] || rm -rf "$scratch"
     [ "$status" = 0 ] || [ -z "$step" ] ||
-        echo "provision: stopped at the step $step; what was done stays. Run the same line again: it goes on there" >&2
+        echo "provision: stopped at the step $step; what was done stays. Run the same line again: it goes on there$notes" >&2
     exit "$status"
 }
 
@@ -94,7 +94,8 @@ act_owner() {
 
 # number_of group|passwd NAME
 number_of() {
-    [ ! -f "$root/etc/$1" ] || awk -F: -v name="$2" '$1 == name { print $3 }' "$root/etc/$1"
+    if [ "$2" = root ]; then echo 0; fi
+    [ "$2" = root ] || [ ! -f "$root/etc/$1" ] || awk -F: -v name="$2" '$1 == name { print $3 }' "$root/etc/$1"
 }
 
 # as_user COMMAND...: by the scan's user, who owns the bundles, in his home, where he notes trusted engines; below --root by
@@ -142,7 +143,6 @@ folders() {
     while read -r kind path mode owner group _; do
         [ "$kind" = d ] || continue
         asked="$mode $(number_of passwd "$owner") $(number_of group "$group")"
-        [ "$owner $group" != "root root" ] || asked="$mode 0 0"
         [ "$(stat -c '0%a %u %g' "$root$path" 2>/dev/null)" = "$asked" ] || lacking="$lacking $path"
     done <"$deploy/scanner/edgekit.tmpfiles"
     if [ -z "$lacking" ]; then
