@@ -73,7 +73,7 @@ std::string shown(const Json &value) {
 // Softmax and labels are what one task means; others may take pictures, too, and answer with something else.
 void check_task(const Json &task) {
     if (task == "image-classification") return;
-    throw Refused("the bundle's task is " + shown(task) + ", image-classification was expected; for others: Model.open, edgekit scan");
+    throw Refused("the bundle's task is " + shown(task) + ", image-classification was expected; for others: edgekit scan");
 }
 
 Preprocessing preprocessing_of(const Json &spec) {
@@ -93,7 +93,8 @@ Preprocessing preprocessing_of(const Json &spec) {
         out.deviation[i] = deviation[i];
     }
     out.fit = spec.value("fit", "stretch");
-    if (out.fit != "stretch" && out.fit != "letterbox") throw Refused("fit is " + shown(spec.at("fit")) + ", stretch or letterbox was expected");
+    if (out.fit != "stretch" && out.fit != "letterbox")
+        throw Refused("fit is " + shown(spec.at("fit")) + ", stretch or letterbox was expected");
     return out;
 }
 

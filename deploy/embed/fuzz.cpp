@@ -1,4 +1,4 @@
-// Feeds the readers with files whose bytes were changed: `fuzz F.zip|F.ppm ROUNDS SEED`. Built with sanitizers, a fault ends it.
+// Feeds the readers with changed files: `fuzz F.zip ROUNDS SEED`, or a picture. Built with sanitizers, a fault ends it.
 // Most changes go where the zip's own records and the manifest lie, and a changed manifest is what no signature protects here.
 #include <algorithm>
 #include <cstdio>

@@ -136,13 +136,14 @@ def test_it_reads_the_headers_of_pictures_strictly(tmp_path: Path, built: Path, 
         b"P5 28 28 0255000000000 ",
     )
     odd += (b"P5 28,28 255\n", b"P5 -28 28 255\n", b"P5 28 28 65535\n", b"P5 # 28 28 255", b"P5 0 28 255\n", b"P5 28 +28 255\n")
-    for header in (*good, *odd):
+    for header in good:
         path.write_bytes(header + pixels)
-        if header == b"P5 28 28 255":
-            path.write_bytes(header)
+        assert call(built / "classify", "--verified", packed, path).returncode == 0, header
+    for header in odd:
+        path.write_bytes(header if header.endswith(b"255") else header + pixels)
         done = call(built / "classify", "--verified", packed, path)
-        assert done.returncode == (header in odd), (header, done.stdout, done.stderr)
-        assert not done.stderr or done.stderr.startswith(f"classify: {path}: "), done.stderr
+        assert (done.returncode, done.stdout) == (1, ""), header
+        assert done.stderr.startswith(f"classify: {path}: "), done.stderr
     path.unlink()
     os.mkfifo(path)
     done = call(built / "classify", "--verified", packed, path)
