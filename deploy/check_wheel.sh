@@ -3,7 +3,7 @@
 #
 #   deploy/check_wheel.sh WHEEL PYTHON...          from the repository's root; PYTHON: python3.10 python3.11 python3.12
 #
-#   EXTRAS   default scan,sign
+#   EXTRAS   default what deploy/Dockerfile installs
 # Packages come from pip's index and its cache. Nothing outside a temporary folder is written.
 set -eu
 
@@ -16,6 +16,9 @@ fail() {
 wheel=$(realpath "$1")
 shift
 root=$(realpath "$(dirname "$0")/..")
+# Read, not copied: what is tried here is what the image holds.
+EXTRAS=${EXTRAS:-$(sed -n 's/.*[.]whl)\[\([a-z,]*\)\].*/\1/p' "$root/deploy/Dockerfile")}
+[ -n "$EXTRAS" ] || fail "deploy/Dockerfile installs no wheel with extras; name them: EXTRAS=scan,sign"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # What is not imported need not be compiled.
@@ -33,7 +36,7 @@ for python in "$@"; do
     "$python" -m venv --without-pip "$place"
     # One pip for all environments: making one in each takes longer than the rest.
     python3 -m pip --quiet --disable-pip-version-check --python "$place/bin/python" install \
-        --constraint "$root/constraints.txt" "${wheel}[${EXTRAS:-scan,sign}]"
+        --constraint "$root/constraints.txt" "${wheel}[$EXTRAS]"
     cd "$place" # where no edgekit lies beside
     bin/python - <<'PYTHON'
 import sys, edgekit.runtime
@@ -61,6 +64,6 @@ with Model.open("models/current") as model:
 event = json.loads(open("events.jsonl").readline())
 assert event["label"] == answer.label, (event, answer)
 PYTHON
-    echo "$python: the wheel runs, installs a signed pack and scans ($(du -sm . | cut -f1) MB)"
+    echo "$python: the wheel with $EXTRAS runs, installs a signed pack and scans ($(du -sm . | cut -f1) MB)"
     cd "$root"
 done

@@ -6,13 +6,17 @@
 #   FLOAT_BUNDLE  default calibration/digits-depthwise/float.edge
 #   CALIBRATION   default calibration.json beside it. Where model.int8.onnx.sha256 lies beside that, the rebuilt
 #                 int8 graph must have this digest.
-#   OUT           a folder that does not exist yet, default build/engines. It gets int8.edge, NAME.edge.zip, sha256sums.txt
+#   OUT           a folder that does not exist yet, default build/engines. It gets NAME.edge (the int8 bundle), NAME.edge.zip
+#                 and sha256sums.txt. NAME is that of the folder of CALIBRATION: one for each product, the same for all its
+#                 releases, for a device counts releases by this name.
 #
 #   TARGETS       default "rtx-ada jetson-orin-nano": engines for RTX, build kits for Jetson
 #   SIGNING_KEY   a private key (edgekit keygen); unset or empty: the pack is not signed
 #   PUBLIC_KEY    its public key: the signed pack is then verified as a device would, and NAME.cdx.json lists what is inside
 #   EDGEKIT       the command, default edgekit
-#   CACHE         a folder kept between runs: with the same float bundle, ranges and edgekit nothing is made again
+#   CACHE         a folder kept between runs: with the same float bundle, ranges and edgekit (its code, not only its version)
+#                 nothing is made again
+#   PYTHON        the Python that reads figures and runs edgekit, default the one beside the command
 #
 # Gates, each unset: not looked at. A missed one ends the script with 3, and nothing is packed.
 #   MIN_SNR       dB between the int8 graph's outputs and the float graph's
@@ -34,6 +38,23 @@ fail() {
 figure() {
     "${PYTHON:-python3}" -c 'import functools, json, sys
 print(functools.reduce(lambda found, key: found[key], sys.argv[2:], json.load(open(sys.argv[1]))))' "$@"
+}
+
+# code_of_edgekit: a digest of the package that quantizes, and of what it computes with. The version alone stays the same
+# between two commits, and an int8 graph of older code must not come back.
+code_of_edgekit() {
+    beside=$(dirname "$(command -v "$edgekit")")/python
+    [ -x "$beside" ] || beside=python3
+    "${PYTHON:-$beside}" -c 'import hashlib, importlib.metadata as installed, pathlib, sys
+del sys.path[0]  # the folder that this runs in, whose edgekit is not the installed one
+import edgekit
+digest = hashlib.sha256(sys.version.encode())
+for package in ("numpy", "onnx", "onnxruntime"):
+    digest.update(f"{package} {installed.version(package)}".encode())
+root = pathlib.Path(edgekit.__file__).parent
+for path in sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+    digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+print(digest.hexdigest())'
 }
 
 # gate WHAT HAVE "at least"|"at most" WANT
@@ -61,63 +82,67 @@ expected=$(dirname "$frozen")/model.int8.onnx.sha256
 [ -d "$float" ] || fail "there is no float bundle $float"
 [ -f "$frozen" ] || fail "there are no frozen ranges $frozen"
 [ ! -e "$out" ] || fail "$out exists already; remove it, or name another folder"
+# The bundle gets its folder's name, and the pack the bundle's.
+name=$(basename "$(realpath "$(dirname "$frozen")")")
 mkdir -p "$out"
 
-key=$({ cat "$float/manifest.json" "$frozen"; "$edgekit" --version; } | sha256sum | cut -d" " -f1)
-kept=${CACHE:+$CACHE/$key}
+kept=""
+if [ -n "${CACHE:-}" ]; then # its entries say in their name what they were made of
+    code=$(code_of_edgekit) || fail "the cache needs the Python that runs $edgekit: PYTHON=/path/to/python"
+    kept=$CACHE/$name-$({ cat "$float/manifest.json" "$frozen"; echo "$code"; } | sha256sum | cut -d" " -f1)
+fi
 if [ -n "$kept" ] && [ -d "$kept" ]; then
-    echo "take int8.edge from the cache $kept (remove it to make all anew)"
-    cp -R "$kept/int8.edge" "$kept/quantize.json" "$out/"
+    echo "take $name.edge from the cache $kept (remove it to make all anew)"
+    cp -R "$kept/$name.edge" "$kept/quantize.json" "$out/"
 else
     echo "quantize $float with the ranges in $frozen"
-    "$edgekit" quantize "$float" --out "$out/int8.edge" --calib "$frozen" --json >"$out/quantize.json"
+    "$edgekit" quantize "$float" --out "$out/$name.edge" --calib "$frozen" --json >"$out/quantize.json"
 fi
 if [ -f "$expected" ]; then
     read -r digest _ <"$expected"
-    echo "$digest  $out/int8.edge/model.int8.onnx" | sha256sum -c -
+    echo "$digest  $out/$name.edge/model.int8.onnx" | sha256sum -c -
 fi
 
 [ -z "${MIN_SNR:-}" ] || gate "the SNR in dB" "$(figure "$out/quantize.json" snr_db)" "at least" "$MIN_SNR"
 [ -z "${MIN_SHARE:-}" ] || gate "the int8 share" "$(figure "$out/quantize.json" share)" "at least" "$MIN_SHARE"
 if [ -n "${EVAL_DATA:-}" ]; then
-    "$edgekit" eval "$out/int8.edge" --data "$EVAL_DATA" --json >"$out/eval.json"
+    "$edgekit" eval "$out/$name.edge" --data "$EVAL_DATA" --json >"$out/eval.json"
     [ -z "${MIN_TOP1:-}" ] || gate "top-1" "$(figure "$out/eval.json" top1)" "at least" "$MIN_TOP1"
 fi
 
 for target in $targets; do
     echo "build $target"
-    "$edgekit" build "$out/int8.edge" --target "$target" --json >"$out/$target.json"
+    "$edgekit" build "$out/$name.edge" --target "$target" --json >"$out/$target.json"
     [ "$(figure "$out/$target.json" usable)" = True ] || fail "no TensorRT of $target builds its kit: see note in $out/$target.json"
     [ -z "${MAX_KB:-}" ] || gate "$target in kB" "$(($(figure "$out/$target.json" size_bytes) / 1000))" "at most" "$MAX_KB"
 done
 if [ -n "${BENCH_BACKEND:-}" ]; then
-    "$edgekit" bench "$out/int8.edge" --backend "$BENCH_BACKEND" --json >"$out/bench.json"
+    "$edgekit" bench "$out/$name.edge" --backend "$BENCH_BACKEND" --json >"$out/bench.json"
     [ -z "${MAX_MS:-}" ] || gate "p99 in ms" "$(figure "$out/bench.json" latency_ms p99)" "at most" "$MAX_MS"
 fi
 
 if [ -n "$kept" ]; then # beside it, then renamed: a run that is stopped leaves no half entry
     rm -rf "$kept.new"
     mkdir -p "$kept.new"
-    cp -R "$out/int8.edge" "$out/quantize.json" "$kept.new/"
+    cp -R "$out/$name.edge" "$out/quantize.json" "$kept.new/"
     rm -rf "$kept"
     mv "$kept.new" "$kept"
 fi
 
-name=$(basename "$(dirname "$frozen")")
 echo "pack $name.edge.zip"
 if [ -n "${SIGNING_KEY:-}" ]; then
-    "$edgekit" pack "$out/int8.edge" --out "$out/$name.edge.zip" --key "$SIGNING_KEY"
+    "$edgekit" pack "$out/$name.edge" --out "$out/$name.edge.zip" --key "$SIGNING_KEY"
     if [ -n "${PUBLIC_KEY:-}" ]; then
         "$edgekit" verify "$out/$name.edge.zip" --pub "$PUBLIC_KEY" --sbom "$out/$name.cdx.json"
     fi
 else
-    "$edgekit" pack "$out/int8.edge" --out "$out/$name.edge.zip"
+    "$edgekit" pack "$out/$name.edge" --out "$out/$name.edge.zip"
 fi
 
 # Graph, engines and kits are the same, byte for byte, in a later run or on another machine; the pack says when it was made.
 (
     cd "$out"
-    find int8.edge/engines -name "*.engine" -o -name "*.kit.zip" | sort |
-        xargs sha256sum "$name.edge.zip" int8.edge/model.int8.onnx >sha256sums.txt
+    find "$name.edge/engines" -name "*.engine" -o -name "*.kit.zip" | sort |
+        xargs sha256sum "$name.edge.zip" "$name.edge/model.int8.onnx" >sha256sums.txt
     cat sha256sums.txt
 )

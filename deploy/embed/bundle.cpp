@@ -6,6 +6,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -59,8 +62,23 @@ int whole(const Json &value, int low, int high) {
     return value.get<int>();
 }
 
+// A text of the manifest as an error may show it: short, and without what moves a terminal's cursor.
+std::string shown(const Json &value) {
+    if (!value.is_string()) return "no text";
+    std::string text = value.get<std::string>().substr(0, 60);
+    std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c > 0x7e; }, '?');
+    return text;
+}
+
+// Softmax and labels are what one task means; others may take pictures, too, and answer with something else.
+void check_task(const Json &task) {
+    if (task == "image-classification") return;
+    throw Refused("the bundle's task is " + shown(task) + ", image-classification was expected; for others: edgekit scan");
+}
+
 Preprocessing preprocessing_of(const Json &spec) {
-    if (!spec.is_object() || spec.at("kind") != "image") throw Refused("the model takes no pictures");
+    if (!spec.is_object() || spec.at("kind") != "image")
+        throw Refused("the model takes " + (spec.is_object() ? shown(spec.at("kind")) : "tensors") + ", image was expected");
     Preprocessing out;
     out.width = whole(spec.at("width"), 1, 8192);
     out.height = whole(spec.at("height"), 1, 8192);
@@ -69,12 +87,14 @@ Preprocessing preprocessing_of(const Json &spec) {
     const auto channels = static_cast<size_t>(out.channels);
     if (out.channels == 2 || mean.size() != channels || deviation.size() != channels) throw Refused("mean and std do not fit");
     for (size_t i = 0; i < channels; ++i) {
-        if (!(deviation[i] > 0)) throw Refused("std must be positive");
+        if (!(deviation[i] > 0) || !std::isfinite(deviation[i]) || !std::isfinite(mean[i]))
+            throw Refused("mean and std must be finite, std above 0");
         out.mean[i] = mean[i];
         out.deviation[i] = deviation[i];
     }
     out.fit = spec.value("fit", "stretch");
-    if (out.fit != "stretch" && out.fit != "letterbox") throw Refused("this example knows stretch and letterbox, not " + out.fit);
+    if (out.fit != "stretch" && out.fit != "letterbox")
+        throw Refused("fit is " + shown(spec.at("fit")) + ", stretch or letterbox was expected");
     return out;
 }
 
@@ -83,6 +103,7 @@ template <typename Read> Bundle described(Bytes manifest, Read read) {
     if (manifest.size > kMaxManifest) throw Refused("the manifest is too large");
     const Json json = Json::parse(manifest.data, manifest.data + manifest.size);
     if (json.at("format") != 1) throw Refused("the manifest's format is newer than this program");
+    check_task(json.at("task"));
     Bundle bundle;
     bundle.preprocessing = preprocessing_of(json.at("preprocessing"));
     const Json &input = json.at("inputs").at(0);
@@ -131,7 +152,7 @@ Bundle from_slot(const fs::path &path) {
 } // namespace
 
 Mapped::Mapped(const std::string &path) {
-    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe would be waited for
     if (file < 0) throw Refused(std::strerror(errno));
     struct stat about {};
     const bool usable = fstat(file, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0;

@@ -1,4 +1,4 @@
-// Feeds the bundle reader with packs whose bytes were changed: `fuzz F.zip ROUNDS SEED`. Built with sanitizers, a fault ends it.
+// Feeds the readers with changed files: `fuzz F.zip ROUNDS SEED`, or a picture. Built with sanitizers, a fault ends it.
 // Most changes go where the zip's own records and the manifest lie, and a changed manifest is what no signature protects here.
 #include <algorithm>
 #include <cstdio>
@@ -7,12 +7,14 @@
 #include <iterator>
 #include <random>
 
-#include "bundle.hpp"
+#include "picture.hpp"
 
 int main(int count, char **words) {
     if (count != 4) return 2;
     std::ifstream file(words[1], std::ios::binary);
     const std::vector<char> good{std::istreambuf_iterator<char>(file), {}};
+    if (good.size() < 8) return 2;
+    const bool picture = good[0] == 'P' && good[1] != 'K';
     const std::string place = std::string(words[1]) + ".mutant";
     std::mt19937 random(static_cast<unsigned>(std::atoi(words[3])));
     const auto below = [&](size_t limit) { return std::uniform_int_distribution<size_t>(0, limit - 1)(random); };
@@ -28,7 +30,8 @@ int main(int count, char **words) {
         if (below(8) == 0) bytes.resize(1 + below(bytes.size()));
         std::ofstream(place, std::ios::binary).write(bytes.data(), static_cast<long>(bytes.size()));
         try {
-            open_bundle(place, true);
+            if (picture) preprocess(read_picture(place), {8, 8, 3, {}, {1, 1, 1}, "letterbox"});
+            else open_bundle(place, true);
             ++accepted;
         } catch (const Refused &) {
             ++refused;

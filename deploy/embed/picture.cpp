@@ -1,7 +1,6 @@
 #include "picture.hpp"
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 
 namespace {
@@ -63,17 +62,23 @@ std::vector<float> plane_of(const Picture &picture, int channels, int which) {
     return plane;
 }
 
-// A whole number of a PNM header; comments run from # to the end of the line.
+bool space(unsigned char byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
+
+// A whole number of a PNM header: white space before it, in which comments run from # to the end of their line, then digits, then
+// one byte of white space, behind which `at` is left. Pixels follow the last one's, whatever they look like.
 long header_number(Bytes file, size_t &at) {
-    while (at < file.size && (std::isspace(file.data[at]) || file.data[at] == '#')) {
+    while (at < file.size && (space(file.data[at]) || file.data[at] == '#')) {
         if (file.data[at] == '#')
-            while (at < file.size && file.data[at] != '\n') ++at;
+            while (at < file.size && file.data[at] != '\n' && file.data[at] != '\r') ++at;
         else ++at;
     }
     long value = 0;
     size_t digits = 0;
-    for (; at < file.size && std::isdigit(file.data[at]) && digits < 9; ++at, ++digits) value = value * 10 + (file.data[at] - '0');
-    if (digits == 0) throw Refused("the picture's header is damaged");
+    for (; at < file.size && file.data[at] >= '0' && file.data[at] <= '9' && digits < 9; ++at, ++digits)
+        value = value * 10 + (file.data[at] - '0');
+    if (digits == 0 || at >= file.size || !space(file.data[at]))
+        throw Refused("the picture's header is damaged: a number and white space were expected at byte " + std::to_string(at));
+    ++at;
     return value;
 }
 
@@ -82,18 +87,20 @@ long header_number(Bytes file, size_t &at) {
 Picture read_picture(const std::string &path) {
     const Mapped mapped(path);
     const Bytes file = mapped.bytes();
-    if (file.size < 8 || file.data[0] != 'P' || (file.data[1] != '5' && file.data[1] != '6'))
+    if (file.size < 8 || file.data[0] != 'P' || (file.data[1] != '5' && file.data[1] != '6') || !space(file.data[2]))
         throw Refused("no binary PGM or PPM; convert it: convert in.png out.ppm");
     Picture picture;
     picture.channels = file.data[1] == '5' ? 1 : 3;
     size_t at = 2;
     const long width = header_number(file, at), height = header_number(file, at), top = header_number(file, at);
-    if (width < 1 || height < 1 || width > kMaxPixels / height || top != 255) throw Refused("its size or its depth is not allowed");
+    if (width < 1 || height < 1 || width > kMaxPixels / height || top != 255)
+        throw Refused("it is " + std::to_string(width) + " x " + std::to_string(height) + " with a maximum of " + std::to_string(top) +
+                      "; 1 to 64 million pixels with 255 were expected");
     picture.width = static_cast<int>(width);
     picture.height = static_cast<int>(height);
     const size_t bytes = static_cast<size_t>(width * height * picture.channels);
-    if (at >= file.size || file.size - at - 1 < bytes) throw Refused("it is truncated");
-    picture.pixels.assign(file.data + at + 1, file.data + at + 1 + bytes); // one white space behind the header
+    if (file.size - at < bytes) throw Refused("it is truncated");
+    picture.pixels.assign(file.data + at, file.data + at + bytes);
     return picture;
 }
 

@@ -1,33 +1,52 @@
 #!/bin/sh
 # From a flashed Jetson (JetPack 6 or 7), or a plain Debian or Ubuntu device (arm64, x86-64), to a running scan.
 #
-#   sudo deploy/jetson/provision.sh --pub edgekit.pub --pack digits.edge.zip [--wheel edgekit-0.1.0-py3-none-any.whl]
+#   sudo deploy/jetson/provision.sh --wheel edgekit-0.1.0-py3-none-any.whl --pub edgekit.pub --pack digits.edge.zip
 #
+#   --wheel FILE   edgekit itself: pip wheel --no-deps --wheel-dir build .
 #   --pub FILE     the public key that packs are signed with
 #   --pack PACK    the first bundle, for edgekit install
-#   --wheel FILE   this wheel; else edgekit from pip's index
 #   --model NAME   the install lies in /var/lib/edgekit/models/NAME; default parcel
 #   --source URL   look for newer bundles there every hour
 #   --no-jetson    no TensorRT of JetPack's, even on a Jetson
 #   --root DIR     provision the system below DIR instead of this one: no packages, nothing is started
 #   --dry-run      only say what would be done
 #
-# Every step first looks whether it is done: run it again at any time, after a mistake or for a newer wheel. It changes no setting,
-# key or bundle that is there. Step by step: packages, user and folders, environment, edgekit, key, settings, units, bundle, start.
+# Every step first looks whether it is done: run it again at any time, after a mistake, a stop or for a newer wheel. What
+# edgekit needs comes from pip's index in the versions of constraints.txt, which lies beside deploy/. No key or bundle that is
+# there is changed, nor scan.toml; of update-*.env only what --model and --source ask for, and the old file is kept.
+# Step by step: packages, user, folders, environment, key, settings, units, bundle, start.
 set -eu
+umask 022 # what is made here is for the scan's user to read, whatever the caller's umask
 
 fail() {
     echo "provision: $*" >&2
     exit 1
 }
 
-# did STEP WHAT / same STEP WHAT: what changed, and what was there already
+# stopped: the last words of a run that does not come to its end, and what it leaves in /tmp
+stopped() {
+    status=$?
+    [ -z "$scratch" ] || rm -rf "$scratch"
+    [ "$status" = 0 ] || [ -z "$step" ] ||
+        echo "provision: stopped at the step $step; what was done stays. Run the same line again: it goes on there$notes" >&2
+    exit "$status"
+}
+
+# did STEP TO DONE WHAT / same STEP WHAT: what changed ("wrote", with --dry-run "would write"), and what was there already
 did() {
     changed=$((changed + 1))
-    echo "$1: $2"
+    if [ "$dry" = yes ]; then echo "$1: would $2 $4"; else echo "$1: $3 $4"; fi
 }
 same() {
     echo "$1: $2 (nothing to do)"
+}
+
+# look WORDS: something to look at, said again at the end
+look() {
+    echo "$1"
+    notes="$notes
+look: $1"
 }
 
 # act COMMAND...: run it, or with --dry-run say it
@@ -39,43 +58,53 @@ act() {
     fi
 }
 
-# put STEP FROM TO MODE GROUP: a file as it is here
-put() {
-    if cmp -s "$2" "$root$3"; then
-        same "$1" "$3 is there"
-    else
-        act mkdir -p "$(dirname "$root$3")"
-        act cp "$2" "$root$3.new" # beside it, then renamed: a device that loses power has the old file or the new one
-        act chmod "$4" "$root$3.new"
-        act_owner "$5" "$root$3.new"
-        act mv "$root$3.new" "$root$3"
-        did "$1" "$3 written"
-    fi
+# owe WHAT, paid WHAT, owes WHAT: what a change needs afterwards, noted on disk before the change: a run that was cut off, or
+# whose reload failed, is made up for by the next one. Below --root nothing runs, and the device's start does all of it.
+owe() {
+    [ -n "$root" ] || act mkdir -p "$home"
+    [ -n "$root" ] || act touch "$home/owed-$1"
+}
+paid() {
+    act rm -f "$home/owed-$1"
+}
+owes() {
+    [ -e "$home/owed-$1" ]
 }
 
-# keep STEP FROM TO MODE GROUP: a file that belongs to the device's owner once it is there
-keep() {
-    if [ -e "$root$3" ]; then
-        same "$1" "$3 is kept"
+# put STEP FROM TO MODE GROUP [OWED]: a file as it is here
+put() {
+    if cmp -s "$2" "$root$3" && [ "0$(stat -c %a "$root$3")" = "$4" ]; then
+        same "$1" "$3 is there"
     else
-        put "$@"
+        [ -z "${6:-}" ] || owe "$6"
+        act mkdir -p "$(dirname "$root$3")"
+        # beside it, then renamed: a device that loses power has the old file or the new one
+        act install -m "$4" "$2" "$root$3.new"
+        act_owner "$5" "$root$3.new"
+        act sync "$root$3.new"
+        act mv "$root$3.new" "$root$3"
+        did "$1" write wrote "$3"
     fi
 }
 
 # act_owner GROUP FILE: by number, for the group is the device's, not this machine's
 act_owner() {
-    [ "$1" = root ] || [ "$(id -u)" != 0 ] || act chown "0:$(number_of "$1")" "$2"
-}
-number_of() {
-    [ ! -f "$root/etc/group" ] || awk -F: -v name="$1" '$1 == name { print $3 }' "$root/etc/group"
+    [ "$1" = root ] || [ "$(id -u)" != 0 ] || act chown "0:$(number_of group "$1")" "$2"
 }
 
-# as_user COMMAND...: by the scan's user, who owns the bundles; below --root by whoever runs this
+# number_of group|passwd NAME
+number_of() {
+    if [ "$2" = root ]; then echo 0; fi
+    [ "$2" = root ] || [ ! -f "$root/etc/$1" ] || awk -F: -v name="$2" '$1 == name { print $3 }' "$root/etc/$1"
+}
+
+# as_user COMMAND...: by the scan's user, who owns the bundles, in his home, where he notes trusted engines; below --root by
+# whoever runs this
 as_user() {
     if [ -n "$root" ]; then
         act "$@"
     else
-        act runuser -u edgekit -- "$@"
+        act runuser -u edgekit -- env HOME=/var/lib/edgekit "$@"
     fi
 }
 
@@ -94,98 +123,144 @@ packages() {
         act apt-get -qq update
         # shellcheck disable=SC2086
         act env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $lacking
-        did packages "installed:$lacking"
+        did packages install installed "${lacking# }"
     fi
 }
 
-user_and_folders() {
+user() {
     put user "$deploy/scanner/edgekit.sysusers" /etc/sysusers.d/edgekit.conf 0644 root
-    put folders "$deploy/scanner/edgekit.tmpfiles" /etc/tmpfiles.d/edgekit.conf 0644 root
-    if [ -n "$(number_of edgekit)" ]; then
+    if [ -n "$(number_of passwd edgekit)" ] && [ -n "$(number_of group edgekit)" ]; then
         same user "edgekit is there"
     else
         act systemd-sysusers ${root:+--root="$root"} "$root/etc/sysusers.d/edgekit.conf"
-        did user "edgekit made"
+        did user make made edgekit
     fi
-    if [ -d "$root/var/lib/edgekit/models" ] && [ -d "$root/etc/edgekit/keys" ] && [ -d "$root/srv/edgekit/inbox" ]; then
+}
+
+folders() {
+    put folders "$deploy/scanner/edgekit.tmpfiles" /etc/tmpfiles.d/edgekit.conf 0644 root
+    lacking=""
+    while read -r kind path mode owner group _; do
+        [ "$kind" = d ] || continue
+        asked="$mode $(number_of passwd "$owner") $(number_of group "$group")"
+        [ "$(stat -c '0%a %u %g' "$root$path" 2>/dev/null)" = "$asked" ] || lacking="$lacking $path"
+    done <"$deploy/scanner/edgekit.tmpfiles"
+    if [ -z "$lacking" ]; then
         same folders "all are there"
     else
         act systemd-tmpfiles ${root:+--root="$root"} --create "$root/etc/tmpfiles.d/edgekit.conf"
-        did folders "made"
+        did folders make made "${lacking# }"
     fi
 }
 
+# Each wheel has an environment of its own, and the name that the units know leads to it once it is whole: a run that is cut
+# off, or finds no network, leaves the scan what it had.
 environment() {
-    if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c "import pip" 2>/dev/null; then
-        same environment "$venv is there"
-    else
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            fail "$(python3 --version) is too old, 3.10 was expected: flash JetPack 6 or 7"
-        # TensorRT's Python module is JetPack's package, not pip's: the environment sees the system's modules.
-        if [ "$jetson" = yes ]; then
-            act python3 -m venv --system-site-packages "$venv"
-        else
-            act python3 -m venv "$venv"
-        fi
-        did environment "$venv made"
-    fi
-}
-
-edgekit_itself() {
     extras="scan,video,sign"
     [ "$jetson" = no ] || extras="$extras,cuda"
-    what=${wheel:-edgekit}
-    # What was asked for, and the wheel's bytes: a wheel of the same version may be another one.
-    asked="${what}[$extras] $([ -z "$wheel" ] || sha256sum "$wheel" | cut -d' ' -f1)"
-    if [ -x "$venv/bin/edgekit" ] && [ "$(cat "$venv/provisioned" 2>/dev/null)" = "$asked" ]; then
-        same edgekit "$("$venv/bin/edgekit" --version) is installed"
-    else
-        # A wheel of the same version replaces the one that is there; what it needs is not installed again.
-        [ -z "$wheel" ] || [ ! -x "$venv/bin/edgekit" ] ||
-            act "$venv/bin/python" -m pip --quiet install --disable-pip-version-check --force-reinstall --no-deps "$wheel"
-        act "$venv/bin/python" -m pip --quiet install --disable-pip-version-check --upgrade "${what}[$extras]"
-        [ "$dry" = yes ] || echo "$asked" >"$venv/provisioned"
-        did edgekit "installed $what with $extras"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$(python3 --version) is too old, 3.10 was expected: flash JetPack 6 or 7"
+    minor=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    new=$home/venv-$({ echo "$extras $minor"; cat "$wheel" "$constraints"; } | sha256sum | cut -c1-12)
+    if [ "$(readlink "$venv")" = "$(basename "$new")" ] && [ -e "$new/provisioned" ]; then
+        same environment "$("$venv/bin/edgekit" --version) of this wheel is installed"
+        return
     fi
+    if [ ! -e "$new/provisioned" ]; then
+        act rm -rf "$new" # the half of a run that was cut off
+        # TensorRT's Python module is JetPack's package, not pip's: the environment sees the system's modules.
+        if [ "$jetson" = yes ]; then
+            act python3 -m venv --system-site-packages "$new"
+        else
+            act python3 -m venv "$new"
+        fi
+        act "$new/bin/python" -m pip --quiet install --disable-pip-version-check --constraint "$constraints" "${wheel}[$extras]"
+        act "$new/bin/edgekit" --version
+        act sync --file-system "$new"
+        act touch "$new/provisioned"
+    fi
+    owe restart
+    # A folder of that name is of an older script: it makes room.
+    [ -L "$venv" ] || [ ! -d "$venv" ] || act mv "$venv" "$home/venv-old"
+    act ln -sfn "$(basename "$new")" "$venv.new"
+    act mv -T "$venv.new" "$venv"
+    did environment install installed "$(basename "$wheel") with $extras in $venv"
     if [ "$jetson" = yes ] && [ "$dry" = no ] && [ -z "$root" ]; then
         "$venv/bin/python" -c "import tensorrt" 2>/dev/null ||
-            echo "edgekit: the environment does not see TensorRT; the scan runs on the processor. Look: $venv/bin/edgekit doctor"
+            look "the environment does not see TensorRT; the scan runs on the processor: $venv/bin/edgekit doctor"
     fi
 }
 
 key() {
     place=/etc/edgekit/keys/edgekit.pub
     if [ -e "$root$place" ] && ! cmp -s "$pub" "$root$place"; then
-        fail "$place is another key than $pub; to trust both for a while, put the new one beside it, in /etc/edgekit/keys; to replace it: rm $root$place"
+        fail "$place is another key than $pub; to trust both for a while, put the new one beside it, in /etc/edgekit/keys; \
+to replace it: rm $root$place"
     fi
     put key "$pub" "$place" 0644 root
 }
 
-settings() {
-    written=$(mktemp)
-    sed "s|models/parcel/|models/$model/|" "$deploy/scanner/scan.toml" >"$written"
-    keep settings "$written" /etc/edgekit/scan.toml 0640 edgekit
-    printf 'SOURCE=/media/edgekit\nMODEL=%s\n' "$model" >"$written"
-    keep settings "$written" /etc/edgekit/update-usb.env 0644 root
-    if [ -n "$source" ]; then
-        printf 'SOURCE=%s\nMODEL=%s\n' "$source" "$model" >"$written"
-        keep settings "$written" /etc/edgekit/update-site.env 0644 root
+# update_file NAME SOURCE MODEL: where NAME's bundles come from, and where they go. Other lines of a file that is there stay; an
+# empty word asks for nothing.
+update_file() {
+    place=/etc/edgekit/update-$1.env
+    old=$root$place
+    [ -e "$old" ] || old=/dev/null
+    # shellcheck disable=SC2016
+    source_asked=$2 model_asked=$3 awk '
+        /^SOURCE=/ { seen = seen "s"; if (ENVIRON["source_asked"] != "") $0 = "SOURCE=" ENVIRON["source_asked"] }
+        /^MODEL=/ { seen = seen "m"; if (ENVIRON["model_asked"] != "") $0 = "MODEL=" ENVIRON["model_asked"] }
+        { print }
+        END {
+            if (seen !~ /s/ && ENVIRON["source_asked"] != "") print "SOURCE=" ENVIRON["source_asked"]
+            if (seen !~ /m/ && ENVIRON["model_asked"] != "") print "MODEL=" ENVIRON["model_asked"]
+        }' "$old" >"$scratch/update"
+    if [ "$old" != /dev/null ] && cmp -s "$scratch/update" "$old"; then
+        same settings "$place is kept"
+        return
     fi
-    rm -f "$written"
+    if [ "$old" != /dev/null ]; then
+        kept=$old.$(date +%Y%m%dT%H%M%S)
+        act cp -p "$old" "$kept"
+        look "settings: $place was changed as asked; what it was is kept as ${kept#"$root"}"
+    fi
+    put settings "$scratch/update" "$place" 0644 root
+}
+
+settings() {
+    place=/etc/edgekit/scan.toml
+    sed "s|models/parcel/|models/$model/|" "$deploy/scanner/scan.toml" >"$scratch/scan.toml"
+    if [ ! -e "$root$place" ]; then
+        put settings "$scratch/scan.toml" "$place" 0640 edgekit
+    else
+        same settings "$place is kept"
+        grep -v '^[[:space:]]*#' "$root$place" | grep -qF "/models/$model/" ||
+            look "settings: $place was there and is kept: it does not name /var/lib/edgekit/models/$model/current; \
+to run that, edit it, then: systemctl restart edgekit-scan"
+    fi
+    asked_model=""
+    [ "$named" = no ] && [ -e "$root/etc/edgekit/update-usb.env" ] || asked_model=$model
+    update_file usb "$([ -e "$root/etc/edgekit/update-usb.env" ] || echo /media/edgekit)" "$asked_model"
+    [ -z "$source" ] || update_file site "$source" "$model"
 }
 
 units() {
-    before=$changed
-    for unit in edgekit-scan.service edgekit-update@.service edgekit-update@.timer media-edgekit.mount; do
-        put units "$deploy/scanner/$unit" "/etc/systemd/system/$unit" 0644 root
+    system=/etc/systemd/system
+    for unit in edgekit-update@.service edgekit-update@.timer media-edgekit.mount; do
+        put units "$deploy/scanner/$unit" "$system/$unit" 0644 root reload
     done
-    put units "$deploy/scanner/usb-mount.conf" /etc/systemd/system/edgekit-update@usb.service.d/usb-mount.conf 0644 root
-    put units "$deploy/scanner/70-edgekit.rules" /etc/udev/rules.d/70-edgekit.rules 0644 root
+    put units "$deploy/scanner/usb-mount.conf" "$system/edgekit-update@usb.service.d/usb-mount.conf" 0644 root reload
+    put units "$deploy/scanner/70-edgekit.rules" /etc/udev/rules.d/70-edgekit.rules 0644 root reload
+    before=$changed
     [ "$jetson" = no ] ||
-        put units "$deploy/scanner/devices.conf" /etc/systemd/system/edgekit-scan.service.d/devices.conf 0644 root
-    if [ -z "$root" ] && [ "$changed" != "$before" ]; then
+        put units "$deploy/scanner/devices.conf" "$system/edgekit-scan.service.d/devices.conf" 0644 root restart
+    put units "$deploy/scanner/edgekit-scan.service" "$system/edgekit-scan.service" 0644 root restart
+    if owes restart || [ "$changed" != "$before" ]; then owe reload; fi
+    if owes reload; then
         act systemctl daemon-reload
         ! command -v udevadm >/dev/null || act udevadm control --reload
+        paid reload
+        did units reload reloaded "the units and rules"
     fi
 }
 
@@ -196,40 +271,50 @@ bundle() {
     else
         from=$pack
         if [ -f "$pack" ]; then # the scan's user may not look into the home of who runs this
-            work=$(mktemp -d)
-            act chmod 0755 "$work"
-            from=$work/$(basename "$pack")
+            from=$scratch/$(basename "$pack")
             act install -m 0644 "$pack" "$from"
         fi
         as_user "$venv/bin/edgekit" install "$from" --root "$place" --pub "$root/etc/edgekit/keys"
-        [ -z "${work:-}" ] || rm -rf "$work"
-        did bundle "installed $pack"
+        did bundle install installed "$pack"
     fi
 }
 
 # enabled UNIT: now and at every start of the device
 enabled() {
-    if systemctl ${root:+--root="$root"} --quiet is-enabled "$1" 2>/dev/null; then
+    if [ -n "$root" ]; then
+        active=yes
+    else
+        active=$(systemctl --quiet is-active "$1" && echo yes || echo no)
+    fi
+    if systemctl ${root:+--root="$root"} --quiet is-enabled "$1" 2>/dev/null && [ "$active" = yes ]; then
         same start "$1 is enabled"
     elif [ -n "$root" ]; then
         act systemctl --root="$root" --quiet enable "$1"
-        did start "$1 enabled"
+        did start enable enabled "$1"
     else
         act systemctl --quiet enable --now "$1"
-        did start "$1 enabled and started"
+        did start "enable and start" "enabled and started" "$1"
     fi
 }
 
 start() {
     [ -n "$root" ] || as_user "$venv/bin/edgekit" scan --check /etc/edgekit/scan.toml ||
         fail "edit /etc/edgekit/scan.toml, and run this again"
+    if owes restart; then
+        act systemctl try-restart edgekit-scan.service # where it runs: the new wheel or unit is taken now
+        paid restart
+        did start restart restarted "edgekit-scan.service, where it ran, for what is new"
+    fi
     enabled edgekit-scan.service
     [ -z "$source" ] || enabled edgekit-update@site.timer
+    for old in "$home"/venv-*; do # nothing runs from it now
+        [ ! -d "$old" ] || [ "$(basename "$old")" = "$(readlink "$venv")" ] || act rm -rf "$old"
+    done
     [ "$jetson" = no ] ||
         echo "power: nvpmodel -q says the mode, nvpmodel -m N sets it, jetson_clocks holds the clocks; figures hold for one mode only"
 }
 
-pub="" pack="" wheel="" model=parcel source="" root="" dry=no jetson=auto changed=0
+pub="" pack="" wheel="" model=parcel named=no source="" root="" dry=no jetson=auto changed=0 step="" scratch="" notes=""
 while [ "$#" -gt 0 ]; do
     case $1 in
     --dry-run) dry=yes ;;
@@ -244,7 +329,7 @@ while [ "$#" -gt 0 ]; do
         --pub) pub=$2 ;;
         --pack) pack=$2 ;;
         --wheel) wheel=$2 ;;
-        --model) model=$2 ;;
+        --model) model=$2 named=yes ;;
         --source) source=$2 ;;
         --root) root=$2 ;;
         esac
@@ -256,31 +341,38 @@ while [ "$#" -gt 0 ]; do
 done
 
 deploy=$(realpath "$(dirname "$0")/..")
+constraints=$(dirname "$deploy")/constraints.txt
 [ -n "$pub" ] || fail "name the public key that packs are signed with: --pub edgekit.pub"
 [ -f "$pub" ] || fail "there is no key $pub"
 [ -n "$pack" ] || fail "name the first bundle: --pack F.zip"
-[ -z "$wheel" ] || [ -f "$wheel" ] || fail "there is no wheel $wheel; make one: pip wheel --no-deps --wheel-dir build ."
+# No index is asked for edgekit: what has that name there is somebody else's until you have looked.
+[ -n "$wheel" ] || fail "name the wheel of edgekit: --wheel F.whl; make one: pip wheel --no-deps --wheel-dir build ."
+[ -f "$wheel" ] || fail "there is no wheel $wheel; make one: pip wheel --no-deps --wheel-dir build ."
+[ -f "$constraints" ] ||
+    fail "there is no $constraints, which names the versions to install: copy it from the repository, beside deploy"
 [ -z "$root" ] || [ -d "$root" ] || fail "there is no folder $root"
 [ -n "$root" ] || [ "$dry" = yes ] || [ "$(id -u)" = 0 ] || fail "run it as root: sudo $0 ..."
 case $model in *[!A-Za-z0-9._-]* | .* | "") fail "--model is a folder's name, not '$model'" ;; esac
 [ -z "$root" ] || root=$(realpath "$root")
-[ -z "$wheel" ] || wheel=$(realpath "$wheel")
+wheel=$(realpath "$wheel")
 [ "$jetson" = no ] || { [ -f "$root/etc/nv_tegra_release" ] && jetson=yes; } || jetson=no
-venv=$root/opt/edgekit/venv
+home=$root/opt/edgekit
+venv=$home/venv
 
-packages
-user_and_folders
-environment
-edgekit_itself
-key
-settings
-units
-bundle
-start
+trap stopped EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+scratch=$(mktemp -d)
+chmod 0755 "$scratch"
+for step in packages user folders environment key settings units bundle start; do
+    "$step"
+done
+step=""
 if [ "$dry" = yes ]; then
-    echo "dry run: $changed steps would change something"
+    echo "dry run: $changed steps would change something$notes"
 elif [ "$changed" = 0 ]; then
-    echo "all was done already"
+    echo "all was done already$notes"
 else
-    echo "done: $changed steps changed something"
+    echo "done: $changed steps changed something$notes"
 fi

@@ -7,12 +7,9 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from edgekit.bundle import Bundle
-from edgekit.deployment import pack, status
 from edgekit.errors import TurnedDown
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -124,56 +121,3 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
     needs("shellcheck")
     done = run("shellcheck", script)
     assert (done.returncode, done.stdout) == (0, "")
-
-
-def files(root: Path) -> dict[str, tuple[int, int]]:
-    """Every file's time and size: what a second run must leave as it is."""
-    return {
-        str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.lstat().st_size)
-        for path in root.rglob("*")
-        if not path.is_dir() and "__pycache__" not in path.parts
-    }
-
-
-@pytest.mark.slow
-def test_provisioning_twice_changes_nothing_the_second_time(
-    tmp_path: Path, wheel: Path, digits_bundle: Bundle, keys: Any
-) -> None:
-    needs("systemd-sysusers", "systemd-tmpfiles", "systemctl")
-    packed = pack(digits_bundle, out=tmp_path / "digits.edge.zip", key=keys.key)
-    (root := tmp_path / "device").mkdir()
-    (root / "etc").mkdir()
-    words = ["sh", PROVISION, "--root", root, "--pub", keys.pub, "--pack", packed, "--wheel", wheel, "--model", "digits"]
-    words += ["--source", "https://updates.example/digits/"]
-    dry = run(*words, "--dry-run", PIP_NO_COMPILE="1", PYTHONPATH="")
-    assert dry.returncode == 0, dry.stderr
-    assert list(root.rglob("*")) == [root / "etc"]
-    first = run(*words, PIP_NO_COMPILE="1", PYTHONPATH="")
-    assert first.returncode == 0, first.stderr
-    assert "steps changed something" in first.stdout
-    assert status(root / "var/lib/edgekit/models/digits")["healthy"]
-    assert "models/digits/current" in (root / "etc/edgekit/scan.toml").read_text()
-    assert (root / "etc/systemd/system/multi-user.target.wants/edgekit-scan.service").is_symlink()
-    assert (root / "etc/systemd/system/timers.target.wants/edgekit-update@site.timer").is_symlink()
-    assert re.search(r"^edgekit:", (root / "etc/passwd").read_text(), re.M)
-    before = files(root)
-    second = run(*words, PYTHONPATH="")
-    assert (second.returncode, second.stdout.splitlines()[-1]) == (0, "all was done already"), second.stderr
-    assert files(root) == before
-    (other := tmp_path / "other.pub").write_text("another")
-    third = run(*words, "--pub", other)
-    assert (third.returncode, "is another key than" in third.stderr) == (1, True)
-
-
-def test_provisioning_says_what_it_lacks(tmp_path: Path) -> None:
-    for words, lacks in (
-        ([], "--pub edgekit.pub"),
-        (["--pub", PROVISION], "--pack F.zip"),
-        (["--pub", tmp_path / "none"], "there is no key"),
-        (["--pub", PROVISION, "--pack", "p", "--model", "../x"], "a folder's name"),
-        (["--fast"], "there is no option --fast"),
-        (["--pub"], "--pub needs a value"),
-    ):
-        done = run("sh", PROVISION, "--root", tmp_path, *words)
-        assert (done.returncode, lacks in done.stderr) == (1, True), done.stderr
-    assert "--dry-run" in run("sh", PROVISION, "--help").stdout

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -103,6 +104,53 @@ def test_it_refuses_what_was_not_verified_or_is_damaged(tmp_path: Path, built: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["text-classification", "text-recognition"])
+def test_it_refuses_another_task_by_name(tmp_path: Path, built: Path, keys: Any, digits_bundle: Bundle, task: Any) -> None:
+    """A detector or a reader takes pictures as well: what its answer means is another thing."""
+    if task == "text-classification":
+        made = Path(__file__).parents[2] / "calibration/spam-lstm-text/float.edge"
+    else:
+        made = tmp_path / "reader.edge"
+        with Bundle.create(made) as draft:
+            for name in digits_bundle.manifest.files:
+                draft.write(name, digits_bundle.file(name).read_bytes())
+            draft.manifest = msgspec.structs.replace(digits_bundle.manifest, name="reader", task=task)
+    packed = pack(made, out=tmp_path / "m.edge.zip", key=keys.key)
+    done = call(built / "classify", "--verified", packed)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"the bundle's task is {task}, image-classification was expected" in done.stderr
+
+
+@pytest.mark.slow
+def test_it_reads_the_headers_of_pictures_strictly(tmp_path: Path, built: Path, keys: Any, digits_bundle: Bundle) -> None:
+    packed = pack(digits_bundle, out=tmp_path / "m.edge.zip", key=keys.key)
+    pixels = bytes(range(256)) * 4
+    path = tmp_path / "p.pgm"
+    good = (b"P5 28 28 255\n", b"P5\n#a\n#b\r28\t28 # c\n255 ", b"P5\r\n28 28\n255\n")
+    odd = (
+        b"P5 28 28 255#",
+        b"P528 28 255\n",
+        b"P5 28 28 255a",
+        b"P5 28 28 255",
+        b"P5 2 8 28 255\n",
+        b"P5 28 28 0255000000000 ",
+    )
+    odd += (b"P5 28,28 255\n", b"P5 -28 28 255\n", b"P5 28 28 65535\n", b"P5 # 28 28 255", b"P5 0 28 255\n", b"P5 28 +28 255\n")
+    for header in good:
+        path.write_bytes(header + pixels)
+        assert call(built / "classify", "--verified", packed, path).returncode == 0, header
+    for header in odd:
+        path.write_bytes(header if header.endswith(b"255") else header + pixels)
+        done = call(built / "classify", "--verified", packed, path)
+        assert (done.returncode, done.stdout) == (1, ""), header
+        assert done.stderr.startswith(f"classify: {path}: "), done.stderr
+    path.unlink()
+    os.mkfifo(path)
+    done = call(built / "classify", "--verified", packed, path)
+    assert (done.returncode, "no file" in done.stderr) == (1, True)
+
+
+@pytest.mark.slow
 def test_its_reader_stands_changed_packs(tmp_path: Path, built: Path, keys: Any, digits_bundle: Bundle) -> None:
     """The sanitizers end the process at the first byte read outside the file."""
     packed = pack(digits_bundle, out=tmp_path / "m.edge.zip", key=keys.key)
@@ -111,3 +159,6 @@ def test_its_reader_stands_changed_packs(tmp_path: Path, built: Path, keys: Any,
     refused, accepted = (int(word) for word in done.stdout.split() if word.isdigit())
     assert refused + accepted == 1000
     assert refused > 300
+    (picture := tmp_path / "p.ppm").write_bytes(b"P6 3 5 255\n" + bytes(45))
+    done = call(built / "fuzz", picture, 1000, 1)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -31,10 +32,14 @@ def test_the_wheel_is_pure_small_and_whole(wheel: Path) -> None:
     for name in ("edgekit/py.typed", "edgekit/targets.toml", "edgekit/data/digits/SOURCE.md", *data):
         assert name in entries
     assert any(name.endswith("licenses/LICENSE") for name in entries)
+    licences = [name.rpartition("/")[2] for name in entries if "LICENSE" in name]
+    assert len(licences) == len(set(licences))  # once, in dist-info/licenses
+    assert len(licences) > 20
     assert not [name for name in entries if name.startswith("tests") or name.endswith((".so", ".key"))]
     # Everything that git knows of the package is in it.
     listed = subprocess.run(["git", "ls-files", "edgekit"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert set(listed) <= entries.keys()
+    kept = {name.partition("dist-info/licenses/")[2] for name in entries}
+    assert set(listed) <= entries.keys() | kept
 
 
 @pytest.mark.slow
@@ -63,6 +68,11 @@ def test_the_wheel_works_in_a_clean_environment_of_the_oldest_python(wheel: Path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "installs a signed pack and scans" in done.stdout
+    dockerfile, script = (ROOT / "deploy" / name for name in ("Dockerfile", "jetson/provision.sh"))
+    extras = re.search(r"the wheel with (\S+) runs", done.stdout)
+    assert extras
+    assert f".whl)[{extras[1]}]" in dockerfile.read_text()
+    assert f'extras="{extras[1]}"\n' in script.read_text()
 
 
 def test_check_wheel_refuses_what_is_no_wheel_for_all(tmp_path: Path) -> None:
