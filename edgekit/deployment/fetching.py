@@ -28,11 +28,12 @@ from edgekit.progress import bar
 from .archive import MAX_PACK_BYTES
 from .checks import RESERVE
 
-__all__ = ["choose", "fetch", "fetch_beside", "from_folder", "is_url", "readable", "unbroken"]
+__all__ = ["choose", "fetch", "fetch_beside", "fetch_end", "from_folder", "is_url", "located", "readable", "unbroken"]
 
 #: Without a byte for so long the connection counts as dead.
 STALL_S = 20.0
-#: Over so many seconds at least so many bytes a second must come: a server that drips would hold an install for ever.
+#: Over so many seconds at least so many bytes a second must come, over however many connections: a server that drips would hold
+#: an install for ever. What is small has to be there within that time.
 CRAWL_S, CRAWL_BYTES = 60.0, 1024
 #: Connections in a row that may end without a byte.
 TRIES = 4
@@ -120,20 +121,31 @@ class unbroken:  # noqa: N801  a function in all but name
             return self._file.read(size)
 
 
-def fetch(url: str, target: Path, free: int, unsigned: bool = False) -> str:
-    """Load a pack from ``url`` (or, where it ends with a slash, the newest that the folder's page names) into the new file
-    ``target``, with at most ``free`` bytes less the reserve; returns its address.
+def located(url: str, unsigned: bool = False) -> str:
+    """The address of a pack: ``url``, or, where it ends with a slash, the newest that the folder's page names.
 
-    A connection that breaks is taken up where it was left, if the server can. Raises `BundleError`, and `UsageError` for an
-    unsigned pack over http, which anybody on the way could change.
+    Raises `BundleError`, and `SignatureError` for an unsigned pack over http, which anybody on the way could change.
     """
-    opener = _opener()
     if unsigned and urllib.parse.urlsplit(url).scheme.lower() == "http":
         raise SignatureError("an unsigned pack over http may be anybody's", "sign it and give --pub, or fetch it by https")
-    if url.endswith("/"):
-        url = _listed(opener, url)
-    _Download(opener, url, target, min(MAX_PACK_BYTES, max(0, free - RESERVE))).run()
-    return url
+    return _listed(_opener(), url) if url.endswith("/") else url
+
+
+def fetch(url: str, target: Path, free: int) -> None:
+    """Load a pack into the new file ``target``, with at most ``free`` bytes less the reserve.
+
+    A connection that breaks is taken up where it was left, if the server can. Raises `BundleError`.
+    """
+    _Download(_opener(), url, target, min(MAX_PACK_BYTES, max(0, free - RESERVE))).run()
+
+
+def fetch_end(url: str, count: int) -> bytes:
+    """The last ``count`` bytes of a file; empty where the server gives no parts (RFC 9110, 14.2), or cannot be reached."""
+    try:
+        with _opened(_opener(), url, {"Range": f"bytes=-{count}"}) as response:
+            return _small(response, url, count) if response.status == 206 else b""
+    except (BundleError, OSError, http.client.HTTPException):
+        return b""
 
 
 def fetch_beside(url: str, target: Path, most: int) -> None:
@@ -145,7 +157,7 @@ def fetch_beside(url: str, target: Path, most: int) -> None:
     for attempt in range(1, TRIES + 1):
         try:
             with _opened(_opener(), address, {}) as response:
-                target.write_bytes(response.read(most))
+                target.write_bytes(_small(response, address, most))
             return
         except BundleError:
             return
@@ -153,6 +165,16 @@ def fetch_beside(url: str, target: Path, most: int) -> None:
             if attempt == TRIES:
                 raise BundleError(f"{address} cannot be fetched: {_reason(error)}", _HINT) from None
             time.sleep(PAUSE_S * attempt)
+
+
+def _small(response: Any, url: str, most: int) -> bytes:
+    """At most ``most`` bytes, which are there within `CRAWL_S`. Raises `BundleError` where they are not."""
+    data, end = b"", time.monotonic() + CRAWL_S
+    while len(data) < most and (more := response.read1(min(_BLOCK, most - len(data)))):
+        data += more
+        if time.monotonic() > end:
+            raise BundleError(f"{url} has not come within {CRAWL_S:g} s: given up", _HINT)
+    return data
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -218,7 +240,7 @@ def _listed(opener: urllib.request.OpenerDirector, url: str) -> str:
     """The address of the newest pack that a folder's page (of nginx, Apache, python -m http.server) links to."""
     try:
         with _opened(opener, url, {}) as response:
-            page = response.read(_LISTING_BYTES + 1)
+            page = _small(response, url, _LISTING_BYTES + 1)
     except (OSError, http.client.HTTPException) as error:
         raise BundleError(f"{url} cannot be fetched: {_reason(error)}", _HINT) from None
     if len(page) > _LISTING_BYTES:
@@ -243,6 +265,7 @@ class _Download:
         self._opener, self._url, self._target, self._most = opener, url, target, most
         self._validator = ""
         self._have = 0
+        self._begun, self._got = time.monotonic(), 0  # of all connections, since it was last found fast enough
         self._size: int | None = None
         self._bar = contextlib.ExitStack()
         self._shown: Callable[[int, str], None] | None = None
@@ -263,6 +286,7 @@ class _Download:
                 idle = 0 if self._have > before else idle + 1
                 if idle >= TRIES:
                     raise BundleError(f"{self._url} cannot be fetched: {reason}", _HINT)
+                self._crawls()
                 time.sleep(PAUSE_S * min(idle + 1, TRIES))
 
     def _piece(self, file: IO[bytes]) -> bool:
@@ -274,25 +298,30 @@ class _Download:
             self._begin(response, file)
             if self._shown is None:  # the size is known now
                 self._shown = self._bar.enter_context(bar(f"fetching {self._url}", self._size or self._most))
-            begun, got = time.monotonic(), 0
             while block := response.read1(_BLOCK):
-                got += len(block)
+                self._got += len(block)
                 if self._have + len(block) > self._most:
                     raise self._too_large()
                 with naming(self._target):
                     file.write(block)
                 self._have += len(block)
                 self._shown(len(block), f"{self._have / 1e6:.1f} MB")
-                if (elapsed := time.monotonic() - begun) > CRAWL_S:
-                    if got < CRAWL_BYTES * elapsed:
-                        raise BundleError(f"{self._url} comes at {got / elapsed:.0f} bytes a second: given up", _HINT)
-                    begun, got = time.monotonic(), 0
+                self._crawls()
         with naming(self._target):
             file.flush()
         return self._have > 0 and (self._size is None or self._have >= self._size)
 
+    def _crawls(self) -> None:
+        """Raise `BundleError` where too little came in the last while."""
+        if (elapsed := time.monotonic() - self._begun) > CRAWL_S:
+            if self._got < CRAWL_BYTES * elapsed:
+                raise BundleError(f"{self._url} comes at {self._got / elapsed:.0f} bytes a second: given up", _HINT)
+            self._begun, self._got = time.monotonic(), 0
+
     def _begin(self, response: Any, file: IO[bytes]) -> None:
         """From the headers: how much will come, and from where on."""
+        if response.url.endswith("/"):  # where the server has sent us on to
+            raise BundleError(f"{self._url} is a folder's page, no pack", f"give the folder with its slash: {self._url}/")
         said = response.headers.get("Content-Length", "")
         length = int(said) if said.isdecimal() and len(said) < 19 else None
         if self._have and response.status == 206:

@@ -26,6 +26,7 @@ from edgekit.installed import (
     Record,
     State,
     current_slot,
+    fault,
     hold,
     leads_to,
     read_state,
@@ -36,10 +37,10 @@ from edgekit.trust import trust_engine
 from .apart import Apart
 from .archive import Archive, make_readable, open_archive
 from .checks import Steps, check_links, check_room, explained, room_for
-from .fetching import fetch, fetch_beside, from_folder, is_url, readable, unbroken
+from .fetching import fetch, fetch_beside, fetch_end, from_folder, is_url, located, readable, unbroken
 from .packing import checked, open_pack
 from .revoking import MAX_BYTES, REVOKED
-from .signing import Checked, PathOrPaths
+from .signing import TRAILER_BYTES, Checked, PathOrPaths
 from .slots import answer, incoming, place, same
 from .trusted import Trust, admit, believe, remember
 
@@ -90,10 +91,13 @@ def install(
     trust = None if pub is None else _trust(pack, pub, folder, revoked)
     order = _Order(folder, trust, allow_older, again, rename, backend, max_latency_ms, starts)
     local = None if is_url(pack) else _looked_at(pack, order, steps)  # before anything is written
+    where = os.fspath(local[0]) if local else located(os.fspath(pack), unsigned)
+    if not local and (known := _known_by_its_end(where, order)):
+        return {**known, "pack": where, "seconds": steps.seconds}
     with explained(folder), incoming(folder) as work:
         check_links(folder, work)
         copy = work / "pack.zip"
-        where = _copied(local, copy, order, steps) if local else _fetched(os.fspath(pack), copy, order, steps)
+        _copied(local, copy, order, steps) if local else _fetched(where, copy, order, steps)
         with hold(folder, PATIENCE_S):
             if trust is not None:  # another install may have been told more meanwhile
                 order = replace(order, trust=trust.under(folder))
@@ -120,12 +124,12 @@ class _Order:
         """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
         if self.trust is None:
             with open_archive(file, where) as archive:
-                self._refuse_left(archive)
+                self.refuse_left(archive.manifest.name, Bundle(Path(where), archive.manifest).digest)
                 yield archive, None
         else:
             with checked(file, where, self.trust) as (archive, signed):
                 admit(self.root, signed, archive.manifest.name, allow_older=self.allow_older)
-                self._refuse_left(archive)
+                self.refuse_left(archive.manifest.name, Bundle(Path(where), archive.manifest).digest)
                 yield archive, signed
 
     def named(self, archive: Archive) -> None:
@@ -137,13 +141,13 @@ class _Order:
                 f"is it another product? To let it take the place of {runs}, add --rename, or name the file itself",
             )
 
-    def _refuse_left(self, archive: Archive) -> None:
+    def refuse_left(self, name: str, digest: str) -> None:
         """What did not work here, or an operator went back from, is not taken a second time by whoever updates."""
-        digest, state = Bundle(Path(archive.where), archive.manifest).digest, _known(self.root)
-        running = state.slots.get(slot) if (slot := current_slot(self.root)) else None
+        state, slot = _known(self.root), current_slot(self.root)
+        running = state.slots.get(slot) if slot else None
         if not self.again and digest in state.left and not (running and running.digest == digest):  # a way back was cut off
             raise TurnedDown(
-                f"{archive.manifest.name} ({digest[:12]}) was installed here before, and left by a way back",
+                f"{name} ({digest[:12]}) was installed here before, and left by a way back",
                 f"install a newer one; to try it once more add --again (edgekit status --root {self.root} says what was left)",
             )
 
@@ -189,22 +193,38 @@ def _trust(pack: str | os.PathLike[str], pub: PathOrPaths, folder: Path, revoked
         return believe(pub, root=folder, revoked=revoked, pack=Path(pack) / "F.zip" if Path(pack).is_dir() else pack)
 
 
-def _fetched(url: str, copy: Path, order: _Order, steps: Steps) -> str:
-    """Load the pack; returns the address that it came from."""
+def _known_by_its_end(url: str, order: _Order) -> dict[str, Any] | None:
+    """The answer where a pack on a server is the one that runs, or the one that was left last: a device that asks every hour
+    fetches `TRAILER_BYTES` for that, where the server gives parts. None where it has to be fetched."""
+    slot, state = current_slot(order.root), _known(order.root)
+    runs, left = (state.slots.get(slot) if slot else None), state.returned.left if state.returned else None
+    if order.trust is None or runs is None or not (end := fetch_end(url, TRAILER_BYTES)):
+        return None
+    if left and left.pack_digest and left.digest in state.left and order.trust.check_end(end, left.pack_digest):
+        order.refuse_left(left.name, left.digest)
+    signed = order.trust.check_end(end, runs.pack_digest) if runs.pack_digest else None
+    if signed is None or order.max_latency_ms is not None or fault(order.root / CURRENT, runs):
+        return None
+    order.trust.check_digest(runs.digest)
+    admit(order.root, signed, runs.name, allow_older=order.allow_older)
+    with hold(order.root, PATIENCE_S):
+        _remember(order, signed, runs.name)
+    return {**answer(order.root, slot, runs), "unchanged": True}
+
+
+def _fetched(url: str, copy: Path, order: _Order, steps: Steps) -> None:
     with steps("fetch"):
-        where = fetch(url, copy, check_room(order.root, 0, 1), order.trust is None)
-        with open_pack(copy) as file, order.checked(file, where) as (archive, _):
+        fetch(url, copy, check_room(order.root, 0, 1))
+        with open_pack(copy) as file, order.checked(file, url) as (archive, _):
             order.named(archive)
-    return where
 
 
-def _copied(found: tuple[Path, tuple[int, int]], copy: Path, order: _Order, steps: Steps) -> str:
+def _copied(found: tuple[Path, tuple[int, int]], copy: Path, order: _Order, steps: Steps) -> None:
     """A copy that nobody else writes, where there is room for it and the rest."""
     path, needed = found
     check_room(order.root, *needed)
     with steps("copy"), open_pack(path) as file, copy.open("xb") as target:
         shutil.copyfileobj(unbroken(file, path), target, 1 << 20)
-    return os.fspath(path)
 
 
 def _refuse_odd(pack: str | os.PathLike[str], folder: Path, max_latency_ms: float | None, starts: int) -> None:

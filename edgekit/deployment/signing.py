@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -37,6 +38,7 @@ __all__ = [
     "Trailer",
     "as_paths",
     "blank_trailer",
+    "check_end",
     "check_line",
     "check_signature",
     "key_id_of",
@@ -215,6 +217,33 @@ def check_signature(file: IO[bytes], keys: Mapping[str, Any], revoked: Collectio
         raise SignatureError(
             "the pack is not signed, or its signature is damaged", "sign it: edgekit pack B --out F.zip --key K"
         )
+    known = _known(trailer, keys, revoked)
+    digest = _hash(file, file.seek(0, os.SEEK_END) - TRAILER_BYTES)
+    for key_id in known:
+        _hold(keys, key_id, trailer.signatures[key_id], CONTEXT + trailer.statement.line() + digest)
+    return Checked(trailer.statement, tuple(known), digest.hex())
+
+
+def check_end(end: bytes, digest: str, keys: Mapping[str, Any], revoked: Collection[str] = ()) -> Checked | None:
+    """Whether a file of which the last `TRAILER_BYTES` bytes are ``end`` is the one whose other bytes have this ``digest``: a
+    signature that holds for both says so, without a byte of the file. None where it does not, or cannot be told.
+
+    Raises `SignatureError` where no key in force has signed it.
+    """
+    trailer = read_trailer(io.BytesIO(b"\0" + end))
+    if trailer is None or not trailer.signatures:
+        return None
+    known = _known(trailer, keys, revoked)
+    try:
+        for key_id in known:
+            _hold(keys, key_id, trailer.signatures[key_id], CONTEXT + trailer.statement.line() + bytes.fromhex(digest))
+    except SignatureError:
+        return None
+    return Checked(trailer.statement, tuple(known), digest)
+
+
+def _known(trailer: Trailer, keys: Mapping[str, Any], revoked: Collection[str]) -> list[str]:
+    """The signers that are trusted and not revoked. Raises `SignatureError` where there is none."""
     signers = trailer.signatures.keys()
     if not signers & keys.keys():
         raise SignatureError(
@@ -227,10 +256,7 @@ def check_signature(file: IO[bytes], keys: Mapping[str, Any], revoked: Collectio
             f"the pack is signed by key {', '.join(sorted(signers & keys.keys()))}, which is revoked",
             "do not use it; get one that is signed by a key in force",
         )
-    digest = _hash(file, file.seek(0, os.SEEK_END) - TRAILER_BYTES)
-    for key_id in known:
-        _hold(keys, key_id, trailer.signatures[key_id], CONTEXT + trailer.statement.line() + digest)
-    return Checked(trailer.statement, tuple(known), digest.hex())
+    return known
 
 
 def _ends(file: IO[bytes]) -> bool:

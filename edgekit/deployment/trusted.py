@@ -25,7 +25,7 @@ from edgekit.installed import PATIENCE_S, hold
 from edgekit.progress import say
 
 from .revoking import REVOKED, Revoked, read_list
-from .signing import NEVER, Checked, PathOrPaths, as_paths, check_signature, public_keys
+from .signing import NEVER, Checked, PathOrPaths, as_paths, check_end, check_signature, public_keys
 
 __all__ = ["TRUST", "State", "Trust", "admit", "believe", "memory", "remember"]
 
@@ -69,7 +69,15 @@ class Trust:
 
     def check(self, file: IO[bytes]) -> Checked:
         """Check an open pack: signature, revocation, expiry; nothing is parsed. Raises `SignatureError` as said there."""
-        signed = check_signature(file, self.keys, self.revoked.keys)
+        return self._in_force(check_signature(file, self.keys, self.revoked.keys))
+
+    def check_end(self, end: bytes, digest: str) -> Checked | None:
+        """The same of a pack of which only the end is here, where it is the one with this digest; None where it is another."""
+        signed = check_end(end, digest, self.keys, self.revoked.keys)
+        return self._in_force(signed) if signed else None
+
+    def _in_force(self, signed: Checked) -> Checked:
+        """Raise `SignatureError` for what is revoked or has expired."""
         self.check_digest(signed.digest)
         expires = signed.statement.expires
         if expires != NEVER and not self.now:
