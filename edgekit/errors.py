@@ -4,7 +4,8 @@
     ├── UsageError          exit 2   the call itself is wrong: unknown name, option or value
     │   └── OutputExists    exit 2   --out is there already; nothing is overwritten
     ├── BundleError         exit 1   a bundle is missing, damaged, of a newer format, or lacks a file
-    │   └── GoldenError     exit 1   a graph no longer reproduces the golden outputs
+    │   ├── GoldenError     exit 1   a graph no longer reproduces the golden outputs
+    │   └── TurnedDown      exit 3   a packed bundle was installed here before, and left: a trial is a gate
     ├── DataError           exit 1   a data set is missing, empty or too damaged to use
     ├── GraphError          exit 1   an ONNX graph cannot be imported, quantized or compiled
     ├── InputError          exit 1   a frame or tensor does not fit the model
@@ -36,6 +37,7 @@ __all__ = [
     "MissingExtra",
     "OutputExists",
     "SignatureError",
+    "TurnedDown",
     "UsageError",
     "first_line",
 ]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .errors import BackendError
 
-__all__ = ["ENGINES", "TRUST_ALL", "check_private", "is_trusted", "local_builds", "trust_engine"]
+__all__ = ["ENGINES", "TRUST_ALL", "check_private", "is_trusted", "local_builds", "trust_engine", "trust_here"]
 
 #: Set to 1, every engine of a whole bundle is loaded: the user vouches for all bundles that the process opens.
 TRUST_ALL = "EDGEKIT_TRUST_ENGINES"
@@ -26,6 +26,7 @@ TRUST_ALL = "EDGEKIT_TRUST_ENGINES"
 ENGINES = "engines"
 SYSTEM = Path("/var/lib/edgekit")
 _NOTES = "trusted"
+_HERE: set[str] = set()
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,13 +43,20 @@ def trust_engine(sha256: str) -> None:
         raise ValueError(f"not a sha256: {sha256!r}")
     folder = state_folders()[0] / _NOTES
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            folder.chmod(0o755)  # whatever the umask: root's notes are for every user's services
         (folder / sha256).touch(mode=0o644)
+
+
+def trust_here(sha256: str) -> None:
+    """Let this process load the engine with this digest, and no other: it is to be tried before it is believed."""
+    _HERE.add(sha256)
 
 
 def is_trusted(sha256: str) -> bool:
     """Whether the engine with this digest was built or installed on this machine."""
-    if os.environ.get(TRUST_ALL) == "1":
+    if os.environ.get(TRUST_ALL) == "1" or sha256 in _HERE:
         return True
     for folder in state_folders():
         note = folder / _NOTES / sha256

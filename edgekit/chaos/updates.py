@@ -19,7 +19,7 @@ from typing import Any
 from edgekit.bundle import GOLDEN, Bundle
 from edgekit.deployment import install, keygen, pack, rollback, status
 from edgekit.errors import BundleError, EdgekitError, GoldenError, MissingExtra
-from edgekit.installed import STARTS, lives, read_state
+from edgekit.installed import LOCK, STARTS, lives, read_state
 from edgekit.runtime import Model
 from edgekit.runtime.golden import parse_golden, save_golden
 
@@ -52,7 +52,7 @@ class Site:
     def __init__(self, bench: Bench, names: tuple[str, ...] = ("chaos-a", "chaos-b")) -> None:
         self.bench, self.root = bench, bench.folder / "root"
         if bench.root is not None:
-            shutil.copytree(bench.root, self.root, symlinks=True)
+            shutil.copytree(bench.root, self.root, symlinks=True, ignore=shutil.ignore_patterns(".start-*"))
         self.key: Path | None = None
         self.pub: Path | None = None
         with contextlib.suppress(MissingExtra):
@@ -76,7 +76,7 @@ class Site:
         return self.install_pack(self.packs[name])
 
     def install_pack(self, path: Path) -> dict[str, Any]:
-        return install(path, root=self.root, pub=self.pub, unsigned=self.pub is None, again=True)
+        return install(path, root=self.root, pub=self.pub, unsigned=self.pub is None, again=True, rename=True)
 
     def apart(self, act: Callable[[], object]) -> None:
         """In a child process: what starts threads must not happen in a process that forks. Raises `Broken`."""
@@ -101,7 +101,7 @@ class Site:
 
     def leftovers(self) -> list[str]:
         """Hidden entries under the root: what an install at work has there."""
-        return [path.name for path in self.root.iterdir() if path.name.startswith(".")]
+        return [path.name for path in self.root.iterdir() if path.name.startswith(".") and path.name != LOCK]
 
     def print_of(self) -> list[tuple[Any, ...]]:
         """What would differ if anything under the root had been touched, but for reading times."""

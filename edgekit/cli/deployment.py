@@ -158,6 +158,7 @@ def keygen(out: Path) -> Answer:
 @click.option(
     "--again", is_flag=True, help="Take a bundle that was left here (rollback, failed starts), too; else exit code 3."
 )
+@click.option("--rename", is_flag=True, help="From a folder or an address, take a bundle of another name than runs.")
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Backend of the self-test.")
 @click.option(
     "--max-latency-ms",
@@ -182,6 +183,7 @@ def install(
     revoked: tuple[Path, ...],
     allow_older: bool,
     again: bool,
+    rename: bool,
     backend: str,
     max_latency_ms: float | None,
     starts: int,
@@ -202,21 +204,24 @@ def install(
     from edgekit.deployment import install as run
 
     trust: dict[str, Any] = {"pub": pub or None, "unsigned": unsigned, "revoked": revoked}
-    asked: dict[str, Any] = {"allow_older": allow_older, "again": again}
+    asked: dict[str, Any] = {"allow_older": allow_older, "again": again, "rename": rename}
     data = run(pack, root=root, backend=backend, max_latency_ms=max_latency_ms, starts=starts, **trust, **asked)
     return Answer(data, _installed(data, starts))
 
 
 def _installed(data: dict[str, Any], starts: int) -> str:
     verb = "runs already" if data["unchanged"] else "now runs"
-    rows = [f"{data['name']} ({data['digest'][:12]}) {verb} from {data['bundle']}, slot {data['slot']}"]
-    if data["unchanged"]:
-        return rows[0]
-    golden, new, old = data["golden"], data["latency_ms"], data["latency_before_ms"]
-    rows.append(f"  golden    off by {golden['relative']:.2g} at most, {golden['snr_db']:.1f} dB")
+    release = f", release {data['release']}" if data["release"] is not None else ""
+    rows = [f"{data['name']} ({data['digest'][:12]}{release}) {verb} from {data['bundle']}, slot {data['slot']}"]
+    rows.append(f"  pack      {data['pack']}")
+    golden, new, old = data.get("golden"), data.get("latency_ms"), data.get("latency_before_ms")
+    if golden:
+        rows.append(f"  golden    off by {golden['relative']:.2g} at most, {golden['snr_db']:.1f} dB")
     if new:
         before = f"; before: {old['p50']:.3g} ms, p99 {old['p99']:.3g} ms" if old else ""
         rows.append(f"  latency   {new['p50']:.3g} ms, p99 {new['p99']:.3g} ms" + before)
+    if data["unchanged"]:
+        return "\n".join(rows)
     rows.append("  took      " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in data["seconds"].items()))
     rows.append(f"  on trial  for {starts} start{'s' if starts > 1 else ''}; restart the scan to take it")
     return "\n".join(rows)
@@ -264,7 +269,7 @@ def status(root: Path, mark: Literal["start", "healthy", "stopped"] | None) -> A
     if mark == "start" and start:  # the application starts, whatever is wrong with the notes
         with contextlib.suppress(EdgekitError):
             return Answer(data := run(root), _told(data, root, start))
-        return Answer({"bundle": str(start.bundle)}, f"{start.bundle} starts")
+        return Answer({"bundle": str(start.bundle), "doubt": start.doubt}, f"{start.bundle} starts, and nothing is noted")
     data = run(root)
     if data["slot"] is None and data["reason"] == "nothing is installed":
         return Answer(data, f"nothing is installed in {root}")
@@ -288,7 +293,7 @@ def _shown(data: dict[str, Any], root: Path) -> str:
         return f"{root}: not healthy"
 
     def of(row: dict[str, Any]) -> str:
-        key = f", signed by key {row['key_id']}" if row["key_id"] else ", not signed"
+        key = f", release {row['release']}, signed by key {row['key_id']}" if row["key_id"] else ", not signed"
         return f"{row['name']} ({row['digest'][:12]}), install {row['sequence']} of {row['installed']}{key}"
 
     known = of(data) if data["name"] else "unknown"
@@ -299,7 +304,7 @@ def _shown(data: dict[str, Any], root: Path) -> str:
             f"start {trial['start']} of {trial['allowed']}" if trial["start"] else f"no start yet, {trial['allowed']} allowed"
         )
         words += f", {trial['failed']} failed" if trial["failed"] else ""
-        words += ", running now" if trial["running"] else ""
+        words += {True: ", running now", None: ", running as far as is known", False: ""}[trial["running"]]
         rows.append(("on trial", words + (f"; the last said: {trial['error']}" if trial["error"] else "")))
     elif data["confirmed"]:
         rows.append(("confirmed", data["confirmed"]))
@@ -308,5 +313,8 @@ def _shown(data: dict[str, Any], root: Path) -> str:
         rows.append(
             ("returned", f"{gone['time']} from {gone['left']['name']} ({gone['left']['digest'][:12]}): {gone['reason']}")
         )
+    if left := data["left"]:
+        shown = ", ".join(digest[:12] for digest in left[:-4:-1]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        rows.append(("left", f"{shown}: install takes them only with --again"))
     rows.append(("free", f"{data['free_bytes'] / 1e9:.1f} GB"))
     return "\n".join(f"{name:<10} {words}" for name, words in rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 import stat
 import struct
 import zipfile
@@ -117,11 +118,12 @@ class Archive:
 
     def extract(self, folder: Path) -> None:
         """Write all files into an empty folder, each checked on the way."""
-        (folder / MANIFEST).write_bytes(self.manifest_bytes)
+        with _opened(folder / MANIFEST) as target:
+            target.write(self.manifest_bytes)
         for entry in self.entries:
             path = folder / entry.name
-            path.parent.mkdir(exist_ok=True)
-            with path.open("xb") as target:
+            make_readable(path.parent)
+            with _opened(path) as target:
                 self.stream(entry, target.write)
 
     def stream(self, entry: Entry, sink: Callable[[bytes], object]) -> None:
@@ -132,6 +134,19 @@ class Archive:
             sink(block)
         if digest.hexdigest() != entry.sha256:
             raise BundleError(f"{self.where}: {entry.name} is damaged: its sha256 is not the manifest's", _HINT)
+
+
+def make_readable(folder: Path) -> None:
+    """A folder that others may read, whatever the umask: the scanner's user may be another one than who installs."""
+    folder.mkdir(exist_ok=True)
+    if stat.S_IMODE(folder.stat().st_mode) & 0o055 != 0o055:
+        folder.chmod(0o755)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    file = path.open("xb")
+    os.fchmod(file.fileno(), 0o644)
+    return file
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from edgekit.progress import say
 from edgekit.runtime import Runner, check_golden, open_runner
 from edgekit.runtime.feeds import as_taken
 from edgekit.runtime.golden import engine_golden
+from edgekit.trust import trust_here
 
 __all__ = ["RESERVE", "SLOWER", "Steps", "check_latency", "check_links", "check_room", "explained", "room_for", "self_test"]
 
@@ -106,9 +107,14 @@ def explained(root: Path) -> Iterator[None]:
         raise EdgekitError(f"{where} cannot be written: {cause}", f"{cure}; what is installed runs on") from None
 
 
-def self_test(bundle: str | Path, backend: str) -> dict[str, float]:
-    """Run the golden inputs on this device. Raises `GoldenError` where the answers differ or are not finite."""
+def self_test(bundle: str | Path, backend: str, engines: Sequence[str] = ()) -> dict[str, float]:
+    """Run the golden inputs on this device; ``engines``: digests of those that this process may load.
+
+    Raises `GoldenError` where the answers differ or are not finite.
+    """
     say("checking the golden outputs on this device")
+    for digest in engines:
+        trust_here(digest)
     opened = Bundle.open(bundle)
     result = check_golden(opened, backend=backend)
     if not result.relative < float("inf"):

@@ -1,4 +1,4 @@
-"""An install: a pack is checked, unpacked beside the slots, tried on this very device, then switched to.
+"""An install: a pack is fetched, checked, unpacked beside the slots, tried on this very device, then switched to.
 
 Killed anywhere, it leaves ``current`` on a complete bundle: the old one until the rename, the new one after.
 """
@@ -6,28 +6,41 @@ Killed anywhere, it leaves ``current`` on a complete bundle: the old one until t
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import BundleError, SignatureError, TurnedDown, UsageError
-from edgekit.files import locked, sync_path
-from edgekit.installed import CURRENT, SLOTS, STARTS, State, current_slot, read_state
+from edgekit.installed import (
+    CURRENT,
+    PATIENCE_S,
+    SLOTS,
+    STARTS,
+    Record,
+    State,
+    current_slot,
+    hold,
+    leads_to,
+    read_state,
+)
+from edgekit.progress import say
 from edgekit.trust import trust_engine
 
 from .apart import Apart
-from .archive import Archive, open_archive
+from .archive import Archive, make_readable, open_archive
 from .checks import Steps, check_links, check_room, explained, room_for
 from .fetching import fetch, fetch_beside, from_folder, is_url, readable, unbroken
 from .packing import checked, open_pack
 from .revoking import MAX_BYTES, REVOKED
 from .signing import Checked, PathOrPaths
-from .slots import INCOMING, answer, place, same
+from .slots import answer, incoming, place, same
 from .trusted import Trust, admit, believe, remember
 
 __all__ = ["install"]
@@ -42,6 +55,7 @@ def install(
     revoked: PathOrPaths | None = None,
     allow_older: bool = False,
     again: bool = False,
+    rename: bool = False,
     backend: str = "auto",
     max_latency_ms: float | None = None,
     starts: int = STARTS,
@@ -49,61 +63,121 @@ def install(
     """Put a packed bundle into the free slot under ``root``, test it there, then switch ``current`` to it.
 
     ``pack``: a file, a folder of packs (a stick), the http(s) address of one, or of a folder (``https://host/packs/``); of
-    several the newest. In order: signature by ``pub`` (or, with ``unsigned``, hashes only), expiry, lists of what is
-    ``revoked`` (as `verify`), releases accepted before (``allow_older``: take an older one all the same), bundles that a
-    way back has led away from (``again``: take such a one all the same), disk space, a
-    private copy that is checked again (a stick may answer otherwise the second time), extraction, the golden outputs on
-    ``backend`` on this very device, the time that an answer takes there, and only then the switch. Installing what runs
-    already changes nothing (``"unchanged": True``). The new bundle is on trial for ``starts`` starts (`edgekit.installed`).
+    several the newest. From a folder or an address only a bundle of the name that runs is taken (``rename``: any), since others
+    choose what lies there; a file that is named may be another one.
 
-    Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``key_id``, ``golden``,
+    In order: signature by ``pub`` (or, with ``unsigned``, hashes only), expiry, lists of what is ``revoked`` (as `verify`),
+    releases accepted before (``allow_older``: take an older one all the same), bundles that a way back has led away from
+    (``again``: take such a one all the same), disk space, a private copy that is checked again (a stick may answer otherwise
+    the second time), extraction, the golden outputs on ``backend`` on this very device, the time that an answer takes there,
+    and only then the switch. Installing what runs already changes nothing (``"unchanged": True``). The new bundle is on trial
+    for ``starts`` starts (`edgekit.installed`).
+
+    Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``key_id``, ``release``, ``golden``,
     ``latency_ms`` and ``latency_before_ms`` (p50 and p99 of single answers, of the new and of what ran), ``pack`` (where it
     came from), ``seconds`` by step. Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one,
     `GoldenError` where this device answers otherwise than training did, `BudgetNotMet` where p99 is above
     ``max_latency_ms``, `TurnedDown` for a bundle that was left here; the running slot then stays as it is.
     """
+    folder, steps = Path(root), Steps()
+    _refuse_odd(pack, folder, max_latency_ms, starts)
     if pub is None and not unsigned:
         raise SignatureError(
             "no public key was given to check the pack with", "add --pub edgekit.pub, or --unsigned for a pack of your own"
         )
-    folder, steps = Path(root), Steps()
-    _refuse_odd(folder, max_latency_ms, starts)
-    remote = is_url(pack)
+    if pub is None and revoked:
+        raise UsageError("a list of revocations needs the public key of its signer", "add --pub edgekit.pub to --revoked")
     trust = None if pub is None else _trust(pack, pub, folder, revoked)
-    check = functools.partial(_checked, trust=trust, root=folder, allow_older=allow_older, again=again)
-    if not remote:
-        with steps("check"):
-            pack = _looked_at(pack, folder, check)
-    with explained(folder):
-        _make(folder)
-        with locked(folder), _incoming(folder) as work:
-            with steps("fetch" if remote else "copy"):
-                copy, pack = _copied(pack, folder, work, unsigned)
-            with steps("extract"), open_pack(copy) as file, check(file, where=pack) as (archive, signed):
-                running = current_slot(folder)
-                known = _known(folder).slots.get(running) if running else None
-                if known and same(folder / CURRENT, archive.manifest_bytes):
-                    _remember(folder, trust, signed, archive.manifest.name)
-                    return {**answer(folder, running, known), "unchanged": True, "pack": pack, "seconds": steps.seconds}
-                if remote:
-                    check_room(folder, *_needed(archive, folder, 0))
-                fresh = work / "bundle"
-                fresh.mkdir()
-                archive.extract(fresh)
-            tried = _tried(fresh, folder, backend, max_latency_ms, steps)
-            with steps("switch"):
-                # Before the switch: killed between, the device asks for no less.
-                _remember(folder, trust, signed, archive.manifest.name)
-                slot, record = place(folder, fresh, signed.key_ids[0] if signed else None, starts)
-    return {**answer(folder, slot, record), **tried, "unchanged": False, "pack": pack, "seconds": steps.seconds}
+    order = _Order(folder, trust, allow_older, again, rename, backend, max_latency_ms, starts)
+    local = None if is_url(pack) else _looked_at(pack, order, steps)  # before anything is written
+    with explained(folder), incoming(folder) as work:
+        check_links(folder, work)
+        copy = work / "pack.zip"
+        where = _copied(local, copy, order, steps) if local else _fetched(os.fspath(pack), copy, order, steps)
+        with hold(folder, PATIENCE_S):
+            if trust is not None:  # another install may have been told more meanwhile
+                order = replace(order, trust=trust.under(folder))
+            with open_pack(copy) as file, order.checked(file, where) as (archive, signed):
+                done = _put(archive, signed, work, order, steps)
+    return {**done, "pack": where, "seconds": steps.seconds}
 
 
-def _make(folder: Path) -> None:
-    """Make a root and the folders above it, each entry on disk when this returns."""
-    missing = [each for each in (folder.absolute(), *folder.absolute().parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in missing:
-        sync_path(each.parent)
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for, and what a pack is held against."""
+
+    root: Path
+    trust: Trust | None
+    allow_older: bool
+    again: bool
+    rename: bool
+    backend: str
+    max_latency_ms: float | None
+    starts: int
+
+    @contextlib.contextmanager
+    def checked(self, file: Any, where: str) -> Iterator[tuple[Archive, Checked | None]]:
+        """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
+        if self.trust is None:
+            with open_archive(file, where) as archive:
+                self._refuse_left(archive)
+                yield archive, None
+        else:
+            with checked(file, where, self.trust) as (archive, signed):
+                admit(self.root, signed, archive.manifest.name, allow_older=self.allow_older)
+                self._refuse_left(archive)
+                yield archive, signed
+
+    def named(self, archive: Archive) -> None:
+        """Whether a pack that others have chosen is of the bundle that runs. Raises `BundleError`."""
+        runs = _running_name(self.root)
+        if runs and archive.manifest.name != runs and not self.rename:
+            raise BundleError(
+                f"it holds {archive.manifest.name}, and {self.root} runs {runs}",
+                f"is it another product? To let it take the place of {runs}, add --rename, or name the file itself",
+            )
+
+    def _refuse_left(self, archive: Archive) -> None:
+        """What did not work here, or an operator went back from, is not taken a second time by whoever updates."""
+        digest, state = Bundle(Path(archive.where), archive.manifest).digest, _known(self.root)
+        running = state.slots.get(slot) if (slot := current_slot(self.root)) else None
+        if not self.again and digest in state.left and not (running and running.digest == digest):  # a way back was cut off
+            raise TurnedDown(
+                f"{archive.manifest.name} ({digest[:12]}) was installed here before, and left by a way back",
+                f"install a newer one; to try it once more add --again (edgekit status --root {self.root} says what was left)",
+            )
+
+
+def _put(archive: Archive, signed: Checked | None, work: Path, order: _Order, steps: Steps) -> dict[str, Any]:
+    """From the private copy to the switch; the root's lock is held."""
+    root, manifest = order.root, archive.manifest
+    running = current_slot(root)
+    known = _known(root).slots.get(running) if running else None
+    if known and same(root / CURRENT, archive.manifest_bytes):
+        times = _timed(root / CURRENT, order, steps) if order.max_latency_ms is not None else {}
+        _remember(order, signed, manifest.name)
+        return {**answer(root, running, known), **times, "unchanged": True}
+    check_room(root, *_needed(archive, root, 0))
+    with steps("extract"):
+        fresh = work / "bundle"
+        make_readable(fresh)
+        archive.extract(fresh)
+    # Of what was signed, not of what lies there now: the root may be another user's.
+    engines = [digest for name, digest in manifest.files.items() if name.endswith(".engine")]
+    tried = _tried(fresh, engines, order, steps)
+    if (runs := _running_name(root)) and runs != manifest.name:
+        say(f"{manifest.name} takes the place of {runs}", level="warning")
+    with steps("switch"):
+        for digest in engines:
+            trust_engine(digest)
+        # Before the switch: killed between, the device asks for no less.
+        _remember(order, signed, manifest.name)
+        record = Record(manifest.name, Bundle(fresh, manifest).digest, 0, "")
+        if signed:
+            told = {"key_id": signed.key_ids[0], "key_ids": signed.key_ids, "pack_digest": signed.digest}
+            record = msgspec.structs.replace(record, release=signed.statement.release, **told)
+        slot, record = place(root, fresh, work, record, order.starts)
+    return {**answer(root, slot, record), **tried, "unchanged": False}
 
 
 def _trust(pack: str | os.PathLike[str], pub: PathOrPaths, folder: Path, revoked: PathOrPaths | None) -> Trust:
@@ -115,43 +189,54 @@ def _trust(pack: str | os.PathLike[str], pub: PathOrPaths, folder: Path, revoked
         return believe(pub, root=folder, revoked=revoked, pack=Path(pack) / "F.zip" if Path(pack).is_dir() else pack)
 
 
-def _copied(pack: str | os.PathLike[str], folder: Path, work: Path, unsigned: bool) -> tuple[Path, str]:
-    """The private copy, and where it came from."""
-    check_links(folder, work)
-    copy = work / "pack.zip"
-    if is_url(pack):
-        return copy, fetch(os.fspath(pack), copy, check_room(folder, 0, 1), unsigned)
-    with open_pack(pack) as file, copy.open("xb") as target:
-        shutil.copyfileobj(unbroken(file, pack), target, 1 << 20)
-    return copy, os.fspath(pack)
+def _fetched(url: str, copy: Path, order: _Order, steps: Steps) -> str:
+    """Load the pack; returns the address that it came from."""
+    with steps("fetch"):
+        where = fetch(url, copy, check_room(order.root, 0, 1), order.trust is None)
+        with open_pack(copy) as file, order.checked(file, where) as (archive, _):
+            order.named(archive)
+    return where
 
 
-def _refuse_odd(folder: Path, max_latency_ms: float | None, starts: int) -> None:
+def _copied(found: tuple[Path, tuple[int, int]], copy: Path, order: _Order, steps: Steps) -> str:
+    """A copy that nobody else writes, where there is room for it and the rest."""
+    path, needed = found
+    check_room(order.root, *needed)
+    with steps("copy"), open_pack(path) as file, copy.open("xb") as target:
+        shutil.copyfileobj(unbroken(file, path), target, 1 << 20)
+    return os.fspath(path)
+
+
+def _refuse_odd(pack: str | os.PathLike[str], folder: Path, max_latency_ms: float | None, starts: int) -> None:
+    if not os.fspath(pack):
+        raise UsageError("the pack is an empty name", "give a file, a folder or an address: edgekit install F.zip --root DIR")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "name a folder: --root DIR")
+    if folder.name == CURRENT and leads_to(folder.parent):
+        raise UsageError(f"{folder} is what runs, not its root", f"did you mean --root {folder.parent}?")
+    if (folder / CURRENT).exists() and not (folder / CURRENT).is_symlink():
+        raise UsageError(f"{folder / CURRENT} is no link to a slot, and is not replaced", "choose another --root, or remove it")
     if not 1 <= starts <= 1000:
         raise UsageError(f"{starts} starts", "a trial has 1 to 1000 starts: --starts 3")
     if max_latency_ms is not None and not 0 < max_latency_ms < 1e9:
         raise UsageError(f"a latency of {max_latency_ms} ms", "give milliseconds above 0: --max-latency-ms 20")
 
 
-def _looked_at(pack: str | os.PathLike[str], folder: Path, check: Callable[..., Any]) -> Path:
-    """The pack's file, checked where it lies, and room made sure of: all before anything is written."""
+def _looked_at(pack: str | os.PathLike[str], order: _Order, steps: Steps) -> tuple[Path, tuple[int, int]]:
+    """The pack's file, checked where it lies, and the room that it needs."""
 
-    def release(path: Path) -> int:
-        with open_pack(path) as file, check(file, where=os.fspath(path)) as (_, signed):
+    def release(path: Path) -> int:  # one that was left is the newest all the same: no older one takes its place
+        with open_pack(path) as file, replace(order, again=True).checked(file, os.fspath(path)) as (archive, signed):
+            order.named(archive)
             return signed.statement.release if signed else 0  # without a statement names decide
 
-    with readable(pack):
-        found = (
-            from_folder(Path(pack), release) if Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file() else Path(pack)
-        )
-        with open_pack(found) as file, check(file, where=os.fspath(found)) as (archive, _):
+    with steps("check"), readable(pack):
+        chosen = Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file()
+        found = from_folder(Path(pack), release) if chosen else Path(pack)
+        with open_pack(found) as file, order.checked(file, os.fspath(found)) as (archive, _):
             archive.check()
-            needed = _needed(archive, folder, os.fstat(file.fileno()).st_size)
-    with explained(folder):
-        check_room(folder, *needed)
-    return found
+            needed = _needed(archive, order.root, os.fstat(file.fileno()).st_size)
+    return found, needed
 
 
 def _needed(archive: Archive, folder: Path, copy_bytes: int) -> tuple[int, int]:
@@ -162,34 +247,30 @@ def _needed(archive: Archive, folder: Path, copy_bytes: int) -> tuple[int, int]:
     return room_for(folder, sizes + [1] * extra), len(sizes) + extra
 
 
-def _tried(fresh: Path, folder: Path, backend: str, max_latency_ms: float | None, steps: Steps) -> dict[str, Any]:
-    """What an unpacked bundle answers here, and how fast; raises where it may not run."""
-    for name, digest in Bundle.open(fresh).manifest.files.items():
-        if name.endswith(".engine"):  # the signature was checked, or the user vouched for it
-            trust_engine(digest)
+def _tried(fresh: Path, engines: Sequence[str], order: _Order, steps: Steps) -> dict[str, Any]:
+    """What an unpacked bundle answers here, and how fast; raises where it may not run. Its engines are loaded there alone."""
     with Apart() as ask:
         with steps("golden"):
-            golden = ask("self_test", fresh, backend)
-        running = current_slot(folder)
+            golden = ask("self_test", fresh, order.backend, list(engines))
+        running = current_slot(order.root)
+        before = order.root / SLOTS / running if running else None
         with steps("latency"):
-            times = ask("check_latency", fresh, folder / SLOTS / running if running else None, backend, max_latency_ms)
+            times = ask("check_latency", fresh, before, order.backend, order.max_latency_ms)
     return {"golden": golden, **times}
 
 
-@contextlib.contextmanager
-def _checked(
-    file: Any, *, where: str, trust: Trust | None, root: Path, allow_older: bool, again: bool
-) -> Iterator[tuple[Archive, Checked | None]]:
-    """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
-    if trust is None:
-        with open_archive(file, where) as archive:
-            _refuse_left(root, archive, again)
-            yield archive, None
-    else:
-        with checked(file, where, trust) as (archive, signed):
-            admit(root, signed, archive.manifest.name, allow_older=allow_older)
-            _refuse_left(root, archive, again)
-            yield archive, signed
+def _timed(current: Path, order: _Order, steps: Steps) -> dict[str, Any]:
+    """How fast what runs already answers. Raises `BudgetNotMet`."""
+    with steps("latency"), Apart() as ask:
+        return ask("check_latency", current, None, order.backend, order.max_latency_ms)
+
+
+def _running_name(root: Path) -> str:
+    """The name of the bundle that ``current`` leads to; empty where there is none, or none that can be read."""
+    try:
+        return Bundle.open(root / CURRENT, verify=False).manifest.name if current_slot(root) else ""
+    except BundleError:
+        return ""
 
 
 def _known(root: Path) -> State:
@@ -200,28 +281,6 @@ def _known(root: Path) -> State:
         return State()
 
 
-def _refuse_left(root: Path, archive: Archive, again: bool) -> None:
-    """A bundle that did not work here, or that an operator went back from, is not taken a second time by whoever updates."""
-    digest = Bundle(Path(archive.where), archive.manifest).digest
-    if not again and digest in _known(root).left:
-        raise TurnedDown(
-            f"{archive.manifest.name} ({digest[:12]}) was installed here before, and left by a way back",
-            "install a newer one; to try it once more add --again (edgekit status --root DIR says why it was left)",
-        )
-
-
-def _remember(root: Path, trust: Trust | None, signed: Checked | None, name: str) -> None:
-    if trust is not None and signed is not None:
-        remember(root, trust, signed, name)
-
-
-@contextlib.contextmanager
-def _incoming(root: Path) -> Iterator[Path]:
-    """An empty work folder on the root's file system, gone afterwards."""
-    work = root / INCOMING
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _remember(order: _Order, signed: Checked | None, name: str) -> None:
+    if order.trust is not None and signed is not None:
+        remember(order.root, order.trust, signed, name)

@@ -64,6 +64,7 @@ _STATEMENT_BYTES = 69
 LINE_BYTES = len(_EMPTY)
 TRAILER_BYTES = _STATEMENT_BYTES + MAX_SIGNATURES * LINE_BYTES
 _BLOCK = 1 << 20
+_ZIP_END_BYTES = 22 + 65535  # its last record, with the longest comment
 _MAX_KEY_BYTES = 1 << 16
 _MAX_KEYS = 256
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----[\r\n]+[A-Za-z0-9+/=\r\n]+-----END PUBLIC KEY-----")
@@ -209,6 +210,8 @@ def check_signature(file: IO[bytes], keys: Mapping[str, Any], revoked: Collectio
     """
     trailer = read_trailer(file)
     if trailer is None or not trailer.signatures:
+        if not _ends(file):
+            raise SignatureError("it is cut off: no signature, and no end of a zip", "fetch or copy it again")
         raise SignatureError(
             "the pack is not signed, or its signature is damaged", "sign it: edgekit pack B --out F.zip --key K"
         )
@@ -228,6 +231,12 @@ def check_signature(file: IO[bytes], keys: Mapping[str, Any], revoked: Collectio
     for key_id in known:
         _hold(keys, key_id, trailer.signatures[key_id], CONTEXT + trailer.statement.line() + digest)
     return Checked(trailer.statement, tuple(known), digest.hex())
+
+
+def _ends(file: IO[bytes]) -> bool:
+    """Whether the mark at the end of every zip (APPNOTE 4.3.16) is among the last bytes, where a comment leaves it."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _ZIP_END_BYTES))
+    return b"PK\x05\x06" in file.read(_ZIP_END_BYTES)
 
 
 def _hold(keys: Mapping[str, Any], key_id: str, value: bytes, message: bytes) -> None:

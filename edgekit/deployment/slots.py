@@ -1,7 +1,7 @@
 """Two slots under a root, switched by one rename: an update is there whole or not at all.
 
     ROOT/current, slots/a, slots/b, state.json      see `edgekit.installed`
-    ROOT/.incoming                                  an install at work; left by a crash, removed by the next install
+    ROOT/.incoming-*                                an install at work; left by a crash, removed by the next install
 
 An install never touches the running slot. The way back is only ever an older install (a lower sequence number), so a second
 rollback cannot lead to the bundle that the first one left; and a bundle that was confirmed is not given up for one that
@@ -10,17 +10,23 @@ still has to prove itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import BundleError, SignatureError
+from edgekit.errors import BundleError, EdgekitError, SignatureError
 from edgekit.files import locked, sync_path
 from edgekit.installed import (
     CURRENT,
+    LOCK,
+    PATIENCE_S,
     SLOTS,
     Record,
     Return,
@@ -29,6 +35,7 @@ from edgekit.installed import (
     Trial,
     current_slot,
     fault,
+    hold,
     leads_to,
     lives,
     now,
@@ -41,10 +48,11 @@ from edgekit.installed import (
 )
 from edgekit.progress import say
 
+from .archive import make_readable
 from .checks import explained
 from .trusted import memory
 
-__all__ = ["INCOMING", "answer", "place", "rollback", "same", "status"]
+__all__ = ["answer", "incoming", "place", "rollback", "same", "status"]
 
 INCOMING = ".incoming"
 
@@ -60,7 +68,7 @@ def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
     running = leads_to(folder)
     if running is None:
         raise BundleError(f"nothing is installed in {folder}", "install first: edgekit install F.zip --root DIR")
-    with explained(folder), locked(folder), locked(folder / SLOTS):
+    with explained(folder), hold(folder, PATIENCE_S), hold(folder / SLOTS, PATIENCE_S):
         running = leads_to(folder) or running
         state, slot = read_state(folder), other_slot(running)
         left, before = state.slots.get(running), way_back(state, running)
@@ -86,8 +94,10 @@ def _unfit(folder: Path, slot: Slot, record: Record) -> str:
     except SignatureError as error:  # nobody is kept from going back by it
         say(f"{error.message}: what is revoked is not asked", level="warning")
         return fault(folder / SLOTS / slot, record)
-    if record.digest in revoked.digests or record.key_id in revoked.keys:
-        return "its makers have revoked it" if record.digest in revoked.digests else f"its key {record.key_id} is revoked"
+    if {record.digest, record.pack_digest} & revoked.digests:
+        return "its makers have revoked it"
+    if record.key_ids and set(record.key_ids) <= revoked.keys:
+        return f"its key {', '.join(record.key_ids)} is revoked"
     return fault(folder / SLOTS / slot, record)
 
 
@@ -96,7 +106,8 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns ``slot`` (None where nothing is installed), ``bundle``, ``name``, ``digest``, ``sequence``, ``installed``,
     ``confirmed``, ``key_id``, ``healthy``, ``reason`` (None where healthy), ``previous`` (the bundle a rollback leads to, or
-    None), ``trial`` (None, or ``start`` of ``allowed``, how many ``failed``, ``running`` and the last ``error``), ``returned``
+    None), ``trial`` (None, or ``start`` of ``allowed``, how many ``failed``, ``running`` (None: not known, as after
+    `mark`) and the last ``error``), ``returned``
     (the last way back: ``time``, ``reason``, ``left``; None where there was none since), ``left`` (digests of the bundles that
     were given up here, the newest last: an install takes them only where it is told ``again``) and ``free_bytes``.
     """
@@ -121,7 +132,7 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
         "previous": {"slot": other_slot(running), **msgspec.to_builtins(before)} if before else None,
         "trial": _trial(folder, state.trial_of(running)),
         "returned": msgspec.to_builtins(gone),
-        "left": list(state.left),
+        "left": [digest for digest in state.left if record is None or digest != record.digest],
         **free,
     }
 
@@ -129,37 +140,90 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
 def _trial(folder: Path, trial: Trial | None) -> dict[str, Any] | None:
     if trial is None:
         return None
-    # One that is no process of ours may well run: it has failed when the next one starts.
-    running = sum(not start or lives(folder, start) for start in trial.starts)
-    failed = trial.failed + len(trial.starts) - running
-    about = {"start": failed + bool(running), "allowed": trial.allowed, "failed": failed}
-    return {**about, "running": bool(running), "error": trial.error}
+    running, unknown = sum(lives(folder, start) for start in trial.starts), trial.starts.count("")
+    failed = trial.failed + len(trial.starts) - running - unknown
+    about = {"start": failed + bool(running or unknown), "allowed": trial.allowed, "failed": failed}
+    return {**about, "running": bool(running) or (None if unknown else False), "error": trial.error}
 
 
-def place(root: Path, fresh: Path, key_id: str | None, starts: int) -> tuple[Slot, Record]:
-    """Move a tested bundle into the slot that does not run, record it, put it on trial, and switch to it."""
+@contextlib.contextmanager
+def incoming(root: Path) -> Iterator[Path]:
+    """An empty work folder on the root's file system, this process's alone and gone afterwards.
+
+    Those that a crash has left behind go first; a root that was made for it and holds nothing goes with it.
+    """
+    made = _make(root)
+    for left in root.glob(f"{INCOMING}*"):
+        with contextlib.suppress(EdgekitError), _ours(left):
+            _remove(left)
+    work = root / f"{INCOMING}-{secrets.token_hex(4)}"
+    work.mkdir(mode=0o700)
+    try:
+        with _ours(work):
+            yield work
+    finally:
+        _remove(work)
+        if made and not (root / SLOTS).exists():
+            (root / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a list of revocations stays
+                for each in made:
+                    each.rmdir()
+
+
+@contextlib.contextmanager
+def _ours(work: Path) -> Iterator[None]:
+    """Held for as long as its process lives. Raises `EdgekitError` where another's does."""
+    if not work.is_dir() or work.is_symlink():
+        yield
+    else:
+        with locked(work, wait=False):
+            yield
+
+
+def _remove(work: Path) -> None:
+    if work.is_dir() and not work.is_symlink():
+        shutil.rmtree(work, ignore_errors=True)
+    else:
+        work.unlink(missing_ok=True)
+
+
+def _make(root: Path) -> list[Path]:
+    """Make a root and the folders above it, each entry on disk when this returns; those that were made, the root first."""
+    missing = [each for each in (root.absolute(), *root.absolute().parents) if not each.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    if missing:
+        make_readable(root)
+    for each in missing:
+        sync_path(each.parent)
+    return missing
+
+
+def place(root: Path, fresh: Path, work: Path, record: Record, starts: int) -> tuple[Slot, Record]:
+    """Move a tested bundle into the slot that does not run, record it under the next number, put it on trial, and switch to it.
+
+    ``work``: where the bundle that lay in the slot goes.
+    """
     for path in sorted(fresh.rglob("*")):
         sync_path(path)
     sync_path(fresh)
     slots = root / SLOTS
-    slots.mkdir(exist_ok=True)
-    with locked(slots):
+    make_readable(slots)
+    with hold(slots, PATIENCE_S):
         state = state_again(root)
         slot = _free_slot(root, state)
-        others: dict[Slot, Record] = {name: record for name, record in state.slots.items() if name != slot}
+        others: dict[Slot, Record] = {name: each for name, each in state.slots.items() if name != slot}
         if slot in state.slots:  # from here on the slot is no way back
             state = msgspec.structs.replace(state, slots=others)
             write_state(root, state)
         home = slots / slot
         if home.exists() or home.is_symlink():
-            os.rename(home, root / INCOMING / "old")
+            os.rename(home, work / "old")
         os.rename(fresh, home)
         sync_path(slots)
-        opened = Bundle.open(home, verify=False)
-        record = Record(opened.manifest.name, opened.digest, state.sequence + 1, now(), key_id)
-        trial = Trial(record.sequence, starts)
-        slots_now = {**others, slot: record}
+        record = msgspec.structs.replace(record, sequence=state.sequence + 1, installed=now())
         left = tuple(digest for digest in state.left if digest != record.digest)
+        slots_now = {**others, slot: record}
+        trial = Trial(record.sequence, starts)
         write_state(root, State(sequence=record.sequence, slots=slots_now, trial=trial, returned=state.returned, left=left))
         switch(root, slot)
     return slot, record

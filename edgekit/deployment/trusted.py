@@ -1,6 +1,7 @@
 """Whom a device believes: the keys it was given, what has been revoked since, and what it has accepted before.
 
-    ROOT/trust.json     the highest release accepted of each bundle name, all that was ever revoked, the latest time seen
+    ROOT/trust.json     the highest release accepted of each bundle name and by whose word, all that was ever revoked, the
+                        latest time seen
 
 Time: a clock may be set back, or start in 1970 where there is no battery. So what counts is the later of the clock and the
 latest time seen at an install before. Where neither can be right (before `BUILT`), a pack that expires is not accepted.
@@ -12,14 +13,15 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import msgspec
 
 from edgekit.errors import SignatureError, first_line
-from edgekit.files import locked, sync_path
+from edgekit.files import sync_path
+from edgekit.installed import PATIENCE_S, hold
 from edgekit.progress import say
 
 from .revoking import REVOKED, Revoked, read_list
@@ -34,13 +36,22 @@ _MAX_TRUST_BYTES = 16 << 20
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``trust.json``. ``seal``: sha256 over the rest, so that a damaged file is noticed and not believed."""
+    """``trust.json``. ``releases``: bundle name -> the highest accepted of those that the same keys signed, by their ids joined
+    with "+". ``seal``: sha256 over the rest, so that a damaged file is noticed and not believed."""
 
     version: Literal[1] = 1
-    releases: dict[str, int] = {}
+    releases: dict[str, dict[str, int]] = {}
     revoked: Revoked = Revoked()
     time: str = ""
     seal: str = ""
+
+    def highest(self, name: str) -> int:
+        """The highest release of ``name`` that a key in force has vouched for, -1 where there was none.
+
+        What a stolen key has signed does not keep a device from its makers' packs once that key is revoked.
+        """
+        accepted = self.releases.get(name, {}).items()
+        return max((release for keys, release in accepted if not set(keys.split("+")) <= self.revoked.keys), default=-1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,11 @@ class Trust:
     keys: Mapping[str, Any]
     revoked: Revoked
     now: str
+
+    def under(self, root: Path) -> Trust:
+        """With what was revoked and seen there since. The caller holds the root's lock."""
+        state = memory(root)
+        return replace(self, revoked=self.revoked | state.revoked, now=max(self.now, state.time) if self.now else "")
 
     def check(self, file: IO[bytes]) -> Checked:
         """Check an open pack: signature, revocation, expiry; nothing is parsed. Raises `SignatureError` as said there."""
@@ -94,17 +110,17 @@ def believe(
     state = memory(root) if root else State()
     found = Revoked()
     for path in as_paths(revoked):
-        listed = _believed(path, keys, state.revoked)
+        listed = _believed(path, keys, state.revoked | found)
         if listed is None:
             raise SignatureError(f"no trusted key has signed {path}", "fetch it again, or give the public key of its signer")
         found |= listed
     if pack is not None and (beside := Path(pack).with_name(REVOKED)).is_file():
-        listed = _believed(beside, keys, state.revoked)
+        listed = _believed(beside, keys, state.revoked | found)
         if listed is None:
             say(f"{beside} is not believed: no trusted key has signed it")
         found |= listed or Revoked()
     if root is not None and root.is_dir() and state.revoked | found != state.revoked:
-        with locked(root):
+        with hold(root, PATIENCE_S):
             state = memory(root)
             state = msgspec.structs.replace(state, revoked=state.revoked | found)
             _write_state(root, state)
@@ -129,7 +145,7 @@ def admit(root: Path, signed: Checked, name: str, *, allow_older: bool = False) 
 
     Raises `SignatureError` where it is older, unless ``allow_older``, and where ``trust.json`` is damaged.
     """
-    highest = memory(root).releases.get(name, -1)
+    highest = memory(root).highest(name)
     if signed.statement.release < highest and not allow_older:
         raise SignatureError(
             f"release {signed.statement.release} of {name} is older than {highest}, which this device has accepted: "
@@ -146,7 +162,10 @@ def remember(root: Path, trust: Trust, signed: Checked, name: str) -> None:
     """
     (root / f".{TRUST}.new").unlink(missing_ok=True)  # left by a crash
     before = memory(root)
-    releases = {**before.releases, name: max(before.releases.get(name, 0), signed.statement.release)}
+    signers = "+".join(sorted(signed.key_ids))
+    known = before.releases.get(name, {})
+    known = {**known, signers: max(known.get(signers, 0), signed.statement.release)}
+    releases = {**before.releases, name: known}
     seen = max(before.time, trust.now)
     state = State(releases=releases, revoked=before.revoked | trust.revoked, time=seen)
     if state != msgspec.structs.replace(before, seal=""):
@@ -170,6 +189,8 @@ def memory(root: Path) -> State:
         with path.open("rb") as file:
             data = file.read(_MAX_TRUST_BYTES)
         state = msgspec.json.decode(data, type=State)
+    except IsADirectoryError:
+        raise _damaged(path, "it is a folder") from None
     except (FileNotFoundError, NotADirectoryError):
         return State()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -196,6 +217,7 @@ def _write_state(root: Path, state: State) -> None:
     beside = root / f".{TRUST}.new"
     beside.unlink(missing_ok=True)
     with beside.open("xb") as file:
+        os.fchmod(file.fileno(), 0o644)  # whatever the umask: the scanner's user may be another one
         file.write(msgspec.json.format(data, indent=1) + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -12,9 +12,11 @@ A start holds a lock (flock) on a file of its own for as long as its process liv
 lets go of it however the process ends, across reboots, reused process ids and containers that share a root.
 
 Every change is one file or link made beside and renamed, in an order that leaves a whole bundle in ``current`` wherever the
-power goes. Changes are made under a lock on ``slots``, held for as long as a few renames take.
+power goes. Changes are made under the lock of ``slots``, held for as long as a few renames take; installs and rollbacks hold
+that of the root beside it.
 """
 
+from .lock import LOCK, PATIENCE_S, START_S, hold
 from .starts import Start, lives, mark, starting
 from .state import (
     CURRENT,
@@ -40,8 +42,11 @@ from .state import (
 
 __all__ = [
     "CURRENT",
+    "LOCK",
+    "PATIENCE_S",
     "SLOTS",
     "STARTS",
+    "START_S",
     "Record",
     "Return",
     "Slot",
@@ -50,6 +55,7 @@ __all__ = [
     "Trial",
     "current_slot",
     "fault",
+    "hold",
     "leads_to",
     "lives",
     "mark",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import Literal
 import msgspec
 
 from edgekit.errors import BundleError, EdgekitError
-from edgekit.files import locked
 
+from .lock import START_S, hold
 from .state import (
     SLOTS,
     Return,
@@ -35,11 +37,13 @@ from .state import (
 __all__ = ["Start", "lives", "mark", "starting"]
 
 _PREFIX = ".start-"
+_TOKEN = re.compile("[0-9a-f]{16}")
 
 
 @dataclass
 class Start:
-    """One start of an application with the bundle under a root; made by `starting`, used from one thread.
+    """One start of an application with the bundle under a root; made by `starting`. Its end is told once, by the thread that
+    comes first; the others wait until that is on disk.
 
     ``bundle``: the slot to open, which no later switch changes. ``trial``: None where nothing is to be proved.
     ``returned``: the way back that this start took. ``doubt``: what is wrong with the trial, in words: it could not be noted
@@ -54,6 +58,7 @@ class Start:
     doubt: str = ""
     _file: _StartFile = field(default_factory=lambda: _StartFile(), repr=False)
     _open: bool = field(default=True, repr=False)
+    _ending: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def confirm(self) -> bool:
         """It works: the trial is over, and what runs is a bundle that later ones may be left for.
@@ -102,19 +107,20 @@ class Start:
 
     def _end(self, change: Callable[[State], State]) -> bool:
         """Only once, and only where there is something to change."""
-        if not self._open or self.sequence is None:
+        with self._ending:
+            if not self._open or self.sequence is None:
+                return True
+            self._open = False
+            try:
+                with hold(self.root / SLOTS, START_S):
+                    state = read_state(self.root)
+                    if (changed := change(state)) != state:
+                        write_state(self.root, changed)
+            except (OSError, EdgekitError) as error:
+                self.doubt = _words(error)
+                return False
+            self._file.release()  # where nothing could be written the start stays open, and counts as failed once we are gone
             return True
-        self._open = False
-        try:
-            with locked(self.root / SLOTS):
-                state = read_state(self.root)
-                if (changed := change(state)) != state:
-                    write_state(self.root, changed)
-        except (OSError, EdgekitError) as error:
-            self.doubt = _words(error)
-            return False
-        self._file.release()  # where nothing could be written the start stays open, and counts as failed once we are gone
-        return True
 
 
 def starting(root: str | os.PathLike[str]) -> Start:
@@ -132,9 +138,11 @@ def starting(root: str | os.PathLike[str]) -> Start:
 def mark(root: str | os.PathLike[str], what: Literal["start", "healthy", "stopped"]) -> Start:
     """`starting`, `Start.confirm` and `Start.withdraw` for an application that is no Python: each from a process of its own.
 
-    A start without an end counts as failed at the next one. One that cannot be noted is a ``doubt``, as with `starting`: the
-    application starts all the same. Raises `BundleError` where nothing is installed, or ``state.json`` is damaged at an end;
-    `EdgekitError` where no start of what is installed now is open, or the end cannot be written.
+    A start without an end counts as failed at the next one that is marked. One that cannot be noted is a ``doubt``, as with
+    `starting`: the application starts all the same. Where nothing is on trial an end changes nothing.
+
+    Raises `BundleError` where nothing is installed, or ``state.json`` is damaged at an end; `EdgekitError` where something is
+    to be healthy of which no start is open, or the end cannot be written.
     """
     folder = Path(root)
     slot = leads_to(folder)
@@ -142,14 +150,15 @@ def mark(root: str | os.PathLike[str], what: Literal["start", "healthy", "stoppe
         return _started(folder, own=False)
     state = read_state(folder)
     record, trial = state.slots.get(slot), state.trial_of(slot)
-    start = Start(folder, folder / SLOTS / slot, record.sequence if record else None)
-    if trial is not None and "" not in trial.starts:
+    start = Start(folder, folder / SLOTS / slot, record.sequence if record and trial else None)
+    if what == "healthy" and trial is not None and "" not in trial.starts:
         raise EdgekitError(
-            f"no start of what is installed in {folder} now is open: it was installed since, or never started",
+            f"no start of what is on trial in {folder} is open: it was installed since, or its start was never marked",
             f"start the application anew, after edgekit status --root {folder} --mark start",
         )
     if not (start.confirm() if what == "healthy" else start.withdraw()):
-        raise EdgekitError(f"{folder} cannot be written: {start.doubt}", "run it as the user that the root belongs to")
+        cure = f"run it as the user that {folder} belongs to; edgekit status --root {folder} says what is on trial"
+        raise EdgekitError(f"what became of the start cannot be noted in {folder}: {start.doubt}", cure)
     return start
 
 
@@ -158,7 +167,7 @@ def _started(root: Path, own: bool) -> Start:
     if slot is None:
         raise BundleError(f"nothing is installed in {root}", "install first: edgekit install F.zip --root DIR")
     try:
-        with locked(root / SLOTS):
+        with hold(root / SLOTS, START_S):
             return _noted(root, own)
     except (OSError, EdgekitError) as error:
         return Start(root, root / SLOTS / slot, doubt=_words(error))
@@ -169,7 +178,8 @@ def _noted(root: Path, own: bool) -> Start:
     assert slot is not None  # nothing takes it away
     trial, doubt, token = state.trial_of(slot), "", _StartFile()
     if trial is not None:
-        alive = tuple(start for start in trial.starts if lives(root, start))
+        # Whether one that is no process of ours still runs is told by the next of its kind alone.
+        alive = tuple(start for start in trial.starts if (own if not start else lives(root, start)))
         trial = msgspec.structs.replace(trial, failed=trial.failed + len(trial.starts) - len(alive), starts=alive)
         _tidy(root, alive)
         if trial.failed >= trial.allowed:
@@ -211,16 +221,36 @@ class _StartFile:
         if root is not None:
             self.name = secrets.token_hex(8)
             self._path = _start_path(root, self.name)
-            # Not for others to open: who reads a file can lock it, and pass for a start that lives.
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            # Not for everybody to open: who reads a file can lock it, and pass for a start that lives.
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+            _HELD.add(self)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                self.release()
+                raise
 
     def release(self) -> None:
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 self._path.unlink()
-            os.close(self._fd)
-            self._fd = -1
+            self._let_go()
+
+    def _let_go(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
+        _HELD.discard(self)
+
+    @staticmethod
+    def forked() -> None:
+        """In a forked child: a lock belongs to the open file, so a child that outlives its parent would hold it on."""
+        for held in list(_HELD):
+            held._let_go()
+
+
+#: Of this process: they hold their locks until it ends, whether or not anybody keeps the `Start`.
+_HELD: set[_StartFile] = set()
+os.register_at_fork(after_in_child=_StartFile.forked)
 
 
 def _start_path(root: Path, token: str) -> Path:
@@ -230,7 +260,7 @@ def _start_path(root: Path, token: str) -> Path:
 def lives(root: Path, token: str) -> bool:
     """Whether the process that noted a start still runs. One of another user that may not be looked at counts as running; of a
     start without a file nobody knows (False)."""
-    if not token:
+    if not _TOKEN.fullmatch(token):
         return False
     try:
         handle = os.open(_start_path(root, token), os.O_RDONLY | os.O_CLOEXEC)

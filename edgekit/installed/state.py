@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -49,7 +49,8 @@ Slot = Literal["a", "b"]
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one slot holds. ``sequence`` grows with every install under this root; ``key_id`` is None for unsigned packs.
 
-    ``confirmed``: when an application said that it works; None while none has.
+    ``confirmed``: when an application said that it works; None while none has. ``release``, ``pack_digest`` and ``key_ids``: of
+    the signed pack that it came in, its digest without the trailer and all keys that were believed.
     """
 
     name: str
@@ -58,6 +59,9 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     installed: str
     key_id: str | None = None
     confirmed: str | None = None
+    release: int | None = None
+    pack_digest: str | None = None
+    key_ids: tuple[str, ...] = ()
 
 
 class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,7 +148,7 @@ def read_state(root: Path) -> State:
     """``state.json``, or an empty state where there is none. Raises `BundleError` where it is damaged."""
     path = root / STATE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=State)
+        return msgspec.convert(_as_now(msgspec.json.decode(path.read_bytes())), State)
     except FileNotFoundError:
         return State()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -153,14 +157,34 @@ def read_state(root: Path) -> State:
         ) from None
 
 
+def _as_now(found: Any) -> Any:
+    """Notes of 0.1.0 before its release named a start by its process: those have ended, but for 0, which was no process of
+    ours."""
+    trial = found.get("trial") if isinstance(found, dict) else None
+    if isinstance(trial, dict) and isinstance(starts := trial.get("starts"), list):
+        trial["starts"] = [("gone" if each.get("pid") else "") if isinstance(each, dict) else each for each in starts]
+    return found
+
+
 def state_again(root: Path) -> State:
-    """`read_state` for who is about to write it: one that is damaged is given up. Its numbers are forgotten: the next goes on
-    from the seconds of the clock, which no count of installs has reached."""
+    """`read_state` for who is about to write it: where it is damaged, or was removed, the bundle that runs is noted anew, so
+    that there is a way back to it. Its number is the clock's seconds, which no count of installs has reached: a start that was
+    noted before does not speak for what comes after."""
     try:
-        return read_state(root)
+        state = read_state(root)
+        if state.sequence or not leads_to(root):
+            return state
+        say(f"{root / STATE} is gone: what it knew of the slots is given up", level="warning")
     except BundleError as error:
         say(f"{error.message}; what it knew of the slots is given up", level="warning")
-        return State(sequence=int(time.time()))
+    sequence, slots = max(1, int(time.time())), dict[Slot, Record]()
+    if running := current_slot(root):
+        try:
+            opened = Bundle.open(root / SLOTS / running)
+            slots[running] = Record(opened.manifest.name, opened.digest, sequence, now())
+        except BundleError as error:
+            say(f"what runs is no way back: {error.message}", level="warning")
+    return State(sequence=sequence, slots=slots)
 
 
 def write_state(root: Path, state: State) -> None:
@@ -169,6 +193,7 @@ def write_state(root: Path, state: State) -> None:
     beside.unlink(missing_ok=True)
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     with os.fdopen(handle, "wb") as file:
+        os.fchmod(handle, 0o644)  # whatever the umask
         file.write(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -63,8 +63,6 @@ class Health:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with contextlib.suppress(ValueError):
-            self._stop.at_force.remove(self._forced)
         if isinstance(error, Exception):
             for start in self._starts:
                 start.fail(getattr(error, "message", "") or str(error) or type(error).__name__)
@@ -72,6 +70,8 @@ class Health:
             self._confirm()
         else:
             self._withdraw()
+        with contextlib.suppress(ValueError):  # not before: an end by force waits for what is being written
+            self._stop.at_force.remove(self._forced)
         self._starts = []
 
     def _begin(self, start: Start) -> None:
@@ -141,6 +141,7 @@ class Health:
             start.withdraw()
 
     def _forced(self) -> None:
+        """In a thread of its own, while the scan hangs. An older start is left open: the next one counts it as failed."""
         if time.monotonic() < self._begun + YOUNG_S:
             self._withdraw()
 

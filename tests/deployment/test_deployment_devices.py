@@ -13,6 +13,7 @@ import pytest
 
 from edgekit.bundle import Bundle
 from edgekit.deployment import pack, status
+from edgekit.errors import TurnedDown
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SCANNER, PROVISION = DEPLOY / "scanner", DEPLOY / "jetson" / "provision.sh"
@@ -56,12 +57,16 @@ def test_the_scan_has_room_for_the_starts_of_an_update_that_fails() -> None:
     assert "\nExecStartPre=-" in text  # a start that a check forbids is none, and would never lead back
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_the_scan_is_restarted_only_where_another_bundle_runs(tmp_path: Path, moved: bool) -> None:
-    """The update unit's own shell lines, around an install that switches or does not."""
+@pytest.mark.parametrize("change", ["", "other slot", "same slot", "first"])
+def test_the_scan_is_restarted_only_where_another_bundle_runs(tmp_path: Path, change: str) -> None:
+    """The update unit's own shell lines, around an install that switches or does not; one that replaces a bundle on trial lies
+    in the same slot."""
     root = tmp_path / "models" / "parcel"
-    root.mkdir(parents=True)
-    (root / "current").symlink_to("slots/a")
+    for slot in "abc":
+        (root / "slots" / slot).mkdir(parents=True)
+        (root / "slots" / slot / "manifest.json").write_text("{}")
+    if change != "first":
+        (root / "current").symlink_to("slots/a")
     (calls := tmp_path / "bin").mkdir()
     (calls / "systemctl").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n')
     (calls / "systemctl").chmod(0o755)
@@ -70,15 +75,23 @@ def test_the_scan_is_restarted_only_where_another_bundle_runs(tmp_path: Path, mo
     )
     assert [name for name, _ in lines] == ["StartPre", "StartPost"]
     for name, line in lines:
-        ours = line.replace("$$", "$").replace("/var/lib/edgekit/models", str(tmp_path / "models"))
+        ours = line.replace("$$", "$").replace("%%", "%").replace("/var/lib/edgekit/models", str(tmp_path / "models"))
         path = f"{calls}{os.pathsep}{os.environ['PATH']}"
         done = run("sh", "-c", ours, MODEL="parcel", RUNTIME_DIRECTORY=str(tmp_path), PATH=path)
         assert (done.returncode, done.stderr) == (0, "")
-        if name == "StartPre" and moved:
-            (root / "current").unlink()
+        if name == "StartPre" and change in ("other slot", "first"):
+            (root / "current").unlink(missing_ok=True)
             (root / "current").symlink_to("slots/b")
+        elif name == "StartPre" and change:
+            (root / "slots" / "a").rename(root / "old")
+            (root / "slots" / "c").rename(root / "slots" / "a")
+            shutil.rmtree(root / "old")
     called = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
-    assert ("restart edgekit-scan.service" in called) == moved
+    assert ("restart edgekit-scan.service" in called) == bool(change)
+
+
+def test_a_bundle_that_was_left_is_no_failure_of_the_update_unit() -> None:
+    assert f"\nSuccessExitStatus={TurnedDown.exit_code}\n" in (SCANNER / "edgekit-update@.service").read_text()
 
 
 def test_udev_rules_name_what_is_there() -> None:

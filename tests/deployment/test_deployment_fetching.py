@@ -152,10 +152,18 @@ def test_from_a_server(cli: Any, tmp_path: Path, versions: list[Path], keys: Any
     done = cli("install", url + "p%20v9.zip", "--root", tmp_path / "root", "--pub", keys.pub, "--json")
     assert (done.code, done.json["name"]) == (0, "v0")
     assert "fetch" in done.json["seconds"]
-    newest = install(url, root=tmp_path / "root", pub=keys.pub)
+    with pytest.raises(BundleError, match=r"it holds v1, and .*root runs v0"):  # others choose what lies on a server
+        install(url, root=tmp_path / "root", pub=keys.pub)
+    newest = install(url, root=tmp_path / "root", pub=keys.pub, rename=True)
     assert (newest["name"], newest["pack"]) == ("v1", url + "p%20v10.zip")
     assert install(url, root=tmp_path / "root", pub=keys.pub)["unchanged"]
-    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["current", "slots", "state.json", "trust.json"]
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == [
+        ".lock",
+        "current",
+        "slots",
+        "state.json",
+        "trust.json",
+    ]
     with pytest.raises(SignatureError, match="unsigned pack over http"):
         install(url, root=tmp_path / "root", unsigned=True)
 
@@ -169,16 +177,16 @@ def test_a_server_s_list_of_revocations_holds(
     for version in versions:
         shutil.copy(version, folder)
     first = install(url + "v0.zip", root=root, pub=keys.pub)
-    install(url + "v1.zip", root=root, pub=keys.pub)
+    install(url + "v1.zip", root=root, pub=keys.pub, rename=True)
     third = verify(versions[2], pub=keys.pub)
     revoke([first["digest"], third["pack_digest"]], out=folder / "revoked.txt", key=keys.key)
     for address in (url + "v2.zip", url):
         with pytest.raises(SignatureError, match="is revoked by its makers"):
-            install(address, root=root, pub=keys.pub)
+            install(address, root=root, pub=keys.pub, rename=True)
     with pytest.raises(BundleError, match="the older bundle cannot run: its makers have revoked it"):
         rollback(root)
     assert status(root)["name"] == "v1"
-    assert sorted(path.name for path in root.iterdir()) == ["current", "slots", "state.json", "trust.json"]
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "current", "slots", "state.json", "trust.json"]
     (root / "trust.json").write_text("{}")  # damaged: nothing can be installed, but nobody is kept from going back
     with pytest.raises(SignatureError, match="damaged"):
         install(versions[2], root=root, pub=keys.pub)
@@ -223,7 +231,7 @@ def test_bad_servers_change_nothing(
     with pytest.raises(EdgekitError, match=words):
         install(f"{unkind}/{path}", root=root, pub=keys.pub)
     assert (root / "state.json").read_bytes() == before
-    assert sorted(each.name for each in root.iterdir()) == ["current", "slots", "state.json", "trust.json"]
+    assert sorted(each.name for each in root.iterdir()) == [".lock", "current", "slots", "state.json", "trust.json"]
     assert status(root)["healthy"]
 
 
@@ -265,12 +273,28 @@ def test_a_stick_gives_its_newest_pack(tmp_path: Path, tiny_bundle: Any, version
     assert status(tmp_path / "root")["name"] == "v1"
 
 
+def test_a_stick_of_two_products_gives_the_one_that_runs(tmp_path: Path, versions: list[Path], keys: Any) -> None:
+    root, stick = tmp_path / "root", tmp_path / "stick"
+    stick.mkdir()
+    install(versions[0], root=root, pub=keys.pub)
+    shutil.copy(versions[0], stick / "p-1.zip")
+    shutil.copy(versions[2], stick / "p-9.zip")
+    assert install(stick, root=root, pub=keys.pub)["unchanged"]
+    (stick / "p-1.zip").unlink()
+    with pytest.raises(BundleError, match=r"p-9\.zip: it holds v2, and .*root runs v0") as refused:
+        install(stick, root=root, pub=keys.pub)
+    assert "--rename" in refused.value.hint
+    assert status(root)["name"] == "v0"
+    assert install(stick, root=root, pub=keys.pub, rename=True)["name"] == "v2"
+    assert install(versions[1], root=root, pub=keys.pub)["name"] == "v1"  # a file that is named is what was meant
+
+
 def test_a_stick_that_is_pulled(tmp_path: Path, versions: list[Path], keys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "root"
     install(versions[0], root=root, pub=keys.pub)
     whole = versions[1].read_bytes()
     versions[1].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(EdgekitError, match=r"not signed|damaged"):
+    with pytest.raises(EdgekitError, match=r"it is cut off: no signature, and no end of a zip"):
         install(versions[1], root=root, pub=keys.pub)
     versions[1].write_bytes(whole)
     genuine = shutil.copyfileobj
@@ -287,7 +311,7 @@ def test_a_stick_that_is_pulled(tmp_path: Path, versions: list[Path], keys: Any,
     with pytest.raises(BundleError, match="Input/output error; nothing was changed"):
         install(versions[1], root=root, pub=keys.pub)
     assert status(root)["name"] == "v0"
-    assert sorted(path.name for path in root.iterdir()) == ["current", "slots", "state.json", "trust.json"]
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "current", "slots", "state.json", "trust.json"]
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True))

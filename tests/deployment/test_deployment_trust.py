@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ def test_a_clock_set_back_revives_nothing(tmp_path: Path, tiny_bundle: Bundle, k
         lambda data: data[: len(data) // 2],
         lambda data: b"",
         lambda data: b"\xff" * 40,
-        lambda data: data.replace(b'"tiny": 2', b'"tiny": 1'),
+        lambda data: re.sub(rb'(": )2(?=\n)', rb"\g<1>1", data),
         lambda data: b"[" * 100_000,
     ],
 )
@@ -202,9 +203,9 @@ def test_killed_anywhere_the_memory_is_whole(
                 trusted.remember(root, trust, signed, "tiny")
             monkeypatch.setattr(os, name, genuine)
             found = trusted.memory(root).releases
-            assert found in (before, {"tiny": 3})
+            assert found in (before, {"tiny": {keys.key_id: 3}})
     trusted.remember(root, trust, signed, "tiny")
-    assert trusted.memory(root).releases == {"tiny": 3}
+    assert trusted.memory(root).releases == {"tiny": {keys.key_id: 3}}
     assert [path.name for path in root.glob(".trust*")] == []
 
 

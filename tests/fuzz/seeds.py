@@ -279,12 +279,13 @@ def installs() -> list[bytes]:
         "a": installed.Record("tiny", "0" * 64, 1, "2026-01-01T00:00:00Z"),
         "b": installed.Record("tiny", "1" * 64, 2, "x"),
     }
-    trial = installed.Trial(2, 3, 1, (installed.Starter(1, 2, "boot"), installed.Starter(0, 0, "")))
+    trial = installed.Trial(2, 3, 1, ("0123456789abcdef", ""))
     state = installed.State(1, 2, records, trial, installed.Return("t", "why", records["b"], 1))
     trust = trusted.State(
         releases={"tiny": 7}, revoked=revoking.Revoked(1, frozenset({"0" * 16}), frozenset()), time="2026-02-01T00:00:00Z"
     )
-    return [msgspec.json.encode(state), msgspec.json.encode(trust)]
+    older = b'{"sequence": 2, "trial": {"sequence": 2, "starts": [{"pid": 7, "began": 5, "boot": "b"}, {"pid": 0}]}}'
+    return [msgspec.json.encode(state), msgspec.json.encode(trust), older]
 
 
 def engine_records() -> list[bytes]:

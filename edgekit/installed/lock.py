@@ -1,0 +1,71 @@
+"""One writer at a time under a root, across processes and containers."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgekit.errors import EdgekitError
+from edgekit.progress import say
+
+__all__ = ["LOCK", "PATIENCE_S", "START_S", "hold"]
+
+LOCK = ".lock"
+#: What an install waits for another: that one may fetch nothing by then, but test a large engine.
+PATIENCE_S = 900.0
+#: What a start, a confirmation or a withdrawal waits for a few renames; the scan's watchdog allows 10 s.
+START_S = 3.0
+_TOLD_S = 1.0
+_STEP_S = 0.02
+
+
+@contextlib.contextmanager
+def hold(folder: Path, patience_s: float) -> Iterator[None]:
+    """Hold ``folder``'s lock in the block: flock(2) on a file that its owner alone can open, since whoever can open one can
+    also hold it for ever.
+
+    After a second it is said who holds it. Raises `EdgekitError` after ``patience_s`` seconds, `OSError` where the file cannot
+    be opened.
+    """
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        owner = os.stat(folder)
+        if os.geteuid() == 0 and os.fstat(handle).st_uid != owner.st_uid:  # root was here first, in another user's root
+            os.fchown(handle, owner.st_uid, owner.st_gid)
+        _take(handle, folder, patience_s)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, folder: Path, patience_s: float) -> None:
+    begun, told = time.monotonic(), False
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        waited = time.monotonic() - begun
+        if waited > patience_s:
+            raise EdgekitError(
+                f"{_holder(handle)} has been at work in {folder} for more than {patience_s:g} s", "wait for it, or end it"
+            )
+        if waited > _TOLD_S and not told:
+            say(f"waiting for {_holder(handle)}, which is at work in {folder}")
+            told = True
+        time.sleep(_STEP_S)
+
+
+def _holder(handle: int) -> str:
+    """Who holds the lock, by /proc/locks (proc(5)): nobody knows where that process is in another container."""
+    inode = os.fstat(handle).st_ino
+    try:
+        rows = [row.split() for row in Path("/proc/locks").read_text("ascii").splitlines()]
+        pid = next(row[4] for row in rows if row[1] == "FLOCK" and row[5].endswith(f":{inode}"))
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+    except (OSError, StopIteration, IndexError):
+        return "another command"
+    return f"process {pid} ({command[:80]})"
