@@ -111,8 +111,10 @@ class UsageError(EdgekitError):
 
 
 class OutputExists(UsageError):
-    def __init__(self, path: object) -> None:
-        super().__init__(f"{path} exists already and is not overwritten", "choose another --out, or remove it first")
+    """``option``: the one that named the path."""
+
+    def __init__(self, path: object, option: str = "--out") -> None:
+        super().__init__(f"{path} exists already and is not overwritten", f"choose another {option}, or remove it first")
 
 
 class BundleError(EdgekitError):

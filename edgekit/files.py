@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ __all__ = [
     "npz_arrays",
     "npz_problem",
     "printable",
+    "read_file",
     "sha256_file",
     "staged",
     "sync_path",
@@ -62,6 +65,15 @@ def check_new(path: Path) -> None:
         raise UsageError(f"a file is in the way ({folder})", "name a path below folders only") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be written in {folder}: {error.strerror}", "name another path") from None
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """All of a file. A pipe, a socket or a device, which may never begin or never end, is `OSError` at once."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe opens without a writer
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no file but a folder, a pipe, a socket or a device", os.fspath(path))
+        return file.read()
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -242,6 +242,8 @@ def _hint(shipped: bool) -> str:
 def _tables(file: Path) -> dict[str, Any]:
     try:
         size = file.stat().st_size
+        if not file.is_file():  # a pipe would be waited for, a device be read for ever
+            raise _wrong(file, "it is a folder, a pipe, a socket or a device")
         if size > MAX_BYTES:
             raise _wrong(file, f"{size} bytes, {MAX_BYTES} are read at most")
         found: dict[str, Any] = tomllib.loads(file.read_bytes().decode())

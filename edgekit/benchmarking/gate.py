@@ -13,6 +13,7 @@ import numpy as np
 
 from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import DataError, UsageError
+from edgekit.files import read_file
 
 from .history import baseline
 from .statistics import Interval, median_ratio, runs_ratio
@@ -41,7 +42,7 @@ def load_earlier(path: str | os.PathLike[str], name: str, now: Mapping[str, Any]
         return baseline(file, now, force=force)
     hint = "name a file that edgekit bench wrote (B/bench/*.json, or its --json answer), or a bundle that was benched"
     try:
-        found = msgspec.json.decode(file.read_bytes(), type=Stored)
+        found = msgspec.json.decode(read_file(file), type=Stored)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}", hint) from None
     except msgspec.DecodeError as error:

@@ -39,7 +39,7 @@ def pack(bundle: Path, out: Path, key: tuple[Path, ...], release: int | None, ex
     The same bundle and keys give the same bytes. Weights, report and bench files stay at home.
 
     \b
-    Example:
+    Examples:
       edgekit pack parcel.edge --out parcel.edge.zip --key keys/edgekit.key
       edgekit pack parcel.edge --out parcel.edge.zip --key keys/edgekit.key --release 12 --expires 2027-12-31
     """
@@ -59,7 +59,7 @@ def sign(pack: Path, key: tuple[Path, ...]) -> Answer:
     """Add a signature to a packed bundle, for devices that know another key.
 
     \b
-    Example:
+    Examples:
       edgekit sign parcel.edge.zip --key keys/2027/edgekit.key
     """
     from edgekit.deployment import sign as run
@@ -89,14 +89,14 @@ def verify(pack: Path, pub: tuple[Path, ...], revoked: tuple[Path, ...], sbom: P
     """Check a packed bundle's signature, then all names, sizes and hashes in it; or that of a report of doctor --chaos.
 
     \b
-    Example:
+    Examples:
       edgekit verify parcel.edge.zip --pub keys/edgekit.pub
       edgekit verify parcel.edge.zip --pub keys/ --revoked revoked.txt --sbom parcel.cdx.json
     """
     from edgekit.chaos.report import check_report, is_report
     from edgekit.errors import UsageError
 
-    if is_report(pack):
+    if pack.is_file() and is_report(pack):  # a pipe would be waited for
         if sbom is not None:
             raise UsageError(f"{pack} is a report: there is nothing to list in it", "leave --sbom out")
         report = check_report(pack, pub, revoked or None)
@@ -124,7 +124,7 @@ def revoke(ids: tuple[str, ...], out: Path, key: Path) -> Answer:
     once read in such a list stays revoked there.
 
     \b
-    Example:
+    Examples:
       edgekit revoke 3b0c44298fc1c149 --out revoked.txt --key keys/2027/edgekit.key
     """
     from edgekit.deployment import revoke as run
@@ -140,7 +140,7 @@ def keygen(out: Path) -> Answer:
     """Make a key pair for signing packs: DIR/edgekit.key stays secret, DIR/edgekit.pub goes to the devices.
 
     \b
-    Example:
+    Examples:
       edgekit keygen --out keys
     """
     from edgekit.deployment import keygen as run
@@ -234,7 +234,7 @@ def rollback(root: Path) -> Answer:
     """Go back to the bundle that was installed before.
 
     \b
-    Example:
+    Examples:
       edgekit rollback --root /opt/models/parcel
     """
     from edgekit.deployment import rollback as run

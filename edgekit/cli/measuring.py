@@ -61,7 +61,7 @@ def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
     answer is how much slower B2 is; nothing is written.
 
     \b
-    Example:
+    Examples:
       edgekit bench digits.edge
       edgekit bench digits.edge --scenario multi-stream --streams 4
       edgekit bench digits.edge --scenario server --rate 200
@@ -108,7 +108,7 @@ def compare(bundle: Path, **options: Any) -> Answer:
     Exits 3 where an output misses the tolerance that the bundle states for its graph.
 
     \b
-    Example:
+    Examples:
       edgekit compare digits8.edge --backends onnxruntime
       edgekit compare digits8.edge --layers --plot layers.svg
       edgekit compare model8.edge --layers --data npz-folder/
@@ -152,7 +152,7 @@ def doctor(bundle: Path | None, selftest: Path | None, chaos: bool, listing: boo
     folder of its own: nothing that runs is touched. With B it uses copies of your bundle.
 
     \b
-    Example:
+    Examples:
       edgekit doctor
       edgekit doctor --selftest machine.json
       edgekit doctor parcel.edge --chaos --out report.json --key device.key

@@ -113,7 +113,7 @@ def eval_(bundle: Path, data: str, beam: int, backend: str, save: bool) -> Answe
     On the data the model was trained on, only the held-out split counts; on other data, every sample.
 
     \b
-    Example:
+    Examples:
       edgekit eval digits.edge --data digits
     """
     import edgekit

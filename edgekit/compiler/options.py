@@ -6,11 +6,11 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BundleError, GoldenError, UsageError
+from edgekit.files import read_file
 from edgekit.manifest import ImagePreprocessing, SeriesPreprocessing, TextPreprocessing
 from edgekit.targets import PRECISIONS, Target, load_targets
 
@@ -158,7 +158,7 @@ def read_timings(path: str | os.PathLike[str] | None, target: Target) -> tuple[b
     if path is None:
         return None, []
     try:
-        data = Path(path).read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise UsageError(
             f"--timing-cache {path}: {error.strerror}",

@@ -14,6 +14,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model
 
 from edgekit.errors import GraphError, first_line
+from edgekit.files import read_file
 from edgekit.graphs import MICROSOFT_OPERATORS
 from edgekit.graphs.editing import all_nodes, free_name, subgraphs
 from edgekit.graphs.light import without_weights
@@ -54,7 +55,7 @@ def read_model(path: Path) -> Source:
     """
     model = onnx.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(read_file(path))
     except Exception as error:  # noqa: BLE001  protobuf's exception type depends on its backend
         raise GraphError(f"{path.name} is not an ONNX file: {first_line(error)[:300]}", "export the model again") from None
     if not model.HasField("graph") or not model.graph.output or not model.opset_import:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import DataError
-from edgekit.files import printable
+from edgekit.files import printable, read_file
 from edgekit.manifest import Preprocessing, Task, TextPreprocessing
 
 from .dataset import Dataset, Split, digest_of, normalised, one_group_out, stratified
@@ -271,7 +271,7 @@ def _number(table: _Table, row: _Row, column: str) -> float:
 def _read(path: str, *, labelled: bool = True) -> _Table:
     name = printable(Path(path).name)
     try:
-        data = Path(path).read_bytes()
+        data = read_file(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", error)
         raise DataError(f"{printable(path)} cannot be read: {reason}", "csv:PATH wants a file; mind the path") from None

@@ -59,6 +59,8 @@ def load(path: str) -> Dataset:
 
 def _read(path: str) -> dict[str, NDArray[Any]]:
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for, a device be read for ever
+            raise DataError(f"{path} is no file but a folder, a pipe, a socket or a device", _HINT)
         with Path(path).open("rb") as stream:  # numpy would leave a file that is no zip open
             file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.ndarray):

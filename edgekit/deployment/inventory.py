@@ -92,9 +92,9 @@ def write_sbom(path: Path, manifest: Manifest, listing: Mapping[str, Any]) -> No
     Raises `OutputExists` where ``path`` is there.
     """
     refuse_inside_bundle(path)
-    check_new(path)
     if path.exists() or path.is_symlink():
-        raise OutputExists(path)
+        raise OutputExists(path, "--sbom")
+    check_new(path)
     found = _sbom(manifest, listing)
     atomic_write(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
 

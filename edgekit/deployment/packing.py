@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import msgspec
 
-from edgekit.bundle import EXAMPLES, REPORT, WEIGHTS, Bundle
-from edgekit.errors import BundleError, OutputExists, UsageError
+from edgekit.bundle import EXAMPLES, MANIFEST, REPORT, WEIGHTS, Bundle
+from edgekit.errors import BundleError, OutputExists, SignatureError, UsageError
 from edgekit.files import sync_path
 from edgekit.manifest import History, Manifest
 from edgekit.version import __version__
@@ -148,8 +148,14 @@ def packed_manifest(bundle: Bundle) -> Manifest:
 def open_pack(pack: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """The open file of a pack. Raises `BundleError` where there is none, and where it is too large for one."""
     path = Path(pack)
+    if path.is_dir():
+        unpacked = (path / MANIFEST).is_file()
+        what = "a bundle that is not packed" if unpacked else "a folder"
+        hint = f"pack it: edgekit pack {path} --out F.zip" if unpacked else "name a file: F.zip"
+        raise BundleError(f"there is no packed bundle at {path}: it is {what}", hint)
     if not path.is_file():
-        raise BundleError(f"there is no packed bundle at {path}", "make one: edgekit pack B --out F.zip")
+        odd = ": it is a pipe, a socket or a device" if path.exists() else ""
+        raise BundleError(f"there is no packed bundle at {path}{odd}", "make one: edgekit pack B --out F.zip")
     if path.stat().st_size > MAX_PACK_BYTES:
         raise BundleError(f"{path} is larger than {MAX_PACK_BYTES >> 30} GiB", "do not trust this pack")
     with path.open("rb") as file:
@@ -190,13 +196,28 @@ def verify(
     """
     from .inventory import write_sbom
 
-    trust = believe(pub, revoked=revoked, pack=pack)
-    with open_pack(pack) as file, checked(file, os.fspath(pack), trust) as (archive, signed):
-        archive.check()
-        found = {"verified": True, **_said(signed.statement, signed.key_ids), **_listing(archive), "pack_digest": signed.digest}
-        if sbom is not None:
-            write_sbom(Path(sbom), archive.manifest, found)
-        return found
+    with open_pack(pack) as file:
+        _not_foreign(file, pack)
+        trust = believe(pub, revoked=revoked, pack=pack)
+        with checked(file, os.fspath(pack), trust) as (archive, signed):
+            archive.check()
+            said = _said(signed.statement, signed.key_ids)
+            found = {"verified": True, **said, **_listing(archive), "pack_digest": signed.digest}
+            if sbom is not None:
+                write_sbom(Path(sbom), archive.manifest, found)
+            return found
+
+
+def _not_foreign(file: IO[bytes], path: str | os.PathLike[str]) -> None:
+    """Raises `SignatureError` for a file that neither begins nor ends as a pack: "not signed" would say too little."""
+    head = file.read(4)
+    if head == b"PK\3\4" or read_trailer(file) is not None:
+        return
+    hint = "give the F.zip of edgekit pack, or the .json of edgekit doctor --chaos --key K"
+    if head.startswith(b"<"):
+        hint = "a page carries no signature: verify what it shows, F.zip, or the .json beside it of edgekit doctor --chaos"
+    what = "is no packed bundle, and no report of doctor --chaos" if head else "is empty"
+    raise SignatureError(f"{path} {what}", hint)
 
 
 def contents(pack: str | os.PathLike[str]) -> dict[str, Any]:

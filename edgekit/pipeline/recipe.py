@@ -14,6 +14,7 @@ from typing import Annotated, get_args
 import msgspec
 
 from edgekit.errors import EdgekitError, UsageError, first_line
+from edgekit.files import read_file
 from edgekit.manifest import is_safe_name
 
 from .stages import Bench, Build, Eval, Explain, Making, Prune, Quantize, Report, Samples, Scan, Seed, Train
@@ -66,7 +67,7 @@ def read_recipe(path: str | os.PathLike[str] | None = None, data: str | None = N
     """
     file = recipe_file(path)
     try:
-        recipe = msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), Recipe)
+        recipe = msgspec.convert(tomllib.loads(read_file(file).decode()), Recipe)
     except FileNotFoundError:
         names = ", ".join(built_in_recipes())
         raise UsageError(

@@ -252,6 +252,8 @@ def parse_config(path: str | os.PathLike[str]) -> Parsed:
     file = Path(path)
     name = os.fspath(path)
     try:
+        if not file.is_file() and not file.is_dir() and file.exists():
+            return Parsed(None, [Problem(name, "it is a pipe, a socket or a device", "name a TOML file that can be read")])
         with file.open("rb") as handle:
             raw = handle.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:

@@ -107,6 +107,8 @@ def kpi_line(kpis: Mapping[str, Any]) -> str:
     """In words, "" where nothing was read."""
     if not kpis or kpis["read_rate"] is None:
         return ""
+    if kpis["codes_a_frame"] == 0 and not kpis["good"]:  # pictures without codes, or a reader that saw none: both are this
+        return f"no codes (0 of {kpis['triggers']})"
     text = f"read rate {kpis['read_rate']:.1%} ({kpis['good']} of {kpis['triggers']})"
     if kpis["codes_a_frame"] is not None:
         text += f", {kpis['codes_a_frame']:.3g} codes a frame"

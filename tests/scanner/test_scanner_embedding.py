@@ -135,6 +135,7 @@ def test_key_figures_count_valid_reads_and_noticed_misreads() -> None:
     }
     words = "misreads: 1 with a GS1 error, 2 in conflict with the text, 4 without enough votes"
     assert kpi_line(found) == f"read rate 33.3% (1 of 3), 1 codes a frame, {words}"
+    assert kpi_line({**found, "good": 0, "read_rate": 0.0, "codes_a_frame": 0.0}) == "no codes (0 of 3)"
     of_triggers = tally.figures([{"step": "trigger", "triggers": 2, "good": 1}])
     assert (of_triggers["triggers"], of_triggers["read_rate"]) == (2, 0.5)
     assert tally.cameras() == [{"source": "dock", "inferred": 3, "good": 1, "latency_ms": {"p50": 2.0, "p99": 2.0}}]
