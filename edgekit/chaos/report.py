@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import time
@@ -48,6 +49,8 @@ def report_place(out: str | os.PathLike[str] | None) -> Path:
 def write_report(found: dict[str, Any], path: Path, key: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Write what `run_cases` found, and the machine in it, to ``path`` and a page beside it; signed with ``key``, if given.
 
+    Where another run has taken the name meanwhile, a number is added to it: neither report is lost.
+
     Returns ``report``, ``page`` and ``key_id`` (None where it is not signed). Raises `SignatureError` for a bad key.
     """
     body = json.dumps({"format": FORMAT, "version": 1, **found}, indent=1, allow_nan=False).encode() + b"\n"
@@ -55,10 +58,32 @@ def write_report(found: dict[str, Any], path: Path, key: str | os.PathLike[str] 
     if key is not None:
         body, key_id = _signed(body, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, body)
-    page = path.with_suffix(".html")
+    path, page = _claimed(path)
+    try:
+        atomic_write(path, body)
+    except BaseException:
+        for each in (path, page):
+            each.unlink(missing_ok=True)  # empty, and ours
+        raise
     atomic_write(page, _page(found, path.name, hashlib.sha256(body).hexdigest(), key_id).encode())
     return {"report": str(path), "page": str(page), "key_id": key_id}
+
+
+def _claimed(path: Path) -> tuple[Path, Path]:
+    """A name for the report and its page that nobody has, and nobody else gets: both are created, empty."""
+    for number in itertools.count(1):
+        name = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        made: list[Path] = []
+        try:
+            for each in (name, name.with_suffix(".html")):
+                each.open("xb").close()
+                made.append(each)
+        except FileExistsError:
+            for each in made:
+                each.unlink()
+        else:
+            return made[0], made[1]
+    raise AssertionError  # numbers do not end
 
 
 def _signed(body: bytes, key: str | os.PathLike[str]) -> tuple[bytes, str]:
@@ -116,6 +141,7 @@ def _page(found: dict[str, Any], name: str, sha256: str, key_id: str | None) -> 
     """One self-contained page; all text from outside is escaped."""
     failed, counts = found["failed"], f"{found['passed']} passed, {found['failed']} failed, {found['not_run']} not run"
     facts = _facts(found)
+    partial = "" if found["complete"] else f", partial: cut off by {found.get('cut_off_by')}"
     rows = "".join(_row(case) for case in found["cases"])
     signed = f"signed by key <code>{escape(key_id)}</code>" if key_id else "not signed"
     verdict = "failed" if failed else "passed" if found["passed"] else "not"
@@ -123,7 +149,7 @@ def _page(found: dict[str, Any], name: str, sha256: str, key_id: str | None) -> 
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>edgekit under faults: {escape(counts)}</title><style>{_STYLE}</style>"
         f'<h1>edgekit under faults</h1><p class="{verdict}">{escape(counts)}'
-        f"{'' if found['complete'] else ', interrupted'}</p>"
+        f"{escape(partial)}</p>"
         f"<p>Made from <code>{escape(name)}</code> (sha256 <code>{sha256}</code>), {signed}. That file counts, not this page: "
         f"<code>edgekit verify {escape(name)} --pub edgekit.pub</code></p>"
         f"<table>{''.join(f'<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in facts.items())}</table>"
@@ -133,9 +159,14 @@ def _page(found: dict[str, Any], name: str, sha256: str, key_id: str | None) -> 
     )
 
 
+def _rounds(case: dict[str, Any]) -> str:
+    stated = case.get("rounds_stated")
+    return f"{case['rounds']} of {stated}" if stated and case["rounds"] < stated else str(case["rounds"])
+
+
 def _row(case: dict[str, Any]) -> str:
     reason = f"<br>{escape(case['reason'])}" if case["reason"] else ""
-    figures = [f"{case['rounds']} rounds, {case['seconds']} s", *(f"{k} {v}" for k, v in case["figures"].items())]
+    figures = [f"{_rounds(case)} rounds, {case['seconds']} s", *(f"{k} {v}" for k, v in case["figures"].items())]
     kind = case["outcome"].split()[0]
     return (
         f"<tr><td><code>{escape(case['name'])}</code></td><td>{escape(case['done'])}<br><b>must hold:</b> "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -35,6 +36,7 @@ _SECONDS, _QUICK_SECONDS = 60.0, 10.0
 #: What the processes of a case have to be gone in once it is over, in seconds.
 _GO_S = 3.0
 _MARK = "EDGEKIT_CHAOS"
+_BACKEND_MODULES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 #: What would tie a case to the service or the session that started it.
 _NOT_PASSED = ("STATE_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "RANK", "WORLD_SIZE")
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from edgekit.chaos.child import main; main()"
@@ -64,9 +66,10 @@ def run_cases(
     ``bundle``: the user's own; a scan and the updates use copies of it. ``root``: the user's own; the updates use a copy of
     it. ``minutes``: each case goes on until its share of them is spent, instead of a number of rounds.
 
-    Returns ``started``, ``ended`` (RFC 3339), ``complete`` (False where Ctrl-C ended it), ``options``, ``work`` (folder, file
-    system, free bytes), ``bundle``, ``root``, ``cases`` (name, group, done, holds, outcome, reason, rounds, seconds, figures)
-    and the counts ``passed``, ``failed``, ``not_run``. Raises `UsageError`, `BundleError`, and `EdgekitError` where the disk
+    Returns ``started``, ``ended`` (RFC 3339), ``complete``, ``cut_off_by`` (the signal that ended it early, or None),
+    ``options``, ``work`` (folder, file system, free bytes), ``bundle``, ``root``, ``cases`` (name, group, done, holds, outcome,
+    reason, rounds, rounds_stated, seconds, figures) and the counts ``passed``, ``failed``, ``not_run``. Raises `UsageError`,
+    `BundleError`, and `EdgekitError` where no backend is installed or the disk
     has too little room.
     """
     from edgekit.scanner.outbox_options import default_outbox  # a case's process is to start without the scanner
@@ -75,6 +78,7 @@ def run_cases(
     if minutes is not None and not 0 < minutes <= 7 * 24 * 60:
         raise UsageError(f"--minutes {minutes:g}", "give minutes above 0, at most a week of them")
     given = Bundle.open(bundle) if bundle is not None else None
+    _check_backend()
     place = Path(work) if work is not None else default_outbox().parent
     place.mkdir(parents=True, exist_ok=True)
     copied = _size(Path(root)) if root is not None else 0
@@ -84,12 +88,13 @@ def run_cases(
     where = {"folder": str(place.absolute()), **filesystem(place), "free_bytes": shutil.disk_usage(place).free}
     with tempfile.TemporaryDirectory(prefix="edgekit-chaos-", dir=place, ignore_cleanup_errors=True) as folder:
         base = {"bundle": str(given.path.absolute()) if given else "", "root": str(Path(root).absolute()) if root else ""}
-        rows, complete = _all(cases, Path(folder), base, quick, minutes, seed)
+        rows, cut_off_by = _all(cases, Path(folder), base, quick, minutes, seed)
     left = [row["outcome"] for row in rows]
     return {
         "started": started,
         "ended": _now(),
-        "complete": complete,
+        "complete": cut_off_by is None,
+        "cut_off_by": cut_off_by,
         "options": {"quick": quick, "minutes": minutes, "only": sorted(only), "seed": seed},
         "work": where,
         "bundle": {"path": str(given.path), "name": given.manifest.name, "digest": given.digest} if given else None,
@@ -103,27 +108,28 @@ def run_cases(
 
 def _all(
     cases: tuple[Case, ...], folder: Path, base: dict[str, str], quick: bool, minutes: float | None, seed: int
-) -> tuple[list[dict[str, Any]], bool]:
-    """A row a case, and whether all had their turn."""
+) -> tuple[list[dict[str, Any]], str | None]:
+    """A row a case, and the signal that came before all had their turn."""
     rows: list[dict[str, Any]] = []
     seconds = minutes * 60 / len(cases) if minutes else _QUICK_SECONDS if quick else _SECONDS
-    interrupted = False
+    cut_off_by: str | None = None
     _isolated(folder)
     with bar("chaos", len(cases)) as advance:
         for number, case in enumerate(cases):
             row: dict[str, Any] = {"outcome": "not run", "reason": "interrupted", "rounds": 0, "seconds": 0.0, "figures": {}}
-            if not interrupted:
+            if cut_off_by is None:
                 rounds = 0 if minutes else case.quick if quick else case.rounds
                 task = {**base, "name": case.name, "rounds": rounds, "seconds": seconds, "quick": quick, "seed": seed + number}
-                advance(0, case.name)
+                row["rounds_stated"] = rounds
                 try:
+                    advance(0, case.name)
                     _one(folder, task, row)
-                except KeyboardInterrupt:
-                    interrupted = True
-                    row["reason"] = f"interrupted in round {row['rounds'] + 1}"
-                advance(1, f"{case.name} {row['outcome']}")
+                    advance(1, f"{case.name} {row['outcome']}")
+                except (KeyboardInterrupt, SystemExit) as error:  # the second: SIGTERM or SIGHUP, see the commands' main
+                    cut_off_by = error.signal.name if hasattr(error, "signal") else "SIGINT"
+                    row |= {"outcome": "not run", "reason": f"interrupted by {cut_off_by} in round {row['rounds'] + 1}"}
             rows.append({"name": case.name, "group": case.group, "done": case.done, "holds": case.holds, **row})
-    return rows, not interrupted
+    return rows, cut_off_by
 
 
 def _isolated(folder: Path) -> None:
@@ -221,6 +227,12 @@ def filesystem(place: Path) -> dict[str, str]:
             if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
                 best, found = point, {"filesystem": kind, "device": device}
     return found
+
+
+def _check_backend() -> None:
+    """Raises `EdgekitError` where no backend is installed: each case runs a model, if only to install it."""
+    if not any(importlib.util.find_spec(name) for name in _BACKEND_MODULES):
+        raise EdgekitError("the cases run a model, and no backend for one is installed", "pip install 'edgekit[runtime]'")
 
 
 def _check_room(place: Path, more: int) -> None:

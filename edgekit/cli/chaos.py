@@ -42,7 +42,7 @@ def chaos(
     require_all: bool,
 ) -> Answer:
     """Run the cases, write the report, say what was found. Exit code 1 where a case failed or nothing passed, and after
-    Ctrl-C; 3 where ``require_all`` is asked for and one could not run."""
+    a signal that cut the run off, whose report says so; 3 where ``require_all`` is asked for and one could not run."""
     from edgekit.chaos import run_cases, write_report
     from edgekit.chaos.report import check_key, report_place
 

@@ -104,12 +104,17 @@ def verify(pack: Path, pub: tuple[Path, ...], revoked: tuple[Path, ...], sbom: P
             f"{sum(case.get('outcome') == outcome for case in report['cases'])} {outcome}"
             for outcome in ("passed", "failed", "not run")
         )
-        counts = f"{len(report['cases'])} cases: {counts}" + ("" if report.get("complete") else "; it was interrupted")
+        counts = f"{len(report['cases'])} cases: {counts}" + ("" if report.get("complete") else _partial(report))
         return Answer(report, f"{pack}: report of {report['ended']}, {counts}, signed by key {report['key_id']}")
     from edgekit.deployment import verify as run
 
     data = run(pack, pub=pub, revoked=revoked, sbom=sbom)
     return Answer({**data, "sbom": sbom}, f"{pack}: {len(data['files'])} files, {_stated(data)}")
+
+
+def _partial(report: dict[str, Any]) -> str:
+    missing = [str(case.get("name")) for case in report["cases"] if case.get("outcome") == "not run"]
+    return f"; it is partial, cut off by {report.get('cut_off_by') or 'a signal'}; not run: {', '.join(missing)}"
 
 
 @click.command("revoke")

@@ -155,3 +155,58 @@ def test_wrong_words_are_said_before_anything_runs(cli: Any, tmp_path: Path, mon
     shown = cli("doctor", "--chaos", "--list", "--json").json["cases"]
     assert {row["group"] for row in shown} == {"scan", "update"}
     assert all(row["done"] and row["holds"] for row in shown)
+
+
+def test_two_runs_that_chose_one_name_keep_both_reports(tmp_path: Path, found: dict[str, Any]) -> None:
+    """Where the report goes is chosen before the run; another may have taken the name by its end."""
+    path = report.report_place(tmp_path / "r.json")
+    first = write_report(found, path)
+    second = write_report({**found, "failed": 2}, path)
+    assert [Path(each["report"]).name for each in (first, second)] == ["r.json", "r-2.json"]
+    assert [json.loads(Path(each["report"]).read_text())["failed"] for each in (first, second)] == [1, 2]
+    for each in (first, second):
+        assert hashlib.sha256(Path(each["report"]).read_bytes()).hexdigest() in Path(each["page"]).read_text()
+
+
+def test_sigterm_leaves_a_signed_report_that_says_it_is_partial(cli: Any, tmp_path: Path) -> None:
+    keys = keygen(tmp_path / "keys")
+    options = ["--chaos", "--quick", "--only", "camera-slow", "--only", "pack-foreign", "--out", tmp_path / "r.json"]
+    code = "from edgekit.cli import main; main()"
+    command = [sys.executable, "-c", code, "doctor", *options, "--key", keys["key"], "--work", tmp_path / "work"]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 30
+        while not list(tmp_path.glob("work/edgekit-chaos-*/case/events.jsonl")):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1, err
+    checked = cli("verify", tmp_path / "r.json", "--pub", keys["pub"])
+    assert checked.code == 0, checked.err
+    assert "it is partial, cut off by SIGTERM; not run: camera-slow, pack-foreign" in checked.out
+    assert "partial: cut off by SIGTERM" in (tmp_path / "r.html").read_text()
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_without_a_backend_doctor_works_and_chaos_says_what_it_needs(tmp_path: Path) -> None:
+    """A finder that knows no backend stands for an install without one."""
+    code = """
+import importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("onnxruntime", "tensorrt", "tensorrt_rtx"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import importlib.util
+true = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in ("onnxruntime", "tensorrt", "tensorrt_rtx") else true(name, *a)
+from edgekit.cli import main; main()
+"""
+    command = [sys.executable, "-c", code, "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'edgekit[runtime]'" in done.stdout
+    done = subprocess.run([*command, "--chaos"], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no backend for one is installed" in done.stderr
+    assert list(tmp_path.iterdir()) == []
