@@ -31,12 +31,11 @@ from edgekit.runtime import Model
 from edgekit.runtime.engines import records
 from edgekit.runtime.golden import parse_golden
 from edgekit.runtime.onnx_wire import survey
-from edgekit.scanner import Outbox, Stop
+from edgekit.scanner import Outbox
 from edgekit.scanner.board import Board
 from edgekit.scanner.config import ServerOptions, parse_config, read_config
 from edgekit.scanner.replay import replay
 from edgekit.scanner.server import StatusServer, _Handler
-from edgekit.scanner.sources.files import open_files
 from edgekit.scanner.trigger_inputs import open_trigger_input
 from edgekit.targets import load_targets
 
@@ -188,11 +187,8 @@ def targets(data: bytes) -> None:
 
 @target(seeds.images, "bytes", words=(b"IHDR", b"acTL", b"Exif\0\0", b"\xff\xc0", b"\xff\xda", b"VP8L", b"ANMF"))
 def images(data: bytes) -> None:
-    """As a file of a data set, and as a still of the scanner, which refuses in an event."""
-    path = _file("a.png", data)
-    for captured in open_files(str(path), False, Stop()):
-        assert captured is not None
-    frame = read_image(path)
+    """As a file of a data set; the scanner's process for stills runs the same function, where a crash would pass for a refusal."""
+    frame = read_image(_file("a.png", data))
     assert frame.dtype == np.uint8 and frame.size
 
 
