@@ -275,6 +275,7 @@ def requests() -> list[bytes]:
 
 def installs() -> list[bytes]:
     """``state.json`` and ``trust.json`` as they are written."""
+    bundle_files()  # made here: a target starts no program
     records = {
         "a": installed.Record("tiny", "0" * 64, 1, "2026-01-01T00:00:00Z"),
         "b": installed.Record("tiny", "1" * 64, 2, "x"),
@@ -282,7 +283,9 @@ def installs() -> list[bytes]:
     trial = installed.Trial(2, 3, 1, ("0123456789abcdef", ""))
     state = installed.State(1, 2, records, trial, installed.Return("t", "why", records["b"], 1))
     trust = trusted.State(
-        releases={"tiny": 7}, revoked=revoking.Revoked(1, frozenset({"0" * 16}), frozenset()), time="2026-02-01T00:00:00Z"
+        releases={"tiny": {"0" * 16: 7}},
+        revoked=revoking.Revoked(1, frozenset({"0" * 16}), frozenset()),
+        time="2026-02-01T00:00:00Z",
     )
     older = b'{"sequence": 2, "trial": {"sequence": 2, "starts": [{"pid": 7, "began": 5, "boot": "b"}, {"pid": 0}]}}'
     return [msgspec.json.encode(state), msgspec.json.encode(trust), older]

@@ -187,7 +187,7 @@ def targets(data: bytes) -> None:
 
 @target(seeds.images, "bytes", words=(b"IHDR", b"acTL", b"Exif\0\0", b"\xff\xc0", b"\xff\xda", b"VP8L", b"ANMF"))
 def images(data: bytes) -> None:
-    """As a file of a data set; the scanner's process for stills runs the same function, where a crash would pass for a refusal."""
+    """As a file of a data set. The scanner's process for stills runs the same function; a crash there passes for a refusal."""
     frame = read_image(_file("a.png", data))
     assert frame.dtype == np.uint8 and frame.size
 
@@ -292,7 +292,7 @@ def request(data: bytes) -> None:
     assert head.count(b"HTTP/1.0 ") <= 1
 
 
-@target(seeds.installs, "json", also=(OSError,), words=(b'"trial":', b'"starts":', b'"pid":', b'"sequence":'))
+@target(seeds.installs, "json", also=(OSError,), words=(b'"trial":', b'"starts":', b'"sequence":'))
 def install(data: bytes) -> None:
     """``state.json`` and ``trust.json`` of a root whose slots hold a bundle each."""
     root = folder() / "root"
