@@ -16,19 +16,30 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import IO, Any
 
-from edgekit.errors import BundleError, SignatureError, UsageError, first_line
+from edgekit.errors import BundleError, EdgekitError, SignatureError, UsageError, first_line
 from edgekit.files import naming
 from edgekit.progress import bar
 
 from .archive import MAX_PACK_BYTES
 from .checks import RESERVE
 
-__all__ = ["choose", "fetch", "fetch_beside", "fetch_end", "from_folder", "is_url", "located", "readable", "unbroken"]
+__all__ = [
+    "OtherName",
+    "choose",
+    "fetch",
+    "fetch_beside",
+    "fetch_end",
+    "from_folder",
+    "is_url",
+    "located",
+    "readable",
+    "unbroken",
+]
 
 #: Without a byte for so long the connection counts as dead.
 STALL_S = 20.0
@@ -42,6 +53,10 @@ _LISTING_BYTES = 1 << 20
 _BLOCK = 1 << 16
 _HINT = "see whether the address opens from this device: curl -I URL"
 _NAME = re.compile(r"[^/\\\0]{1,200}\.zip")
+
+
+class OtherName(BundleError):
+    """A pack of another bundle name than what runs."""
 
 
 def is_url(pack: str | os.PathLike[str]) -> bool:
@@ -67,7 +82,14 @@ def is_url(pack: str | os.PathLike[str]) -> bool:
 
 def choose(names: Sequence[str]) -> str:
     """The newest of several packs, by name: numbers in it count as numbers, so v10 comes after v9."""
-    return max(names, key=lambda name: [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _parts(name)])
+    return _newest_first(names)[0]
+
+
+def _newest_first(names: Iterable[str]) -> list[str]:
+    def key(name: str) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _parts(name)]
+
+    return sorted(names, key=key, reverse=True)
 
 
 def _parts(name: str) -> list[str]:
@@ -78,24 +100,36 @@ def from_folder(folder: Path, admit: Callable[[Path], int]) -> Path:
     """The newest pack in a folder of those that ``admit`` lets through (it raises `SignatureError` or `BundleError` for the
     others): of the highest number that ``admit`` gives, then by name.
 
-    Raises `BundleError` where there is no pack, or the only one's refusal.
+    Raises `BundleError` where there is no pack. Where none is let through, the refusal of the newest by name that is for this
+    root, with how many more there are of each cause.
     """
     with readable(folder):
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".zip" and path.is_file())
     if not found:
         raise BundleError(f"there is no packed bundle (*.zip) in {folder}", "make one: edgekit pack B --out F.zip --key K")
     admitted: dict[str, int] = {}
-    refused = []
+    refused: dict[str, EdgekitError] = {}
     for path in found:
         try:
             admitted[path.name] = admit(path)
         except (BundleError, SignatureError) as error:
-            refused.append((path.name, error))
+            refused[path.name] = error
     if not admitted:
-        name, last = refused[-1]
-        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise type(last)(f"no pack in {folder} can be installed: {name}: {last.message}{more}", last.hint)
+        raise _none_of(folder, refused)
     return folder / choose([name for name, number in admitted.items() if number == max(admitted.values())])
+
+
+def _none_of(folder: Path, refused: Mapping[str, EdgekitError]) -> EdgekitError:
+    """One error for many: the newest's, other products' last. A cause is told by its cure, which holds no names and numbers."""
+    groups: dict[tuple[type, str], list[str]] = {}
+    for name in _newest_first(refused):
+        groups.setdefault((type(refused[name]), refused[name].hint), []).append(name)
+    (_, hint), *others = ordered = sorted(groups, key=lambda group: issubclass(group[0], OtherName))
+    names = groups[ordered[0]]
+    first = refused[names[0]]
+    same = f" ({len(names) - 1} more for the same reason)" if len(names) > 1 else ""
+    more = "".join(f"; {len(groups[group])} more: {refused[groups[group][0]].message}" for group in others[:3])
+    return type(first)(f"no pack in {folder} can be installed: {names[0]}: {first.message}{same}{more}", hint)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import BundleError, SignatureError, TurnedDown, UsageError
+from edgekit.errors import BundleError, EdgekitError, SignatureError, TurnedDown, UsageError
+from edgekit.files import given_path
 from edgekit.installed import (
     CURRENT,
     PATIENCE_S,
@@ -37,7 +38,7 @@ from edgekit.trust import trust_engine
 from .apart import Apart
 from .archive import Archive, make_readable, open_archive
 from .checks import Steps, check_links, check_room, explained, room_for
-from .fetching import fetch, fetch_beside, fetch_end, from_folder, is_url, located, readable, unbroken
+from .fetching import OtherName, fetch, fetch_beside, fetch_end, from_folder, is_url, located, readable, unbroken
 from .packing import checked, open_pack
 from .revoking import MAX_BYTES, REVOKED
 from .signing import TRAILER_BYTES, Checked, PathOrPaths
@@ -136,7 +137,7 @@ class _Order:
         """Whether a pack that others have chosen is of the bundle that runs. Raises `BundleError`."""
         runs = _running_name(self.root)
         if runs and archive.manifest.name != runs and not self.rename:
-            raise BundleError(
+            raise OtherName(
                 f"it holds {archive.manifest.name}, and {self.root} runs {runs}",
                 f"is it another product? To let it take the place of {runs}, add --rename, or name the file itself",
             )
@@ -172,11 +173,13 @@ def _put(archive: Archive, signed: Checked | None, work: Path, order: _Order, st
     if (runs := _running_name(root)) and runs != manifest.name:
         say(f"{manifest.name} takes the place of {runs}", level="warning")
     with steps("switch"):
+        record = Record(manifest.name, Bundle(fresh, manifest).digest, 0, "")
+        if reason := fault(fresh, record):
+            raise BundleError(f"{fresh} was changed during the install: {reason}", f"who else writes in {root}?")
         for digest in engines:
             trust_engine(digest)
         # Before the switch: killed between, the device asks for no less.
         _remember(order, signed, manifest.name)
-        record = Record(manifest.name, Bundle(fresh, manifest).digest, 0, "")
         if signed:
             told = {"key_id": signed.key_ids[0], "key_ids": signed.key_ids, "pack_digest": signed.digest}
             record = msgspec.structs.replace(record, release=signed.statement.release, **told)
@@ -228,14 +231,22 @@ def _copied(found: tuple[Path, tuple[int, int]], copy: Path, order: _Order, step
 
 
 def _refuse_odd(pack: str | os.PathLike[str], folder: Path, max_latency_ms: float | None, starts: int) -> None:
-    if not os.fspath(pack):
-        raise UsageError("the pack is an empty name", "give a file, a folder or an address: edgekit install F.zip --root DIR")
+    given_path(pack, "pack")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "name a folder: --root DIR")
-    if folder.name == CURRENT and leads_to(folder.parent):
-        raise UsageError(f"{folder} is what runs, not its root", f"did you mean --root {folder.parent}?")
-    if (folder / CURRENT).exists() and not (folder / CURRENT).is_symlink():
-        raise UsageError(f"{folder / CURRENT} is no link to a slot, and is not replaced", "choose another --root, or remove it")
+    inside = folder.resolve()
+    for above in inside.parents:
+        if leads_to(above) and inside.is_relative_to(above / SLOTS):
+            raise UsageError(f"{folder} lies inside of what is installed in {above}", f"did you mean --root {above}")
+    if (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} is a bundle, and a root is a folder of its own", "name another folder: --root DIR")
+    for name, right in ((CURRENT, Path.is_symlink), (SLOTS, Path.is_dir)):
+        path = folder / name
+        if os.path.lexists(path) and not right(path):
+            raise EdgekitError(
+                f"{path} is a {'folder' if path.is_dir() else 'file'} that no install has made, and in its way",
+                f"look what it is, and move it away: mv {path} {folder.parent}; or choose another --root",
+            )
     if not 1 <= starts <= 1000:
         raise UsageError(f"{starts} starts", "a trial has 1 to 1000 starts: --starts 3")
     if max_latency_ms is not None and not 0 < max_latency_ms < 1e9:

@@ -190,9 +190,8 @@ def _remove(work: Path) -> None:
 def _make(root: Path) -> list[Path]:
     """Make a root and the folders above it, each entry on disk when this returns; those that were made, the root first."""
     missing = [each for each in (root.absolute(), *root.absolute().parents) if not each.exists()]
-    root.mkdir(parents=True, exist_ok=True)
-    if missing:
-        make_readable(root)
+    for each in reversed(missing):
+        make_readable(each)
     for each in missing:
         sync_path(each.parent)
     return missing

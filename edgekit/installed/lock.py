@@ -33,8 +33,9 @@ def hold(folder: Path, patience_s: float) -> Iterator[None]:
     """
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        owner = os.stat(folder)
-        if os.geteuid() == 0 and os.fstat(handle).st_uid != owner.st_uid:  # root was here first, in another user's root
+        owner, file = os.stat(folder), os.fstat(handle)
+        # Root was here first, in another user's root. What that user has linked there instead of a lock is not given away.
+        if os.geteuid() == 0 and file.st_uid != owner.st_uid and (file.st_nlink, file.st_size) == (1, 0):
             os.fchown(handle, owner.st_uid, owner.st_gid)
         _take(handle, folder, patience_s)
         yield
@@ -65,7 +66,7 @@ def _holder(handle: int) -> str:
     try:
         rows = [row.split() for row in Path("/proc/locks").read_text("ascii").splitlines()]
         pid = next(row[4] for row in rows if row[1] == "FLOCK" and row[5].endswith(f":{inode}"))
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").split()
     except (OSError, StopIteration, IndexError):
         return "another command"
-    return f"process {pid} ({command[:80]})"
+    return f"process {pid} ({' '.join(words)[:80]})"

@@ -295,7 +295,7 @@ def test_a_stick_that_is_pulled(tmp_path: Path, versions: list[Path], keys: Any,
     install(versions[0], root=root, pub=keys.pub)
     whole = versions[1].read_bytes()
     versions[1].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(EdgekitError, match=r"it is cut off: no signature, and no end of a zip"):
+    with pytest.raises(EdgekitError, match="cut off or damaged"):
         install(versions[1], root=root, pub=keys.pub)
     versions[1].write_bytes(whole)
     genuine = shutil.copyfileobj

@@ -1,0 +1,124 @@
+"""Who waits for whom under a root, for how long, and who cannot keep others waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekit.deployment import install, installing, rollback, slots, starting
+from edgekit.errors import EdgekitError
+from edgekit.installed import hold
+
+HOLD = """
+import signal, sys, time
+from pathlib import Path
+from edgekit.installed import hold
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with hold(Path(sys.argv[2]) / sys.argv[1], 60):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def process(name: str, root: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, name, str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture
+def root(tmp_path: Path, versions: list[Path], keys: Any) -> Path:
+    install(versions[0], root=tmp_path / "root", pub=keys.pub)
+    return tmp_path / "root"
+
+
+@pytest.fixture(params=[".", "slots"])
+def held(root: Path, request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    """The lock that another process holds, and its id."""
+    with process(request.param, root) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        yield request.param, other.pid
+        other.kill()
+
+
+def test_a_lock_that_is_held(
+    root: Path,
+    versions: list[Path],
+    keys: Any,
+    held: tuple[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """An install says whom it waits for and ends; a start never waits for an install, and for a switch only a moment."""
+    name, pid = held
+    folder = root / name
+    with pytest.raises(EdgekitError, match=rf"process {pid} \(.*\) has been at work in "), hold(folder, 1.2):
+        pass
+    assert re.search(rf"waiting for process {pid} \(.*\), which is at work in {folder}", capfd.readouterr().err)
+    for module in (installing, slots):
+        monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr("edgekit.installed.starts.START_S", 0.1)
+    for act in (lambda: install(versions[1], root=root, pub=keys.pub), lambda: rollback(root)):
+        with pytest.raises(EdgekitError, match=f"process {pid} "):
+            act()
+    begun = time.monotonic()
+    start = starting(root)
+    assert time.monotonic() - begun < 1.0
+    assert start.bundle == root / "slots" / "a"
+    assert (f"process {pid} " in start.doubt) == (name == "slots")
+
+
+def test_who_may_only_read_holds_no_lock(root: Path, versions: list[Path], keys: Any) -> None:
+    """Any user that may enter a folder can lock it; the files of the locks are for their owner to open."""
+    handles = []
+    for path in [root, *root.rglob("*")]:
+        if path.stat().st_mode & 0o004 and not path.is_symlink():
+            handles.append(os.open(path, os.O_RDONLY))
+            fcntl.flock(handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        assert len(handles) > 5
+        install(versions[1], root=root, pub=keys.pub)
+        assert not starting(root).doubt
+        rollback(root)
+    finally:
+        for handle in handles:
+            os.close(handle)
+    assert {(folder / ".lock").stat().st_mode & 0o777 for folder in (root, root / "slots")} == {0o600}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+def test_a_lock_made_by_root_is_its_folders_owners(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "secret"
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+    with hold(folder, 0.0):
+        assert (folder / ".lock").stat().st_uid == 12345
+    # What the owner puts in its place is not given to him.
+    other.write_text("secret")
+    for place in (os.symlink, os.link):
+        (folder / ".lock").unlink()
+        place(other, folder / ".lock")
+        with contextlib.suppress(OSError), hold(folder, 0.0):
+            pass
+        assert other.stat().st_uid == 0
+
+
+def test_a_wait_is_ended_by_a_signal(root: Path, held: tuple[str, int]) -> None:
+    with process(held[0], root) as waiting:
+        assert waiting.stderr
+        assert f"waiting for process {held[1]}" in waiting.stderr.readline()
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(5) != 0
+        assert "KeyboardInterrupt" in waiting.stderr.read()
