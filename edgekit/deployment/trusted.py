@@ -37,20 +37,26 @@ _MAX_TRUST_BYTES = 16 << 20
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``trust.json``. ``releases``: bundle name -> the highest accepted of those that the same keys signed, by their ids joined
-    with "+". ``seal``: sha256 over the rest, so that a damaged file is noticed and not believed."""
+    with "+"; a bare number is of a time when signers were not noted. ``seal``: sha256 over the rest, so that a damaged file is
+    noticed and not believed."""
 
     version: Literal[1] = 1
-    releases: dict[str, dict[str, int]] = {}
+    releases: dict[str, int | dict[str, int]] = {}
     revoked: Revoked = Revoked()
     time: str = ""
     seal: str = ""
+
+    def accepted(self, name: str) -> dict[str, int]:
+        """Keys -> release; an unknown signer's keys are empty text, which no list revokes."""
+        found = self.releases.get(name, {})
+        return {"": found} if isinstance(found, int) else found
 
     def highest(self, name: str) -> int:
         """The highest release of ``name`` that a key in force has vouched for, -1 where there was none.
 
         What a stolen key has signed does not keep a device from its makers' packs once that key is revoked.
         """
-        accepted = self.releases.get(name, {}).items()
+        accepted = self.accepted(name).items()
         return max((release for keys, release in accepted if not set(keys.split("+")) <= self.revoked.keys), default=-1)
 
 
@@ -171,7 +177,7 @@ def remember(root: Path, trust: Trust, signed: Checked, name: str) -> None:
     (root / f".{TRUST}.new").unlink(missing_ok=True)  # left by a crash
     before = memory(root)
     signers = "+".join(sorted(signed.key_ids))
-    known = before.releases.get(name, {})
+    known = before.accepted(name)
     known = {**known, signers: max(known.get(signers, 0), signed.statement.release)}
     releases = {**before.releases, name: known}
     seen = max(before.time, trust.now)

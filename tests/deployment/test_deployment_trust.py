@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -207,6 +208,20 @@ def test_killed_anywhere_the_memory_is_whole(
     trusted.remember(root, trust, signed, "tiny")
     assert trusted.memory(root).releases == {"tiny": {keys.key_id: 3}}
     assert [path.name for path in root.glob(".trust*")] == []
+
+
+def test_an_older_memory_is_read(tmp_path: Path, tiny_bundle: Bundle, keys) -> None:
+    """As it was written before signers were noted."""
+    root, (one, three) = tmp_path / "root", released(tmp_path, tiny_bundle, keys, 1, 3)
+    root.mkdir()
+    revoked = {"number": 0, "keys": [], "digests": []}
+    old = {"version": 1, "releases": {"tiny": 2}, "revoked": revoked, "time": "2026-11-28T12:00:00Z", "seal": ""}
+    compact = json.dumps(old, sort_keys=True, separators=(",", ":")).encode()
+    (root / "trust.json").write_text(json.dumps({**old, "seal": hashlib.sha256(compact).hexdigest()}))
+    with pytest.raises(SignatureError, match="older than 2"):
+        install(one, root=root, pub=keys.pub)
+    install(three, root=root, pub=keys.pub)
+    assert trusted.memory(root).accepted("tiny") == {"": 2, keys.key_id: 3}
 
 
 # The command line
