@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from edgekit.deployment import install, mark, rollback, starting, status
+from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
+from edgekit.deployment import install, mark, pack, rollback, starting, status
 from edgekit.deployment import installing as module
 from edgekit.errors import BundleError, EdgekitError
-from edgekit.files import locked
-from edgekit.installed import Record, State, read_state, write_state
+from edgekit.installed import START_S, Record, State, hold, read_state, write_state
 from edgekit.installed.state import MOST_LEFT
 
 from .test_deployment_trial import dies
@@ -121,7 +122,7 @@ def test_an_end_is_on_disk_before_a_second_one_returns(root: Path) -> None:
     """The scan ends in order, and by force meanwhile: the process must not go before the first has written."""
     start, ends = starting(root), []
     threads = [threading.Thread(target=lambda: ends.append(start.withdraw())) for _ in range(2)]
-    with locked(root / "slots"):
+    with hold(root / "slots", START_S):
         for thread in threads:
             thread.start()
         threads[1].join(0.2)
@@ -211,21 +212,29 @@ def test_what_was_started_before_a_rollback_says_nothing_for_what_runs_after(
 def test_a_bundle_that_was_left_is_refused_with_a_code_of_its_own(
     cli: Any, tmp_path: Path, root: Path, versions: list[Path], keys: Any
 ) -> None:
+    with Bundle.create(tmp_path / "same" / "v0.edge") as draft:  # the next release of the same name
+        old = Bundle.open(tmp_path / "v0.edge")
+        for name in (FLOAT_GRAPH, GOLDEN):
+            draft.write(name, old.file(name).read_bytes())
+        draft.manifest = msgspec.structs.replace(old.manifest, files={}, labels=("newer",))
+    newer = pack(tmp_path / "same" / "v0.edge", out=tmp_path / "newer.zip", key=keys.key, release=2**50)
+    rollback(root)
+    install(newer, root=root, pub=keys.pub)
     rollback(root)
     before = (root / "state.json").read_bytes()
     (stick := tmp_path / "stick").mkdir()
-    for version in versions[:2]:
+    for version in (versions[0], newer):
         shutil.copy(version, stick)
-    for pack in (versions[1], stick):  # the newest of a folder; what is older takes no place of it
-        refused = cli("install", pack, "--root", root, "--pub", keys.pub, "--json")
+    for source in (newer, stick):  # the newest of a folder; what is older takes no place of it
+        refused = cli("install", source, "--root", root, "--pub", keys.pub, "--json")
         assert refused.code == 3
         assert "left by a way back" in refused.json["error"]
         assert "--again" in refused.json["hint"]
         assert (root / "state.json").read_bytes() == before
     shown = cli("status", "--root", root)
-    assert re.search(r"^left +[0-9a-f]{12}: install takes them only with --again$", shown.out, re.M)
-    assert cli("install", versions[1], "--root", root, "--pub", keys.pub, "--again").code == 0
-    assert cli("status", "--root", root, "--json").json["left"] == []
+    assert re.search(r"^left +[0-9a-f]{12}, [0-9a-f]{12}: install takes them only with --again$", shown.out, re.M)
+    assert cli("install", newer, "--root", root, "--pub", keys.pub, "--again").code == 0
+    assert len(cli("status", "--root", root, "--json").json["left"]) == 1
 
 
 def test_a_rollback_that_was_cut_off_leaves_what_runs_to_be_installed(root: Path, versions: list[Path], keys: Any) -> None:
