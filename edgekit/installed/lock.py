@@ -18,7 +18,7 @@ LOCK = ".lock"
 #: What an install waits for another: that one may fetch nothing by then, but test a large engine.
 PATIENCE_S = 900.0
 #: What a start, a confirmation or a withdrawal waits for a few renames; the scan's watchdog allows 10 s.
-START_S = 3.0
+START_S = 2.0
 _TOLD_S = 1.0
 _STEP_S = 0.02
 

@@ -248,7 +248,7 @@ def test_a_refused_first_install_leaves_no_root(tmp_path: Path, signed: Path, li
 
 def test_a_pack_that_was_cut_is_not_called_unsigned(tmp_path: Path, tiny_bundle: Bundle, signed: Path, keys) -> None:
     data, cut = signed.read_bytes(), tmp_path / "cut.zip"
-    for end in (1, len(data) // 2, len(data) - 600):
+    for end in (200, len(data) // 2, len(data) - 600):
         cut.write_bytes(data[:end])
         with pytest.raises(SignatureError, match="cut off or damaged"):
             verify(cut, pub=keys.pub)
