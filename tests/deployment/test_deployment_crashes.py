@@ -107,7 +107,7 @@ def test_what_an_install_asks_of_the_disk(
     short = recorded(copies[0], lambda root: install(versions[2], root=root, pub=keys.pub))
     monkeypatch.undo()
     whole = recorded(copies[1], lambda root: install(versions[2], root=root, pub=keys.pub))
-    named = [[(op.kind, re.sub(r"^\.incoming-\w+", ".incoming", op.name)) for op in ops] for ops in (short, whole)]
+    named = [[(op.kind, re.sub(r"^\.incoming-\w+", ".incoming", op.path)) for op in ops] for ops in (short, whole)]
     assert named[0] == named[1]
     kinds = {op.kind for op in whole}
     assert kinds >= {"create", "write", "fsync", "mkdir", "rename", "symlink", "unlink", "rmdir"}
