@@ -212,7 +212,7 @@ def check_signature(file: IO[bytes], keys: Mapping[str, Any], revoked: Collectio
     """
     trailer = read_trailer(file)
     if trailer is None or not trailer.signatures:
-        if not _ends(file):
+        if _cut_off(file):
             raise SignatureError("the pack is cut off or damaged: its end is missing", "fetch or copy it again")
         raise SignatureError(
             "the pack is not signed, or its signature is damaged", "sign it: edgekit pack B --out F.zip --key K"
@@ -259,13 +259,16 @@ def _known(trailer: Trailer, keys: Mapping[str, Any], revoked: Collection[str]) 
     return known
 
 
-def _ends(file: IO[bytes]) -> bool:
-    """Whether the last record of a zip (APPNOTE 4.3.16) ends where the file does: 22 bytes, which name the length of the
-    comment behind them."""
+def _cut_off(file: IO[bytes]) -> bool:
+    """Whether a zip begins here (a report is none) and its last record (APPNOTE 4.3.16) does not end where the file does: 22
+    bytes, which name the length of the comment behind them."""
+    file.seek(0)
+    if file.read(4) != b"PK\3\4":
+        return False
     file.seek(max(0, file.seek(0, os.SEEK_END) - _ZIP_END_BYTES))
     end = file.read(_ZIP_END_BYTES)
     at = end.rfind(b"PK\5\6")
-    return at >= 0 and at + 22 + int.from_bytes(end[at + 20 : at + 22], "little") == len(end)
+    return at < 0 or at + 22 + int.from_bytes(end[at + 20 : at + 22], "little") != len(end)
 
 
 def _hold(keys: Mapping[str, Any], key_id: str, value: bytes, message: bytes) -> None:
