@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, MissingExtra
 from edgekit.manifest import FORMAT, Manifest, TensorSpec, Tolerance
 from edgekit.runtime import BACKENDS, check_golden, open_runner
 from edgekit.runtime.backends import ENGINE_MODULES
@@ -136,6 +136,8 @@ def _backends() -> list[dict[str, Any]]:
             row: dict[str, Any] = {"backend": name, "works": True, "reason": None, "install": None, "latency_ms": None}
             bundle = _tiny_bundle(Path(folder) / f"{name}.edge")
             try:
+                if name == "onnxruntime" and importlib.util.find_spec(name) is None:
+                    raise MissingExtra("runtime", name)  # the runtime would name the bundle, which is nobody's
                 if name in ENGINE_MODULES:
                     from edgekit.runtime.selftest import add_tiny_engine
 
