@@ -122,7 +122,7 @@ def main() -> None:
         forked(lambda: install(releases[0], root=root, pub=pub, again=True), None)
         forked(lambda: install(releases[1], root=root, pub=pub, again=True), None)
         left = sorted(path.name for path in root.iterdir())
-        whole = status(root)["name"] == "v1" and left == ["current", "slots", "state.json", "trust.json"]
+        whole = status(root)["name"] == "v1" and left == [".lock", "current", "slots", "state.json", "trust.json"]
     figures = {
         "kills": killed.total(),
         "corrupt": corrupt,
