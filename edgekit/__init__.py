@@ -11,15 +11,16 @@ On the device: ``from edgekit.runtime import Model``.
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .version import __version__
 
 # ONNX Runtime's wheels report their use to Microsoft unless told not to, leave an identifier of the machine on disk, and read
 # this when they are loaded. A device on a line reports to nobody of its own accord; "0" leaves it to ONNX Runtime.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+from .lazy import on_first_use
 
 if TYPE_CHECKING:
     from .benchmarking import bench, bench_pair, compare
@@ -37,25 +38,25 @@ if TYPE_CHECKING:
     from .training.search import search
 
 _HOMES = {
-    "Bundle": "bundle",
-    "EdgekitError": "errors",
-    "bench": "benchmarking",
-    "bench_pair": "benchmarking",
-    "build": "compiler",
-    "compare": "benchmarking",
-    "estimate": "compiler",
-    "evaluate": "evaluation",
-    "explain": "explanation",
-    "import_onnx": "compiler",
-    "install": "deployment",
-    "pack": "deployment",
-    "pareto": "pipeline.pareto",
-    "prune": "pruning",
-    "quantize": "quantization",
-    "report": "reporting",
-    "search": "training.search",
-    "train": "training",
-    "verify": "deployment",
+    "Bundle": ".bundle",
+    "EdgekitError": ".errors",
+    "bench": ".benchmarking",
+    "bench_pair": ".benchmarking",
+    "build": ".compiler",
+    "compare": ".benchmarking",
+    "estimate": ".compiler",
+    "evaluate": ".evaluation",
+    "explain": ".explanation",
+    "import_onnx": ".compiler",
+    "install": ".deployment",
+    "pack": ".deployment",
+    "pareto": ".pipeline.pareto",
+    "prune": ".pruning",
+    "quantize": ".quantization",
+    "report": ".reporting",
+    "search": ".training.search",
+    "train": ".training",
+    "verify": ".deployment",
 }
 
 __all__ = [
@@ -81,8 +82,4 @@ __all__ = [
     "verify",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)

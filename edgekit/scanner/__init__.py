@@ -10,8 +10,9 @@ without what only the scan needs.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from edgekit.lazy import on_first_use
 
 if TYPE_CHECKING:
     from .codes import Code, CodeReader
@@ -32,34 +33,34 @@ if TYPE_CHECKING:
     from .stop import Stop, stop_on_signals
 
 _HOMES = {
-    "SCHEMA": "events",
-    "SINKS": "sinks",
-    "SOURCES": "sources",
-    "CameraOptions": "sources.options",
-    "Cameras": "sources.cameras",
-    "Captured": "sources",
-    "Code": "codes",
-    "CodeReader": "codes",
-    "Notice": "sources",
-    "Outbox": "outbox",
-    "OutboxOptions": "outbox",
-    "Pipeline": "pipeline",
-    "Reading": "reading",
-    "Region": "reading",
-    "ScanConfig": "config",
-    "Scanner": "scanner",
-    "Sink": "sinks",
-    "Step": "steps",
-    "Stop": "stop",
-    "Summary": "pipeline",
-    "event_schema": "schema",
-    "frames_of": "sources.frames",
-    "open_sink": "sinks",
-    "open_source": "sources",
-    "open_sources": "sources",
-    "read_config": "config",
-    "scan": "service",
-    "stop_on_signals": "stop",
+    "SCHEMA": ".events",
+    "SINKS": ".sinks",
+    "SOURCES": ".sources",
+    "CameraOptions": ".sources.options",
+    "Cameras": ".sources.cameras",
+    "Captured": ".sources",
+    "Code": ".codes",
+    "CodeReader": ".codes",
+    "Notice": ".sources",
+    "Outbox": ".outbox",
+    "OutboxOptions": ".outbox",
+    "Pipeline": ".pipeline",
+    "Reading": ".reading",
+    "Region": ".reading",
+    "ScanConfig": ".config",
+    "Scanner": ".scanner",
+    "Sink": ".sinks",
+    "Step": ".steps",
+    "Stop": ".stop",
+    "Summary": ".pipeline",
+    "event_schema": ".schema",
+    "frames_of": ".sources.frames",
+    "open_sink": ".sinks",
+    "open_source": ".sources",
+    "open_sources": ".sources",
+    "read_config": ".config",
+    "scan": ".service",
+    "stop_on_signals": ".stop",
 }
 
 __all__ = [
@@ -93,14 +94,4 @@ __all__ = [
     "stop_on_signals",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)
