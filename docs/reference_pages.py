@@ -14,7 +14,7 @@ import msgspec
 
 from edgekit.cli import COMMANDS, cli
 
-__all__ = ["MODULES", "PAGES", "commands_page", "public_names"]
+__all__ = ["ANSWERS", "MODULES", "PAGES", "answer_of", "commands_page", "public_names"]
 
 #: The public modules, in the order of the page.
 MODULES = {
@@ -24,9 +24,47 @@ MODULES = {
     "edgekit.errors": "What is raised on purpose; [errors](errors.md) draws them as a tree.",
 }
 
+#: command -> the functions behind it, whose docstrings say in "Returns" what the keys of --json are. A command that adds keys
+#: says which in a "Returns" of its own, behind the form feed where click ends its help.
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "data": ("edgekit.data.sheets.report:data_report",),
+    "augment": ("edgekit.data.sheets.contact:augmentation_sheet",),
+    "eval": ("edgekit.evaluation:evaluate",),
+    "targets": (),
+    "estimate": ("edgekit.compiler:estimate",),
+    "compare": ("edgekit.benchmarking:compare",),
+    "explain": ("edgekit.explanation:explain",),
+    "report": ("edgekit.reporting:report",),
+    "doctor": ("edgekit.benchmarking:doctor",),
+    "pack": ("edgekit.deployment:contents",),
+    "sign": ("edgekit.deployment:contents",),
+    "verify": ("edgekit.deployment:verify", "edgekit.deployment:contents"),
+    "keygen": ("edgekit.deployment:keygen",),
+    "revoke": ("edgekit.deployment:revoke",),
+    "install": ("edgekit.deployment:install",),
+    "rollback": ("edgekit.deployment:rollback",),
+    "status": ("edgekit.deployment:status",),
+    "search": ("edgekit.training.search:search",),
+    "pipeline": ("edgekit.pipeline:pipeline",),
+    "harvest": ("edgekit.scanner.gathered:gather",),
+}
+
+
+def answer_of(name: str) -> str:
+    """What the docstrings say of the keys of a command's ``--json``, "" where they do not."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    texts = [inspect.cleandoc((command.callback.__doc__ or "").partition("\f")[2])]
+    for home in ANSWERS.get(name, ()):
+        module, _, function = home.partition(":")
+        texts.append(inspect.getdoc(getattr(importlib.import_module(module), function)) or "")
+    found = [re.search(r"\bReturns (.*?)(?=\.\s+Raises\b|\n\n|\Z)", text, re.S) for text in texts]
+    parts = [" ".join(each[1].split()).removesuffix(".") for each in found if each]
+    return "; ".join(parts).replace(":; ", ": ")
+
 
 def commands_page() -> str:
-    """Every command: usage, what it does, arguments, options with defaults, examples."""
+    """Every command: usage, what it does, arguments, options with defaults, the keys of --json, examples."""
     groups = [f"- [`edgekit {name}`](#edgekit-{name}): {command.get_short_help_str(200)}" for name, command in _commands()]
     return "\n\n".join(["\n".join(groups), *(_command(name, command) for name, command in _commands())])
 
@@ -45,6 +83,8 @@ def _command(name: str, command: click.Command) -> str:
     parts = [f"## edgekit {name}", f"```text\nedgekit {name} {usage}\n```", prose]
     rows = [_option(parameter, context) for parameter in command.get_params(context) if isinstance(parameter, click.Option)]
     parts.append("\n".join(["| option | what it does |", "|---|---|", *rows]))
+    if answer := answer_of(name):
+        parts.append(f"With `--json`: {answer}.")
     if examples:
         parts.append("```sh\n" + "\n".join(examples) + "\n```")
     return "\n\n".join(part for part in parts if part)

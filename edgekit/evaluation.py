@@ -154,6 +154,10 @@ def evaluate(
     ``precision``: which graph of the bundle; ``auto`` takes int8 where there is one. ``beam``: a reader's beam width.
     ``save`` records the figures in the bundle's history, where the report finds them, and of a classifier a few samples of
     each confusion (100 kB at most), which packs leave out.
+
+    Returns ``data``, ``samples`` (how many), ``damaged`` (those left out), ``top1`` and ``macro_f1`` (shares), ``confusion``
+    (rows truth, columns answers; of a reader the three are lines right and character error rate instead), and of what ran it
+    ``backend``, ``version``, ``provider``, ``graph``, ``threads``.
     Raises `UsageError` where the data set has a class that the model does not know, `DataError` for damaged data.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

@@ -44,14 +44,13 @@ class _Need(NamedTuple):
 
 
 def doctor(root: str | os.PathLike[str] = "/") -> dict[str, Any]:
-    """Look the machine over; raises nothing, changes nothing.
+    """Look the machine over; raises nothing, changes nothing. ``root`` is the tree that device facts are read from.
 
     Returns ``edgekit``, ``python``, ``platform``, ``device`` (see `fingerprint`), ``tensorrt`` (versions of what is
     there), ``disk_free_gb`` (10^9 bytes, where the command runs), ``extras`` (``extra``, ``ready``, ``installed`` name ->
     version, ``missing``, ``install``: the pip command or None), ``backends`` (``backend``, ``works``, ``reason``,
-    ``latency_ms``: each runs a two-number graph) and ``checks``: rows of ``check``, ``ok``, ``found``, ``hint``, the answer
-    as a list.
-    ``root`` is the tree that device facts are read from.
+    ``latency_ms``: each runs a two-number graph) and ``checks`` (rows of ``check``, ``ok``,
+    ``found``, ``hint``: the answer as a list).
     """
     device = fingerprint(root)
     extras, backends = _extras(), _backends()

@@ -49,13 +49,13 @@ def compare(
     where it has no int8) against the float graph of ``bundle``; below ``diverge`` dB a layer counts as diverging. ``plot``:
     draw them to this .svg, which implies ``layers``; an earlier chart there is replaced.
 
-    Returns ``bundle``, ``other``, ``samples`` and ``outputs``, one row each: ``backend``, ``graph``, ``output``, ``snr_db``
+    Returns ``bundle``, ``other``, ``samples`` and ``outputs`` (one row each: ``backend``, ``graph``, ``output``, ``snr_db``
     (200 for equal), ``relative`` (max |error| over max |golden|), ``max_abs``, ``cosine``, ``agree`` (share of samples with
     the same largest entry; None for outputs that are no (N, classes)), ``tolerance`` and ``within_tolerance`` (None where
     the manifest states no tolerance for the graph), and ``note`` where an output is missing, misshapen or not finite,
-    and its figures are None. Integer outputs of the int8 graph are choices: ``agree`` is the share of equal values,
-    ``relative`` that of the others, ``snr_db`` all over those, and beside float outputs no tolerance is held. With
-    ``layers`` also what `layers.compare_layers` returns, with ``plot`` its path.
+    and its figures are None). Integer outputs of the int8 graph are choices: `agree` is the share of equal values,
+    `relative` that of the others, `snr_db` all over those, and beside float outputs no tolerance is held. Where layers were
+    asked for also what `layers.compare_layers` returns, and with a plot its path.
 
     TensorRT backends run the graphs that have an engine, and owe what its build states. Raises `UsageError` for an unknown
     backend, for ``layers`` without onnxruntime and a ``plot`` that is no .svg, `OutputExists` for another file at ``plot``,

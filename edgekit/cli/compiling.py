@@ -144,6 +144,9 @@ def targets() -> Answer:
       edgekit targets
       edgekit targets --json
       edgekit targets --targets my-boards.toml
+    \f
+    Returns ``targets`` (rows: ``name``, ``kind``, ``sm``, ``precisions``, ``tensorrt``, ``dla``, and figures of ``value`` and
+    ``source``).
     """
     from edgekit.targets import target_rows
 

@@ -42,6 +42,8 @@ def pack(bundle: Path, out: Path, key: tuple[Path, ...], release: int | None, ex
     Examples:
       edgekit pack parcel.edge --out parcel.edge.zip --key keys/edgekit.key
       edgekit pack parcel.edge --out parcel.edge.zip --key keys/edgekit.key --release 12 --expires 2027-12-31
+    \f
+    Returns ``bundle`` (the path of the pack) and what it holds:
     """
     from edgekit.deployment import contents
     from edgekit.deployment import pack as run
@@ -61,6 +63,8 @@ def sign(pack: Path, key: tuple[Path, ...]) -> Answer:
     \b
     Examples:
       edgekit sign parcel.edge.zip --key keys/2027/edgekit.key
+    \f
+    Returns ``bundle`` (the path of the pack) and what it holds:
     """
     from edgekit.deployment import sign as run
 
@@ -92,6 +96,8 @@ def verify(pack: Path, pub: tuple[Path, ...], revoked: tuple[Path, ...], sbom: P
     Examples:
       edgekit verify parcel.edge.zip --pub keys/edgekit.pub
       edgekit verify parcel.edge.zip --pub keys/ --revoked revoked.txt --sbom parcel.cdx.json
+    \f
+    Returns ``sbom`` (the path, or None) and of a pack:
     """
     from edgekit.chaos.report import check_report, is_report
     from edgekit.errors import UsageError

@@ -115,6 +115,8 @@ def eval_(bundle: Path, data: str, beam: int, backend: str, save: bool) -> Answe
     \b
     Examples:
       edgekit eval digits.edge --data digits
+    \f
+    Returns ``bundle`` and the figures:
     """
     import edgekit
 

@@ -156,12 +156,17 @@ def _eight_bits(cost: GraphCost, outputs: set[str]) -> frozenset[str]:
 def estimate(
     bundle: Bundle | str | os.PathLike[str], *, target: str, precision: str = "best", batch: int | None = None
 ) -> dict[str, Any]:
-    """Predict the latency of one inference on a target, in ms. ``"prediction": true`` marks it.
+    """Predict the latency of one inference on a target, in ms. A prediction, not a measurement.
 
     ``precision`` best: int8 where the bundle is quantized, else fp16 (fp32 where the target has none). int8 of a bundle that
     is not quantized counts as if every layer with weights were, and says so. ``batch``: 1 if not given, or the fewest samples
-    that the graph is stated to take. ``bound_ms``: no kernel below its peaks,
-    launches free. Raises `UsageError` for a target without figures (those are per card), a precision it lacks, or dynamic
+    that the graph is stated to take.
+
+    Returns ``prediction`` (True), ``bundle``, ``target``, ``precision``, ``as_if_quantized``, ``batch``, ``latency_ms``,
+    ``bound_ms`` (no kernel below its peaks, launches free), ``per_second`` (samples), ``macs``, ``parameters``, ``bytes``
+    (moved), ``kernels`` (how many), ``share_by_bound`` (of the time: math, memory, launch), ``top_layers`` (those that take
+    longest) and ``caveats`` (texts).
+    Raises `UsageError` for a target without figures (those are per card), a precision it lacks, or dynamic
     axes without a range.
     """
     if batch is not None and type(batch) is not int:

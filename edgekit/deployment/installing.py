@@ -75,9 +75,11 @@ def install(
     and only then the switch. Installing what runs already changes nothing (``"unchanged": True``). The new bundle is on trial
     for ``starts`` starts (`edgekit.installed`).
 
-    Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``key_id``, ``release``, ``golden``,
+    Returns ``bundle`` (path of ``current``), ``slot``, ``name``, ``digest``, ``sequence``, ``installed`` and ``confirmed``
+    (times, None where it is on trial), ``key_id`` (of the first signature), ``key_ids``, ``pack_digest``, ``release``,
+    ``unchanged`` (whether it ran already, and was not tried again), ``golden`` (how far off),
     ``latency_ms`` and ``latency_before_ms`` (p50 and p99 of single answers, of the new and of what ran), ``pack`` (where it
-    came from), ``seconds`` by step. Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one,
+    came from), ``seconds`` (by step). Raises `SignatureError` for an untrusted pack, `BundleError` for a damaged one,
     `GoldenError` where this device answers otherwise than training did, `BudgetNotMet` where p99 is above
     ``max_latency_ms``, `TurnedDown` for a bundle that was left here; the running slot then stays as it is.
     """

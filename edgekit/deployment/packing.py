@@ -221,9 +221,11 @@ def _not_foreign(file: IO[bytes], path: str | os.PathLike[str]) -> None:
 
 
 def contents(pack: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a pack says it holds, its signatures unchecked: ``name``, ``digest``, ``task``, ``size_bytes``, ``key_id`` (of the
-    first signature, None where unsigned), ``key_ids``, ``release``, ``expires`` (None where it does not) and ``files`` with
-    name, size_bytes, sha256, kind and producer each.
+    """What a pack says it holds, its signatures unchecked.
+
+    Returns ``name``, ``digest``, ``task``, ``size_bytes``, ``key_id`` (of the first signature, None where unsigned),
+    ``key_ids``, ``release``, ``expires`` (None where it does not) and ``files`` (name, size_bytes, sha256, kind and producer
+    each).
     """
     with open_pack(pack) as file:
         trailer = read_trailer(file)

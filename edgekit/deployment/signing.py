@@ -100,6 +100,7 @@ class Checked(NamedTuple):
 def keygen(out: str | os.PathLike[str]) -> dict[str, Any]:
     """Make a key pair in the folder ``out``: ``edgekit.key`` (PKCS 8 PEM, mode 0600) and ``edgekit.pub`` (PEM).
 
+    Returns ``key`` and ``pub`` (paths) and ``key_id`` (16 hex digits).
     Raises `OutputExists` where either is there already: a lost key cannot be had back.
     """
     ed25519, serialization = _cryptography()

@@ -60,8 +60,8 @@ INCOMING = ".incoming"
 def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
     """Switch ``current`` to the bundle that was installed before; its hashes are checked first.
 
-    Returns ``bundle``, ``slot``, ``name``, ``digest``, ``sequence``, ``key_id`` and ``left`` (the digest of the bundle that
-    ran until now).
+    Returns ``bundle``, ``slot``, ``name``, ``digest``, ``sequence``, ``installed``, ``confirmed``, ``key_id``, ``key_ids``,
+    ``pack_digest``, ``release`` and ``left`` (the digest of the bundle that ran until now).
     Raises `BundleError` where there is no older bundle, or it is damaged; what runs then runs on.
     """
     folder = _existing(root)
@@ -105,11 +105,12 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
     """What runs under ``root``, whether its files are whole, and whether it has proved itself.
 
     Returns ``slot`` (None where nothing is installed), ``bundle``, ``name``, ``digest``, ``sequence``, ``installed``,
-    ``confirmed``, ``key_id``, ``healthy``, ``reason`` (None where healthy), ``previous`` (the bundle a rollback leads to, or
-    None), ``trial`` (None, or ``start`` of ``allowed``, how many ``failed``, ``running`` (None: not known, as after
-    `mark`) and the last ``error``), ``returned``
-    (the last way back: ``time``, ``reason``, ``left``; None where there was none since), ``left`` (digests of the bundles that
-    were given up here, the newest last: an install takes them only where it is told ``again``) and ``free_bytes``.
+    ``confirmed``, ``key_id``, ``key_ids``, ``pack_digest``, ``release``,
+    ``healthy``, ``reason`` (None where healthy), ``previous`` (the bundle a rollback leads to, or None), ``trial`` (None, or
+    ``start`` of ``allowed``, how many ``failed``, ``running`` (None: not known, as after `mark`) and the last ``error``),
+    ``returned`` (the last way back: ``time``, ``reason``, ``left``; None where there was none since), ``left`` (digests of the
+    bundles that were given up here, the newest last: an install takes them only where it is told ``again``) and
+    ``free_bytes``.
     """
     folder = _existing(root)
     running, disk = current_slot(folder), os.statvfs(folder)

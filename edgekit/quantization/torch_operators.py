@@ -22,7 +22,7 @@ try:
 except ImportError:
     raise MissingExtra("train", "torch") from None
 
-__all__ = ["ELEMENTWISE", "OPERATORS", "READS_SHAPES", "Call", "Operator", "tensor_of"]
+__all__ = ["OPERATORS", "READS_SHAPES", "Call", "Operator", "tensor_of"]
 
 Operator = Callable[..., Any]
 #: Operators that read integers from their later inputs: those may stay on the CPU.
@@ -102,7 +102,7 @@ def _slope(call: Call, x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x < 0, x * slope, x)
 
 
-ELEMENTWISE: dict[str, Operator] = {
+_ELEMENTWISE: dict[str, Operator] = {
     "Abs": _plain(torch.abs),
     "Add": _plain(torch.add),
     "And": _plain(torch.logical_and),
@@ -357,7 +357,7 @@ def _pad(call: Call, x: Tensor, pads: Tensor, value: Tensor | None = None, axes:
     return F.pad(x, flat[: 2 * spatial], mode="replicate" if mode == "edge" else mode)
 
 
-SHAPES: dict[str, Operator] = {
+_SHAPES: dict[str, Operator] = {
     "Concat": lambda call, *inputs: torch.cat(inputs, call.get("axis", 0)),
     "ConstantOfShape": _constant_of_shape,
     "Dropout": lambda call, x, *rest: x,
@@ -375,7 +375,7 @@ SHAPES: dict[str, Operator] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
-LAYERS: dict[str, Operator] = {
+_LAYERS: dict[str, Operator] = {
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Conv": _conv,
@@ -397,4 +397,4 @@ LAYERS: dict[str, Operator] = {
     "ReduceSum": _reduce(torch.sum),
     "Softmax": lambda call, x: torch.softmax(x, call.get("axis", -1)),
 }
-OPERATORS: dict[str, Operator] = {**ELEMENTWISE, **LAYERS, **SHAPES}
+OPERATORS: dict[str, Operator] = {**_ELEMENTWISE, **_LAYERS, **_SHAPES}

@@ -126,12 +126,12 @@ def _line_split(ids: list[str], texts: list[str], labels: tuple[str, ...], fonts
 
 def _whole(path: str, options: _Options) -> Dataset:
     test_ids = [key for condition in options.conditions for key in _ids("whole", condition, options.tests)]
-    test = _label_split(test_ids, CLASSES, TEST_FONTS)
+    test = _label_split(test_ids, TEST_FONTS)
     return Dataset(
         spec=f"labels:{path}",
         labels=CLASSES,
         digest=_digest(options, CLASSES),
-        train=_label_split(_ids("whole", "train", options.samples), CLASSES, TRAIN_FONTS),
+        train=_label_split(_ids("whole", "train", options.samples), TRAIN_FONTS),
         test=test,
         all=test,
         preprocessing=ImagePreprocessing(112, 112, 3, mean=(0.5,) * 3, std=(0.25,) * 3, fit="letterbox"),
@@ -139,11 +139,11 @@ def _whole(path: str, options: _Options) -> Dataset:
     )
 
 
-def _label_split(ids: list[str], classes: tuple[str, ...], fonts: tuple[str, ...]) -> Split:
+def _label_split(ids: list[str], fonts: tuple[str, ...]) -> Split:
     def read(i: int) -> NDArray[np.uint8]:
         from .whole import render_label
 
-        return render_label(classes[i % len(classes)], ids[i], fonts, condition_of(ids[i]))
+        return render_label(CLASSES[i % len(CLASSES)], ids[i], fonts, condition_of(ids[i]))
 
-    targets = np.arange(len(ids), dtype=np.int64) % len(classes)
+    targets = np.arange(len(ids), dtype=np.int64) % len(CLASSES)
     return Split(tuple(ids), targets, read)

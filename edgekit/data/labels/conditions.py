@@ -1,4 +1,4 @@
-"""What the splits of the synthetic labels are called, for modules that must not load Pillow."""
+"""Splits and classes of the synthetic labels by name, for modules that must not load Pillow."""
 
 from __future__ import annotations
 

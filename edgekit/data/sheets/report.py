@@ -22,10 +22,10 @@ def data_report(spec: str, out: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns ``data``, ``task``, ``train``, ``held_out``, ``left_out`` (kept from training by the data set, because it is
     held out too), ``classes`` (label, train, held_out; of a text reader the characters), ``imbalance`` (largest over
-    smallest class in training), ``unit`` and ``sizes`` (min, median, max; [width, height] of pictures), ``duplicates``,
+    smallest class in training), ``unit`` and ``sizes`` (min, median, max; [width, height] of pictures), ``duplicates``
+    (groups: ``samples`` with id, label and split; ``across``, whether it is on both sides of the split),
     ``conflicting`` (those with different labels), ``near`` (pairs of pictures that look alike; None where there are
-    too many to compare, or no pictures to classify), ``damaged`` (id, split, reason), ``out``. A group of duplicates has
-    ``samples`` (id, label, split) and ``across``, whether it is on both sides of the split.
+    too many to compare, or no pictures to classify), ``damaged`` (id, split, reason), ``out``.
 
     Raises `OutputExists`, `UsageError` for an unknown spec, `DataError` for missing or empty data, `MissingExtra`.
     """

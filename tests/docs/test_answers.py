@@ -1,0 +1,87 @@
+"""What ``--json`` answers is what the reference says: every key is named there, and every key named there comes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from edgekit.bundle import Bundle
+from edgekit.cli import COMMANDS
+from edgekit.data import load
+
+_spec = importlib.util.spec_from_file_location("reference_pages", Path(__file__).parents[2] / "docs/reference_pages.py")
+assert _spec is not None
+assert _spec.loader is not None
+reference = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(reference)
+
+#: B: a bundle of digits, I: a picture, D: data with labels, R: a root with two installs. In this order, in one folder.
+RUNS = [
+    "data --data D --out data.png",
+    "augment --data D --show sheet.png",
+    "eval B --data D",
+    "targets",
+    "estimate B --target jetson-orin-nano",
+    "compare B",
+    "explain B I --out why",
+    "report B --out report.html",
+    "doctor",
+    "keygen --out K",
+    "keygen --out K2",
+    "pack B --out P.zip --key K/edgekit.key --release 1",
+    "pack B2 --out P2.zip --key K/edgekit.key --release 2",
+    "sign P.zip --key K2/edgekit.key",
+    "verify P.zip --pub K/edgekit.pub",
+    "install P.zip --root R --pub K/edgekit.pub",
+    "install P2.zip --root R --pub K/edgekit.pub --rename",
+    "status --root R",
+    "rollback --root R",
+    "revoke 3b0c44298fc1c149 --key K/edgekit.key --out revoked.txt",
+]
+#: What takes seconds, or frames that a scan has kept.
+SLOW = {"search", "pipeline", "harvest"}
+#: What has no list of keys yet: most of these answer with the figures of a history entry.
+UNLISTED = {"train", "prune", "quantize", "import", "build", "inspect", "bench", "scan", "replay"}
+
+
+def named(text: str) -> set[str]:
+    """The keys of an answer: what stands in ``backticks``, but not in parentheses, which tell what a key holds."""
+    while (shorter := re.sub(r"\([^()]*\)", "", text)) != text:
+        text = shorter
+    return set(re.findall(r"``(\w+)``", text))
+
+
+def test_answers_have_the_keys_that_the_reference_names(
+    cli: Callable[..., Any],
+    digits_bundle: Bundle,
+    pictures_bundle: Bundle,
+    few_digits: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(load("digits").test.read(0)).save("I.png")
+    given = {
+        "B": str(digits_bundle.path),
+        "B2": str(pictures_bundle.path),
+        "D": few_digits,
+        "I": "I.png",
+    }
+    seen: dict[str, set[str]] = {}
+    for line in RUNS:
+        done = cli(*(given.get(word, word) for word in line.split()), "--json")
+        seen.setdefault(line.split()[0], set()).update(done.json)
+        assert done.code == 0, (line, done)
+    for command, keys in seen.items():
+        assert named(reference.answer_of(command)) == keys, command
+
+
+def test_every_command_is_accounted_for() -> None:
+    assert {line.split()[0] for line in RUNS} | SLOW == set(reference.ANSWERS)
+    assert set(reference.ANSWERS) | UNLISTED == set(COMMANDS)
