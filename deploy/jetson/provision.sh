@@ -273,6 +273,8 @@ bundle() {
         if [ -f "$pack" ]; then # the scan's user may not look into the home of who runs this
             from=$scratch/$(basename "$pack")
             act install -m 0644 "$pack" "$from"
+            list=$(dirname "$pack")/revoked.txt # what its makers take back lies beside it
+            if [ -f "$list" ]; then act install -m 0644 "$list" "$scratch/revoked.txt"; fi
         fi
         as_user "$venv/bin/edgekit" install "$from" --root "$place" --pub "$root/etc/edgekit/keys"
         did bundle install installed "$pack"

@@ -40,6 +40,7 @@ _BACKEND_MODULES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 #: What would tie a case to the service or the session that started it.
 _NOT_PASSED = ("STATE_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "RANK", "WORLD_SIZE")
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from edgekit.chaos.child import main; main()"
+_INTERRUPTED = "interrupted"
 
 
 def list_cases(only: Iterable[str] = ()) -> tuple[Case, ...]:
@@ -69,8 +70,7 @@ def run_cases(
     Returns ``started``, ``ended`` (RFC 3339), ``complete``, ``cut_off_by`` (the signal that ended it early, or None),
     ``options``, ``work`` (folder, file system, free bytes), ``bundle``, ``root``, ``cases`` (name, group, done, holds, outcome,
     reason, rounds, rounds_stated, seconds, figures) and the counts ``passed``, ``failed``, ``not_run``. Raises `UsageError`,
-    `BundleError`, and `EdgekitError` where no backend is installed or the disk
-    has too little room.
+    `BundleError`, and `EdgekitError` where no backend is installed or the disk has too little room.
     """
     from edgekit.scanner.outbox_options import default_outbox  # a case's process is to start without the scanner
 
@@ -86,9 +86,16 @@ def run_cases(
     seed = secrets.randbelow(2**31) if seed is None else seed
     started = _now()
     where = {"folder": str(place.absolute()), **filesystem(place), "free_bytes": shutil.disk_usage(place).free}
-    with tempfile.TemporaryDirectory(prefix="edgekit-chaos-", dir=place, ignore_cleanup_errors=True) as folder:
-        base = {"bundle": str(given.path.absolute()) if given else "", "root": str(Path(root).absolute()) if root else ""}
-        rows, cut_off_by = _all(cases, Path(folder), base, quick, minutes, seed)
+    base = {"bundle": str(given.path.absolute()) if given else "", "root": str(Path(root).absolute()) if root else ""}
+    rows, cut_off_by = [_row(case) for case in cases], None
+    try:
+        with tempfile.TemporaryDirectory(prefix="edgekit-chaos-", dir=place, ignore_cleanup_errors=True) as folder:
+            _all(cases, rows, Path(folder), base, quick, minutes, seed)
+    except (KeyboardInterrupt, SystemExit) as error:  # the second: SIGTERM or SIGHUP, see the commands' main
+        cut_off_by = error.signal.name if hasattr(error, "signal") else "SIGINT"
+        for row in rows:  # what a case has said by now counts, and a later one had no turn
+            if row["reason"] == _INTERRUPTED and row["rounds_stated"] is not None:
+                row["reason"] = f"interrupted by {cut_off_by} in round {row['rounds'] + 1}"
     left = [row["outcome"] for row in rows]
     return {
         "started": started,
@@ -106,30 +113,33 @@ def run_cases(
     }
 
 
+def _row(case: Case) -> dict[str, Any]:
+    """Of a case that has not had its turn."""
+    about = {"name": case.name, "group": case.group, "done": case.done, "holds": case.holds}
+    nothing: dict[str, Any] = {"rounds": 0, "rounds_stated": None, "seconds": 0.0, "figures": {}}
+    return {**about, "outcome": "not run", "reason": _INTERRUPTED, **nothing}
+
+
 def _all(
-    cases: tuple[Case, ...], folder: Path, base: dict[str, str], quick: bool, minutes: float | None, seed: int
-) -> tuple[list[dict[str, Any]], str | None]:
-    """A row a case, and the signal that came before all had their turn."""
-    rows: list[dict[str, Any]] = []
+    cases: tuple[Case, ...],
+    rows: list[dict[str, Any]],
+    folder: Path,
+    base: dict[str, str],
+    quick: bool,
+    minutes: float | None,
+    seed: int,
+) -> None:
+    """Run the cases; their rows are filled as they go on."""
     seconds = minutes * 60 / len(cases) if minutes else _QUICK_SECONDS if quick else _SECONDS
-    cut_off_by: str | None = None
     _isolated(folder)
     with bar("chaos", len(cases)) as advance:
-        for number, case in enumerate(cases):
-            row: dict[str, Any] = {"outcome": "not run", "reason": "interrupted", "rounds": 0, "seconds": 0.0, "figures": {}}
-            if cut_off_by is None:
-                rounds = 0 if minutes else case.quick if quick else case.rounds
-                task = {**base, "name": case.name, "rounds": rounds, "seconds": seconds, "quick": quick, "seed": seed + number}
-                row["rounds_stated"] = rounds
-                try:
-                    advance(0, case.name)
-                    _one(folder, task, row)
-                    advance(1, f"{case.name} {row['outcome']}")
-                except (KeyboardInterrupt, SystemExit) as error:  # the second: SIGTERM or SIGHUP, see the commands' main
-                    cut_off_by = error.signal.name if hasattr(error, "signal") else "SIGINT"
-                    row |= {"outcome": "not run", "reason": f"interrupted by {cut_off_by} in round {row['rounds'] + 1}"}
-            rows.append({"name": case.name, "group": case.group, "done": case.done, "holds": case.holds, **row})
-    return rows, cut_off_by
+        for number, (case, row) in enumerate(zip(cases, rows, strict=True)):
+            rounds = 0 if minutes else case.quick if quick else case.rounds
+            task = {**base, "name": case.name, "rounds": rounds, "seconds": seconds, "quick": quick, "seed": seed + number}
+            row["rounds_stated"] = rounds
+            advance(0, case.name)
+            _one(folder, task, row)
+            advance(1, f"{case.name} {row['outcome']}")
 
 
 def _isolated(folder: Path) -> None:

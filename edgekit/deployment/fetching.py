@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from edgekit.errors import BundleError, EdgekitError, SignatureError, UsageError, first_line
 from edgekit.files import naming
-from edgekit.progress import bar
+from edgekit.progress import bar, say
 
 from .archive import MAX_PACK_BYTES
 from .checks import RESERVE
@@ -116,6 +116,10 @@ def from_folder(folder: Path, admit: Callable[[Path], int]) -> Path:
             refused[path.name] = error
     if not admitted:
         raise _none_of(folder, refused)
+    others = [name for name in _newest_first(refused) if isinstance(refused[name], OtherName)]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        say(f"passed over: {others[0]}{more}, {refused[others[0]].message}; --rename would take it")
     return folder / choose([name for name, number in admitted.items() if number == max(admitted.values())])
 
 
@@ -155,14 +159,17 @@ class unbroken:  # noqa: N801  a function in all but name
             return self._file.read(size)
 
 
-def located(url: str, unsigned: bool = False) -> str:
-    """The address of a pack: ``url``, or, where it ends with a slash, the newest that the folder's page names.
+def located(url: str, unsigned: bool = False, name: str = "") -> str:
+    """The address of a pack: ``url``, or, where it ends with a slash, the newest that the folder's page names; of those whose
+    file name begins with the bundle's ``name``, if there are any.
 
     Raises `BundleError`, and `SignatureError` for an unsigned pack over http, which anybody on the way could change.
     """
     if unsigned and urllib.parse.urlsplit(url).scheme.lower() == "http":
         raise SignatureError("an unsigned pack over http may be anybody's", "sign it and give --pub, or fetch it by https")
-    return _listed(_opener(), url) if url.endswith("/") else url
+    if not urllib.parse.urlsplit(url).path:
+        url += "/"
+    return _listed(_opener(), url, name) if url.endswith("/") else url
 
 
 def fetch(url: str, target: Path, free: int) -> None:
@@ -270,7 +277,7 @@ class _Links(HTMLParser):
         self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
-def _listed(opener: urllib.request.OpenerDirector, url: str) -> str:
+def _listed(opener: urllib.request.OpenerDirector, url: str, name: str) -> str:
     """The address of the newest pack that a folder's page (of nginx, Apache, python -m http.server) links to."""
     try:
         with _opened(opener, url, {}) as response:
@@ -289,7 +296,8 @@ def _listed(opener: urllib.request.OpenerDirector, url: str) -> str:
             names[path] = urllib.parse.urljoin(url, urllib.parse.quote(path))
     if not names:
         raise BundleError(f"the page of {url} names no pack (*.zip)", "give the address of the pack itself")
-    return names[choose(sorted(names))]
+    own = [each for each in names if name and each.lower().startswith(name.lower())]
+    return names[choose(sorted(own or names))]
 
 
 class _Download:

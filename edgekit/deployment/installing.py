@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ from .fetching import OtherName, fetch, fetch_beside, fetch_end, from_folder, is
 from .packing import checked, open_pack
 from .revoking import MAX_BYTES, REVOKED
 from .signing import TRAILER_BYTES, Checked, PathOrPaths
-from .slots import answer, incoming, place, same
+from .slots import answer, incoming, place, renew, same
 from .trusted import Trust, admit, believe, remember
 
 __all__ = ["install"]
@@ -92,9 +93,10 @@ def install(
     if pub is None and revoked:
         raise UsageError("a list of revocations needs the public key of its signer", "add --pub edgekit.pub to --revoked")
     trust = None if pub is None else _trust(pack, pub, folder, revoked)
-    order = _Order(folder, trust, allow_older, again, rename, backend, max_latency_ms, starts)
+    chosen = is_url(pack) or (Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file())  # by others
+    order = _Order(folder, trust, allow_older, again, rename or not chosen, backend, max_latency_ms, starts)
     local = None if is_url(pack) else _looked_at(pack, order, steps)  # before anything is written
-    where = os.fspath(local[0]) if local else located(os.fspath(pack), unsigned)
+    where = os.fspath(local[0]) if local else located(os.fspath(pack), unsigned, "" if rename else _running_name(folder))
     if not local and (known := _known_by_its_end(where, order)):
         return {**known, "pack": where, "seconds": steps.seconds}
     with explained(folder), incoming(folder) as work:
@@ -138,6 +140,8 @@ class _Order:
     def named(self, archive: Archive) -> None:
         """Whether a pack that others have chosen is of the bundle that runs. Raises `BundleError`."""
         runs = _running_name(self.root)
+        if Bundle(Path(archive.where), archive.manifest).digest in _known(self.root).left:
+            return  # that is the better reason
         if runs and archive.manifest.name != runs and not self.rename:
             raise OtherName(
                 f"it holds {archive.manifest.name}, and {self.root} runs {runs}",
@@ -158,11 +162,13 @@ class _Order:
 def _put(archive: Archive, signed: Checked | None, work: Path, order: _Order, steps: Steps) -> dict[str, Any]:
     """From the private copy to the switch; the root's lock is held."""
     root, manifest = order.root, archive.manifest
+    order.named(archive)
     running = current_slot(root)
     known = _known(root).slots.get(running) if running else None
-    if known and same(root / CURRENT, archive.manifest_bytes):
+    if known and running and same(root / CURRENT, archive.manifest_bytes):
         times = _timed(root / CURRENT, order, steps) if order.max_latency_ms is not None else {}
         _remember(order, signed, manifest.name)
+        known = renew(root, running, known, _told(signed))
         return {**answer(root, running, known), **times, "unchanged": True}
     check_room(root, *_needed(archive, root, 0))
     with steps("extract"):
@@ -175,18 +181,23 @@ def _put(archive: Archive, signed: Checked | None, work: Path, order: _Order, st
     if (runs := _running_name(root)) and runs != manifest.name:
         say(f"{manifest.name} takes the place of {runs}", level="warning")
     with steps("switch"):
-        record = Record(manifest.name, Bundle(fresh, manifest).digest, 0, "")
+        record = msgspec.structs.replace(Record(manifest.name, Bundle(fresh, manifest).digest, 0, ""), **_told(signed))
         if reason := fault(fresh, record):
             raise BundleError(f"{fresh} was changed during the install: {reason}", f"who else writes in {root}?")
         for digest in engines:
             trust_engine(digest)
         # Before the switch: killed between, the device asks for no less.
         _remember(order, signed, manifest.name)
-        if signed:
-            told = {"key_id": signed.key_ids[0], "key_ids": signed.key_ids, "pack_digest": signed.digest}
-            record = msgspec.structs.replace(record, release=signed.statement.release, **told)
         slot, record = place(root, fresh, work, record, order.starts)
     return {**answer(root, slot, record), **tried, "unchanged": False}
+
+
+def _told(signed: Checked | None) -> dict[str, Any]:
+    """What a record says of the pack."""
+    if signed is None:
+        return {}
+    whose = {"key_id": signed.key_ids[0], "key_ids": signed.key_ids}
+    return {**whose, "pack_digest": signed.digest, "release": signed.statement.release}
 
 
 def _trust(pack: str | os.PathLike[str], pub: PathOrPaths, folder: Path, revoked: PathOrPaths | None) -> Trust:
@@ -201,20 +212,24 @@ def _trust(pack: str | os.PathLike[str], pub: PathOrPaths, folder: Path, revoked
 def _known_by_its_end(url: str, order: _Order) -> dict[str, Any] | None:
     """The answer where a pack on a server is the one that runs, or the one that was left last: a device that asks every hour
     fetches `TRAILER_BYTES` for that, where the server gives parts. None where it has to be fetched."""
-    slot, state = current_slot(order.root), _known(order.root)
-    runs, left = (state.slots.get(slot) if slot else None), state.returned.left if state.returned else None
-    if order.trust is None or runs is None or not (end := fetch_end(url, TRAILER_BYTES)):
+    if order.trust is None or current_slot(order.root) is None or not (end := fetch_end(url, TRAILER_BYTES)):
         return None
-    if left and left.pack_digest and left.digest in state.left and order.trust.check_end(end, left.pack_digest):
-        order.refuse_left(left.name, left.digest)
-    signed = order.trust.check_end(end, runs.pack_digest) if runs.pack_digest else None
-    if signed is None or order.max_latency_ms is not None or fault(order.root / CURRENT, runs):
-        return None
-    order.trust.check_digest(runs.digest)
-    admit(order.root, signed, runs.name, allow_older=order.allow_older)
-    with hold(order.root, PATIENCE_S):
+    with explained(order.root), hold(order.root, PATIENCE_S):
+        trust = order.trust.under(order.root)
+        order = replace(order, trust=trust)
+        slot, state = current_slot(order.root), _known(order.root)
+        runs, left = (state.slots.get(slot) if slot else None), state.returned.left if state.returned else None
+        if left and left.pack_digest and left.digest in state.left and trust.check_end(end, left.pack_digest):
+            order.refuse_left(left.name, left.digest)
+        signed = trust.check_end(end, runs.pack_digest) if runs and runs.pack_digest else None
+        if slot is None or runs is None or signed is None or order.max_latency_ms is not None:
+            return None
+        if fault(order.root / CURRENT, runs):
+            return None
+        trust.check_digest(runs.digest)
+        admit(order.root, signed, runs.name, allow_older=order.allow_older)
         _remember(order, signed, runs.name)
-    return {**answer(order.root, slot, runs), "unchanged": True}
+        return {**answer(order.root, slot, renew(order.root, slot, runs, _told(signed))), "unchanged": True}
 
 
 def _fetched(url: str, copy: Path, order: _Order, steps: Steps) -> None:
@@ -236,17 +251,22 @@ def _refuse_odd(pack: str | os.PathLike[str], folder: Path, max_latency_ms: floa
     given_path(pack, "pack")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "name a folder: --root DIR")
+    if os.geteuid() == 0 and folder.exists() and (owner := folder.stat().st_uid) != 0:  # who could not note a start then
+        raise EdgekitError(
+            f"{folder} belongs to user {owner}, and this is root", f"run it as that user: sudo -u '#{owner}' edgekit"
+        )
     inside = folder.resolve()
     for above in inside.parents:
         if leads_to(above) and inside.is_relative_to(above / SLOTS):
             raise UsageError(f"{folder} lies inside of what is installed in {above}", f"did you mean --root {above}")
     if (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} is a bundle, and a root is a folder of its own", "name another folder: --root DIR")
-    for name, right in ((CURRENT, Path.is_symlink), (SLOTS, Path.is_dir)):
+    for name, kind in ((CURRENT, stat.S_ISLNK), (SLOTS, stat.S_ISDIR)):
         path = folder / name
-        if os.path.lexists(path) and not right(path):
+        if os.path.lexists(path) and not kind(path.lstat().st_mode):
+            what = "link" if path.is_symlink() else "folder" if path.is_dir() else "file"
             raise EdgekitError(
-                f"{path} is a {'folder' if path.is_dir() else 'file'} that no install has made, and in its way",
+                f"{path} is a {what} that no install has made, and in its way",
                 f"look what it is, and move it away: mv {path} {folder.parent}; or choose another --root",
             )
     if not 1 <= starts <= 1000:
@@ -299,9 +319,12 @@ def _timed(current: Path, order: _Order, steps: Steps) -> dict[str, Any]:
 
 
 def _running_name(root: Path) -> str:
-    """The name of the bundle that ``current`` leads to; empty where there is none, or none that can be read."""
+    """The name of the bundle that ``current`` leads to; empty where there is none, or nothing that can be read knows it."""
+    slot = current_slot(root)
+    if slot and (record := _known(root).slots.get(slot)):
+        return record.name
     try:
-        return Bundle.open(root / CURRENT, verify=False).manifest.name if current_slot(root) else ""
+        return Bundle.open(root / CURRENT, verify=False).manifest.name if slot else ""
     except BundleError:
         return ""
 

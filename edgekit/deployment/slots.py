@@ -3,9 +3,10 @@
     ROOT/current, slots/a, slots/b, state.json      see `edgekit.installed`
     ROOT/.incoming-*                                an install at work; left by a crash, removed by the next install
 
-An install never touches the running slot. The way back is only ever an older install (a lower sequence number), so a second
-rollback cannot lead to the bundle that the first one left; and a bundle that was confirmed is not given up for one that
-still has to prove itself.
+An install never touches the slot that ``current`` leads to; where that is on trial and the older one has proved itself,
+``current`` is switched back first. The way back is only ever an older install (a lower sequence number), so a second rollback
+cannot lead to the bundle that the first one left; and a bundle that was confirmed is not given up for one that still has to
+prove itself.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ from .archive import make_readable
 from .checks import explained
 from .trusted import memory
 
-__all__ = ["answer", "incoming", "place", "rollback", "same", "status"]
+__all__ = ["answer", "incoming", "place", "renew", "rollback", "same", "status"]
 
 INCOMING = ".incoming"
+_ATTEMPTS = 20
 
 
 def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
@@ -96,8 +98,9 @@ def _unfit(folder: Path, slot: Slot, record: Record) -> str:
         return fault(folder / SLOTS / slot, record)
     if {record.digest, record.pack_digest} & revoked.digests:
         return "its makers have revoked it"
-    if record.key_ids and set(record.key_ids) <= revoked.keys:
-        return f"its key {', '.join(record.key_ids)} is revoked"
+    signers = record.key_ids or ((record.key_id,) if record.key_id else ())
+    if signers and set(signers) <= revoked.keys:
+        return f"its key {', '.join(signers)} is revoked"
     return fault(folder / SLOTS / slot, record)
 
 
@@ -155,26 +158,38 @@ def incoming(root: Path) -> Iterator[Path]:
     """
     made = _make(root)
     for left in root.glob(f"{INCOMING}*"):
-        with contextlib.suppress(EdgekitError), _ours(left):
+        with contextlib.suppress(EdgekitError, OSError), _ours(left):  # another install's, or just removed by one
             _remove(left)
-    work = root / f"{INCOMING}-{secrets.token_hex(4)}"
-    work.mkdir(mode=0o700)
-    try:
-        with _ours(work):
+    with contextlib.ExitStack() as stack:
+        work = _worked(root, stack)
+        try:
             yield work
-    finally:
-        _remove(work)
-        if made and not (root / SLOTS).exists():
-            (root / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a list of revocations stays
-                for each in made:
-                    each.rmdir()
+        finally:
+            _remove(work)
+            if made and not (root / SLOTS).exists():
+                with contextlib.suppress(OSError, EdgekitError):  # a list of revocations stays, and another install's root
+                    with hold(root, 0.0):
+                        (root / LOCK).unlink()
+                    for each in made:
+                        each.rmdir()
+
+
+def _worked(root: Path, stack: contextlib.ExitStack) -> Path:
+    """A new work folder, locked. One that another install takes for a crash's before the lock is on it is made anew."""
+    for _ in range(_ATTEMPTS):
+        work = root / f"{INCOMING}-{secrets.token_hex(4)}"
+        work.mkdir(mode=0o700)
+        with contextlib.suppress(EdgekitError, FileNotFoundError):
+            stack.enter_context(_ours(work))
+            if work.exists():
+                return work
+    raise EdgekitError(f"other installs in {root} remove what this one makes", "wait for them, then try again")
 
 
 @contextlib.contextmanager
 def _ours(work: Path) -> Iterator[None]:
     """Held for as long as its process lives. Raises `EdgekitError` where another's does."""
-    if not work.is_dir() or work.is_symlink():
+    if work.is_file() or work.is_symlink():
         yield
     else:
         with locked(work, wait=False):
@@ -227,6 +242,17 @@ def place(root: Path, fresh: Path, work: Path, record: Record, starts: int) -> t
         write_state(root, State(sequence=record.sequence, slots=slots_now, trial=trial, returned=state.returned, left=left))
         switch(root, slot)
     return slot, record
+
+
+def renew(root: Path, slot: Slot, record: Record, told: dict[str, Any]) -> Record:
+    """The same bundle came in another pack: its record says so from now on, for who asks by whom it was signed."""
+    fresh = msgspec.structs.replace(record, **told)
+    if fresh != record:
+        with hold(root / SLOTS, PATIENCE_S):
+            state = state_again(root)
+            if state.slots.get(slot) == record:
+                write_state(root, msgspec.structs.replace(state, slots={**state.slots, slot: fresh}))
+    return fresh
 
 
 def _free_slot(root: Path, state: State) -> Slot:

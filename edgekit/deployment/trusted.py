@@ -114,8 +114,8 @@ def believe(
 ) -> Trust:
     """Read keys, the state under ``root`` and lists of revocations, each once.
 
-    Lists are ``revoked`` and, if it is there, ``revoked.txt`` beside ``pack``. What they add is on disk under ``root`` before
-    this returns, so that it holds even where the pack is then refused. Takes the root's lock for that moment.
+    Lists are ``revoked`` and, if it is there, ``revoked.txt`` beside ``pack``. What they add is on disk under ``root``, if that
+    is there, before this returns, so that it holds even where the pack is then refused. Takes the root's lock for that moment.
 
     Raises `SignatureError` for keys that are none, for a list of ``revoked`` that no trusted key signed, for any list that a
     trusted key signed and somebody changed, and where ``trust.json`` is damaged.

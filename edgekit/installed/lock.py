@@ -31,6 +31,19 @@ def hold(folder: Path, patience_s: float) -> Iterator[None]:
     After a second it is said who holds it. Raises `EdgekitError` after ``patience_s`` seconds, `OSError` where the file cannot
     be opened.
     """
+    handle = -1
+    try:
+        while handle < 0 or _gone(handle, folder / LOCK):  # a first install that was refused takes its lock with it
+            if handle >= 0:
+                os.close(handle)
+            handle = _taken(folder, patience_s)
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _taken(folder: Path, patience_s: float) -> int:
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         owner, file = os.stat(folder), os.fstat(handle)
@@ -38,9 +51,17 @@ def hold(folder: Path, patience_s: float) -> Iterator[None]:
         if os.geteuid() == 0 and file.st_uid != owner.st_uid and (file.st_nlink, file.st_size) == (1, 0):
             os.fchown(handle, owner.st_uid, owner.st_gid)
         _take(handle, folder, patience_s)
-        yield
-    finally:
+    except BaseException:
         os.close(handle)
+        raise
+    return handle
+
+
+def _gone(handle: int, path: Path) -> bool:
+    try:
+        return os.stat(path, follow_symlinks=False).st_ino != os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return True
 
 
 def _take(handle: int, folder: Path, patience_s: float) -> None:

@@ -111,7 +111,7 @@ class Start:
 
     def _end_once(self, change: Callable[[State], State]) -> bool:
         """Only once, and only where there is something to change."""
-        if not self._open or self.sequence is None:
+        if not self._open or self.sequence is None or self._file.lost:
             return True
         self._open = False
         try:
@@ -220,7 +220,7 @@ class _StartFile:
     application that is no process of ours (``edgekit status --mark start``), of which nobody knows whether it still runs."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.name, self._fd = "", -1
+        self.name, self._fd, self.lost = "", -1, False
         if root is not None:
             self.name = secrets.token_hex(8)
             self._path = _start_path(root, self.name)
@@ -252,6 +252,7 @@ class _StartFile:
         """In a forked child: a lock belongs to the open file, so a child that outlives its parent would hold it on."""
         for held in list(_HELD):
             held._let_go()
+            held.lost = True  # the start is the parent's to end
 
 
 #: Of this process: they hold their locks until it ends, whether or not anybody keeps the `Start`.

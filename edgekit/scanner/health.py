@@ -64,8 +64,7 @@ class Health:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception):
-            for start in self._starts:
-                start.fail(getattr(error, "message", "") or str(error) or type(error).__name__)
+            self._fail(getattr(error, "message", "") or str(error) or type(error).__name__)
         elif error is None and not self._stop.is_set() and self._answered and self._works():
             self._confirm()
         else:
@@ -119,8 +118,11 @@ class Health:
         if self._since is None:
             self._since = monotonic
         proved = self._answered >= ANSWERS or monotonic >= self._since + ALIVE_S
-        if proved and self._starts and not self._stop.is_set() and self._works():
-            self._confirm()
+        if proved and self._starts and not self._stop.is_set():
+            if self._works():
+                self._confirm()
+            elif self._refused >= ANSWERS and monotonic >= self._since + ALIVE_S:
+                self._fail(f"the model refused {self._refused} of {self._refused + self._answered} frames")
         if self._roots and monotonic >= self._look:
             self._look = monotonic + LOOK_S
             self._notice()
@@ -134,6 +136,11 @@ class Health:
                 say(f"{printable(start.root)} is healthy, which cannot be noted: {start.doubt}", level="warning")
             elif start.trial:
                 say(f"{printable(start.root)} is healthy: the trial is over", root=printable(start.root))
+        self._starts = []
+
+    def _fail(self, reason: str) -> None:
+        for start in self._starts:
+            start.fail(reason)
         self._starts = []
 
     def _withdraw(self) -> None:

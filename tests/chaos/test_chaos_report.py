@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,7 +184,8 @@ def test_sigterm_leaves_a_signed_report_that_says_it_is_partial(cli: Any, tmp_pa
     assert process.returncode == 1, err
     checked = cli("verify", tmp_path / "r.json", "--pub", keys["pub"])
     assert checked.code == 0, checked.err
-    assert "it is partial, cut off by SIGTERM; not run: camera-slow, pack-foreign" in checked.out
+    # The first may have ended by then: what a case has said counts.
+    assert re.search("it is partial, cut off by SIGTERM; not run: (camera-slow, )?pack-foreign", checked.out)
     assert "partial: cut off by SIGTERM" in (tmp_path / "r.html").read_text()
     assert list((tmp_path / "work").iterdir()) == []
 

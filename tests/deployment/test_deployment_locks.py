@@ -122,3 +122,27 @@ def test_a_wait_is_ended_by_a_signal(root: Path, held: tuple[str, int]) -> None:
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(5) != 0
         assert "KeyboardInterrupt" in waiting.stderr.read()
+
+
+def test_a_lock_that_is_removed_while_one_waits_is_taken_anew(tmp_path: Path) -> None:
+    """A refused first install takes its lock with it: who waited for that one has another file than who comes next."""
+    with hold(tmp_path, 0.0):
+        (tmp_path / ".lock").unlink()
+        with hold(tmp_path, 0.0):
+            assert (tmp_path / ".lock").exists()
+    with process(".", tmp_path) as first:
+        assert first.stdout
+        assert first.stdout.readline() == "held\n"
+        with process(".", tmp_path) as waits:
+            assert waits.stderr
+            assert "waiting for" in waits.stderr.readline()
+            (tmp_path / ".lock").unlink()
+            with hold(tmp_path, 0.0):
+                first.kill()
+                assert waits.stdout
+                os.set_blocking(waits.stdout.fileno(), False)
+                time.sleep(0.3)
+                assert not waits.stdout.readline()
+            os.set_blocking(waits.stdout.fileno(), True)
+            assert waits.stdout.readline() == "held\n"
+            waits.kill()

@@ -268,3 +268,93 @@ def test_what_runs_already_is_held_against_the_budget(tmp_path: Path, signed: Pa
     assert ", release " in done.out
     assert "latency " in done.out
     assert ", release " in cli("status", "--root", root).out
+
+
+# What others do meanwhile
+
+
+def test_a_stick_that_holds_another_product_the_second_time(
+    tmp_path: Path, versions: list[Path], keys, untried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, stick, genuine = tmp_path / "root", tmp_path / "stick", installing.shutil.copyfileobj
+    stick.mkdir()
+    install(versions[0], root=root, pub=keys.pub)
+    shutil.copy(versions[0], stick / "p.zip")
+
+    def swapped(source: object, target: object, length: int) -> None:
+        with versions[1].open("rb") as other:
+            genuine(other, target, length)
+
+    monkeypatch.setattr(installing.shutil, "copyfileobj", swapped)
+    with pytest.raises(BundleError, match=r"it holds v1, and .* runs v0"):
+        install(stick, root=root, pub=keys.pub)
+    assert status(root)["name"] == "v0"
+
+
+def test_the_name_is_known_where_what_runs_is_damaged(tmp_path: Path, versions: list[Path], keys, untried: None) -> None:
+    root, stick = tmp_path / "root", tmp_path / "stick"
+    stick.mkdir()
+    install(versions[0], root=root, pub=keys.pub)
+    (root / "slots" / "a" / "manifest.json").write_text("{")
+    shutil.copy(versions[1], stick)
+    with pytest.raises(BundleError, match="runs v0"):
+        install(stick, root=root, pub=keys.pub)
+
+
+def test_the_same_bundle_in_another_pack_is_noted(tmp_path: Path, tiny_bundle: Bundle, keys, second, untried: None) -> None:
+    """First unsigned, then signed, then by another key too."""
+    root, both = tmp_path / "root", [keys.pub, second[1]]
+    install(pack(tiny_bundle, out=tmp_path / "u.zip"), root=root, unsigned=True)
+    assert status(root)["key_id"] is None
+    one = pack(tiny_bundle, out=tmp_path / "1.zip", key=keys.key, release=4)
+    assert install(one, root=root, pub=keys.pub)["unchanged"]
+    found = status(root)
+    assert (found["key_id"], found["release"], found["pack_digest"]) == (
+        keys.key_id, 4, verify(one, pub=keys.pub)["pack_digest"],
+    )  # fmt: skip
+    two = pack(tiny_bundle, out=tmp_path / "2.zip", key=[keys.key, second[0]], release=4)
+    assert list(install(two, root=root, pub=both)["key_ids"]) == [keys.key_id, second[2]]
+
+
+def test_installs_that_remove_what_a_crash_left_do_not_meet(
+    tmp_path: Path, versions: list[Path], keys, untried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A work folder goes between its making and its lock, twice; what another install holds stays."""
+    root, genuine, seen = tmp_path / "root", slots.locked, []
+    install(versions[0], root=root, pub=keys.pub)
+
+    def late(folder: Path, wait: bool = True):
+        seen.append(folder)
+        if len(seen) < 3:
+            folder.rmdir()
+        return genuine(folder, wait)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slots, "locked", late)
+        install(versions[1], root=root, pub=keys.pub)
+    assert len(set(seen)) == 3
+    with slots.incoming(root) as work:
+        (work / "mine").write_text("x")
+        install(versions[2], root=root, pub=keys.pub)
+        assert (work / "mine").exists()
+    assert not list(root.glob(".incoming*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+def test_root_does_not_install_for_another_user(tmp_path: Path, signed: Path, keys) -> None:
+    (tmp_path / "root").mkdir()
+    os.chown(tmp_path / "root", 12345, 12345)
+    with pytest.raises(EdgekitError, match="belongs to user 12345") as refused:
+        install(signed, root=tmp_path / "root", pub=keys.pub)
+    assert "sudo -u" in refused.value.hint
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_slots_that_lead_elsewhere_are_not_followed(tmp_path: Path, signed: Path, keys) -> None:
+    (tmp_path / "victim").mkdir(mode=0o700)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "slots").symlink_to(tmp_path / "victim")
+    with pytest.raises(EdgekitError, match="slots is a link"):
+        install(signed, root=tmp_path / "root", pub=keys.pub)
+    assert list((tmp_path / "victim").iterdir()) == []
+    assert stat.S_IMODE((tmp_path / "victim").stat().st_mode) == 0o700

@@ -50,8 +50,8 @@ class Parts(SimpleHTTPRequestHandler):
         if self.drips:
             part = part[:1]
             time.sleep(0.02)
+        self.sent.append(len(part))  # before the other side can have it
         self.wfile.write(part)
-        self.sent.append(len(part))
 
     def log_message(self, *args: object) -> None:
         pass

@@ -115,3 +115,14 @@ def test_after_a_fork_each_process_has_its_own(tmp_path: Path) -> None:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert np.array_equal(stills.read_apart(path), before)  # the child's end left ours alone
+
+
+def test_a_decoder_that_went_between_two_pictures_costs_none(tmp_path: Path) -> None:
+    """Where memory is short it is the first to go."""
+    path = _picture(tmp_path / "a.png")
+    before = stills.read_apart(path)
+    process = stills._DECODER._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert np.array_equal(stills.read_apart(path), before)

@@ -68,17 +68,24 @@ class _Decoder:
         if self._owner != os.getpid():  # after a fork the other process's
             self._process = None
         try:
-            if self._process is None or max_pixels > self._pixels:
-                self.close()
-                self._start(max_pixels)
+            self._ready(max_pixels)
+        except OSError as error:
+            return DataError(f"{name}: no process to decode it can be started: {error.strerror or error}", "free some memory")
+        try:
             return self._answer(file, name, max_pixels)
-        except (OSError, msgspec.DecodeError, ValueError, LookupError) as error:
+        except (OSError, msgspec.DecodeError, ValueError, LookupError, TypeError) as error:
             how = self._fate(error)
             self.close()
             return DataError(f"{name}: {how}", _CURE)
         except BaseException:
             self.close()  # its answer would be taken for the next picture's
             raise
+
+    def _ready(self, max_pixels: int) -> None:
+        """One that went while nothing was asked of it (it goes first where memory is short) costs no picture."""
+        if self._process is None or self._process.poll() is not None or max_pixels > self._pixels:
+            self.close()
+            self._start(max_pixels)
 
     def close(self) -> None:
         if self._process is not None and self._owner == os.getpid():
@@ -118,8 +125,9 @@ class _Decoder:
                 with os.fdopen(fds[0], "rb") as file:
                     self._memory = mmap.mmap(file.fileno(), message["memory"], access=mmap.ACCESS_READ)
             elif "shape" in message:
-                assert self._memory is not None
                 count = math.prod(message["shape"])
+                if self._memory is None or not 0 < count <= len(self._memory):
+                    raise ValueError("it answers with a picture that is not there")
                 return np.frombuffer(self._memory, np.uint8, count).reshape(message["shape"]).copy()
             elif "error" in message:
                 return DataError(*message["error"])
@@ -131,8 +139,7 @@ class _Decoder:
     def _fate(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
             return f"it was not decoded within {LIMIT_S:g} s"
-        if self._process is None:
-            return f"the process that decodes it cannot be started: {error}"
+        assert self._process is not None
         try:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
