@@ -26,7 +26,8 @@ _MAX_BYTES = 16 << 20
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#1a1a1a}
 body{background:#fff}table{border-collapse:collapse;width:100%}
 td,th{border-bottom:1px solid #ccc;padding:.4rem .6rem;text-align:left;vertical-align:top}
-.passed{color:#0a6b2d}.failed{color:#b00020;font-weight:bold}.not{color:#6b5900}code{font-size:.9em;overflow-wrap:anywhere}td:first-child code{white-space:nowrap}
+.passed{color:#0a6b2d}.failed{color:#b00020;font-weight:bold}.not{color:#6b5900}code{font-size:.9em;overflow-wrap:anywhere}
+td:first-child code{white-space:nowrap}
 @media(prefers-color-scheme:dark){body{color:#eee;background:#161616}td,th{border-color:#444}.passed{color:#6fd08c}
 .failed{color:#ff8a8a}.not{color:#e0c060}}"""
 
