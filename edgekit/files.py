@@ -28,6 +28,7 @@ __all__ = [
     "npz_problem",
     "printable",
     "read_file",
+    "replace_note",
     "sha256_file",
     "staged",
     "sync_path",
@@ -136,6 +137,22 @@ def atomic_write(path: Path, data: bytes) -> None:
     """Write beside ``path``, flush to disk, then replace: a reader sees the old file or the new one, never half."""
     with staged({path: data}) as names:
         os.replace(names[path], path)
+    sync_path(path.parent)
+
+
+def replace_note(path: Path, data: bytes) -> None:
+    """`atomic_write` by one name beside, so that a crash leaves one file, for the next write to take; the caller holds a lock.
+
+    All may read it, whatever the umask. Loads nothing: the device starts with it.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    with beside.open("xb") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
     sync_path(path.parent)
 
 

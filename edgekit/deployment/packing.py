@@ -23,6 +23,7 @@ from edgekit.bundle import EXAMPLES, MANIFEST, REPORT, WEIGHTS, Bundle
 from edgekit.errors import BundleError, OutputExists, SignatureError, UsageError
 from edgekit.files import sync_path
 from edgekit.manifest import History, Manifest
+from edgekit.progress import say
 from edgekit.version import __version__
 
 from .archive import MAX_FILES, MAX_PACK_BYTES, Archive, open_archive, write_archive
@@ -127,6 +128,8 @@ def _statement(last: str, release: int | None, expires: str | None) -> Statement
         if _DAY.fullmatch(day):
             time.strptime(day, "%Y-%m-%d")
             if f"{day}T23:59:59Z" < NEVER:
+                if f"{day}T23:59:59Z" < time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()):
+                    say(f"the pack has expired already, on {day}: no device takes it", level="warning")
                 return Statement(number, f"{day}T23:59:59Z")
     raise UsageError(f"--expires {expires} is no day", "give one as 2027-12-31, or days from the bundle's last change: 90d")
 

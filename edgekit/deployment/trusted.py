@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 import msgspec
 
 from edgekit.errors import SignatureError, first_line
-from edgekit.files import sync_path
+from edgekit.files import replace_note
 from edgekit.installed import PATIENCE_S, hold
 from edgekit.progress import say
 
@@ -226,14 +226,5 @@ def _seal(state: State) -> str:
 
 
 def _write_state(root: Path, state: State) -> None:
-    """Beside, flushed, then renamed. The name beside is always the same, so that a crash leaves one file at most."""
     data = msgspec.json.encode(msgspec.structs.replace(state, seal=_seal(state)), order="sorted")
-    beside = root / f".{TRUST}.new"
-    beside.unlink(missing_ok=True)
-    with beside.open("xb") as file:
-        os.fchmod(file.fileno(), 0o644)  # whatever the umask: the scanner's user may be another one
-        file.write(msgspec.json.format(data, indent=1) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, root / TRUST)
-    sync_path(root)
+    replace_note(root / TRUST, msgspec.json.format(data, indent=1) + b"\n")

@@ -11,7 +11,7 @@ import msgspec
 
 from edgekit.bundle import MANIFEST, Bundle
 from edgekit.errors import BundleError
-from edgekit.files import sync_path
+from edgekit.files import replace_note, sync_path
 from edgekit.progress import say
 
 __all__ = [
@@ -188,17 +188,8 @@ def state_again(root: Path) -> State:
 
 
 def write_state(root: Path, state: State) -> None:
-    """One name beside, so that a crash leaves one file for the next write to take; the caller holds the lock."""
-    beside = root / f".{STATE}.new"
-    beside.unlink(missing_ok=True)
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    with os.fdopen(handle, "wb") as file:
-        os.fchmod(handle, 0o644)  # whatever the umask
-        file.write(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, root / STATE)
-    sync_path(root)
+    """The caller holds the lock of the slots."""
+    replace_note(root / STATE, msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
 
 
 def fault(slot: Path, record: Record | None) -> str:

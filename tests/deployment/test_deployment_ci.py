@@ -50,8 +50,8 @@ def test_the_script_builds_signs_and_reproduces(tmp_path: Path, frozen: Path, ke
         done = build(frozen / "float.edge", frozen / CALIBRATION, out, SIGNING_KEY=keys.key, PUBLIC_KEY=keys.pub)
         assert done.returncode == 0, done.stderr
         assert "model.int8.onnx: OK" in done.stdout
-    made = Bundle.open(tmp_path / "one" / "int8.edge").manifest.files
-    again = Bundle.open(tmp_path / "two" / "int8.edge").manifest.files
+    made = Bundle.open(tmp_path / "one" / "tiny-frozen.edge").manifest.files
+    again = Bundle.open(tmp_path / "two" / "tiny-frozen.edge").manifest.files
     for name in (INT8_GRAPH, "engines/rtx-ada.engine", "engines/jetson-orin-nano.kit.zip"):
         assert made[name] == again[name], name
     packed = tmp_path / "one" / "tiny-frozen.edge.zip"
@@ -104,7 +104,7 @@ def test_gates_stop_the_script_and_the_cache_spares_the_work(tmp_path: Path, fro
     assert done.returncode == 0, done.stderr
     assert "gate: the int8 share is" in done.stdout
     again = build(frozen / "float.edge", frozen / CALIBRATION, tmp_path / "two", **wanted)
-    assert "take int8.edge from the cache" in again.stdout
+    assert "take tiny-frozen.edge from the cache" in again.stdout
     assert json.loads((tmp_path / "two" / "rtx-ada.json").read_text())["cached"]
     missed = build(frozen / "float.edge", frozen / CALIBRATION, tmp_path / "three", **{**wanted, "MIN_SNR": 300})
     assert missed.returncode == 3
