@@ -243,7 +243,7 @@ def _tables(file: Path) -> dict[str, Any]:
     try:
         size = file.stat().st_size
         if not file.is_file():  # a pipe would be waited for, a device be read for ever
-            raise _wrong(file, "it is a folder, a pipe, a socket or a device")
+            raise UsageError(f"{file}, a file of targets, is no regular file", f"mend --targets or the variable {USER_TARGETS}")
         if size > MAX_BYTES:
             raise _wrong(file, f"{size} bytes, {MAX_BYTES} are read at most")
         found: dict[str, Any] = tomllib.loads(file.read_bytes().decode())

@@ -21,7 +21,7 @@ from PIL import Image
 from edgekit.errors import DataError, EdgekitError, UsageError
 from edgekit.scanner import CameraOptions, Captured, Notice, Stop, open_source
 from edgekit.scanner.config import config_of
-from edgekit.scanner.sources import files
+from edgekit.scanner.sources import files, stills
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
@@ -36,6 +36,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lzw.tif": ("TIFF", {"compression": "tiff_lzw"}),
     "ppm": ("PPM", {}),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_decoder() -> Iterator[None]:
+    """For all sources of these tests; each would start its own."""
+    with stills.decoding():
+        yield
 
 
 def one(path: Path, **options: Any) -> Captured:
@@ -376,7 +383,7 @@ def test_what_is_remembered_of_a_watched_folder_is_bounded_where_a_part_of_it_ca
     for _ in range(3):
         assert next(items) is None
     assert [each.source for each in told] == [str(tmp_path / "lost+found")]
-    assert items.gi_frame.f_locals["done"] == {}  # type: ignore[attr-defined]
+    assert items.gi_yieldfrom.gi_frame.f_locals["done"] == {}  # type: ignore[attr-defined]
     stop.set()
 
 

@@ -126,3 +126,18 @@ def test_a_decoder_that_went_between_two_pictures_costs_none(tmp_path: Path) -> 
     process.kill()
     process.wait()
     assert np.array_equal(stills.read_apart(path), before)
+
+
+def test_no_process_stays_behind_a_scan(tmp_path: Path) -> None:
+    _picture(tmp_path / "a.png")
+    source = open_source(str(tmp_path))
+    other = open_source(str(tmp_path))
+    assert isinstance(next(source), Captured)
+    assert isinstance(next(other), Captured)
+    process = stills._DECODER._process
+    assert process is not None
+    assert list(source) == []
+    assert process.poll() is None  # the other one may go on
+    assert list(other) == []
+    assert process.returncode is not None
+    assert stills._DECODER._process is None

@@ -16,7 +16,7 @@ from edgekit.scanner.stop import Stop
 
 from . import Captured, Notice
 from .options import CameraOptions
-from .stills import read_apart
+from .stills import decoding, read_apart
 
 __all__ = ["POLL_S", "open_files"]
 
@@ -50,12 +50,17 @@ def open_files(
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}", _cure(error)) from None
     if stat.S_ISDIR(mode):
-        return _watched(path, stop, most) if watch else _captured(_listed(path), stop, most)
+        return _decoding(_watched(path, stop, most) if watch else _captured(_listed(path), stop, most))
     if watch:
         raise UsageError(f"--watch wants a folder, {name} is a file", "name the folder, or leave --watch out")
     if not stat.S_ISREG(mode):
         raise DataError(f"{name} is no regular file", "give an image file or a folder of images")
-    return _captured([path], stop, most)
+    return _decoding(_captured([path], stop, most))
+
+
+def _decoding(items: Iterator[Captured | Notice | None]) -> Iterator[Captured | Notice | None]:
+    with decoding():
+        yield from items
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +31,7 @@ from edgekit.preprocess import MAX_PIXELS, Frame, decode_image, open_image
 
 from .slots import Link, new_memory
 
-__all__ = ["LIMIT_S", "main", "read_apart"]
+__all__ = ["LIMIT_S", "decoding", "main", "read_apart"]
 
 #: Seconds for one picture, of which a large one takes two; the first has the process's start in it.
 LIMIT_S = 30.0
@@ -44,7 +45,7 @@ _CURE = "look at the file: it is damaged, or made to do this"
 
 
 def read_apart(path: Path, max_pixels: int = MAX_PIXELS) -> Frame:
-    """`edgekit.preprocess.read_image` in a process of its own, which stays for the next picture of whoever asks.
+    """`edgekit.preprocess.read_image` in a process of its own, which stays for the next picture (see `decoding`).
 
     Raises `DataError` as `read_image` does, and where the process died of the picture or took longer than `LIMIT_S`;
     `MemoryError` where it is too large.
@@ -149,8 +150,24 @@ class _Decoder:
         return f"the process that decoded it {f'crashed (signal {-code})' if code < 0 else f'ended with exit code {code}'}"
 
 
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """The process of `read_apart` ends with the last of these blocks: a program that has scanned has no process left."""
+    global _users
+    with _LOCK:
+        _users += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _users -= 1
+            if not _users:
+                _DECODER.close()
+
+
 _LOCK = threading.Lock()
 _DECODER = _Decoder()
+_users = 0
 atexit.register(_DECODER.close)
 
 
