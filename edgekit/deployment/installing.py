@@ -93,8 +93,8 @@ def install(
     if pub is None and revoked:
         raise UsageError("a list of revocations needs the public key of its signer", "add --pub edgekit.pub to --revoked")
     trust = None if pub is None else _trust(pack, pub, folder, revoked)
-    chosen = is_url(pack) or (Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file())  # by others
-    order = _Order(folder, trust, allow_older, again, rename or not chosen, backend, max_latency_ms, starts)
+    others_choose = is_url(pack) or _holds_packs(Path(pack))
+    order = _Order(folder, trust, allow_older, again, rename or not others_choose, backend, max_latency_ms, starts)
     local = None if is_url(pack) else _looked_at(pack, order, steps)  # before anything is written
     where = os.fspath(local[0]) if local else located(os.fspath(pack), unsigned, "" if rename else _running_name(folder))
     if not local and (known := _known_by_its_end(where, order)):
@@ -127,15 +127,15 @@ class _Order:
     @contextlib.contextmanager
     def checked(self, file: Any, where: str) -> Iterator[tuple[Archive, Checked | None]]:
         """The archive in an open file and who signed it, all checked before any parsing; without ``trust`` nobody is asked."""
-        if self.trust is None:
-            with open_archive(file, where) as archive:
-                self.refuse_left(archive.manifest.name, Bundle(Path(where), archive.manifest).digest)
-                yield archive, None
-        else:
-            with checked(file, where, self.trust) as (archive, signed):
+        signed: Checked | None = None
+        with contextlib.ExitStack() as stack:
+            if self.trust is None:
+                archive = stack.enter_context(open_archive(file, where))
+            else:
+                archive, signed = stack.enter_context(checked(file, where, self.trust))
                 admit(self.root, signed, archive.manifest.name, allow_older=self.allow_older)
-                self.refuse_left(archive.manifest.name, Bundle(Path(where), archive.manifest).digest)
-                yield archive, signed
+            self.refuse_left(archive.manifest.name, Bundle(Path(where), archive.manifest).digest)
+            yield archive, signed
 
     def named(self, archive: Archive) -> None:
         """Whether a pack that others have chosen is of the bundle that runs. Raises `BundleError`."""
@@ -284,12 +284,16 @@ def _looked_at(pack: str | os.PathLike[str], order: _Order, steps: Steps) -> tup
             return signed.statement.release if signed else 0  # without a statement names decide
 
     with steps("check"), readable(pack):
-        chosen = Path(pack).is_dir() and not (Path(pack) / MANIFEST).is_file()
-        found = from_folder(Path(pack), release) if chosen else Path(pack)
+        found = from_folder(Path(pack), release) if _holds_packs(Path(pack)) else Path(pack)
         with open_pack(found) as file, order.checked(file, os.fspath(found)) as (archive, _):
             archive.check()
             needed = _needed(archive, order.root, os.fstat(file.fileno()).st_size)
     return found, needed
+
+
+def _holds_packs(pack: Path) -> bool:
+    """A stick, or another folder that is no bundle."""
+    return pack.is_dir() and not (pack / MANIFEST).is_file()
 
 
 def _needed(archive: Archive, folder: Path, copy_bytes: int) -> tuple[int, int]:

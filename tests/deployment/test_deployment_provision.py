@@ -25,11 +25,11 @@ ENVIRONMENT = "/opt/edgekit/venv"
 TREE = """
 set -e
 mount -t tmpfs none "$1"
-mkdir "$1/up" "$1/work" "$1/root"
-mount -t overlay overlay -o "lowerdir=/,upperdir=$1/up,workdir=$1/work" "$1/root"
-for part in proc dev sys; do mount --rbind "/$part" "$1/root/$part"; done
-mount -t tmpfs none "$1/root/run"
-rm -rf "$1/root/opt/edgekit" "$1/root/etc/edgekit" "$1/root/var/lib/edgekit"
+mkdir "$1/up" "$1/work" "$1/tree"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/up,workdir=$1/work" "$1/tree"
+for part in proc dev sys; do mount --rbind "/$part" "$1/tree/$part"; done
+mount -t tmpfs none "$1/tree/run"
+rm -rf "$1/tree/opt/edgekit" "$1/tree/etc/edgekit" "$1/tree/var/lib/edgekit"
 echo ready
 read -r _ || :
 """
@@ -120,7 +120,7 @@ def device(tmp_path_factory: pytest.TempPathFactory, wheel: Path, keys: Any) -> 
         if keeper.stdout.readline() != "ready\n":
             pytest.skip("no overlay may be mounted here")
         words = ("--pub", str(keys.pub), "--pack", str(packed), "--wheel", str(wheel), "--no-jetson")
-        made = Device(keeper.pid, tree / "root", words)
+        made = Device(keeper.pid, tree / "tree", words)
         packages = next(path for path in sys.path if path.endswith("site-packages"))
         python = PYTHON.format(python=sys.executable, packages=packages)
         for name, text in {"python3": python, **dict.fromkeys(("systemctl", "udevadm", "systemd-tmpfiles"), SYSTEMD)}.items():
