@@ -122,7 +122,9 @@ class Health:
             if self._works():
                 self._confirm()
             elif self._refused >= ANSWERS and monotonic >= self._since + ALIVE_S:
-                self._fail(f"the model refused {self._refused} of {self._refused + self._answered} frames")
+                reason = f"the model refused {self._refused} of {self._refused + self._answered} frames"
+                say(f"{reason}: this start counts as failed", level="warning")
+                self._fail(reason)
         if self._roots and monotonic >= self._look:
             self._look = monotonic + LOOK_S
             self._notice()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -302,6 +303,12 @@ def test_a_model_that_takes_no_frame_is_not_healthy(scanned: Path, monkeypatch: 
     monkeypatch.setattr(Model, "__call__", refuses)
     assert {event["event"] for event in scan(scanned, [FRAME] * 30)} == {"failed"}
     assert status(scanned)["confirmed"] is None
+    assert status(scanned)["trial"]["failed"] == 0  # it may have been the source
+    monkeypatch.setattr("edgekit.scanner.health.ALIVE_S", 0.0)
+    scan(scanned, [FRAME] * 30)
+    trial = status(scanned)["trial"]
+    assert trial["failed"] == 1
+    assert re.fullmatch(r"the model refused (2\d|30) of (2\d|30) frames", trial["error"])
 
 
 def test_a_root_that_cannot_be_written_is_said_and_the_scan_runs(scanned: Path, capfd: pytest.CaptureFixture[str]) -> None:
