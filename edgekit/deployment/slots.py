@@ -29,6 +29,7 @@ from edgekit.installed import (
     LOCK,
     PATIENCE_S,
     SLOTS,
+    Faults,
     Record,
     Return,
     Slot,
@@ -67,41 +68,49 @@ def rollback(root: str | os.PathLike[str]) -> dict[str, Any]:
     Raises `BundleError` where there is no older bundle, or it is damaged; what runs then runs on.
     """
     folder = _existing(root)
-    running = leads_to(folder)
-    if running is None:
+    if leads_to(folder) is None:
         raise BundleError(f"nothing is installed in {folder}", "install first: edgekit install F.zip --root DIR")
-    with explained(folder), hold(folder, PATIENCE_S), hold(folder / SLOTS, PATIENCE_S):
-        running = leads_to(folder) or running
-        state, slot = read_state(folder), other_slot(running)
-        left, before = state.slots.get(running), way_back(state, running)
-        if before is None:
-            raise BundleError(f"{folder} holds no older bundle to go back to", "install one: edgekit install F.zip --root DIR")
-        if reason := _unfit(folder, slot, before):
-            raise BundleError(f"the older bundle cannot run: {reason}", "install one: edgekit install F.zip --root DIR")
-        if left is not None:
-            note = Return(now(), "asked for by edgekit rollback", left, before.sequence)
-            try:
-                write_state(folder, msgspec.structs.replace(state.leaving(left), returned=note))
-            except OSError as error:  # a full disk does not keep anybody from going back
-                say(f"the rollback cannot be noted in {folder}: {error.strerror}", level="warning")
-        switch(folder, slot)
+    faults = Faults(folder)
+    with explained(folder), hold(folder, PATIENCE_S):
+        faults.ahead()
+        with hold(folder / SLOTS, PATIENCE_S):
+            slot, before, left = _gone_back(folder, faults)
     return {**answer(folder, slot, before), "left": left.digest if left else None}
 
 
-def _unfit(folder: Path, slot: Slot, record: Record) -> str:
+def _gone_back(root: Path, faults: Faults) -> tuple[Slot, Record, Record | None]:
+    """Switch to the older bundle, noted first; the locks are held. The slot and record of it, and of what ran until now."""
+    running, state = leads_to(root), read_state(root)
+    slot, before = other_slot(running), way_back(state, running)
+    left = state.slots.get(running) if running else None
+    if before is None:
+        raise BundleError(f"{root} holds no older bundle to go back to", "install one: edgekit install F.zip --root DIR")
+    if reason := _unfit(root, slot, before, faults):
+        raise BundleError(f"the older bundle cannot run: {reason}", "install one: edgekit install F.zip --root DIR")
+    if left is not None:
+        note = Return(now(), "asked for by edgekit rollback", left, before.sequence)
+        try:
+            write_state(root, msgspec.structs.replace(state.leaving(left), returned=note))
+        except OSError as error:  # a full disk does not keep anybody from going back
+            say(f"the rollback cannot be noted in {root}: {error.strerror}", level="warning")
+    switch(root, slot)
+    return slot, before, left
+
+
+def _unfit(folder: Path, slot: Slot, record: Record, faults: Faults) -> str:
     """Why a bundle is no way back for who asks for it; empty where it is one. A way back that a start takes by itself asks for
     whole files only: a revoked model that works is better than none, and `status` says what runs."""
     try:
         revoked = memory(folder).revoked
     except SignatureError as error:  # nobody is kept from going back by it
         say(f"{error.message}: what is revoked is not asked", level="warning")
-        return fault(folder / SLOTS / slot, record)
+        return faults(slot, record)
     if {record.digest, record.pack_digest} & revoked.digests:
         return "its makers have revoked it"
     signers = record.key_ids or ((record.key_id,) if record.key_id else ())
     if signers and set(signers) <= revoked.keys:
         return f"its key {', '.join(signers)} is revoked"
-    return fault(folder / SLOTS / slot, record)
+    return faults(slot, record)
 
 
 def status(root: str | os.PathLike[str]) -> dict[str, Any]:
@@ -223,9 +232,13 @@ def place(root: Path, fresh: Path, work: Path, record: Record, starts: int) -> t
     sync_path(fresh)
     slots = root / SLOTS
     make_readable(slots)
+    faults = Faults(root)
+    with contextlib.suppress(BundleError):  # damaged notes are written anew under the lock
+        if read_state(root).trial:
+            faults.ahead()
     with hold(slots, PATIENCE_S):
         state = state_again(root)
-        slot = _free_slot(root, state)
+        slot = _free_slot(root, state, faults)
         others: dict[Slot, Record] = {name: each for name, each in state.slots.items() if name != slot}
         if slot in state.slots:  # from here on the slot is no way back
             state = msgspec.structs.replace(state, slots=others)
@@ -255,7 +268,7 @@ def renew(root: Path, slot: Slot, record: Record, told: dict[str, Any]) -> Recor
     return fresh
 
 
-def _free_slot(root: Path, state: State) -> Slot:
+def _free_slot(root: Path, state: State, faults: Faults) -> Slot:
     """Where an install goes: not to what runs. Where that has not proved itself and the older one has, the older one runs
     again first, and stays the way back."""
     running = current_slot(root)
@@ -265,7 +278,7 @@ def _free_slot(root: Path, state: State) -> Slot:
     other = other_slot(running)
     before = way_back(state, running)
     unproven = state.trial_of(running) is not None
-    if unproven and before and before.confirmed and not fault(root / SLOTS / other, before):
+    if unproven and before and before.confirmed and not faults(other, before):
         say(f"{state.slots[running].name} never proved itself: {before.name} stays the way back")
         switch(root, other)
         return running

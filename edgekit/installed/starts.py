@@ -20,11 +20,11 @@ from edgekit.errors import BundleError, EdgekitError
 from .lock import START_S, hold
 from .state import (
     SLOTS,
+    Faults,
     Return,
     Slot,
     State,
     Trial,
-    fault,
     leads_to,
     now,
     other_slot,
@@ -170,13 +170,17 @@ def _started(root: Path, own: bool) -> Start:
     if slot is None:
         raise BundleError(f"nothing is installed in {root}", "install first: edgekit install F.zip --root DIR")
     try:
+        faults = Faults(root)
+        trial = read_state(root).trial_of(slot)
+        if trial and trial.failed + len(trial.starts) >= trial.allowed:
+            faults.ahead()
         with hold(root / SLOTS, START_S):
-            return _noted(root, own)
+            return _noted(root, own, faults)
     except (OSError, EdgekitError) as error:
         return Start(root, root / SLOTS / slot, doubt=_words(error))
 
 
-def _noted(root: Path, own: bool) -> Start:
+def _noted(root: Path, own: bool, faults: Faults) -> Start:
     state, slot = read_state(root), leads_to(root)
     assert slot is not None  # nothing takes it away
     trial, doubt, token = state.trial_of(slot), "", _StartFile()
@@ -186,7 +190,7 @@ def _noted(root: Path, own: bool) -> Start:
         trial = msgspec.structs.replace(trial, failed=trial.failed + len(trial.starts) - len(alive), starts=alive)
         _tidy(root, alive)
         if trial.failed >= trial.allowed:
-            if taken := _returned(root, state, slot, trial):
+            if taken := _returned(root, state, slot, trial, faults):
                 return Start(root, root / SLOTS / other_slot(slot), taken.sequence, returned=taken)
             doubt = f"{trial.failed} starts without a sign of health, and there is no whole older bundle to go back to"
         token = _StartFile(root) if own else token
@@ -200,11 +204,11 @@ def _noted(root: Path, own: bool) -> Start:
     return Start(root, root / SLOTS / slot, record.sequence if record else None, trial, doubt=doubt, _file=token)
 
 
-def _returned(root: Path, state: State, slot: Slot, trial: Trial) -> Return | None:
+def _returned(root: Path, state: State, slot: Slot, trial: Trial, faults: Faults) -> Return | None:
     """Switch back, where there is a whole bundle to go back to. The note is written first: a switch that is cut off is made at
     the next start."""
-    before, place = way_back(state, slot), root / SLOTS / other_slot(slot)
-    if before is None or fault(place, before):
+    before = way_back(state, slot)
+    if before is None or faults(other_slot(slot), before):
         return None
     said = f"; the last said: {trial.error}" if trial.error else ""
     reason = f"{trial.failed} starts without a sign of health" + said

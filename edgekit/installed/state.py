@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "CURRENT",
     "SLOTS",
     "STARTS",
+    "Faults",
     "Record",
     "Return",
     "Slot",
@@ -201,6 +203,30 @@ def fault(slot: Path, record: Record | None) -> str:
     if record is None:
         return f"{STATE} does not know what {slot} holds"
     return "" if digest == record.digest else f"{slot} is not the bundle that was installed"
+
+
+class Faults:
+    """`fault` of what lies in the slots of a root, asked once for each record.
+
+    Who will need it under the lock of the slots asks before (`ahead`): gigabytes take seconds to hash, and a start waits two
+    for that lock. A slot changes hands with a new record only.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._found: dict[tuple[Slot, Record], str] = {}
+
+    def ahead(self) -> None:
+        """Ask for what the running bundle can be left for, as it stands before the lock."""
+        with contextlib.suppress(BundleError):  # damaged notes are the business of who holds the lock
+            slot = leads_to(self._root)
+            if before := way_back(read_state(self._root), slot):
+                self(other_slot(slot), before)
+
+    def __call__(self, slot: Slot, record: Record) -> str:
+        if (slot, record) not in self._found:
+            self._found[slot, record] = fault(self._root / SLOTS / slot, record)
+        return self._found[slot, record]
 
 
 def way_back(state: State, slot: Slot | None) -> Record | None:

@@ -18,7 +18,7 @@ import pytest
 
 from edgekit.deployment import install, installing, rollback, slots, starting
 from edgekit.errors import EdgekitError
-from edgekit.installed import hold
+from edgekit.installed import Record, fault, hold, mark
 
 HOLD = """
 import signal, sys, time
@@ -146,3 +146,29 @@ def test_a_lock_that_is_removed_while_one_waits_is_taken_anew(tmp_path: Path) ->
             os.set_blocking(waits.stdout.fileno(), True)
             assert waits.stdout.readline() == "held\n"
             waits.kill()
+
+
+def test_bundles_are_hashed_while_nobody_waits(
+    root: Path, versions: list[Path], keys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gigabytes take seconds; a start that waited for the lock so long would run without a note."""
+    asked: list[str] = []
+
+    def looked(place: Path, record: Record | None) -> str:
+        with hold(root / "slots", 0.0):
+            asked.append(place.name)
+        return fault(place, record)
+
+    monkeypatch.setattr("edgekit.installed.state.fault", looked)
+    starting(root).confirm()
+    install(versions[1], root=root, pub=keys.pub)
+    assert asked == []
+    install(versions[2], root=root, pub=keys.pub)  # over one that never proved itself
+    assert asked == ["a"]
+    rollback(root)
+    assert asked == ["a", "a"]
+    install(versions[1], root=root, pub=keys.pub, starts=1)
+    mark(root, "start")
+    assert asked == ["a", "a"]
+    assert mark(root, "start").returned
+    assert asked == ["a", "a", "a"]
