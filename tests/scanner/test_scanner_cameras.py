@@ -207,6 +207,23 @@ def test_one_hangs_and_one_dies_while_others_go_on_and_both_come_back() -> None:
         assert not Path(f"/proc/{pid}").exists()
 
 
+def test_what_breaks_here_takes_the_camera_down_and_not_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for a picture, a mistake of ours: a thread that ended would be a camera that nobody misses."""
+    gaps = iter([MemoryError()])
+
+    def seen(self: GapWatch, *about: Any) -> float:
+        for error in gaps:
+            raise error
+        return GapWatch.seen(self, *about)
+
+    monkeypatch.setattr("edgekit.scanner.sources.camera.GapWatch", type("Short", (GapWatch,), {"seen": seen}))
+    with Cameras({"camera": "pattern:64x48@50"}, FAST) as cameras:
+        items = until(cameras, lambda items: len(notices(items, "camera", state="up")) == 2)
+        (down,) = notices(items, "camera", state="down")
+        assert down.details["reason"] == "it broke down: MemoryError"
+        assert until(cameras, lambda items: len(of(items, "camera")) > 3)
+
+
 def test_cameras_come_and_go_while_it_runs() -> None:
     with Cameras(["pattern:64x48@100"], FAST) as cameras:
         until(cameras, lambda items: of(items, "pattern:64x48@100"))

@@ -177,6 +177,8 @@ class Camera:
             ending = Ending(f"its process cannot be used: {error.strerror or error}")
         except ValueError as error:
             ending = Ending(f"its process broke down: {error}")
+        except Exception as error:  # noqa: BLE001  no memory, a mistake of ours: this thread ends, and nobody hears of the camera
+            ending = Ending(f"it broke down: {type(error).__name__} {error}".rstrip())
         finally:
             self._end_process()
             link.close()
