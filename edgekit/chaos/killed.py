@@ -149,7 +149,9 @@ def power_cut(bench: Bench) -> None:
     syncs = [i for i, step in enumerate(steps) if step[0] == "sync"]
     bench.check(syncs, "SQLite synced nothing: a power cut may lose every event")
     first = next(i for i, step in enumerate(steps) if step[0] == "acked")  # a cut before it can lose nothing: it shows nothing
-    cuts = [(i + after, part) for i in syncs if i > first for after, part in ((0, 0.0), (0, 1.0), (0, 0.5), (1, 0.5))]
+    syncs = [i for i in syncs if i > first]
+    bench.check(syncs, "after the first event SQLite synced nothing: a power cut may lose every later one")
+    cuts = [(i + after, part) for i in syncs for after, part in ((0, 0.0), (0, 1.0), (0, 0.5), (1, 0.5))]
     bench.rng.shuffle(cuts)
     acked_at_end = 0
     for number in bench.each():

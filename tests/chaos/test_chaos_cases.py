@@ -181,6 +181,124 @@ MUTATIONS = {
         """,
         "it passed; processes were left",
     ),
+    "receiver-down": (
+        """
+        from edgekit.scanner import Outbox
+        append, count = Outbox.append, iter(range(10**9))
+        Outbox.append = lambda self, *event: None if next(count) == 7 else append(self, *event)
+        """,
+        "events are lost",
+    ),
+    "disk-full": (
+        """
+        from edgekit.scanner import Outbox
+        Outbox._hold = lambda self, event, error: None
+        """,
+        "events went in, ",
+    ),
+    "camera-hangs": (
+        """
+        from edgekit.scanner.sources.camera import Camera
+        hung, reasons = Camera._hung, []
+        def shared(self, clock):  # where one hangs all are started again
+            reasons.extend(filter(None, [hung(self, clock)]))
+            return reasons[0] if reasons else ""
+        Camera._hung = shared
+        """,
+        "the other camera was disturbed",
+    ),
+    "camera-slow": (
+        """
+        from edgekit.scanner.sources.camera import Camera, _Clock
+        def heard(self, message):  # what says that it is there, without a picture, says nothing
+            if "frame" in message:
+                self.picture = self.now
+        _Clock.heard = heard
+        Camera._hung = lambda self, clock: "too slow" if clock.picture and clock.now - clock.picture > 0.3 else ""
+        """,
+        "a camera was taken for dead",
+    ),
+    "clock-jumps": (
+        """
+        import time
+        from edgekit.scanner.sources.camera import Camera
+        frame, last = Camera._frame, [0.0]
+        def ordered(self, *arguments):  # by a clock that anybody may set
+            if time.time() < last[0]:
+                raise ValueError("a picture of the past")
+            last[0] = time.time()
+            return frame(self, *arguments)
+        Camera._frame = ordered
+        """,
+        "the clock jumped, and the scan took it for a fault of the camera",
+    ),
+    "model-hangs": (
+        """
+        from edgekit.scanner import Outbox
+        append, count = Outbox.append, iter(range(10**9))
+        Outbox.append = lambda self, *event: None if next(count) == 7 else append(self, *event)
+        """,
+        "events are lost",
+    ),
+    "rollback-killed": (
+        """
+        import pathlib
+        import edgekit.deployment
+        rollback = edgekit.deployment.rollback
+        def careless(root):
+            (pathlib.Path(root) / "current").unlink()
+            return rollback(root)
+        edgekit.deployment.rollback = careless
+        """,
+        "failed",
+    ),
+    "install-disk-full": (
+        """
+        from edgekit.deployment import slots
+        slots._remove = lambda work: None
+        """,
+        "an install on a full disk leaves ['.incoming-",
+    ),
+    "slot-damaged": (
+        """
+        from edgekit.deployment import slots
+        slots.fault = lambda slot, record: ""
+        """,
+        "status does not see a flipped bit",
+    ),
+    "starts-fail": (
+        """
+        from edgekit.chaos import updates
+        from edgekit.installed import starts
+        updates._MOST_STARTS = 5
+        starts._returned = lambda *arguments: None
+        """,
+        "it took 5 starts, of which 3 may fail",
+    ),
+    "pack-foreign": (
+        """
+        from edgekit.deployment import signing
+        known = signing._known
+        def trusting(trailer, keys, revoked):
+            return known(trailer, keys, revoked) if trailer.signatures.keys() & keys.keys() else [*trailer.signatures]
+        signing._known, signing._hold = trusting, lambda *arguments: None
+        """,
+        "a pack of another key was installed",
+    ),
+    "pack-older": (
+        """
+        from edgekit.deployment import installing
+        installing.admit = lambda *arguments, **options: None
+        """,
+        "an older release was installed",
+    ),
+    "pack-expired": (
+        """
+        from edgekit.deployment.trusted import Trust
+        Trust._in_force = lambda self, signed: signed
+        """,
+        "a pack whose last day is over was installed",
+    ),
 }
 
 
