@@ -14,8 +14,6 @@ from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.errors import BackendError, MissingExtra, UsageError
 from edgekit.manifest import ImagePreprocessing, TensorSpec, Tolerance
 
-from .engines import engine_graphs
-
 __all__ = ["BACKENDS", "ENGINE_MODULES", "Runner", "open_runner", "runnable_graphs"]
 
 #: name -> (module, class), in the order that ``auto`` tries them.
@@ -90,6 +88,8 @@ def open_runner(bundle: Bundle, backend: str = "auto", graph: str | None = None,
 def runnable_graphs(bundle: Bundle, backend: str) -> tuple[str, ...]:
     """The graphs of a bundle that a backend can run, the float one first: all that it has, or those that have an engine."""
     if backend in ENGINE_MODULES:
+        from .engines import engine_graphs  # what runs on ONNX Runtime starts without it
+
         return engine_graphs(bundle, ENGINE_MODULES[backend])
     return tuple(graph for graph in (FLOAT_GRAPH, INT8_GRAPH) if bundle.has(graph))
 
