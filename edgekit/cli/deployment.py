@@ -304,14 +304,14 @@ def _told(data: dict[str, Any], root: Path, start: Start | None) -> str:
 def _shown(data: dict[str, Any], root: Path) -> str:
     """What runs, its trial, the way back, the last return and the space, a line each."""
     if data["slot"] is None:
-        return f"{root}: not healthy"
+        return f"{root}: nothing runs"
 
     def of(row: dict[str, Any]) -> str:
-        key = f", release {row['release']}, signed by key {row['key_id']}" if row["key_id"] else ", not signed"
+        key = f", release {row['release']}, signed by key {row['key_id']}" if row["key_id"] else ", no signature known"
         return f"{row['name']} ({row['digest'][:12]}), install {row['sequence']} of {row['installed']}{key}"
 
     known = of(data) if data["name"] else "unknown"
-    rows = [("running", f"{known}, slot {data['slot']}, {'healthy' if data['healthy'] else 'not healthy'}")]
+    rows = [("running", f"{known}, slot {data['slot']}, {'whole' if data['healthy'] else 'damaged'}")]
     trial = data["trial"]
     if trial:
         words = (

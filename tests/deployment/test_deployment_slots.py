@@ -305,7 +305,7 @@ def test_the_way_of_a_bundle_on_the_command_line(cli, tmp_path: Path, digits_bun
     assert done.json["bundle"] == str(tmp_path / "root" / "current")
     shown = cli("status", "--root", tmp_path / "root")
     assert shown.code == 0
-    assert "healthy" in shown.out
+    assert "slot a, whole" in shown.out
     with Model.open(done.json["bundle"]) as model:
         assert model(np.zeros((28, 28), np.uint8)).label in model.labels
     graph = tmp_path / "root" / "current" / FLOAT_GRAPH
