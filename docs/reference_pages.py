@@ -27,6 +27,15 @@ MODULES = {
 #: command -> the functions behind it, whose docstrings say in "Returns" what the keys of --json are. A command that adds keys
 #: says which in a "Returns" of its own, behind the form feed where click ends its help.
 ANSWERS: dict[str, tuple[str, ...]] = {
+    "train": (),
+    "prune": (),
+    "quantize": (),
+    "import": (),
+    "build": (),
+    "inspect": (),
+    "bench": (),
+    "scan": (),
+    "replay": (),
     "data": ("edgekit.data.sheets.report:data_report",),
     "augment": ("edgekit.data.sheets.contact:augmentation_sheet",),
     "eval": ("edgekit.evaluation:evaluate",),
@@ -91,10 +100,10 @@ def _command(name: str, command: click.Command) -> str:
 
 
 def _help(text: str) -> tuple[str, list[str]]:
-    """Help as click reads it: paragraphs, and behind a \\b lines as they stand, here the examples."""
+    """Help as click reads it, up to a form feed: paragraphs, and behind a \\b lines as they stand, here the examples."""
     prose: list[str] = []
     examples: list[str] = []
-    for paragraph in inspect.cleandoc(text).split("\n\n"):
+    for paragraph in inspect.cleandoc(text.partition("\f")[0]).split("\n\n"):
         lines = paragraph.splitlines()
         if lines and lines[0].strip() == "\b":
             kept = [line.strip() for line in lines[1:]]

@@ -34,6 +34,9 @@ def import_(model: Path, **options: Any) -> Answer:
       edgekit import ocr.onnx --out ocr.edge --shape x:1x3x48x320
       edgekit import ocr.onnx --out ocr.edge --dynamic x:1..8x3x48x320
       edgekit import pool.onnx --out pool.edge --constant axes:2,3
+    \f
+    Returns ``bundle``, ``inputs`` (name to type and shape), ``opset``, ``nodes`` and ``nodes_before`` the import,
+    ``parameters``, ``relative_error`` (of the outputs, to the largest one) and ``notes``.
     """
     from edgekit.compiler import import_onnx
 
@@ -92,6 +95,12 @@ def build(bundle: Path, target: str, **options: Any) -> Answer:
       edgekit build digits.edge --target jetson-orin-nano --precision fp16 --batch 1..8 --workspace-mb 512
       edgekit build digits.edge --target jetson-agx-orin --dla 1 --timing-cache timings
       edgekit build digits.edge --target rtx-ada --uint8-input
+    \f
+    Returns ``bundle``, ``engine`` and ``kit`` (a path, or None), ``cached`` (whether an earlier one answers), ``target``,
+    ``precision``, ``tensorrt`` (the version used, or expected on a device), ``seconds``, ``size_bytes``, ``sparse_layers``
+    (with 2:4 weights), ``layers`` (the report of ``--verbose``) and ``layer_summary``, ``changed`` (what differs from the
+    build before), ``reproduced`` (whether the bytes are the same; None where inputs differ), ``usable`` (False for a kit that
+    no TensorRT of its device builds) and ``note``.
     """
     from edgekit.compiler import build as build_bundle
 
@@ -117,6 +126,10 @@ def inspect(path: Path, layers: bool, shape: tuple[str, ...]) -> Answer:
       edgekit inspect digits.edge --layers --json
       edgekit inspect model.onnx --shape x:1x3x224x224
       edgekit inspect digits.edge/engines/rtx-ada.engine
+    \f
+    Returns ``name``, ``inputs``, ``outputs``, ``graphs`` (name to its cost) and ``targets`` (whether each builds it), of a
+    bundle ``bundle``, ``task``, ``digest``, ``labels`` (how many), ``files`` (name to bytes) and ``history`` (a line each),
+    of an ONNX file ``file``, ``size_bytes``, ``sha256``, ``made_by`` and ``notes``; of an engine or a kit its record.
     """
     from edgekit.compiler import summarise
 

@@ -86,6 +86,11 @@ def scan(
       edgekit scan --example > scan.toml
       edgekit scan --check scan.toml && edgekit scan scan.toml
       edgekit scan scan.toml --tui
+    \f
+    Returns ``captured``, ``inferred``, ``dropped`` (reason to count) and ``in_flight`` (captured is the sum of these three;
+    the last is 0 at the end), ``codes``, ``events``, ``sinks``, ``steps`` and ``sources`` (a row each), ``latency_ms`` (p50
+    and p99), ``model``, ``kpis`` (read rate, codes a frame, misreads) and ``complete`` (the source was read to its own end).
+    With ``--check`` ``config``, ``ok``, ``problems`` and ``warnings`` instead.
     """
     from edgekit.errors import UsageError
     from edgekit.progress import say

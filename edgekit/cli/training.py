@@ -89,6 +89,9 @@ def train(**options: Any) -> Answer:
       edgekit train --data csv:mails.csv --model hf:MiniLM --out mails.edge
       edgekit train --data folder:parcels --teacher big.edge --model depthwise-n --out small.edge
       torchrun --nproc-per-node 2 -m -- edgekit train --data folder:parcels --out parcels.edge
+    \f
+    Returns ``bundle``, ``top1``, ``macro_f1`` and, of text readers, ``cer`` (shares of 1), ``parameters``, ``macs``,
+    ``seconds`` and ``damaged`` (samples that could not be read).
     """
     import edgekit
 

@@ -34,6 +34,11 @@ def replay(file: Path, bundle: Path | None, backend: str | None) -> Answer:
     Examples:
       edgekit replay 20260131T120000Z-no_read.edgekit-incident
       edgekit replay FILE.edgekit-incident --bundle new.edge --json
+    \f
+    Returns ``same``, ``frames``, ``events``, ``given`` and ``given_codes`` (events, and frames' codes, taken as recorded),
+    ``differing`` (events), ``difference`` (the first, or None), ``differences`` (the first 50), ``fresh`` and ``absent``
+    (steps without the state they had, or that could not be made), ``model`` (digest of what ran now), ``changed`` (models
+    that are others) and ``why`` (what the incident is).
     """
     from edgekit.scanner.replay import replay as run
 
