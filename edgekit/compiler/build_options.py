@@ -335,6 +335,8 @@ def read_timings(path: Path | None, read_only: bool, shipped: Path | None) -> by
             raise BuildError("--timing-cache-read-only needs --timing-cache FILE")
         return None if shipped is None else shipped.read_bytes()
     if path.exists():
+        if not path.is_file():  # a pipe would be waited for
+            raise BuildError(f"the timing cache {path} is no file: it is a folder, a pipe or a device")
         if not read_only and not os.access(str(path), os.W_OK):
             raise BuildError(f"the timing cache {path} cannot be written; add --timing-cache-read-only to only read it")
         return path.read_bytes()

@@ -54,6 +54,8 @@ def test_a_read_only_timing_cache_is_never_written(script: Callable[..., Any], t
     assert script("--timing-cache", cache, "--timing-cache-read-only").told["timing_cache"] == b"mine"
     assert cache.read_bytes() == b"mine"
     assert "needs --timing-cache FILE" in script("--timing-cache-read-only").err
+    os.mkfifo(tmp_path / "pipe")  # nobody waits for what it may bring
+    assert "is no file: it is a folder, a pipe or a device" in script("--timing-cache", tmp_path / "pipe").err
 
 
 @pytest.mark.parametrize(("content", "why"), [(b"damaged", "Failed to deserialize"), (b"other", "another TensorRT")])

@@ -390,9 +390,10 @@ def test_a_missed_budget_is_told_again(cli, copy: tuple[Path, Path]):
 
 @pytest.mark.slow
 def test_the_built_in_recipe_reaches_its_figures(cli, tmp_path: Path):
-    """The main job in a fourth of its epochs or less: 98% float, at most half of the MACs, a drop of at most a point after
+    """The main job in a fourth of its epochs or less: 97% float, at most half of the MACs, a drop of at most a point after
     pruning and int8. All of its epochs are `make demo` and `benchmarks/digits.py`: 99%, and half a point."""
-    shorter = {"epochs = 24": "epochs = 4", "epochs = 40": "epochs = 12", "epochs = 80": "epochs = 8"}
+    shorter = {"epochs = 24": "epochs = 3", "epochs = 40": "epochs = 10", "epochs = 80": "epochs = 6"}
+    shorter |= {'run = "bench"': 'run = "bench"\nseconds = 0.1'}
     text = built_in_recipes()["digits"].read_text(encoding="utf-8")
     for long, short in shorter.items():
         assert text.count(long) == 1
@@ -403,8 +404,8 @@ def test_the_built_in_recipe_reaches_its_figures(cli, tmp_path: Path):
     assert outcome.code == 0, outcome.err
     answer = outcome.json
     top1 = {row["stage"].split()[-1]: row["top1"] for row in answer["table"]}
-    assert top1["textbook"] >= 0.93
-    assert top1["depthwise"] >= 0.98
+    assert top1["textbook"] >= 0.9
+    assert top1["depthwise"] >= 0.97
     assert top1["depthwise"] - top1["depthwise-int8"] <= 0.01 + 1e-9
     pruned = Bundle.open(tmp_path / "out/depthwise-half.edge").last("prune")
     assert pruned is not None
