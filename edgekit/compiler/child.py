@@ -7,7 +7,6 @@ folder that both sides share, and returns the answer (JSON). Errors of edgekit c
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import edgekit.errors
+from edgekit.children import end_with_parent
 from edgekit.errors import EdgekitError, GraphError, MissingExtra, UsageError
 
 from .build_options import MEMINFO, memory_in
@@ -166,13 +166,6 @@ def _limit_memory(address_space: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed (SIGKILL) takes this process with it. Linux alone knows that (prctl(2), PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def _quiet_natives(folder: Path) -> None:
     """Native libraries write to file descriptors 1 and 2: into the log with it. Python's own stderr stays the person's."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
@@ -184,7 +177,7 @@ def _quiet_natives(folder: Path) -> None:
 def main() -> None:
     module, name = sys.argv[1].split(":")
     folder = Path(sys.argv[2])
-    _end_with_parent()
+    end_with_parent()
     _limit_memory(int(sys.argv[3]))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # they were blocked when the parent started this process
     if not os.environ.get("EDGEKIT_DEBUG"):

@@ -6,11 +6,8 @@ through the parent, and its errors are raised there as they are.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import edgekit.errors
+from edgekit.children import calling, end_with_parent, go_first, start
 from edgekit.errors import EdgekitError, GoldenError, MissingExtra, first_line
 from edgekit.progress import say, spoken_by
 from edgekit.runtime import GoldenResult
@@ -31,10 +29,6 @@ __all__ = ["LIMIT_S", "Apart", "main"]
 
 #: Seconds for one check, the start of a backend included: far more than loading an engine and some hundred answers take.
 LIMIT_S = 300.0
-_CHILD = (
-    "import sys; sys.path[:] = sys.argv[3:]; "
-    "from edgekit.deployment.apart import main; main(int(sys.argv[1]), int(sys.argv[2]))"
-)
 _CURE = "do not install it: build it for this device, and run it there (edgekit bench B); what is installed runs on"
 
 
@@ -48,16 +42,8 @@ class Apart:
         self._link, theirs = socket.socketpair()
         self._came = b""
         with theirs:
-            command = [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid()), *sys.path]
             try:
-                self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=None if os.environ.get("EDGEKIT_DEBUG") else subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,  # Ctrl-C is for the parent, which ends the child
-                )
+                self._process = start(calling(__name__), theirs, os.getpid(), quiet=not os.environ.get("EDGEKIT_DEBUG"))
             except BaseException:
                 self._link.close()
                 raise
@@ -140,21 +126,12 @@ def _rebuilt(about: Mapping[str, Any]) -> EdgekitError | OSError:
     return error
 
 
-def _weak(parent: int) -> None:
-    """Ends with the parent, is what the system ends first where memory is short, and leaves no image of itself on the disk."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    if os.getppid() != parent:  # it went before the kernel was told
-        os._exit(1)
-
-
 def main(link: int, parent: int) -> None:
     """The child: answers requests until the parent closes the socket."""
-    _weak(parent)
+    go_first()
+    end_with_parent()
+    if os.getppid() != parent:  # it went before the kernel was told
+        os._exit(1)
     with socket.socket(fileno=link) as peer, spoken_by(_Voice(peer)):
         for line in _lines(peer):
             function, arguments = json.loads(line)

@@ -12,6 +12,7 @@ import time
 
 import msgspec
 
+from edgekit.children import end_with_parent
 from edgekit.errors import BackendError, EdgekitError, UsageError, first_line
 
 __all__ = ["main", "probe"]
@@ -63,8 +64,6 @@ def main(path: str, backend: str, precision: str, threads: str, parent: str) -> 
     """The process: one JSON string on stdout, empty where all is well."""
     from edgekit.runtime import Model
     from edgekit.runtime.golden import Golden
-
-    from .sources.child import end_with_parent
 
     end_with_parent()
     if os.getppid() != int(parent):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,20 @@ def test_after_a_fork_each_process_has_its_own(tmp_path: Path) -> None:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert np.array_equal(stills.read_apart(path), before)  # the child's end left ours alone
+
+
+def test_a_fork_while_another_thread_decodes_does_not_wait_for_it(tmp_path: Path) -> None:
+    path = _picture(tmp_path / "a.png")
+    stills._LOCK.acquire()  # as that thread does
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        try:
+            os._exit(0 if stills.read_apart(path).shape == (6, 10) else 1)
+        finally:
+            os._exit(2)
+    stills._LOCK.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_decoder_that_went_between_two_pictures_costs_none(tmp_path: Path) -> None:

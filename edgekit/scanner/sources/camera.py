@@ -9,7 +9,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+
+from edgekit.children import calling, start
 
 from . import Captured, Notice
 from .address import LIVE, PATTERN, kind_of, shown
@@ -33,10 +34,6 @@ TELL_S = 2.5
 _START_S = 10.0
 _GOODBYE_S = 0.3
 _LOOK_S = 0.2
-_CHILD = (
-    "import sys; sys.path[:] = sys.argv[3:]; "
-    "from edgekit.scanner.sources.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
-)
 
 
 class Ending(NamedTuple):
@@ -164,14 +161,7 @@ class Camera:
         self._attempts += 1
         try:
             with theirs:
-                self._process = subprocess.Popen(  # noqa: S603
-                    [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid()), *sys.path],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
+                self._process = start(calling("edgekit.scanner.sources.child"), theirs, os.getpid())
             ending = self._listen(link)
         except OSError as error:  # no process, no memory, or the process went as it was spoken to
             ending = Ending(f"its process cannot be used: {error.strerror or error}")

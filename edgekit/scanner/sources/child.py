@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from edgekit.children import end_with_parent
 from edgekit.errors import first_line
 
 from .address import safe_words
@@ -23,10 +23,9 @@ from .options import CameraOptions
 from .slots import Link, Slots, new_memory
 from .trouble import Trouble
 
-__all__ = ["Outlet", "end_with_parent", "main"]
+__all__ = ["Outlet", "main"]
 
 _BEAT_S = 0.2
-_PR_SET_PDEATHSIG = 1
 
 
 class Outlet:
@@ -108,12 +107,6 @@ class Outlet:
     def _beat(self, pause: bool) -> None:
         if time.monotonic() - self._said >= _BEAT_S:
             self._tell({"beat": pause})
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone, killed or not (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(fd: int, parent: int) -> None:

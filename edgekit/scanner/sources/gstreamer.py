@@ -22,6 +22,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgekit.children import end_with_parent
+
 from .options import CameraOptions
 from .slots import Pixels
 from .trouble import Trouble, trouble_of
@@ -40,8 +42,6 @@ _ELEMENT = re.compile(r"^from element \S*:(\S+): ")
 
 def gstreamer_pictures(pipeline: str, options: CameraOptions) -> Iterator[Item]:
     """Until the pipeline ends, which is a `Trouble` too: it is there to go on."""
-    from .child import end_with_parent
-
     program = shutil.which(GST_LAUNCH)
     if program is None:
         raise Trouble(f"{GST_LAUNCH} is not installed: {_PACKAGES}")

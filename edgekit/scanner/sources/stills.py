@@ -15,7 +15,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from edgekit.children import calling, go_first, start
 from edgekit.errors import DataError
 from edgekit.files import printable
 from edgekit.preprocess import MAX_PIXELS, Frame, decode_image, open_image
@@ -37,10 +37,7 @@ __all__ = ["LIMIT_S", "decoding", "main", "read_apart"]
 LIMIT_S = 30.0
 #: What decoding may map: some copies of a picture, in four bytes a pixel or more, and the libraries' own.
 _PIXEL_BYTES, _LIBRARY_BYTES = 32, 512 << 20
-_CHILD = (
-    "import sys; sys.path[:] = sys.argv[3:]; "
-    "from edgekit.scanner.sources.stills import main; main(int(sys.argv[1]), int(sys.argv[2]))"
-)
+_CHILD = calling(__name__)
 _CURE = "look at the file: it is damaged, or made to do this"
 
 
@@ -99,14 +96,7 @@ class _Decoder:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                    [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(max_pixels), *sys.path],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,  # Ctrl-C is for the scan
-                )
+                self._process = start(_CHILD, theirs, max_pixels)
             except BaseException:
                 ours.close()
                 raise
@@ -165,18 +155,23 @@ def decoding() -> Iterator[None]:
                 _DECODER.close()
 
 
+def _forked() -> None:
+    """In a forked child: another thread of the parent may have been at a picture, and nobody here would end that."""
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
 _LOCK = threading.Lock()
 _DECODER = _Decoder()
 _users = 0
 atexit.register(_DECODER.close)
+os.register_at_fork(after_in_child=_forked)
 
 
 def main(fd: int, max_pixels: int) -> None:
     """The child: answers until the scan closes its end, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):  # where memory is short it goes before the scan does
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    go_first()  # before the scan does
     import PIL.Image
 
     PIL.Image.preinit()
