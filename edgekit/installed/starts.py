@@ -43,7 +43,7 @@ _TOKEN = re.compile("[0-9a-f]{16}")
 @dataclass
 class Start:
     """One start of an application with the bundle under a root; made by `starting`. Its end is told once, by the thread that
-    comes first; the others wait until that is on disk.
+    comes first; the others wait until that is on disk. One that could not be written (``open``) may be told again.
 
     ``bundle``: the slot to open, which no later switch changes. ``trial``: None where nothing is to be proved.
     ``returned``: the way back that this start took. ``doubt``: what is wrong with the trial, in words: it could not be noted
@@ -63,8 +63,8 @@ class Start:
     def confirm(self) -> bool:
         """It works: the trial is over, and what runs is a bundle that later ones may be left for.
 
-        False where it cannot be written, or the bundle that this start runs is not the one installed any more: that one's
-        trial is its own.
+        False where it cannot be written, where the bundle that this start runs is not the one installed any more (that one's
+        trial is its own), and in a forked child: the start is the parent's.
         """
 
         def confirmed(state: State) -> State:
@@ -105,25 +105,40 @@ class Start:
         left.remove(self._file.name)
         return msgspec.structs.replace(state, trial=msgspec.structs.replace(trial, starts=tuple(left)))
 
+    @property
+    def open(self) -> bool:
+        """Whether its end is still to be told. One that is open when its process has gone counts as failed."""
+        return self._open and self.sequence is not None and not self._file.lost
+
     def _end(self, change: Callable[[State], State]) -> bool:
         with self._ending:
             return self._end_once(change)
 
     def _end_once(self, change: Callable[[State], State]) -> bool:
         """Only once, and only where there is something to change."""
-        if not self._open or self.sequence is None or self._file.lost:
+        if self._file.lost:
+            self.doubt = "this process was forked: the start is its parent's, to be ended there"
+            return False
+        if not self.open:
             return True
-        self._open = False
         try:
             with hold(self.root / SLOTS, START_S):
                 state = read_state(self.root)
-                if (changed := change(state)) != state:
+                if (changed := self._changed(change, state)) != state:
                     write_state(self.root, changed)
         except (OSError, EdgekitError) as error:
             self.doubt = _words(error)
             return False
-        self._file.release()  # where nothing could be written the start stays open, and counts as failed once we are gone
+        self._open = False
+        self._file.release()
         return True
+
+    def _changed(self, change: Callable[[State], State], state: State) -> State:
+        try:
+            return change(state)
+        except EdgekitError:  # no later attempt finds that otherwise
+            self._open = False
+            raise
 
 
 def starting(root: str | os.PathLike[str]) -> Start:

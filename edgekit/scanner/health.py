@@ -40,7 +40,8 @@ class Health:
     confirmed after `ANSWERS` frames, after `ALIVE_S` seconds, or at the end of a source that gave a frame, unless the model
     refused more of them than it answered. What ends in order before (SIGTERM, a loop that is left) counts for nothing, and so
     does a start ended by force within `YOUNG_S`; an error counts as a failed start, as does a model that hangs while it loads,
-    and all that leaves no time for words. A root that cannot be written is said once.
+    and all that leaves no time for words. What has proved itself and cannot be noted (a disk that is full for a while) is noted
+    as soon as it can be, at the latest when the scan ends.
     """
 
     name = "install"
@@ -53,7 +54,9 @@ class Health:
         self._answered = self._refused = 0
         self._begun = time.monotonic()
         self._since: float | None = None
-        self._look = 0.0
+        self._look = self._again = 0.0
+        self._proved = False
+        self._said: set[Path] = set()
         self.told: list[Start] = []  #: Starts that went back, until their events are sent.
 
     def __enter__(self) -> Health:
@@ -63,7 +66,9 @@ class Health:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception):
+        if self._proved:
+            self._confirm()
+        elif isinstance(error, Exception):
             self._fail(getattr(error, "message", "") or str(error) or type(error).__name__)
         elif error is None and not self._stop.is_set() and self._answered and self._works():
             self._confirm()
@@ -117,9 +122,10 @@ class Health:
         """The loop went round."""
         if self._since is None:
             self._since = monotonic
-        proved = self._answered >= ANSWERS or monotonic >= self._since + ALIVE_S
-        if proved and self._starts and not self._stop.is_set():
-            if self._works():
+        heard = self._answered >= ANSWERS or monotonic >= self._since + ALIVE_S
+        if heard and self._starts and not self._stop.is_set() and monotonic >= self._again:
+            if self._proved or self._works():
+                self._proved, self._again = True, monotonic + LOOK_S
                 self._confirm()
             elif self._refused >= ANSWERS and monotonic >= self._since + ALIVE_S:
                 reason = f"the model refused {self._refused} of {self._refused + self._answered} frames"
@@ -135,19 +141,26 @@ class Health:
     def _confirm(self) -> None:
         for start in self._starts:
             if not start.confirm():
-                say(f"{printable(start.root)} is healthy, which cannot be noted: {start.doubt}", level="warning")
+                self._doubtful(start, "is healthy")
             elif start.trial:
                 say(f"{printable(start.root)} is healthy: the trial is over", root=printable(start.root))
-        self._starts = []
+        self._starts = [start for start in self._starts if start.open]
+
+    def _doubtful(self, start: Start, what: str) -> None:
+        if start.root not in self._said:
+            say(f"{printable(start.root)} {what}, which cannot be noted: {start.doubt}", level="warning")
+        self._said.add(start.root)
 
     def _fail(self, reason: str) -> None:
         for start in self._starts:
-            start.fail(reason)
+            if not start.fail(reason):
+                self._doubtful(start, "did not work")
         self._starts = []
 
     def _withdraw(self) -> None:
         for start in self._starts:
-            start.withdraw()
+            if not start.withdraw():
+                self._doubtful(start, "was stopped in order")
 
     def _forced(self) -> None:
         """In a thread of its own, while the scan hangs. An older start is left open: the next one counts it as failed."""

@@ -291,3 +291,16 @@ def test_notes_are_gone_and_what_runs_is_damaged(root: Path, versions: list[Path
     install(versions[1], root=root, pub=keys.pub)
     now = status(root)
     assert (now["healthy"], now["slot"], now["previous"]) == (True, "a", None)
+
+
+def test_a_forked_worker_cannot_end_the_start_of_its_parent(root: Path) -> None:
+    start = starting(root)
+
+    def child() -> None:
+        assert not start.confirm()
+        assert start.doubt == "this process was forked: the start is its parent's, to be ended there"
+        os._exit(7)
+
+    assert dies(child) == 7
+    assert trial(root) == (0, True)
+    assert start.confirm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -20,9 +21,11 @@ import pytest
 from edgekit.bundle import FLOAT_GRAPH, GOLDEN, Bundle
 from edgekit.deployment import install, pack, rollback, starting, status
 from edgekit.errors import BackendError, BudgetNotMet, BundleError, EdgekitError, GoldenError, TurnedDown, UsageError
+from edgekit.installed import hold
 from edgekit.runtime import Model
 from edgekit.runtime.golden import load_golden, save_golden
 from edgekit.scanner import Scanner
+from edgekit.scanner.health import ANSWERS
 from edgekit.scanner.schema import KINDS
 
 FRAME = np.zeros((28, 28), np.uint8)
@@ -374,3 +377,22 @@ def test_a_file_system_without_links(tmp_path: Path, versions: list[Path], keys:
     with pytest.raises(EdgekitError, match="no symbolic links"):
         install(versions[0], root=tmp_path / "vfat", pub=keys.pub)
     assert not (tmp_path / "vfat").exists()
+
+
+def test_a_scan_notes_that_it_works_as_soon_as_it_can(scanned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full for a while, or notes that another writes just then, cost a working model nothing."""
+    monkeypatch.setattr("edgekit.installed.starts.START_S", 0.02)
+    busy = contextlib.ExitStack()
+
+    def frames() -> Iterator[Any]:
+        for number in range(30):
+            if number == 5:
+                busy.enter_context(hold(scanned / "slots", 1.0))
+            yield FRAME
+        busy.close()
+        scanner.stop()
+
+    scanner = Scanner({"model": {"bundle": str(scanned / "current")}}, frames=frames())
+    assert len(list(scanner)) >= ANSWERS
+    assert status(scanned)["trial"] is None
+    assert status(scanned)["confirmed"]
