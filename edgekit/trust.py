@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .errors import BackendError
 
-__all__ = ["ENGINES", "TRUST_ALL", "check_private", "is_trusted", "local_builds", "trust_engine", "trust_here"]
+__all__ = ["ENGINES", "TRUST_ALL", "check_private", "is_trusted", "local_builds", "state_folders", "trust_engine", "trust_here"]
 
 #: Set to 1, every engine of a whole bundle is loaded: the user vouches for all bundles that the process opens.
 TRUST_ALL = "EDGEKIT_TRUST_ENGINES"
@@ -31,9 +31,12 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def state_folders() -> tuple[Path, ...]:
-    """The user's, then the system's; the first is the one that this user writes."""
+    """The user's, then the system's; the first is the one that this user writes. A user without a home has the latter alone."""
     base = os.environ.get("XDG_STATE_HOME")
-    user = Path(base or Path.home() / ".local" / "state") / "edgekit"
+    try:
+        user = Path(base or Path.home() / ".local" / "state") / "edgekit"
+    except RuntimeError:  # a container's number that no passwd names
+        return (SYSTEM,)
     return (SYSTEM, user) if not base and os.geteuid() == 0 else (user, SYSTEM)
 
 
@@ -44,7 +47,7 @@ def trust_engine(sha256: str) -> None:
     folder = state_folders()[0] / _NOTES
     with contextlib.suppress(OSError):
         if not folder.exists():
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)  # another process may be at it
             folder.chmod(0o755)  # whatever the umask: root's notes are for every user's services
         (folder / sha256).touch(mode=0o644)
 
@@ -58,6 +61,8 @@ def is_trusted(sha256: str) -> bool:
     """Whether the engine with this digest was built or installed on this machine."""
     if os.environ.get(TRUST_ALL) == "1" or sha256 in _HERE:
         return True
+    if not _DIGEST.fullmatch(sha256):
+        return False
     for folder in state_folders():
         note = folder / _NOTES / sha256
         with contextlib.suppress(BackendError, OSError):

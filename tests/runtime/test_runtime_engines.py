@@ -9,6 +9,7 @@ import sys
 import zipfile
 from base64 import b64decode
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edgekit import trust
 from edgekit.bundle import FLOAT_GRAPH, INT8_GRAPH, Bundle
 from edgekit.deployment import install, pack
 from edgekit.errors import BackendError, BudgetNotMet, BundleError, GoldenError, MissingExtra
@@ -431,3 +433,18 @@ def test_doctor_runs_the_gpu_and_writes_what_it_found(
     assert "JetPack brings it" in rows["tensorrt"]["install"]
     assert cli("doctor", "--selftest", tmp_path / "machine.json" / "x").code == 2
     assert simulation.cuda.left == {}
+
+
+def test_notes_of_trust_without_a_home_or_in_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = [f"{number:064x}" for number in range(8)]
+    for number in range(10):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / f"{number}"))
+        with ThreadPoolExecutor(len(digests)) as threads:
+            list(threads.map(trust.trust_engine, digests))
+        assert all(map(trust.is_trusted, digests))
+        assert not trust.is_trusted("")
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(trust, "SYSTEM", tmp_path / "system")
+    trust.trust_engine(digests[0])
+    assert trust.is_trusted(digests[0])
