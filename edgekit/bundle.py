@@ -240,10 +240,12 @@ class Bundle:
         manifest before it changes on disk and comes back after, so that a crash between the steps costs the derived
         file, never the bundle.
         """
+        from .progress import say  # the device only reads
+
         gone = [name for name in drop if name in self.manifest.files]
         if bad := [name for name in (*files, *gone) if not is_safe_name(name) or name in (*IDENTITY, MANIFEST)]:
             raise ValueError(f"not a derived file: {bad[0]}")
-        with locked(self.path):
+        with locked(self.path, told=say):
             manifest = _read_manifest(self.path)
             for name in (*files, *gone):
                 if (self.path / name).parent.is_symlink():

@@ -8,7 +8,8 @@ import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ __all__ = [
 #: So much a small .npz may unpack to; a larger one to a hundred times its size. Zeros pack a thousand times smaller.
 UNPACKED_BYTES = 1 << 30
 _UNPACKED_TIMES = 100
+#: What `locked` waits for another command: one may measure an engine meanwhile.
+LOCKED_S = 3600.0
 #: Of Unicode; and the upper bits of the halves of a pair in UTF-16, which are no characters.
 _LAST_CODE, _SURROGATES = 0x10FFFF, 0xD800 >> 11
 
@@ -185,14 +188,26 @@ def staged(files: Mapping[Path, bytes]) -> Iterator[dict[Path, str]]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """One writer at a time in a folder, across processes. Raises `EdgekitError` where it is taken and ``wait`` is off."""
+def locked(folder: Path, wait: bool = True, told: Callable[[str], object] = lambda words: None) -> Iterator[None]:
+    """One writer at a time in a folder, across processes; ``told`` hears that this one waits, after a second.
+
+    Raises `EdgekitError` where it is taken and ``wait`` is off, or for longer than `LOCKED_S`: whoever can open a folder can
+    lock it.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EdgekitError(f"another command is writing {folder}", "wait for it, or choose another --out") from None
+        begun, said = time.monotonic(), False
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            waited = time.monotonic() - begun
+            if not wait or waited > LOCKED_S:
+                raise EdgekitError(f"another command is writing {folder}", "wait for it, or choose another --out")
+            if waited > 1.0 and not said:
+                told(f"waiting for another command, which is writing {folder}")
+                said = True
+            time.sleep(0.02)
         yield
     finally:
         os.close(handle)

@@ -36,6 +36,7 @@ def hold(folder: Path, patience_s: float) -> Iterator[None]:
         while handle < 0 or _gone(handle, folder / LOCK):  # a first install that was refused takes its lock with it
             if handle >= 0:
                 os.close(handle)
+                handle = -1  # what comes may raise
             handle = _taken(folder, patience_s)
         yield
     finally:
@@ -44,7 +45,10 @@ def hold(folder: Path, patience_s: float) -> Iterator[None]:
 
 
 def _taken(folder: Path, patience_s: float) -> int:
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:  # with a first install that was refused
+        raise EdgekitError(f"there is no folder {folder} any more", "the same command makes it anew") from None
     try:
         owner, file = os.stat(folder), os.fstat(handle)
         # Root was here first, in another user's root. What that user has linked there instead of a lock is not given away.

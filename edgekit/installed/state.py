@@ -19,6 +19,7 @@ __all__ = [
     "CURRENT",
     "SLOTS",
     "STARTS",
+    "STATE",
     "Faults",
     "Record",
     "Return",
@@ -168,16 +169,20 @@ def _as_now(found: Any) -> Any:
     return found
 
 
-def state_again(root: Path) -> State:
+def state_again(root: Path, before: State | None = None) -> State:
     """`read_state` for who is about to write it: where it is damaged, or was removed, the bundle that runs is noted anew, so
     that there is a way back to it. Its number is the clock's seconds, which no count of installs has reached: a start that was
-    noted before does not speak for what comes after."""
+    noted before does not speak for what comes after. ``before``: what this found a moment ago, which then stands."""
     try:
         state = read_state(root)
         if state.sequence or not leads_to(root):
             return state
+        if before:
+            return before
         say(f"{root / STATE} is gone: what it knew of the slots is given up", level="warning")
     except BundleError as error:
+        if before:
+            return before
         say(f"{error.message}; what it knew of the slots is given up", level="warning")
     sequence, slots = max(1, int(time.time())), dict[Slot, Record]()
     if running := current_slot(root):

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgekit.errors import EdgekitError, OutputExists, UsageError
 from edgekit.files import atomic_write, locked
+from edgekit.progress import say
 from edgekit.reporting.front import FRONT_KIND, FRONT_SUFFIX
 from edgekit.svg import checked_path
 
@@ -44,7 +45,7 @@ class Shelf:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One process at a time: to measure, and to change what lies here."""
-        with locked(self.folder):
+        with locked(self.folder, told=say):
             yield
 
     @contextlib.contextmanager

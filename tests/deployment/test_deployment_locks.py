@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from edgekit.deployment import install, installing, rollback, slots, starting
+from edgekit.bundle import Bundle
+from edgekit.deployment import install, installing, rollback, slots, starting, status
 from edgekit.errors import EdgekitError
-from edgekit.installed import Record, fault, hold, mark
+from edgekit.files import locked
+from edgekit.installed import LOCK, Record, fault, hold, mark
 
 HOLD = """
 import signal, sys, time
@@ -172,3 +175,68 @@ def test_bundles_are_hashed_while_nobody_waits(
     assert asked == ["a", "a"]
     assert mark(root, "start").returned
     assert asked == ["a", "a", "a"]
+
+
+def test_lost_notes_are_found_again_while_nobody_waits(
+    root: Path, versions: list[Path], keys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Looked:
+        @staticmethod
+        def open(place: Path) -> Bundle:
+            with hold(root / "slots", 0.0):
+                asked.append(place.name)
+            return Bundle.open(place)
+
+    (root / "state.json").write_text("{")
+    monkeypatch.setattr("edgekit.installed.state.Bundle", Looked)
+    install(versions[1], root=root, pub=keys.pub)
+    assert asked == ["bundle", "a"]
+    assert status(root)["previous"]["name"] == "v0"
+
+
+def test_an_end_that_could_not_be_written_may_be_told_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekit.installed.starts.START_S", 0.05)
+    start = starting(root)
+    with hold(root / "slots", 0.0):
+        assert not start.confirm()
+        assert not start.withdraw()
+    assert "has been at work" in start.doubt
+    assert start.open
+    assert start.confirm()
+    assert not start.open
+    assert status(root)["confirmed"]
+
+
+def test_a_lock_that_goes_with_its_folder(tmp_path: Path) -> None:
+    folder, said = tmp_path / "root", list[str]()
+    folder.mkdir()
+
+    def wait() -> None:
+        try:
+            with hold(folder, 10.0):
+                pass
+        except EdgekitError as error:
+            said.append(error.message)
+
+    waiting = threading.Thread(target=wait)
+    with hold(folder, 0.0):
+        waiting.start()
+        time.sleep(0.1)  # it has the file open by then, and waits
+        (folder / LOCK).unlink()
+        folder.rmdir()
+    kept = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+    waiting.join()
+    assert said == [f"there is no folder {folder} any more"]
+    for each in kept:
+        os.close(each)  # nobody else has: a descriptor is closed once
+
+
+def test_who_writes_a_bundle_says_that_it_waits_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can open a folder can lock it."""
+    monkeypatch.setattr("edgekit.files.LOCKED_S", 1.2)
+    said: list[str] = []
+    with locked(tmp_path), pytest.raises(EdgekitError, match="another command is writing"), locked(tmp_path, told=said.append):
+        pass
+    assert said == [f"waiting for another command, which is writing {tmp_path}"]
