@@ -311,7 +311,8 @@ def _shown(data: dict[str, Any], root: Path) -> str:
         return f"{row['name']} ({row['digest'][:12]}), install {row['sequence']} of {row['installed']}{key}"
 
     known = of(data) if data["name"] else "unknown"
-    rows = [("running", f"{known}, slot {data['slot']}, {'whole' if data['healthy'] else 'damaged'}")]
+    how = "whole" if data["healthy"] else "damaged" if data["name"] else "whether it is whole is not known"
+    rows = [("running", f"{known}, slot {data['slot']}, {how}")]
     trial = data["trial"]
     if trial:
         words = (

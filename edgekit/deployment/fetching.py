@@ -31,6 +31,7 @@ from .checks import RESERVE
 __all__ = [
     "OtherName",
     "choose",
+    "copy_of",
     "fetch",
     "fetch_beside",
     "fetch_end",
@@ -38,7 +39,6 @@ __all__ = [
     "is_url",
     "located",
     "readable",
-    "unbroken",
 ]
 
 #: Without a byte for so long the connection counts as dead.
@@ -50,7 +50,7 @@ CRAWL_S, CRAWL_BYTES = 60.0, 1024
 TRIES = 4
 PAUSE_S = 1.0
 _LISTING_BYTES = 1 << 20
-_BLOCK = 1 << 16
+_BLOCK, _COPIED = 1 << 16, 1 << 20
 _HINT = "see whether the address opens from this device: curl -I URL"
 _NAME = re.compile(r"[^/\\\0]{1,200}\.zip")
 
@@ -148,15 +148,20 @@ def readable(pack: str | os.PathLike[str]) -> Iterator[None]:
         ) from None
 
 
-class unbroken:  # noqa: N801  a function in all but name
-    """A file whose ``read`` raises what `readable` raises."""
+def copy_of(file: IO[bytes], size: int, target: IO[bytes], pack: str | os.PathLike[str]) -> None:
+    """Copy a pack that had ``size`` bytes when it was checked: a stick may answer otherwise the second time.
 
-    def __init__(self, file: IO[bytes], pack: str | os.PathLike[str]) -> None:
-        self._file, self._pack = file, pack
-
-    def read(self, size: int = -1) -> bytes:
-        with readable(self._pack):
-            return self._file.read(size)
+    Raises what `readable` raises, and `BundleError` where more comes; what is short, or other, its signature tells.
+    """
+    while True:
+        with readable(pack):
+            block = file.read(min(size + 1, _COPIED))
+        if not block:
+            return
+        if len(block) > size:
+            raise BundleError(f"{pack} has grown since it was checked", "copy it anew, from where it was made")
+        target.write(block)
+        size -= len(block)
 
 
 def located(url: str, unsigned: bool = False, name: str = "") -> str:
@@ -246,7 +251,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _opened(opener: urllib.request.OpenerDirector, url: str, headers: dict[str, str]) -> Any:
-    """The response, 416 too. Raises `BundleError` where the server says no, `OSError` where it is not reached."""
+    """The response. Raises `BundleError` where the server says no, `OSError` where it is not reached."""
     try:
         request = urllib.request.Request(url, headers=headers)  # noqa: S310  the opener knows http and https only
         return opener.open(request, timeout=STALL_S)
@@ -306,7 +311,7 @@ class _Download:
     def __init__(self, opener: urllib.request.OpenerDirector, url: str, target: Path, most: int) -> None:
         self._opener, self._url, self._target, self._most = opener, url, target, most
         self._validator = ""
-        self._have = 0
+        self._have = self._anew = 0
         self._begun, self._got = time.monotonic(), 0  # of all connections, since it was last found fast enough
         self._size: int | None = None
         self._bar = contextlib.ExitStack()
@@ -316,7 +321,7 @@ class _Download:
         idle = 0
         with self._target.open("xb") as file, self._bar:
             while True:
-                before = self._have
+                before, begun = self._have, self._anew
                 try:
                     if self._piece(file):
                         return
@@ -325,7 +330,8 @@ class _Download:
                     if isinstance(error, OSError) and error.filename:  # our own disk
                         raise
                     reason = _reason(error)
-                idle = 0 if self._have > before else idle + 1
+                # What begins anew each time comes no nearer to its end.
+                idle = 0 if self._have > before and self._anew == begun else idle + 1
                 if idle >= TRIES:
                     raise BundleError(f"{self._url} cannot be fetched: {reason}", _HINT)
                 self._crawls()
@@ -371,6 +377,7 @@ class _Download:
             if not start or int(start[1]) != self._have:
                 raise BundleError(f"{self._url}: the server answers with another part than was asked for", _HINT)
         else:  # from the start: it cannot go on in the middle, or the file has changed
+            self._anew += self._have > 0
             self._have = 0
             file.seek(0)
             file.truncate()

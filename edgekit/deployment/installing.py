@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -33,13 +32,14 @@ from edgekit.installed import (
     leads_to,
     read_state,
 )
+from edgekit.manifest import Manifest
 from edgekit.progress import say
-from edgekit.trust import trust_engine
+from edgekit.trust import is_trusted, state_folders, trust_engine
 
 from .apart import Apart
 from .archive import Archive, make_readable, open_archive
 from .checks import Steps, check_links, check_room, explained, room_for
-from .fetching import OtherName, fetch, fetch_beside, fetch_end, from_folder, is_url, located, readable, unbroken
+from .fetching import OtherName, copy_of, fetch, fetch_beside, fetch_end, from_folder, is_url, located, readable
 from .packing import checked, open_pack
 from .revoking import MAX_BYTES, REVOKED
 from .signing import TRAILER_BYTES, Checked, PathOrPaths
@@ -96,7 +96,7 @@ def install(
     others_choose = is_url(pack) or _holds_packs(Path(pack))
     order = _Order(folder, trust, allow_older, again, rename or not others_choose, backend, max_latency_ms, starts)
     local = None if is_url(pack) else _looked_at(pack, order, steps)  # before anything is written
-    where = os.fspath(local[0]) if local else located(os.fspath(pack), unsigned, "" if rename else _running_name(folder))
+    where = os.fspath(local.path) if local else located(os.fspath(pack), unsigned, "" if rename else _running_name(folder))
     if not local and (known := _known_by_its_end(where, order)):
         return {**known, "pack": where, "seconds": steps.seconds}
     with explained(folder), incoming(folder) as work:
@@ -155,7 +155,8 @@ class _Order:
         if not self.again and digest in state.left and not (running and running.digest == digest):  # a way back was cut off
             raise TurnedDown(
                 f"{name} ({digest[:12]}) was installed here before, and left by a way back",
-                f"install a newer one; to try it once more add --again (edgekit status --root {self.root} says what was left)",
+                "install a newer one (an engine that was built anew makes none); to try it once more add --again "
+                f"(edgekit status --root {self.root} says what was left)",
             )
 
 
@@ -169,6 +170,7 @@ def _put(archive: Archive, signed: Checked | None, work: Path, order: _Order, st
         times = _timed(root / CURRENT, order, steps) if order.max_latency_ms is not None else {}
         _remember(order, signed, manifest.name)
         known = renew(root, running, known, _told(signed))
+        _trust_engines(_engines(manifest))  # whose notes may have been lost
         return {**answer(root, running, known), **times, "unchanged": True}
     check_room(root, *_needed(archive, root, 0))
     with steps("extract"):
@@ -176,20 +178,38 @@ def _put(archive: Archive, signed: Checked | None, work: Path, order: _Order, st
         make_readable(fresh)
         archive.extract(fresh)
     # Of what was signed, not of what lies there now: the root may be another user's.
-    engines = [digest for name, digest in manifest.files.items() if name.endswith(".engine")]
+    engines = _engines(manifest)
     tried = _tried(fresh, engines, order, steps)
     if (runs := _running_name(root)) and runs != manifest.name:
         say(f"{manifest.name} takes the place of {runs}", level="warning")
     with steps("switch"):
         record = msgspec.structs.replace(Record(manifest.name, Bundle(fresh, manifest).digest, 0, ""), **_told(signed))
-        if reason := fault(fresh, record):
-            raise BundleError(f"{fresh} was changed during the install: {reason}", f"who else writes in {root}?")
-        for digest in engines:
-            trust_engine(digest)
+        reason = fault(fresh, record)
+        if reason or (fresh / MANIFEST).read_bytes() != archive.manifest_bytes:
+            raise BundleError(
+                f"{fresh} was changed during the install: {reason or 'it has another manifest'}", f"who else writes in {root}?"
+            )
+        _trust_engines(engines)
         # Before the switch: killed between, the device asks for no less.
         _remember(order, signed, manifest.name)
         slot, record = place(root, fresh, work, record, order.starts)
     return {**answer(root, slot, record), **tried, "unchanged": False}
+
+
+def _engines(manifest: Manifest) -> list[str]:
+    """sha256 of each engine."""
+    return [digest for name, digest in manifest.files.items() if name.endswith(".engine")]
+
+
+def _trust_engines(engines: Sequence[str]) -> None:
+    for digest in engines:
+        trust_engine(digest)
+        if not is_trusted(digest):
+            say(
+                f"the engine {digest[:12]} cannot be noted as trusted in {state_folders()[0]}, so it will not be loaded: make "
+                "that folder writable for this user, or name another (XDG_STATE_HOME), and install again",
+                level="warning",
+            )
 
 
 def _told(signed: Checked | None) -> dict[str, Any]:
@@ -226,6 +246,7 @@ def _known_by_its_end(url: str, order: _Order) -> dict[str, Any] | None:
             return None
         if fault(order.root / CURRENT, runs):
             return None
+        _trust_engines(_engines(Bundle.open(order.root / CURRENT).manifest))
         trust.check_digest(runs.digest)
         admit(order.root, signed, runs.name, allow_older=order.allow_older)
         _remember(order, signed, runs.name)
@@ -239,12 +260,19 @@ def _fetched(url: str, copy: Path, order: _Order, steps: Steps) -> None:
             order.named(archive)
 
 
-def _copied(found: tuple[Path, tuple[int, int]], copy: Path, order: _Order, steps: Steps) -> None:
+class _Found(NamedTuple):
+    """A pack on a disk: its bytes, and what an install needs there (`_needed`)."""
+
+    path: Path
+    size: int
+    needed: tuple[int, int]
+
+
+def _copied(found: _Found, copy: Path, order: _Order, steps: Steps) -> None:
     """A copy that nobody else writes, where there is room for it and the rest."""
-    path, needed = found
-    check_room(order.root, *needed)
-    with steps("copy"), open_pack(path) as file, copy.open("xb") as target:
-        shutil.copyfileobj(unbroken(file, path), target, 1 << 20)
+    check_room(order.root, *found.needed)
+    with steps("copy"), open_pack(found.path) as file, copy.open("xb") as target:
+        copy_of(file, found.size, target, found.path)
 
 
 def _refuse_odd(pack: str | os.PathLike[str], folder: Path, max_latency_ms: float | None, starts: int) -> None:
@@ -275,7 +303,7 @@ def _refuse_odd(pack: str | os.PathLike[str], folder: Path, max_latency_ms: floa
         raise UsageError(f"a latency of {max_latency_ms} ms", "give milliseconds above 0: --max-latency-ms 20")
 
 
-def _looked_at(pack: str | os.PathLike[str], order: _Order, steps: Steps) -> tuple[Path, tuple[int, int]]:
+def _looked_at(pack: str | os.PathLike[str], order: _Order, steps: Steps) -> _Found:
     """The pack's file, checked where it lies, and the room that it needs."""
 
     def release(path: Path) -> int:  # one that was left is the newest all the same: no older one takes its place
@@ -287,8 +315,8 @@ def _looked_at(pack: str | os.PathLike[str], order: _Order, steps: Steps) -> tup
         found = from_folder(Path(pack), release) if _holds_packs(Path(pack)) else Path(pack)
         with open_pack(found) as file, order.checked(file, os.fspath(found)) as (archive, _):
             archive.check()
-            needed = _needed(archive, order.root, os.fstat(file.fileno()).st_size)
-    return found, needed
+            size = os.fstat(file.fileno()).st_size
+            return _Found(found, size, _needed(archive, order.root, size))
 
 
 def _holds_packs(pack: Path) -> bool:

@@ -29,6 +29,7 @@ from edgekit.installed import (
     LOCK,
     PATIENCE_S,
     SLOTS,
+    STATE,
     Faults,
     Record,
     Return,
@@ -84,7 +85,8 @@ def _gone_back(root: Path, faults: Faults) -> tuple[Slot, Record, Record | None]
     slot, before = other_slot(running), way_back(state, running)
     left = state.slots.get(running) if running else None
     if before is None:
-        raise BundleError(f"{root} holds no older bundle to go back to", "install one: edgekit install F.zip --root DIR")
+        known = "" if state.slots else f", as far as its {STATE} tells, which knows of none"
+        raise BundleError(f"{root} holds no older bundle to go back to{known}", "install one: edgekit install F.zip --root DIR")
     if reason := _unfit(root, slot, before, faults):
         raise BundleError(f"the older bundle cannot run: {reason}", "install one: edgekit install F.zip --root DIR")
     if left is not None:
@@ -233,11 +235,11 @@ def place(root: Path, fresh: Path, work: Path, record: Record, starts: int) -> t
     slots = root / SLOTS
     make_readable(slots)
     faults = Faults(root)
-    with contextlib.suppress(BundleError):  # damaged notes are written anew under the lock
-        if read_state(root).trial:
-            faults.ahead()
+    before = state_again(root)  # where notes were lost it hashes what runs, as `faults` does
+    if before.trial:
+        faults.ahead()
     with hold(slots, PATIENCE_S):
-        state = state_again(root)
+        state = state_again(root, before)
         slot = _free_slot(root, state, faults)
         others: dict[Slot, Record] = {name: each for name, each in state.slots.items() if name != slot}
         if slot in state.slots:  # from here on the slot is no way back
@@ -262,7 +264,7 @@ def renew(root: Path, slot: Slot, record: Record, told: dict[str, Any]) -> Recor
     fresh = msgspec.structs.replace(record, **told)
     if fresh != record:
         with hold(root / SLOTS, PATIENCE_S):
-            state = state_again(root)
+            state = read_state(root)
             if state.slots.get(slot) == record:
                 write_state(root, msgspec.structs.replace(state, slots={**state.slots, slot: fresh}))
     return fresh

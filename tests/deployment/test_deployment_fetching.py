@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
@@ -298,17 +299,13 @@ def test_a_stick_that_is_pulled(tmp_path: Path, versions: list[Path], keys: Any,
     with pytest.raises(EdgekitError, match="cut off or damaged"):
         install(versions[1], root=root, pub=keys.pub)
     versions[1].write_bytes(whole)
-    genuine = shutil.copyfileobj
+    genuine = fetching.copy_of
 
     class Pulled:
         def read(self, size: int) -> bytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def copy(source: Any, target: Any, length: int) -> None:
-        source._file = Pulled()
-        genuine(source, target, length)
-
-    monkeypatch.setattr(shutil, "copyfileobj", copy)
+    monkeypatch.setattr("edgekit.deployment.installing.copy_of", lambda file, *about: genuine(Pulled(), *about))
     with pytest.raises(BundleError, match="Input/output error; nothing was changed"):
         install(versions[1], root=root, pub=keys.pub)
     assert status(root)["name"] == "v0"
@@ -323,3 +320,12 @@ def test_numbers_in_names_count_as_numbers(numbers: list[int]) -> None:
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=6))
 def test_any_names_have_a_newest(names: list[str]) -> None:
     assert fetching.choose(names) in names
+
+
+@pytest.mark.parametrize("more", [-5, 0, 1, 3 << 20])
+def test_a_stick_that_answers_with_more_the_second_time_fills_no_disk(more: int) -> None:
+    size = 2 << 20
+    file, copy = io.BytesIO(bytes(size + more)), io.BytesIO()
+    with contextlib.nullcontext() if more <= 0 else pytest.raises(BundleError, match="has grown since it was checked"):
+        fetching.copy_of(file, size, copy, "p.zip")
+    assert copy.tell() <= size

@@ -238,3 +238,21 @@ def test_https_is_not_left_for_http(
         patch.delenv("SSL_CERT_FILE")
         with pytest.raises(BundleError, match="certificate is not trusted here"):
             install(url + "p.zip", root=tmp_path / "other", unsigned=True)
+
+
+def test_a_server_that_begins_anew_each_time_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte more at each connection is no progress where none is taken up where it was left."""
+    sent: list[int] = []
+
+    class Anew(Parts):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(1 << 20))
+            self.end_headers()
+            sent.append(1000 + len(sent))
+            self.wfile.write(b"x" * sent[-1])
+
+    monkeypatch.setattr(fetching, "PAUSE_S", 0.01)
+    with _serving(tmp_path, handler=Anew) as url, pytest.raises(BundleError, match="cannot be fetched"):
+        fetching.fetch(f"{url}p.zip", tmp_path / "copy", 1 << 40)
+    assert len(sent) == fetching.TRIES + 1
