@@ -1,4 +1,4 @@
-"""A small HTTP server for what one machine shows of itself: known routes, GET and HEAD, and no client holds up another.
+"""A small HTTP server for what one machine shows of itself: known routes, GET and HEAD; who asks slowly gives way.
 
 A request's path never meets the disk: a handler compares it with the names that it knows. The grammar is the strict half of
 RFC 9112: what is not plainly a request is refused before anything else looks at it. A page on another name that was pointed at

@@ -243,8 +243,8 @@ def _built_in(path: Path, name: str) -> Path:
 
 
 def bundle_of(bench: Bench, name: str, change: Callable[[str, bytes], bytes] | None = None, version: str = "") -> Path:
-    """A copy of the user's bundle (or the built-in one) under another name, so that its digest differs; ``change`` gets each
-    file's name and bytes. A ``version`` stands in its history: two of one name differ by it."""
+    """A copy of the user's bundle (or the built-in one) under another name; ``change`` gets each file's name and bytes. A
+    ``version`` stands in its history. A digest leaves both out: name and history tell two copies apart, and their packs."""
     path = bench.folder / f"{name}{version}.edge"
     source = bench.bundle
     if source is None:
