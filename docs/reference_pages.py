@@ -44,7 +44,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "compare": ("edgekit.benchmarking:compare",),
     "explain": ("edgekit.explanation:explain",),
     "report": ("edgekit.reporting:report",),
-    "doctor": ("edgekit.benchmarking:doctor",),
+    "doctor": ("edgekit.benchmarking:doctor", "edgekit.chaos:run_cases"),
     "pack": ("edgekit.deployment:contents",),
     "sign": ("edgekit.deployment:contents",),
     "verify": ("edgekit.deployment:verify", "edgekit.deployment:contents"),

@@ -77,8 +77,10 @@ def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
     and ``process_start_ms`` (to the first answer), ``end_to_end`` (a frame to its answer), ``memory``, ``energy`` (None
     without power rails), ``temperatures`` and ``clocks_mhz`` (before and after), ``load`` (what else ran), ``yardstick`` (how
     fast this machine was just then), ``inputs``, ``protocol``, ``file`` and ``history`` (where it was written), ``passed``
-    and ``against`` (the gate; None without one) and, with ``--layers``, ``profile``. Of two bundles ``bundles`` (a result
-    each), ``ratio`` with ``low`` and ``high`` (its 99% interval), ``verdict``, ``rounds`` and ``limit`` as well.
+    and ``against`` (the gate; None without one) and, with ``--layers``, ``profile``; of more than one stream ``streams``,
+    offline ``tried`` (the batches), of a server ``rate``, ``queue``, ``service_ms`` and ``utilisation``. Of two bundles
+    ``bundles`` (a result each), ``ratio`` with ``low`` and ``high`` (its 99% interval), ``verdict``, ``rounds`` and ``limit``
+    as well.
     """
     import edgekit
 
@@ -166,6 +168,9 @@ def doctor(bundle: Path | None, selftest: Path | None, chaos: bool, listing: boo
       edgekit doctor
       edgekit doctor --selftest machine.json
       edgekit doctor parcel.edge --chaos --out report.json --key device.key
+    \f
+    Returns, where nothing is broken on purpose, what stands before ``started``; with ``--chaos`` the rest, ``edgekit``,
+    ``format``, ``version``, ``machine``, ``report``, ``page`` and ``key_id`` (of the signature, or None):
     """
     if chaos:
         from .chaos import chaos as run

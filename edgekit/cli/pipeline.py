@@ -33,6 +33,8 @@ def pipeline(recipe: Path | None, out: Path | None, data: str | None, show: bool
       edgekit pipeline signs --data folder:my-signs
       edgekit pipeline --show > my.toml
       edgekit pipeline my.toml --out runs/mine
+    \f
+    Returns ``recipe`` with ``--show``, else:
     """
     from edgekit.pipeline import pipeline as run
     from edgekit.pipeline import read_recipe, recipe_file

@@ -71,7 +71,8 @@ def quantize(bundle: Path, out: Path, plot: Path | None, **options: Any) -> Answ
     and what was tried), ``shifted_inputs``, ``layers`` (how many of each form), ``recurrent`` (layers that stay float),
     ``culprit`` (the layer that costs most), ``stored_weights`` and ``float_weights_bytes``, ``golden_snr_db`` and
     ``golden_limit_db``, ``layer_table`` (a row a layer), ``latency_ms`` (of both graphs on this CPU), where labels are known
-    ``top1`` and ``top1_float``, with ``--max-drop`` ``drop``, with ``--qat`` ``qat``, of weight formats ``stored``.
+    ``top1`` and ``top1_float``, with ``--max-drop`` ``drop``, with ``--qat`` ``qat``, of other formats ``format`` and
+    ``stored`` in the place of what they lack.
     """
     from edgekit.bundle import Bundle
     from edgekit.quantization import check_picture, draw_layers, layer_table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from edgekit.bundle import FLOAT_GRAPH, Bundle
 from edgekit.cli import COMMANDS
 from edgekit.data import load
 
-_spec = importlib.util.spec_from_file_location("reference_pages", Path(__file__).parents[2] / "docs/reference_pages.py")
+ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("reference_pages", ROOT / "docs/reference_pages.py")
 assert _spec is not None
 assert _spec.loader is not None
 reference = importlib.util.module_from_spec(_spec)
@@ -38,6 +40,8 @@ RUNS = [
     "inspect Q.edge",
     "inspect G",
     "bench B --seconds 0.1 --no-save",
+    "bench B --seconds 0.1 --no-save --scenario offline",
+    "bench B --seconds 0.1 --no-save --scenario server",
     "bench B Q.edge --seconds 0.1",
     "scan B --source I.png",
     "scan --check S.toml",
@@ -57,8 +61,10 @@ RUNS = [
 SLOW = {"train", "search", "pipeline", "prune", "harvest", "replay"}
 #: Keys that only other models or options bring.
 SOMETIMES = {
-    "quantize": {"drop", "qat", "stored"},
-    "bench": {"profile"},
+    "quantize": {"drop", "qat", "format", "stored"},
+    "bench": {"profile", "streams"},
+    "doctor": {*json.loads((ROOT / "benchmarks/results/chaos.json").read_text()), "report", "page", "key_id", "cut_off_by"}
+    - {"edgekit"},
 }
 
 
