@@ -149,10 +149,8 @@ def readable(pack: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def copy_of(file: IO[bytes], size: int, target: IO[bytes], pack: str | os.PathLike[str]) -> None:
-    """Copy a pack that had ``size`` bytes when it was checked: a stick may answer otherwise the second time.
-
-    Raises what `readable` raises, and `BundleError` where more comes; what is short, or other, its signature tells.
-    """
+    """Copy a pack that had ``size`` bytes when it was checked: a stick may answer otherwise the second time. Raises what
+    `readable` raises, and `BundleError` where more comes; what is short, or other, its signature tells."""
     while True:
         with readable(pack):
             block = file.read(min(size + 1, _COPIED))
