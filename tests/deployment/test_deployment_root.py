@@ -123,14 +123,14 @@ def test_what_is_revoked_during_an_install_counts(
     root, both = tmp_path / "root", [keys.pub, second[1]]
     one, two = released(tmp_path, tiny_bundle, keys.key, numbers=(1, 2))
     install(one, root=root, pub=both)
-    gone, genuine = tmp_path / "gone" / "revoked.txt", installing.shutil.copyfileobj
+    gone, genuine = tmp_path / "gone" / "revoked.txt", installing.copy_of
     revoke([keys.key_id], out=gone, key=second[0])
 
     def meanwhile(*args: object) -> None:
         genuine(*args)
         trusted._write_state(root, trusted.State(revoked=trusted.Revoked(1, frozenset([keys.key_id]))))
 
-    monkeypatch.setattr(installing.shutil, "copyfileobj", meanwhile)
+    monkeypatch.setattr(installing, "copy_of", meanwhile)
     with pytest.raises(SignatureError, match="which is revoked"):
         install(two, root=root, pub=both)
     assert status(root)["release"] == 1
@@ -276,16 +276,16 @@ def test_what_runs_already_is_held_against_the_budget(tmp_path: Path, signed: Pa
 def test_a_stick_that_holds_another_product_the_second_time(
     tmp_path: Path, versions: list[Path], keys, untried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, stick, genuine = tmp_path / "root", tmp_path / "stick", installing.shutil.copyfileobj
+    root, stick, genuine = tmp_path / "root", tmp_path / "stick", installing.copy_of
     stick.mkdir()
     install(versions[0], root=root, pub=keys.pub)
     shutil.copy(versions[0], stick / "p.zip")
 
-    def swapped(source: object, target: object, length: int) -> None:
+    def swapped(source: object, *about: object) -> None:
         with versions[1].open("rb") as other:
-            genuine(other, target, length)
+            genuine(other, *about)
 
-    monkeypatch.setattr(installing.shutil, "copyfileobj", swapped)
+    monkeypatch.setattr(installing, "copy_of", swapped)
     with pytest.raises(BundleError, match=r"it holds v1, and .* runs v0"):
         install(stick, root=root, pub=keys.pub)
     assert status(root)["name"] == "v0"

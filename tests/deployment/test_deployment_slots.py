@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -119,18 +118,18 @@ def test_a_pack_that_changes_after_the_first_look(
 ) -> None:
     """A stick may answer otherwise the second time: the private copy is checked again."""
     root = tmp_path / "root"
-    genuine = shutil.copyfileobj
+    genuine = module.copy_of
 
-    def swapped(source, target, length=0):
+    def swapped(source, size, target, pack):
         data = bytearray(source.read())
         data[len(data) // 2] ^= 1
         target.write(data)
 
-    monkeypatch.setattr(module.shutil, "copyfileobj", swapped)
+    monkeypatch.setattr(module, "copy_of", swapped)
     with pytest.raises(SignatureError, match="does not match"):
         install(versions[0], root=root, pub=keys.pub)
     assert not root.exists()
-    monkeypatch.setattr(module.shutil, "copyfileobj", genuine)
+    monkeypatch.setattr(module, "copy_of", genuine)
     install(versions[0], root=root, pub=keys.pub)
 
 
@@ -158,7 +157,7 @@ def test_a_full_disk_is_found_before_anything_is_written(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(checks.os, "statvfs", lambda path, found=found: found)
-            patch.setattr(module.shutil, "copyfileobj", None)  # not even reached
+            patch.setattr(module, "copy_of", None)  # not even reached
             with pytest.raises(EdgekitError, match=words):
                 install(versions[1], root=root, pub=keys.pub)
     assert status(root)["name"] == "v0"
