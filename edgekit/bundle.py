@@ -94,7 +94,7 @@ class Bundle:
         """
         folder = given_path(path, "bundle")
         if folder.is_symlink():  # an install's `current`: followed once, so that a switch meanwhile cannot mix two bundles
-            folder = folder.resolve()
+            folder = Path(os.path.realpath(folder))  # without an error for a link that leads to itself
         manifest_file = folder / MANIFEST
         if not folder.is_dir() or not manifest_file.is_file():
             if folder.is_file() and folder.suffix == ".zip":

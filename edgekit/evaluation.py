@@ -157,7 +157,8 @@ def evaluate(
 
     Returns ``data``, ``samples`` (how many), ``damaged`` (those left out), ``top1`` and ``macro_f1`` (shares), ``confusion``
     (rows truth, columns answers; of a reader the three are lines right and character error rate instead), and of what ran it
-    ``backend``, ``version``, ``provider``, ``graph``, ``threads``.
+    ``backend``, ``version``, ``provider``, ``graph``, ``threads``, of an int8 graph ``int8`` (computed by kernels, or in float
+    where Q/DQ is taken as written) and ``passed_over`` (backends that did not do, where there are some).
     Raises `UsageError` where the data set has a class that the model does not know, `DataError` for damaged data.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

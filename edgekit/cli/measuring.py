@@ -71,16 +71,16 @@ def bench(bundle: Path, other: Path | None, **options: Any) -> Answer:
       edgekit bench digits.edge digits8.edge --fail-over 0
     \f
     Returns ``bundle``, ``model``, ``digest``, ``graph``, ``precision``, ``scenario``, ``batch``, ``time``, ``device``,
-    ``backend`` with ``version``, ``provider`` and ``threads``, ``latency_ms`` (p50 to p99, min, mean, max), ``throughput``
-    (inferences a second), ``key`` (the figure that is compared), ``iterations``, ``seconds``, ``cv``, ``drift``,
-    ``jitter_ms``, ``trustworthy`` and the ``reasons`` why not, ``histogram``, ``samples_ms``, ``warm_up``, ``cold_start_ms``
-    and ``process_start_ms`` (to the first answer), ``end_to_end`` (a frame to its answer), ``memory``, ``energy`` (None
-    without power rails), ``temperatures`` and ``clocks_mhz`` (before and after), ``load`` (what else ran), ``yardstick`` (how
-    fast this machine was just then), ``inputs``, ``protocol``, ``file`` and ``history`` (where it was written), ``passed``
-    and ``against`` (the gate; None without one) and, with ``--layers``, ``profile``; of more than one stream ``streams``,
-    offline ``tried`` (the batches), of a server ``rate``, ``queue``, ``service_ms`` and ``utilisation``. Of two bundles
-    ``bundles`` (a result each), ``ratio`` with ``low`` and ``high`` (its 99% interval), ``verdict``, ``rounds`` and ``limit``
-    as well.
+    ``backend`` with ``version``, ``provider`` and ``threads``, ``int8`` and ``passed_over`` (as of eval), ``latency_ms``
+    (p50 to p99, min, mean, max), ``throughput`` (inferences a second), ``key`` (the figure that is compared), ``iterations``,
+    ``seconds``, ``cv``, ``drift``, ``jitter_ms``, ``trustworthy`` and the ``reasons`` why not, ``histogram``, ``samples_ms``,
+    ``warm_up``, ``cold_start_ms`` and ``process_start_ms`` (to the first answer), ``end_to_end`` (a frame to its answer),
+    ``memory``, ``energy`` (None without power rails), ``temperatures`` and ``clocks_mhz`` (before and after), ``load`` (what
+    else ran), ``yardstick`` (how fast this machine was just then), ``inputs``, ``protocol``, ``file`` and ``history`` (where
+    it was written), ``passed`` and ``against`` (the gate; None without one) and, with ``--layers``, ``profile``; of more than
+    one stream ``streams``, offline ``tried`` (the batches), of a server ``rate``, ``queue``, ``service_ms`` and
+    ``utilisation``. Of two bundles ``bundles`` (a result each), ``ratio`` with ``low`` and ``high`` (its 99% interval),
+    ``verdict``, ``rounds`` and ``limit`` as well.
     """
     import edgekit
 

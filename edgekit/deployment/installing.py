@@ -283,6 +283,8 @@ def _refuse_odd(pack: str | os.PathLike[str], folder: Path, max_latency_ms: floa
         raise EdgekitError(
             f"{folder} belongs to user {owner}, and this is root", f"run it as that user: sudo -u '#{owner}' edgekit"
         )
+    if folder.is_symlink() and not folder.exists():
+        raise UsageError(f"{folder} is a link that leads nowhere", "name a folder: --root DIR")
     inside = folder.resolve()
     for above in inside.parents:
         if leads_to(above) and inside.is_relative_to(above / SLOTS):

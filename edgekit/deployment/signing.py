@@ -215,9 +215,7 @@ def check_signature(file: IO[bytes], keys: Mapping[str, Any], revoked: Collectio
     if trailer is None or not trailer.signatures:
         if _cut_off(file):
             raise SignatureError("the pack is cut off or damaged: its end is missing", "fetch or copy it again")
-        raise SignatureError(
-            "the pack is not signed, or its signature is damaged", "sign it: edgekit pack B --out F.zip --key K"
-        )
+        raise SignatureError("the pack is not signed, or its signature is damaged", "sign it: edgekit sign F.zip --key K")
     known = _known(trailer, keys, revoked)
     digest = _hash(file, file.seek(0, os.SEEK_END) - TRAILER_BYTES)
     for key_id in known:

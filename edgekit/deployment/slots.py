@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from edgekit.bundle import MANIFEST, Bundle
-from edgekit.errors import BundleError, EdgekitError, SignatureError
+from edgekit.errors import BundleError, EdgekitError, SignatureError, UsageError
 from edgekit.files import locked, sync_path
 from edgekit.installed import (
     CURRENT,
@@ -131,7 +131,11 @@ def status(root: str | os.PathLike[str]) -> dict[str, Any]:
     free = {"free_bytes": disk.f_bavail * disk.f_frsize}
     if running is None:
         link = folder / CURRENT
-        reason = f"{link} leads to no slot" if link.is_symlink() or link.exists() else "nothing is installed"
+        reason = "nothing is installed"
+        if link.is_symlink() or link.exists():
+            reason = f"{link} leads to no slot"
+        elif any((folder / SLOTS / slot).exists() for slot in ("a", "b")):
+            reason = f"{link} is gone, what was installed lies in {folder / SLOTS}"
         nothing = {"healthy": False, "reason": reason, "previous": None, "trial": None, "returned": None, "left": []}
         if (named := leads_to(folder)) and (older := way_back(read_state(folder), named)):
             nothing["previous"] = {"slot": other_slot(named), **msgspec.to_builtins(older)}
@@ -304,4 +308,7 @@ def _existing(root: str | os.PathLike[str]) -> Path:
     folder = Path(root)
     if not folder.is_dir():
         raise BundleError(f"there is no folder {folder}", "install first: edgekit install F.zip --root DIR")
+    if (folder / MANIFEST).is_file():
+        above = folder.parent if folder.name == CURRENT else "DIR"
+        raise UsageError(f"{folder} is a bundle, and no root of installs", f"name the folder above it: --root {above}")
     return folder

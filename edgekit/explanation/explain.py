@@ -73,7 +73,8 @@ def explain(
     ``explained``, ``deletion_auc`` and ``insertion_auc`` with their controls; ``words`` of a text; ``time_steps``,
     ``channels`` and ``channel_names`` of a series, and its name (``series``) where a file holds several; ``compared``:
     ``spearman`` and the figures of ``float`` and ``int8``), ``skipped`` (for activations also ``layers``); of the bundle
-    ``bundle`` and ``digest``; of what ran it ``backend``, ``version``, ``provider``, ``graph``, ``threads``.
+    ``bundle`` and ``digest``; of what ran it ``backend``, ``version``, ``provider``, ``graph``, ``threads``, ``int8`` and
+    ``passed_over`` (as `evaluate`).
     Raises `UsageError` for a bundle or a method that cannot be served, `DataError` for a missing sample or where none can
     be read.
     """

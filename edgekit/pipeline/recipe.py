@@ -76,7 +76,9 @@ def read_recipe(path: str | os.PathLike[str] | None = None, data: str | None = N
     except msgspec.ValidationError as error:
         raise _mistake(str(error), file) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{file}: {first_line(error)}", "the built-in recipe shows how: edgekit pipeline --show") from None
+        plain = {IsADirectoryError: "it is a folder", UnicodeDecodeError: "it is no UTF-8 text"}.get(type(error))
+        words = plain or getattr(error, "strerror", "") or first_line(error)
+        raise UsageError(f"{file}: {words}", "the built-in recipe shows how: edgekit pipeline --show") from None
     if data is not None:
         recipe = msgspec.structs.replace(recipe, data=data)
     _check_names(recipe, file)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgekit.bundle import Bundle
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import BundleError, EdgekitError, UsageError
+from edgekit.installed import CURRENT, SLOTS
 from edgekit.progress import say
 from edgekit.runtime import Model
 
@@ -149,7 +150,8 @@ def _model(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> Mod
     options = config.model
     if options is None:
         return None
-    model = _promoted(config, options, stack) or stack.enter_context(_of(options, options.bundle))
+    with _cured(options.bundle):
+        model = _promoted(config, options, stack) or stack.enter_context(_of(options, options.bundle))
     refuse_fixed_batch(model)
     parts.model = _about(model)
     return model
@@ -157,6 +159,19 @@ def _model(config: ScanConfig, stack: contextlib.ExitStack, parts: Parts) -> Mod
 
 def _of(options: ModelOptions, bundle: Bundle | str) -> Model:
     return Model.open(bundle, options.backend, precision=options.precision, threads=options.threads)
+
+
+@contextlib.contextmanager
+def _cured(bundle: str) -> Iterator[None]:
+    """What is wrong with an installed bundle, with the cure that a device has."""
+    try:
+        yield
+    except BundleError as error:
+        root = Path(bundle).parent
+        if Path(bundle).name != CURRENT or not (root / SLOTS).is_dir():
+            raise
+        cure = f"edgekit status --root {root} shows what else is there; edgekit rollback --root {root}, or install again"
+        raise BundleError(error.message, cure) from None
 
 
 def _about(model: Model) -> dict[str, Any]:
@@ -202,7 +217,8 @@ def _reading(config: ScanConfig, stack: contextlib.ExitStack, model: FrameModel 
         codes = CodeReader(config.codes.budget(live), config.codes.formats or None)
     text: Model | None = None
     if found := config.text:
-        text = Model.open(found.bundle, found.backend, precision=found.precision, threads=found.threads, beam=found.beam)
+        with _cured(found.bundle):
+            text = Model.open(found.bundle, found.backend, precision=found.precision, threads=found.threads, beam=found.beam)
         refuse_fixed_batch(stack.enter_context(text))
     line = config.text.line() if config.text else None
     return Reading(model, codes, text, config.region.region() if config.region else None, line)

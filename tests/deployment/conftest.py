@@ -79,12 +79,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout; the sources that it was made of lie in ``source`` beside it."""
     root, out = Path(__file__).parents[2], tmp_path_factory.mktemp("wheel")
     source = out / "source"
-    for name in ("pyproject.toml", "README.md", "LICENSE", "edgekit"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "edgekit"):
         if (root / name).is_dir():
             shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             source.mkdir(exist_ok=True)
             shutil.copy(root / name, source)
+    (source / "build/lib/edgekit").mkdir(parents=True)
+    (source / "build/lib/edgekit/of_an_earlier_version.py").touch()  # as setuptools leaves it behind
     made = _wheel_of(source, out / "made")
     return made.rename(out / made.name)
 

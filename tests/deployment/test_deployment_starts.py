@@ -304,3 +304,23 @@ def test_a_forked_worker_cannot_end_the_start_of_its_parent(root: Path) -> None:
     assert dies(child) == 7
     assert trial(root) == (0, True)
     assert start.confirm()
+
+
+def test_what_is_wrong_with_a_root_comes_with_a_devices_cure(root: Path, cli: Any, tmp_path: Path) -> None:
+    def scanned() -> str:
+        done = cli("scan", root / "current", "--source", tmp_path)
+        assert done.code == 1
+        return str(done.err)
+
+    (tmp_path / "loop").symlink_to("loop")
+    assert "there is no bundle at" in cli("bench", tmp_path / "loop").err
+    assert "leads nowhere" in cli("install", "p.zip", "--root", tmp_path / "loop", "--unsigned").err
+    done = cli("status", "--root", root / "current")
+    assert (done.code, f"--root {root}" in done.err) == (2, True)
+    slot = (root / "current").resolve()
+    (slot / "golden.npz").write_bytes(b"damaged")
+    assert f"edgekit rollback --root {root}" in scanned()
+    (root / "current").unlink()
+    done = cli("status", "--root", root)
+    assert (done.code, f"{root}/current is gone" in done.err) == (1, True)
+    assert f"edgekit status --root {root}" in scanned()

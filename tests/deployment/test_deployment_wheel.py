@@ -40,6 +40,7 @@ def test_the_wheel_is_pure_small_and_whole(wheel: Path) -> None:
     listed = subprocess.run(["git", "ls-files", "edgekit"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     kept = {name.partition("dist-info/licenses/")[2] for name in entries}
     assert set(listed) <= entries.keys() | kept
+    assert {name for name in entries if name.startswith("edgekit/")} <= set(listed)
 
 
 @pytest.mark.slow

@@ -62,7 +62,9 @@ SLOW = {"train", "search", "pipeline", "prune", "harvest", "replay"}
 #: Keys that only other models or options bring.
 SOMETIMES = {
     "quantize": {"drop", "qat", "format", "stored"},
-    "bench": {"profile", "streams"},
+    "bench": {"profile", "streams", "int8", "passed_over"},
+    "eval": {"int8", "passed_over"},
+    "explain": {"int8", "passed_over"},
     "doctor": {*json.loads((ROOT / "benchmarks/results/chaos.json").read_text()), "report", "page", "key_id", "cut_off_by"}
     - {"edgekit"},
 }
