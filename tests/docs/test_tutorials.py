@@ -94,6 +94,6 @@ for i in (0, 500): Image.fromarray(load('digits').test.read(i)).save(f'runs/digi
     )
     assert done.returncode == 0, done.stderr
     assert '"label":"0"' in done.stdout
-    assert "healthy" in done.stdout
+    assert ", whole" in done.stdout
     assert (tmp_path / "events.db").exists()
     assert "[[source]]" in (tmp_path / "dock.toml").read_text(encoding="utf-8")
