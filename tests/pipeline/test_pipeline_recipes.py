@@ -24,7 +24,7 @@ def reduced(name: str) -> str:
         r"^(epochs|validation|patience|size) = .*\n", "", RECIPES[name].read_text(encoding="utf-8"), flags=re.MULTILINE
     )
     text = re.sub(r'^run = "(train|prune)"$', r'run = "\1"\nepochs = 1', text, flags=re.MULTILINE)
-    text = text.replace('"depthwise-s"', '"depthwise-n"').replace("keep = 0.5", "keep = 0.8")
+    text = text.replace('"depthwise-s"', '"depthwise-n"').replace("keep = 0.5", "keep = 0.9")
     if name in FOLDERS:
         text = text.replace('run = "train"', 'run = "train"\nsize = 32')
     text = re.sub(r"^max_drop = .*\n", "", text, flags=re.MULTILINE)

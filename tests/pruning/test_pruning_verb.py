@@ -66,7 +66,7 @@ def test_a_speedup_is_measured_and_the_macs_stand_beside_it(trained_bundle: Bund
 
 
 def test_as_many_epochs_as_fit_into_the_minutes(cli, trained_bundle: Bundle, tmp_path: Path):
-    pruned = prune(trained_bundle, out=tmp_path / "p.edge", keep=0.9, epochs=10_000, minutes=0.02)
+    pruned = prune(trained_bundle, out=tmp_path / "p.edge", keep=0.9, epochs=10_000, minutes=0.06)
     done = pruned.manifest.history[-1].config["epochs"]
     assert 1 <= done < 10_000
     assert len(last(pruned)["curve"]) == done
