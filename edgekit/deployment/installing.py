@@ -246,7 +246,7 @@ def _known_by_its_end(url: str, order: _Order) -> dict[str, Any] | None:
             return None
         if fault(order.root / CURRENT, runs):
             return None
-        _trust_engines(_engines(Bundle.open(order.root / CURRENT).manifest))
+        _trust_engines(_engines(Bundle.open(order.root / CURRENT, verify=False).manifest))
         trust.check_digest(runs.digest)
         admit(order.root, signed, runs.name, allow_older=order.allow_older)
         _remember(order, signed, runs.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edgekit.errors import UsageError
 from edgekit.scanner import CameraOptions, Cameras, Captured, open_source
@@ -285,6 +287,27 @@ def test_no_picture_is_made_up_where_datagrams_are_lost(serve: Any) -> None:
     assert numbers == sorted(set(numbers))
     assert all(camera_kit.is_true(frame.frame) for frame in of(items, "lossy"))
     assert row["dropped"]["damaged"] > 0
+
+
+@pytest.mark.parametrize("damaged", ["drop", "keep"])
+def test_a_damaged_header_that_asks_for_what_ffmpeg_lacks_costs_its_picture(tmp_path: Path, damaged: Any) -> None:
+    """Its decoder says "not yet implemented" of that packet; the ones behind it are sound."""
+    stream = bytearray()
+    for number in range(10):
+        one = io.BytesIO()
+        Image.new("RGB", (96, 64), (20 * number, 90, 40)).save(one, "JPEG")
+        data = bytearray(one.getvalue())
+        if number == 4:
+            data[data.index(b"\xff\xc0") + 11] = 0x33  # of the first component: three samples each way to two of the others
+        stream += data
+    path = tmp_path / "odd.mjpeg"
+    path.write_bytes(stream)
+    with Cameras([str(path)], CameraOptions(damaged=damaged)) as cameras:
+        items = until(cameras, lambda items: False)
+        (row,) = cameras.counts()
+    assert row["state"] == "ended"
+    assert row["refused_packets"] == 1
+    assert len([item for item in items if isinstance(item, Captured)]) == 9
 
 
 def test_what_is_no_frame_is_counted_beside_the_frames(tmp_path: Path) -> None:

@@ -118,14 +118,17 @@ def _decoded(container: Any, stream: Any, options: CameraOptions, address: str) 
             frames = packet.decode()
         except (av.error.EOFError, StopIteration):
             return
-        except (av.error.InvalidDataError, av.error.ExternalError, av.error.UnknownError):
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            # Whatever a packet that came does to its decoder is damage: a wrong header asks for what FFmpeg lacks. Before it
+            # has come, the line may be cut.
+            damage = (av.error.InvalidDataError, av.error.ExternalError, av.error.UnknownError)
+            if packet is None and not isinstance(error, damage):
+                raise trouble_of(error, address) from None
             again, unread = unread and packet is None, packet is None
             packets, barren = container.demux(stream), barren + 1  # the iterator ends with what it raises
             whole.missed(True)
             yield None if again else Refused(1)
             continue
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise trouble_of(error, address) from None
         barren, unread = 0 if frames else barren + 1, False
         if not frames:
             yield None
