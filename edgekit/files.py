@@ -33,6 +33,7 @@ __all__ = [
     "sha256_file",
     "staged",
     "sync_path",
+    "taken",
 ]
 
 #: So much a small .npz may unpack to; a larger one to a hundred times its size. Zeros pack a thousand times smaller.
@@ -187,6 +188,23 @@ def staged(files: Mapping[Path, bytes]) -> Iterator[dict[Path, str]]:
                 os.unlink(name)
 
 
+def taken(handle: int, patience_s: float, waits: Callable[[], object]) -> bool:
+    """Lock an open file or folder, flock(2), within so many seconds; whether it is ours. ``waits`` is called once, after a
+    second."""
+    begun, told = time.monotonic(), False
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        waited = time.monotonic() - begun
+        if waited > patience_s or not patience_s:
+            return False
+        if waited > 1.0 and not told:
+            waits()
+            told = True
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = True, told: Callable[[str], object] = lambda words: None) -> Iterator[None]:
     """One writer at a time in a folder, across processes; ``told`` hears that this one waits, after a second.
@@ -196,18 +214,10 @@ def locked(folder: Path, wait: bool = True, told: Callable[[str], object] = lamb
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        begun, said = time.monotonic(), False
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            waited = time.monotonic() - begun
-            if not wait or waited > LOCKED_S:
-                raise EdgekitError(f"another command is writing {folder}", "wait for it, or choose another --out")
-            if waited > 1.0 and not said:
-                told(f"waiting for another command, which is writing {folder}")
-                said = True
-            time.sleep(0.02)
+        if not taken(
+            handle, LOCKED_S if wait else 0.0, lambda: told(f"waiting for another command, which is writing {folder}")
+        ):
+            raise EdgekitError(f"another command is writing {folder}", "wait for it, or choose another --out")
         yield
     finally:
         os.close(handle)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from edgekit.errors import EdgekitError
+from edgekit.files import taken
 from edgekit.progress import say
 
 __all__ = ["LOCK", "PATIENCE_S", "START_S", "hold"]
@@ -19,8 +18,6 @@ LOCK = ".lock"
 PATIENCE_S = 900.0
 #: What a start, a confirmation or a withdrawal waits for a few renames; the scan's watchdog allows 10 s.
 START_S = 2.0
-_TOLD_S = 1.0
-_STEP_S = 0.02
 
 
 @contextlib.contextmanager
@@ -69,20 +66,10 @@ def _gone(handle: int, path: Path) -> bool:
 
 
 def _take(handle: int, folder: Path, patience_s: float) -> None:
-    begun, told = time.monotonic(), False
-    while True:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        waited = time.monotonic() - begun
-        if waited > patience_s:
-            raise EdgekitError(
-                f"{_holder(handle)} has been at work in {folder} for more than {patience_s:g} s", "wait for it, or end it"
-            )
-        if waited > _TOLD_S and not told:
-            say(f"waiting for {_holder(handle)}, which is at work in {folder}")
-            told = True
-        time.sleep(_STEP_S)
+    if not taken(handle, patience_s, lambda: say(f"waiting for {_holder(handle)}, which is at work in {folder}")):
+        raise EdgekitError(
+            f"{_holder(handle)} has been at work in {folder} for more than {patience_s:g} s", "wait for it, or end it"
+        )
 
 
 def _holder(handle: int) -> str:
