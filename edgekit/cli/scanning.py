@@ -93,8 +93,6 @@ def scan(
     With ``--check`` ``config``, ``ok``, ``problems`` and ``warnings`` instead.
     """
     from edgekit.errors import UsageError
-    from edgekit.progress import say
-    from edgekit.scanner.logs import logging
     from edgekit.scanner.service import named_config
 
     written = bundle is not None and bundle.suffix.lower() == ".toml"
@@ -113,12 +111,19 @@ def scan(
     view = tui and _can_show()
     config = _with_stdout(config, view)
     summary, interrupted = _scanned(config, view)
-    answer = _answer(summary, ", ".join(sources) or "the sources", interrupted, config)
+    return _told(_answer(summary, ", ".join(sources) or "the sources", interrupted, config), config)
+
+
+def _told(answer: Answer, config: ScanConfig) -> Answer:
+    """The end in words, where the log goes; not on a stdout that belongs to the events."""
+    from edgekit.progress import say
+    from edgekit.scanner.logs import logging
+
     with logging(config.log):
         if answer.exit_code:
             say(f"error: {answer.data['error']}", "error")
             say(f"hint: {answer.data['hint']}", "error")
-        if any(sink.address == "jsonl:-" for sink in config.sink):  # stdout belongs to the events
+        if any(sink.address == "jsonl:-" for sink in config.sink):
             if config.log.format == "text":  # the log has ended with it else
                 say(answer.text)
             click.get_current_context().exit(answer.exit_code)

@@ -103,8 +103,7 @@ IN_PLACE = """
     import edgekit.deployment
     act = edgekit.deployment.VERB
     def careless(*arguments, **options):
-        manifest = pathlib.Path(options.get("root") or arguments[0]).resolve() / "current" / "manifest.json"
-        manifest = manifest.resolve()
+        manifest = pathlib.Path(options.get("root") or arguments[0], "current", "manifest.json").resolve()
         whole = manifest.read_bytes() if manifest.exists() else b""
         if whole:
             manifest.write_bytes(whole[:100])
